@@ -1,0 +1,19 @@
+"""Kernels of dual-state linear attention: a plain PyTorch truth and what is fast on each device. Needs torch alone."""
+
+from .checks import SMALLEST_LOG_DECAY, check_lower_bound
+from .dispatch import block_states, dual_state_attention, dual_state_window_attention, kernel_path
+from .ragged import Rows, rows_from_cu_seqlens, rows_from_mask
+from .reference import log_decays
+
+__all__ = [
+    "SMALLEST_LOG_DECAY",
+    "Rows",
+    "block_states",
+    "check_lower_bound",
+    "dual_state_attention",
+    "dual_state_window_attention",
+    "kernel_path",
+    "log_decays",
+    "rows_from_cu_seqlens",
+    "rows_from_mask",
+]

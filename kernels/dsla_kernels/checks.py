@@ -1,0 +1,59 @@
+"""Argument checks shared by every implementation: a wrong input is named before anything runs."""
+
+from torch import Tensor
+
+# A chunk of 64 tokens at this log-decay reaches exp(-80), which fp32 and bf16 still hold; the bound is part of the contract.
+SMALLEST_LOG_DECAY = -1.25
+
+
+def check_lower_bound(lower_bound: float) -> None:
+    """Raises ValueError if a log-decay bound lies outside [-1.25, 0)."""
+    if not SMALLEST_LOG_DECAY <= lower_bound < 0:
+        raise ValueError(
+            f"lower_bound must lie in [{SMALLEST_LOG_DECAY}, 0): the chunked form needs 64 * lower_bound >= -80; got {lower_bound}"
+        )
+
+
+def check_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate_logits: Tensor,
+    mix: Tensor,
+    lower_bound: float,
+    padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> None:
+    """Raises ValueError that names the argument which does not fit the contract of `dual_state_attention`."""
+    check_lower_bound(lower_bound)
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        raise ValueError(f"q, k, v must be [B, T, H, D], got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}")
+    batch, tokens, heads, key_dim = q.shape
+    kv_heads = k.shape[2]
+    if tokens == 0:
+        raise ValueError("q holds no tokens (T = 0)")
+    if k.shape != (batch, tokens, kv_heads, key_dim):
+        raise ValueError(f"k must be [{batch}, {tokens}, Hkv, {key_dim}] to fit q {list(q.shape)}, got {list(k.shape)}")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v must be [{batch}, {tokens}, {kv_heads}, V] to fit k {list(k.shape)}, got {list(v.shape)}")
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"the {heads} query heads must be a multiple of the {kv_heads} key-value heads")
+    if gate_logits.shape[:-1] != (batch, tokens, kv_heads, 2) or gate_logits.shape[-1] not in (key_dim, key_dim / 2):
+        raise ValueError(
+            f"gate_logits must be [{batch}, {tokens}, {kv_heads}, 2, G] with G = {key_dim} or {key_dim / 2:g}, got {list(gate_logits.shape)}"
+        )
+    if mix.shape != (heads, 2):
+        raise ValueError(f"mix must be [{heads}, 2] (query heads, states), got {list(mix.shape)}")
+    if not (q.dtype == k.dtype == v.dtype) or not q.is_floating_point():
+        raise ValueError(f"q, k, v must share one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not (q.device == k.device == v.device == gate_logits.device == mix.device):
+        raise ValueError(f"all inputs must be on one device, got {[str(x.device) for x in (q, k, v, gate_logits, mix)]}")
+    if padding_mask is not None and padding_mask.shape != (batch, tokens):
+        raise ValueError(f"padding_mask must be [{batch}, {tokens}], got {list(padding_mask.shape)}")
+    if cu_seqlens is not None and (batch != 1 or padding_mask is not None or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2):
+        raise ValueError("cu_seqlens (1-D, at least two entries) needs one batch row and no padding_mask")
+    rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+    expected = (rows, kv_heads, 2, key_dim, v.shape[-1])
+    if initial_state is not None and initial_state.shape != expected:
+        raise ValueError(f"initial_state must be {list(expected)}, got {list(initial_state.shape)}")

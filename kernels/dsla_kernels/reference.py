@@ -1,0 +1,271 @@
+"""Dual-state linear attention in plain PyTorch: the truth that every kernel is tested against.
+
+Per KV head, with states i = 1 (history) and 2 (recency), and per query head a mix w (DSLA, arXiv 2506.09316, eq. 5-7;
+the gate is that of gated linear attention, arXiv 2312.06635, with a lower bound):
+
+    log g^i_t = max(logsigmoid(gate_logits^i_t) / gate_normalizer, lower_bound)
+    S^i_t     = Diag(exp(log g^i_t)) S^i_{t-1} + k_t^T v_t
+    o_t       = scale * q_t (w_1 S^1_t + w_2 S^2_t)
+
+Shape legend: B batch, T tokens, Hq query heads, Hkv key-value heads, R = Hq / Hkv, K key size, V value size,
+G decays per state (K, or K/2 when the two channels i and i + K/2 of a rotary pair share one), N chunks, C chunk size.
+
+`dual_state_attention_recurrent` goes token by token and is obviously right; `dual_state_attention` computes the same
+function in chunks. `dual_state_window_attention` is the form that leaves the nearest tokens to a softmax window.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .checks import check_inputs
+from .ragged import Rows, rows_from_cu_seqlens
+
+CHUNK_SIZE = 64
+
+
+def log_decays(gate_logits: Tensor, key_dim: int, gate_normalizer: float = 16.0, lower_bound: float = -1.25) -> Tensor:
+    """Log-decay of every key channel: `[..., G]` raw logits to `[..., K]`, in fp32 (fp64 for fp64 logits), each in
+    `[lower_bound, 0)`."""
+    logits = gate_logits if gate_logits.dtype == torch.float64 else gate_logits.float()
+    log_decay = (F.logsigmoid(logits) / gate_normalizer).clamp_min(lower_bound)
+    return log_decay if log_decay.shape[-1] == key_dim else torch.cat([log_decay, log_decay], dim=-1)
+
+
+def dual_state_attention_recurrent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate_logits: Tensor,
+    mix: Tensor,
+    *,
+    gate_normalizer: float = 16.0,
+    lower_bound: float = -1.25,
+    scale: float | None = None,
+    padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """One token after the other. Arguments and results as `dual_state_attention`."""
+    args = _Prepared(q, k, v, gate_logits, mix, gate_normalizer, lower_bound, scale, padding_mask, cu_seqlens, initial_state)
+    state, outputs = args.state, []
+    for t in range(args.q.shape[1]):
+        state = args.log_decay[:, t].exp()[..., None] * state + args.k[:, t, :, None, :, None] * args.v[:, t, :, None, None, :]
+        outputs.append(torch.einsum("bhrk,hri,bhikv->bhrv", args.q[:, t], args.mix, state))
+    return args.output(torch.stack(outputs, dim=1)), state if output_final_state else None
+
+
+def dual_state_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate_logits: Tensor,
+    mix: Tensor,
+    *,
+    gate_normalizer: float = 16.0,
+    lower_bound: float = -1.25,
+    scale: float | None = None,
+    padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Dual-state linear attention, vectorised over chunks of 64 tokens.
+
+    Args:
+        q: queries `[B, T, Hq, K]`.
+        k: keys `[B, T, Hkv, K]`; query head h reads KV head `h // (Hq / Hkv)`.
+        v: values `[B, T, Hkv, V]`.
+        gate_logits: raw gates `[B, T, Hkv, 2, G]`, G = K, or K/2 for one decay per rotary pair (i, i + K/2).
+        mix: weights of the two states per query head `[Hq, 2]` (already normalised).
+        gate_normalizer: divides the log-sigmoid of the gate; 16 turns a logit of 0 into a half-life of 16 tokens.
+        lower_bound: smallest log-decay per token, at least -1.25: a chunk of 64 tokens then stays within exp(80).
+        scale: of the scores; `K ** -0.5` when None.
+        padding_mask: `[B, T]`, True at real tokens. A padded token is a no-op for the states and its output is zero.
+        cu_seqlens: int `[N + 1]` boundaries of sequences packed in one row (B = 1); states start anew at each.
+        initial_state: `[B, Hkv, 2, K, V]` (`[N, ...]` when packed), fp32; zeros when None.
+        output_final_state: also return the states after the last token.
+
+    Returns:
+        o `[B, T, Hq, V]` in q's dtype, and the final state fp32 (fp64 for fp64 inputs) or None.
+
+    Raises:
+        ValueError: names the argument whose shape, dtype or value does not fit.
+    """
+    args = _Prepared(q, k, v, gate_logits, mix, gate_normalizer, lower_bound, scale, padding_mask, cu_seqlens, initial_state)
+    tokens = args.q.shape[1]
+    size = min(CHUNK_SIZE, tokens)  # one decoded token is a chunk of one
+    q_c, k_c, v_c, decay_c = (_chunks(x, size) for x in (args.q, args.k, args.v, args.log_decay))
+
+    cumulative = decay_c.cumsum(2)  # [B, N, C, Hkv, 2, K], ends at >= 64 * lower_bound >= -80
+    states = _chunk_states(k_c, v_c, cumulative, args.state)
+
+    # What the chunk itself adds. exp(b_i - b_j) is split around the middle of the chunk: no factor passes exp(40).
+    middle = cumulative[:, :, -1:] / 2
+    q_decayed = q_c[..., None, :] * (cumulative - middle).exp()[:, :, :, :, None]
+    k_decayed = k_c[:, :, :, :, None] * (middle - cumulative).exp()
+    scores = torch.einsum("bnchrik,hri,bndhik->bnhrcd", q_decayed, args.mix, k_decayed).tril()
+    o = torch.einsum("bnhrcd,bndhv->bnchrv", scores, v_c)
+
+    # What came before it.
+    q_decayed = q_c[..., None, :] * cumulative.exp()[:, :, :, :, None]
+    o = o + torch.einsum("bnchrik,hri,bnhikv->bnchrv", q_decayed, args.mix, states[:, :-1])
+    return args.output(o.flatten(1, 2)[:, :tokens]), states[:, -1] if output_final_state else None
+
+
+def dual_state_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate_logits: Tensor,
+    mix: Tensor,
+    window_size: int,
+    *,
+    gate_normalizer: float = 16.0,
+    lower_bound: float = -1.25,
+    scale: float | None = None,
+    padding_mask: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The two disjoint halves of the layer with a softmax window, block by block.
+
+    A row is cut into blocks of `window_size` tokens, counted from its first token. A query attends by softmax to its
+    own block and the one before (`window_size` to 2 `window_size` - 1 keys and itself); the states it reads hold the
+    tokens of all earlier blocks. Nothing is counted twice and no decayed product inside a block is needed.
+
+    Arguments as `dual_state_attention`; `padding_mask` may only mark a suffix of each row. `initial_state` is read by
+    the first two blocks: it holds the tokens before the row.
+
+    Returns:
+        o_window: softmax attention over the two blocks, `[B, T, Hq, V]`, fp32 (fp64 for fp64 inputs) like all results.
+        log_denominator: log of the softmax denominator, `[B, T, Hq]`.
+        o_state: what the query reads from the mixed states, `[B, T, Hq, V]`.
+        states: at every block boundary, `[B, ceil(T / window_size) + 1, Hkv, 2, K, V]`; entry n holds blocks 0 to n - 1.
+    """
+    check_inputs(q, k, v, gate_logits, mix, lower_bound, padding_mask, None, initial_state)
+    tokens, kv_heads = q.shape[1], k.shape[2]
+    states = block_states(
+        k,
+        v,
+        gate_logits,
+        window_size,
+        gate_normalizer=gate_normalizer,
+        lower_bound=lower_bound,
+        padding_mask=padding_mask,
+        initial_state=initial_state,
+    )
+    q = q.unflatten(2, (kv_heads, -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    q_b, k_b, v_b = (_chunks(x, window_size) for x in (q, k, v))
+    blocks, device = q_b.shape[1], q.device
+
+    # Each block beside the one before it, which for the first is nothing.
+    k_b, v_b = (torch.cat([F.pad(x[:, :-1], (0, 0) * 3 + (1, 0)), x], dim=2) for x in (k_b, v_b))
+    scores = torch.einsum("bnchrk,bndhk->bnhrcd", q_b, k_b).to(states.dtype)
+    query = torch.arange(window_size, 2 * window_size, device=device)[:, None]
+    key = torch.arange(2 * window_size, device=device)
+    first_block = torch.arange(blocks, device=device)[:, None, None] == 0
+    hidden = (key > query) | (first_block & (key < window_size))
+    scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
+    log_denominator = scores.logsumexp(-1)
+    weights = (scores - log_denominator[..., None]).exp()
+    o_window = torch.einsum("bnhrcd,bndhv->bnchrv", weights.to(v.dtype), v_b).to(states.dtype)
+
+    two_back = torch.arange(-1, blocks - 1, device=device).clamp_min(0)
+    mix = mix.to(states.dtype).unflatten(0, (kv_heads, -1))
+    o_state = torch.einsum("bnchrk,hri,bnhikv->bnchrv", q_b.to(states.dtype), mix, states[:, two_back])
+
+    def tokens_first(x: Tensor) -> Tensor:  # [B, N, C, Hkv, R, ...] to [B, T, Hq, ...]
+        return x.flatten(1, 2)[:, :tokens].flatten(2, 3)
+
+    return tokens_first(o_window), tokens_first(log_denominator.movedim(4, 2)), tokens_first(o_state), states
+
+
+def block_states(
+    k: Tensor,
+    v: Tensor,
+    gate_logits: Tensor,
+    block_size: int,
+    *,
+    gate_normalizer: float = 16.0,
+    lower_bound: float = -1.25,
+    padding_mask: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> Tensor:
+    """The states at every boundary of blocks of `block_size` tokens: `[B, ceil(T / block_size) + 1, Hkv, 2, K, V]`.
+
+    Entry n holds the tokens of blocks 0 to n - 1, entry 0 is `initial_state`, the last one holds the whole row.
+    Arguments as `dual_state_attention`.
+    """
+    k, v, log_decay, state = _prepare_state_inputs(k, v, gate_logits, gate_normalizer, lower_bound, padding_mask, initial_state)
+    cumulative = _chunks(log_decay, block_size).cumsum(2)
+    return _chunk_states(_chunks(k, block_size), _chunks(v, block_size), cumulative, state)
+
+
+class _Prepared:
+    """Checked inputs in working precision, one row a sequence: q `[B, T, Hkv, R, K]`, mix `[Hkv, R, 2]`."""
+
+    def __init__(self, q, k, v, gate_logits, mix, gate_normalizer, lower_bound, scale, padding_mask, cu_seqlens, initial_state):
+        check_inputs(q, k, v, gate_logits, mix, lower_bound, padding_mask, cu_seqlens, initial_state)
+        self.shape, self.dtype = (*q.shape[:3], v.shape[-1]), q.dtype
+        self.rows: Rows | None = None
+        if cu_seqlens is not None:
+            self.rows = rows_from_cu_seqlens(cu_seqlens, q.shape[1])
+            padding_mask = self.rows.valid
+            q, k, v, gate_logits = (self.rows.gather(x) for x in (q, k, v, gate_logits))
+        self.k, self.v, self.log_decay, self.state = _prepare_state_inputs(
+            k, v, gate_logits, gate_normalizer, lower_bound, padding_mask, initial_state
+        )
+        kv_heads = k.shape[2]
+        self.q = (q.to(self.k.dtype) * (q.shape[-1] ** -0.5 if scale is None else scale)).unflatten(2, (kv_heads, -1))
+        self.mix = mix.to(self.k.dtype).unflatten(0, (kv_heads, -1))
+        self.padding_mask = padding_mask
+
+    def output(self, o: Tensor) -> Tensor:
+        """`[B, T, Hkv, R, V]` in working precision to the caller's layout and dtype."""
+        o = o.flatten(2, 3).to(self.dtype)
+        if self.padding_mask is not None:
+            o = o.masked_fill(~self.padding_mask.bool()[..., None, None], 0)
+        return o if self.rows is None else self.rows.scatter(o, self.shape[:2])
+
+
+def _prepare_state_inputs(k, v, gate_logits, gate_normalizer, lower_bound, padding_mask, initial_state):
+    """k, v and log-decays in working precision with padding turned into no-ops, and the first state."""
+    dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
+    log_decay = log_decays(gate_logits, k.shape[-1], gate_normalizer, lower_bound).to(dtype)
+    k, v = k.to(dtype), v.to(dtype)
+    if padding_mask is not None:
+        pad = ~padding_mask.bool()[..., None, None]
+        k, v, log_decay = k.masked_fill(pad, 0), v.masked_fill(pad, 0), log_decay.masked_fill(pad[..., None], 0)
+    if initial_state is None:
+        initial_state = k.new_zeros(k.shape[0], k.shape[2], 2, k.shape[-1], v.shape[-1])
+    return k, v, log_decay, initial_state.to(dtype)
+
+
+def _chunks(x: Tensor, size: int) -> Tensor:
+    """`[B, T, ...]` to `[B, N, C, ...]`, zero-padded at the end (k = 0 and log-decay = 0 are no-ops)."""
+    pad = -x.shape[1] % size
+    return F.pad(x, (0, 0) * (x.ndim - 2) + (0, pad)).unflatten(1, (-1, size))
+
+
+def _chunk_states(k: Tensor, v: Tensor, cumulative: Tensor, state: Tensor) -> Tensor:
+    """States at the chunk boundaries, `[B, N + 1, Hkv, 2, K, V]`, from chunked k, v and cumulative log-decays."""
+    total = cumulative[:, :, -1]
+    k_to_end = k[:, :, :, :, None] * (total[:, :, None] - cumulative).exp()
+    added = torch.einsum("bnchik,bnchv->bnhikv", k_to_end, v)
+    return _linear_scan(total.exp()[..., None], added, state)
+
+
+def _linear_scan(decay: Tensor, added: Tensor, state: Tensor) -> Tensor:
+    """S_n = decay_n S_{n-1} + added_n along dim 1, S_0 first, by recursive doubling: log2(N) vectorised steps.
+
+    Only products of decays are formed, never quotients, so nothing can overflow (Hillis and Steele, 1986).
+    """
+    added = torch.cat([state[:, None], added], dim=1)
+    decay = torch.cat([torch.ones_like(decay[:, :1]), decay], dim=1)
+    step = 1
+    while step < added.shape[1]:
+        added = torch.cat([added[:, :step], added[:, step:] + decay[:, step:] * added[:, :-step]], dim=1)
+        decay = torch.cat([decay[:, :step], decay[:, step:] * decay[:, :-step]], dim=1)
+        step *= 2
+    return added

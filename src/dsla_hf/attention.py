@@ -1,0 +1,330 @@
+"""The DSLA layer between its projections: q, k, v in; output and states out. Knows no transformers class.
+
+Shape legend as in `dsla_kernels.reference`: B batch, T tokens, Hq query heads, Hkv key-value heads, K key size, V value
+size, W window size.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from dsla_kernels import (
+    block_states,
+    check_lower_bound,
+    dual_state_attention,
+    dual_state_window_attention,
+    log_decays,
+    rows_from_cu_seqlens,
+    rows_from_mask,
+)
+from torch import Tensor, nn
+
+# Keeps the RMS of an empty state above zero: its logarithm is part of the gate between window and states.
+NORM_EPS = 1e-6
+
+
+class DualState(NamedTuple):
+    """What a layer remembers of a sequence; its size does not depend on the length.
+
+    recurrent: `[B, Hkv, 2, K, V]` fp32, history and recency. With a window they hold the blocks before the last full one.
+    window_k, window_v: `[B, 2W, Hkv, K or V]`, the last full block and the one being filled; token j lies at slot j % 2W.
+    count: int64 `[B]`, tokens seen per row, padding not counted.
+    """
+
+    recurrent: Tensor
+    window_k: Tensor
+    window_v: Tensor
+    count: Tensor
+
+
+class DualStateAttention(nn.Module):
+    """Dual-state linear attention with an optional softmax window and the parameters that are its own.
+
+    The gates of a KV head read that head's value vector, so the states are a pure function of the cached k and v. The
+    state output is RMS-normalised per head (as in GLA, arXiv 2312.06635). With a window, both parts share one denominator,
+    in the manner of LoLCATs (arXiv 2410.10254): the states get the weight
+
+        alpha = sigmoid(state_gain * log rms(o_state) + state_bias - log(softmax denominator of the window))
+
+    so that they are nearly closed at the start, can abstain token by token, and depend on no absolute position.
+
+    Args:
+        num_heads, num_kv_heads: query heads Hq and key-value heads Hkv.
+        key_dim, value_dim: sizes K and V of a head; V defaults to K.
+        window_size: W tokens a block, softmax over W to 2W - 1 earlier tokens; 0 is the paper's pure layer.
+        gate_rank: rank of the map from a value vector to its gates.
+        gate_normalizer, gate_lower_bound: see `dsla_kernels.reference`.
+        half_lives: initial half-life in tokens of the history and the recency state.
+        scale: of the scores, `K ** -0.5` when None.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        key_dim: int,
+        value_dim: int | None = None,
+        *,
+        window_size: int = 64,
+        gate_rank: int = 16,
+        gate_normalizer: float = 16.0,
+        gate_lower_bound: float = -1.25,
+        half_lives: tuple[float, float] = (16.0, 16.0),
+        scale: float | None = None,
+    ):
+        super().__init__()
+        check_lower_bound(gate_lower_bound)
+        if num_heads % num_kv_heads:
+            raise ValueError(f"the {num_heads} query heads must be a multiple of the {num_kv_heads} key-value heads")
+        if key_dim % 2:
+            raise ValueError(f"key_dim must be even (rotary pairs share a decay), got {key_dim}")
+        value_dim = key_dim if value_dim is None else value_dim
+        decays = key_dim // 2  # one per rotary pair (i, i + K/2): a decay then commutes with the rotation
+        self.num_heads, self.num_kv_heads, self.key_dim, self.value_dim = num_heads, num_kv_heads, key_dim, value_dim
+        self.window_size, self.gate_normalizer, self.gate_lower_bound = window_size, gate_normalizer, gate_lower_bound
+        self.half_lives = tuple(half_lives)
+        self.scale = key_dim**-0.5 if scale is None else scale
+
+        self.gate_down = nn.Parameter(torch.empty(num_kv_heads, value_dim, gate_rank))
+        self.gate_up = nn.Parameter(torch.empty(num_kv_heads, gate_rank, 2 * decays))
+        self.gate_bias = nn.Parameter(torch.empty(num_kv_heads, 2, decays))
+        self.mix_logits = nn.Parameter(torch.empty(num_heads, 2))
+        self.norm_weight = nn.Parameter(torch.empty(num_heads, value_dim))
+        if window_size:
+            self.state_gain = nn.Parameter(torch.empty(num_heads))
+            self.state_bias = nn.Parameter(torch.empty(num_heads))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.gate_down, std=self.value_dim**-0.5)
+        nn.init.normal_(self.gate_up, std=0.02)
+        for i, half_life in enumerate(self.half_lives):
+            self.gate_bias[:, i] = half_life_to_logit(half_life, self.gate_normalizer)
+        nn.init.zeros_(self.mix_logits)
+        nn.init.ones_(self.norm_weight)
+        if self.window_size:
+            nn.init.ones_(self.state_gain)
+            nn.init.zeros_(self.state_bias)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.key_dim}, window_size={self.window_size}"
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: DualState | None = None,
+        output_state: bool = False,
+    ) -> tuple[Tensor, DualState | None]:
+        """Attend, after `state` if one is given.
+
+        Args:
+            q: `[B, T, Hq, K]`, k: `[B, T, Hkv, K]`, v: `[B, T, Hkv, V]`, as the base model rotated and normalised them.
+            padding_mask: `[B, T]`, True at real tokens; padding may lie anywhere and leaves no trace.
+            cu_seqlens: int `[N + 1]`, boundaries of packed sequences (B = 1, without `state`).
+            state: of the tokens before these.
+            output_state: also return the state after these tokens.
+
+        Returns:
+            o `[B, T, Hq, V]` in q's dtype, zero at padding; and the new state or None.
+        """
+        if cu_seqlens is not None and (state is not None or output_state):
+            raise ValueError("packed sequences (cu_seqlens) cannot be combined with a state: run each sequence on its own")
+        if state is not None and state.count.shape[0] != q.shape[0]:
+            raise ValueError(f"the state holds {state.count.shape[0]} sequences, the input {q.shape[0]}")
+        if not self.window_size:
+            return self._pure(q, k, v, padding_mask, cu_seqlens, state, output_state)
+        if state is not None and q.shape[1] == 1:
+            return self._window_step(q, k, v, padding_mask, state)
+        return self._window(q, k, v, padding_mask, cu_seqlens, state, output_state)
+
+    @torch.no_grad()
+    def fold(self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> DualState:
+        """The state after tokens whose keys and values are cached: what `forward` would have left, bit for bit up to
+        rounding. k `[B, T, Hkv, K]`, v `[B, T, Hkv, V]`, `padding_mask` `[B, T]`."""
+        if not self.window_size:
+            states = self._block_states(k, v, padding_mask)
+            return self._state_without_window(states[:, -1], k, v, padding_mask, None)
+        k, v, valid = _to_rows(padding_mask, None, k, v)[1:]
+        return self._state_after(k, v, valid, self._block_states(k, v, valid), None)
+
+    def gate_logits(self, v: Tensor) -> Tensor:
+        """Raw gates `[B, T, Hkv, 2, K/2]`, fp32 (fp64 for fp64 inputs), from values `[B, T, Hkv, V]`."""
+        dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+        # Normalised: value vectors differ in size between layers, their direction is what the gate should read.
+        v = F.rms_norm(v.to(dtype), (self.value_dim,), eps=NORM_EPS)
+        logits = torch.einsum("bthv,hvr,hrg->bthg", v, self.gate_down.to(dtype), self.gate_up.to(dtype))
+        return logits.unflatten(-1, (2, -1)) + self.gate_bias.to(dtype)
+
+    def mix(self) -> Tensor:
+        """Weights of the two states `[Hq, 2]`, fp32 (fp64 for fp64 parameters)."""
+        logits = self.mix_logits
+        return (logits if logits.dtype == torch.float64 else logits.float()).softmax(-1)
+
+    def initial_half_lives(self) -> Tensor:
+        """Half-life in tokens that the gate biases stand for (gates of a zero value vector): `[Hkv, 2, K/2]`."""
+        log_decay = log_decays(self.gate_bias, self.gate_bias.shape[-1], self.gate_normalizer, self.gate_lower_bound)
+        return math.log(0.5) / log_decay
+
+    # --- the paper's layer --------------------------------------------------------------------------------------
+
+    def _pure(self, q, k, v, padding_mask, cu_seqlens, state, output_state):
+        o, recurrent = dual_state_attention(
+            q.float() if q.dtype != torch.float64 else q,
+            *(x if x.dtype == torch.float64 else x.float() for x in (k, v)),
+            self.gate_logits(v),
+            self.mix(),
+            gate_normalizer=self.gate_normalizer,
+            lower_bound=self.gate_lower_bound,
+            scale=self.scale,
+            padding_mask=padding_mask,
+            cu_seqlens=cu_seqlens,
+            initial_state=None if state is None else state.recurrent,
+            output_final_state=output_state,
+        )
+        o = self._normalise(o, self._rms(o)).to(q.dtype)
+        return o, self._state_without_window(recurrent, k, v, padding_mask, state) if output_state else None
+
+    def _state_without_window(self, recurrent, k, v, padding_mask, state):
+        tokens = torch.full_like(k[:, 0, 0, 0], k.shape[1], dtype=torch.long) if padding_mask is None else padding_mask.long().sum(1)
+        count = tokens if state is None else state.count + tokens
+        return DualState(recurrent, k[:, :0], v[:, :0], count)
+
+    # --- with a softmax window ----------------------------------------------------------------------------------
+
+    def _window(self, q, k, v, padding_mask, cu_seqlens, state, output_state):
+        shape, past = q.shape[:2], 0
+        if state is not None:
+            # Go on from the last block boundary: the tokens of the window come first, with queries nobody reads.
+            past_k, past_v, past_valid = self._window_in_order(state)
+            past = past_k.shape[1]
+            q, k, v = F.pad(q, (0, 0, 0, 0, past, 0)), torch.cat([past_k, k], 1), torch.cat([past_v, v], 1)
+            new_valid = padding_mask.bool() if padding_mask is not None else past_valid.new_ones(shape)
+            padding_mask = torch.cat([past_valid, new_valid], 1)
+        rows, k, v, valid = _to_rows(padding_mask, cu_seqlens, k, v)
+        o_window, log_denominator, o_state, states = dual_state_window_attention(
+            q if rows is None else rows.gather(q),
+            k,
+            v,
+            self.gate_logits(v),
+            self.mix(),
+            self.window_size,
+            gate_normalizer=self.gate_normalizer,
+            lower_bound=self.gate_lower_bound,
+            scale=self.scale,
+            padding_mask=valid,
+            initial_state=None if state is None else state.recurrent,
+        )
+        o = self._combine(o_window, log_denominator, o_state).to(q.dtype)
+        if rows is not None:
+            o = rows.scatter(o, q.shape[:2])[:, past:]
+        return o, self._state_after(k, v, valid, states, state) if output_state else None
+
+    def _window_step(self, q, k, v, padding_mask, state):
+        """One token a row, written into the window; a block that two others have followed goes into the states."""
+        size, count, device = self.window_size, state.count, q.device
+        slot = torch.arange(2 * size, device=device)
+        real = torch.ones_like(count, dtype=torch.bool) if padding_mask is None else padding_mask[:, -1].bool()
+        write = (slot == (count % (2 * size))[:, None]) & real[:, None]
+        window_k, window_v = (torch.where(write[..., None, None], x, w) for x, w in ((k, state.window_k), (v, state.window_v)))
+
+        # The token in a slot is the newest whose index leaves the slot's number as remainder.
+        token = count[:, None] - (count[:, None] - slot) % (2 * size)
+        visible = (token >= 0) & (token >= ((count // size - 1) * size)[:, None])
+        dtype = state.recurrent.dtype
+        q_h = (q[:, 0] * self.scale).unflatten(1, (self.num_kv_heads, -1))
+        scores = torch.einsum("bhrk,bshk->bhrs", q_h, window_k).to(dtype).masked_fill(~visible[:, None, None], float("-inf"))
+        log_denominator = scores.logsumexp(-1)
+        weights = (scores - log_denominator[..., None]).exp().to(v.dtype)
+        o_window = torch.einsum("bhrs,bshv->bhrv", weights, window_v).to(dtype)
+        mix = self.mix().to(dtype).unflatten(0, (self.num_kv_heads, -1))
+        o_state = torch.einsum("bhrk,hri,bhikv->bhrv", q_h.to(dtype), mix, state.recurrent)
+        o = self._combine(*(x.flatten(1, 2) for x in (o_window, log_denominator, o_state)))[:, None].to(q.dtype)
+        o = o.masked_fill(~real[:, None, None, None], 0)
+
+        count = count + real
+        full = real & (count % size == 0) & (count >= 2 * size)
+        recurrent = state.recurrent
+        if bool(full.any()):
+            second_half = ((count // size) % 2 == 1)[:, None, None, None]  # where the block before the last one lies
+            old_k, old_v = (torch.where(second_half, w[:, size:], w[:, :size]) for w in (window_k, window_v))
+            folded = self._block_states(old_k, old_v, None, recurrent)[:, -1]
+            recurrent = torch.where(full[:, None, None, None, None], folded, recurrent)
+        return o, DualState(recurrent, window_k, window_v, count)
+
+    def _combine(self, o_window: Tensor, log_denominator: Tensor, o_state: Tensor) -> Tensor:
+        """Window and states under one denominator; all `[..., Hq, V]`, `log_denominator` `[..., Hq]`."""
+        rms = self._rms(o_state)
+        gain, bias = self.state_gain.to(rms.dtype), self.state_bias.to(rms.dtype)
+        alpha = torch.sigmoid(gain * rms.squeeze(-1).log() + bias - log_denominator)[..., None]
+        return o_window + alpha * (self._normalise(o_state, rms) - o_window)
+
+    def _rms(self, o: Tensor) -> Tensor:
+        return (o.square().mean(-1, keepdim=True) + NORM_EPS).sqrt()
+
+    def _normalise(self, o: Tensor, rms: Tensor) -> Tensor:
+        return o / rms * self.norm_weight.to(o.dtype)
+
+    def _block_states(self, k, v, padding_mask, initial_state=None):
+        return block_states(
+            k,
+            v,
+            self.gate_logits(v),
+            self.window_size or 64,
+            gate_normalizer=self.gate_normalizer,
+            lower_bound=self.gate_lower_bound,
+            padding_mask=padding_mask,
+            initial_state=initial_state,
+        )
+
+    def _window_in_order(self, state: DualState) -> tuple[Tensor, Tensor, Tensor]:
+        """The window's keys and values from its first token on, and which of the 2W entries are tokens `[B, 2W]`."""
+        offset = torch.arange(2 * self.window_size, device=state.count.device)
+        token = self._window_start(state)[:, None] + offset
+        slot = token % (2 * self.window_size)
+        window_k, window_v = (x.gather(1, slot[..., None, None].expand_as(x)) for x in (state.window_k, state.window_v))
+        return window_k, window_v, token < state.count[:, None]
+
+    def _window_start(self, state: DualState) -> Tensor:
+        """Index of the first token in the window, a multiple of W, `[B]`."""
+        return (state.count // self.window_size - 1).clamp_min(0) * self.window_size
+
+    def _state_after(self, k: Tensor, v: Tensor, valid: Tensor | None, states: Tensor, state: DualState | None) -> DualState:
+        """The state after rows `[B, L]` that begin at a block boundary (where the window of `state` began, if given)."""
+        batch, length, size = k.shape[0], k.shape[1], self.window_size
+        tokens = torch.full((batch,), length, device=k.device) if valid is None else valid.sum(1)
+        start = torch.zeros_like(tokens) if state is None else self._window_start(state)
+        blocks = (tokens // size - 1).clamp_min(0)  # whole blocks that no later token sees in its window
+        recurrent = states[torch.arange(batch, device=k.device), blocks]
+        first = blocks * size
+        offset = (torch.arange(2 * size, device=k.device) - (start + first)[:, None]) % (2 * size)
+        position = (first[:, None] + offset).clamp_max(length - 1)  # past the end: a copy, hidden by the count
+        window_k, window_v = (x.gather(1, position[..., None, None].expand(-1, -1, *x.shape[2:])) for x in (k, v))
+        return DualState(recurrent, window_k, window_v, start + tokens)
+
+
+def half_life_to_logit(half_life: float, gate_normalizer: float = 16.0) -> float:
+    """The gate logit b with logsigmoid(b) / gate_normalizer = -ln 2 / half_life.
+
+    Raises:
+        ValueError: if the half-life is not a positive number of tokens.
+    """
+    if not 0 < half_life < math.inf:
+        raise ValueError(f"a half-life is a positive number of tokens, got {half_life}")
+    log_sigmoid = -math.log(2) * gate_normalizer / half_life
+    return log_sigmoid - math.log(-math.expm1(log_sigmoid))
+
+
+def _to_rows(padding_mask, cu_seqlens, k, v):
+    """k and v with padding moved to the end of each row and zeroed: rows, k, v, valid (rows and valid None if nothing is to do)."""
+    if padding_mask is None and cu_seqlens is None:
+        return None, k, v, None
+    rows = rows_from_mask(padding_mask) if cu_seqlens is None else rows_from_cu_seqlens(cu_seqlens, k.shape[1])
+    pad = ~rows.valid[..., None, None]
+    return rows, rows.gather(k).masked_fill(pad, 0), rows.gather(v).masked_fill(pad, 0), rows.valid
