@@ -1,0 +1,29 @@
+"""Dual-State Linear Attention for transformers: convert a pretrained decoder layer by layer into a fast hybrid.
+
+Importing the package registers hybrids with transformers' Auto classes and DSLA with PEFT.
+"""
+
+from importlib.metadata import version
+
+from .adapter import DSLALayer, DSLAModel, get_level, set_level
+from .attention import DualState, DualStateAttention
+from .cache import DSLACacheLayer, cache_bytes, fold
+from .configuration import DSLAConfig
+from .modeling import DSLAForCausalLM, DSLAHybridConfig
+
+__version__ = version("dsla-hf")
+
+__all__ = [
+    "DSLACacheLayer",
+    "DSLAConfig",
+    "DSLAForCausalLM",
+    "DSLAHybridConfig",
+    "DSLALayer",
+    "DSLAModel",
+    "DualState",
+    "DualStateAttention",
+    "cache_bytes",
+    "fold",
+    "get_level",
+    "set_level",
+]

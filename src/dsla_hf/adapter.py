@@ -1,0 +1,436 @@
+"""The PEFT tuner: one adapter holds the DSLA weights of every layer in `conversion_order`; the level says which run.
+
+`DSLALayer` wraps a base attention module and runs either it or a DSLA view of it. The view is a `DSLA...Attention` of
+`modeling` whose modules are the base's own (k, v, norms) and the adapter's (`dsla_*`); it is not registered as a child,
+so no weight has two names. Which layers are DSLA is read from the config at every call: `level` lives there alone.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import register_peft_method
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .configuration import PROJECTIONS, DSLAConfig, check_order
+from .layout import install_layout_hook, remove_layout_hook
+from .modeling import (
+    SUPPORTED_BASES,
+    attention_config,
+    decoder_layers,
+    decoder_of,
+    dsla_attention_class,
+    hybrid_classes,
+    new_dual_state_attention,
+)
+
+# Magnitudes of a bf16 copy of fp32 weights differ by less, those of another checkpoint by more.
+FINGERPRINT_TOLERANCE = 3e-4
+
+
+class AdapterLinear(nn.Linear):
+    """A trained copy of a projection. Computes in the input's dtype, so fp32 masters work over a bf16 base."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight.to(input.dtype), None if self.bias is None else self.bias.to(input.dtype))
+
+
+class DSLALayer(nn.Module, BaseTunerLayer):
+    """Wraps an attention module. Containers are flat (`dsla_q_proj.<adapter>.weight`), as PEFT's key handling wants."""
+
+    adapter_layer_names = ("dsla_core", *(f"dsla_{name}" for name in PROJECTIONS))
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ModuleDict())
+        self.configs: dict[str, DSLAConfig] = {}
+        self.frozen = False
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self._view: tuple[Any, ...] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)  # the decoder may ask for attributes of its attention
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_view": None}
+
+    @property
+    def adapter_name(self) -> str | None:
+        """The active adapter, if this layer has weights of it."""
+        return next((name for name in self.active_adapters if name in self.configs), None)
+
+    @property
+    def converted(self) -> bool:
+        """Whether this layer runs as DSLA now."""
+        name = self.adapter_name
+        return name is not None and not self.disable_adapters and self.layer_idx in self.configs[name].converted_layers
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.converted:
+            kwargs.pop("dsla_layout", None)
+            return self.base_layer(*args, **kwargs)
+        return self.dsla_attention()(*args, **kwargs)
+
+    def dsla_attention(self) -> nn.Module:
+        """The DSLA attention of the active adapter over this base attention, sharing their weights.
+
+        Raises:
+            RuntimeError: if the active adapter has no weights for this layer.
+        """
+        name = self.adapter_name
+        if name is None:
+            raise RuntimeError(f"the active adapter {self.active_adapters} has no weights for layer {self.layer_idx}")
+        modules = {**self.base_layer._modules, "dsla": self.dsla_core[name]}
+        for projection in self.configs[name].trained_projections:
+            modules[projection] = getattr(self, f"dsla_{projection}")[name]
+        # Rebuilt when a module was replaced, e.g. by quantisation or by a LoRA on the base.
+        if self._view is None or self._view[0] != (name, modules):
+            view = _new_view(self.base_layer, modules)
+            view.exact_fold = self.configs[name].exact_fold
+            self._view = ((name, modules), view)
+        view = self._view[1]
+        view.training = self.training
+        return view
+
+    def update_layer(self, adapter_name: str, config: DSLAConfig, inference_mode: bool = False) -> None:
+        """Add the weights of an adapter: projections copied from the base, the rest new."""
+        if adapter_name in self.configs:
+            return
+        self.configs[adapter_name] = config
+        self.dsla_core[adapter_name] = new_dual_state_attention(self.base_layer, config)
+        for name in config.trained_projections:
+            getattr(self, f"dsla_{name}")[adapter_name] = _copy_linear(getattr(self.base_layer, name))
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters or [adapter_name], inference_mode=inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode or self.frozen)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        # PEFT's own also resets requires_grad, which would thaw frozen layers after one pass of the teacher.
+        self._disable_adapters = not enabled
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.configs.pop(adapter_name, None)
+        self._view = None
+        super().delete_adapter(adapter_name)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise NotImplementedError(
+            "DSLA replaces a layer, it cannot be merged in place; merge_and_unload() returns the hybrid model"
+        )
+
+    def unmerge(self) -> None:
+        """Nothing was merged."""
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The base attention, or if this layer is DSLA now and `merge` is set, an attention of its own that takes the
+        adapter's weights over without a copy."""
+        if not (merge and self.converted):
+            return self.base_layer
+        attention = self.dsla_attention()
+        dtype = next(self.base_layer.parameters()).dtype
+        for name, module in attention._modules.items():
+            if isinstance(module, AdapterLinear):
+                attention._modules[name] = _as_linear(module)
+        attention.to(dtype)
+        self._view = None
+        return attention
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+        weight = next(base_layer.parameters())
+        return weight.device, weight.dtype
+
+
+class DSLAModel(BaseTuner):
+    """Wraps a causal LM of transformers; made by `get_peft_model(model, DSLAConfig(...))`."""
+
+    prefix = "dsla_"
+    tuner_layer_cls = DSLALayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    # --- levels -------------------------------------------------------------------------------------------------
+
+    def set_level(self, level: int) -> None:
+        """Run the first `level` layers of `conversion_order` as DSLA, from the next forward on. A cache of softmax layers
+        is folded into states when a layer converted meets it.
+
+        Raises:
+            ValueError: if the plan has no such level.
+        """
+        set_level(self.model, level)
+
+    def get_level(self) -> int:
+        """How many layers of `conversion_order` run as DSLA."""
+        return get_level(self.model)
+
+    def set_conversion_order(self, order: list[int], scores: dict[int, float] | None = None) -> None:
+        """Put the layers of the plan in another order, e.g. that of `rank_layers`; the level stays.
+
+        Raises:
+            ValueError: if `order` does not hold the same layers.
+        """
+        config = active_config(self.model)
+        order = check_order(order)
+        if set(order) != set(config.conversion_order or ()):
+            raise ValueError(f"the order {order} must hold the layers that have DSLA weights: {sorted(config.conversion_order or ())}")
+        config.conversion_order = order
+        config.order_scores = None if scores is None else {str(layer): float(scores[layer]) for layer in order}
+
+    @contextmanager
+    def converted(self, layers: list[int]) -> Any:
+        """Within the context, exactly `layers` run as DSLA: `with model.converted([5]): ...`."""
+        config = active_config(self.model)
+        plan, level = config.conversion_order or [], config.level
+        if not set(layers) <= set(plan):
+            raise ValueError(f"layers {sorted(set(layers) - set(plan))} have no DSLA weights; the plan is {plan}")
+        config.conversion_order, config.level = [*layers, *(i for i in plan if i not in layers)], len(layers)
+        try:
+            yield self
+        finally:
+            config.conversion_order, config.level = plan, level
+
+    def set_trainable_layers(self, layers: list[int] | None = None) -> None:
+        """Train the DSLA weights of these layers only (None: of all); the others keep their values."""
+        for layer in dsla_layers(self.model).values():
+            layer.frozen = layers is not None and layer.layer_idx not in layers
+            layer.set_adapter(layer.active_adapters)
+
+    # --- what PEFT asks of a tuner ------------------------------------------------------------------------------
+
+    def _prepare_adapter_config(self, peft_config: DSLAConfig, model_config: dict) -> DSLAConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: DSLAConfig, model: nn.Module) -> None:
+        """Checks before anything is changed; records the base in the config, or compares it with what is recorded."""
+        _check_base(model)
+        layers = decoder_layers(model)
+        if peft_config.conversion_order is None:
+            peft_config.conversion_order = list(range(len(layers)))
+        peft_config.conversion_order = check_order(peft_config.conversion_order, len(layers))
+        peft_config.level = peft_config.check_level(peft_config.level)
+        _record_base(peft_config, model)
+        decoder = decoder_of(model)
+        install_layout_hook(decoder)
+        if not hasattr(decoder, "_dsla_level_guard"):
+            decoder._dsla_level_guard = decoder.register_forward_hook(_guard_level)  # type: ignore[assignment]
+
+    def _create_and_replace(
+        self, peft_config: DSLAConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str
+    ) -> None:
+        layer = target if isinstance(target, DSLALayer) else DSLALayer(target)
+        layer.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
+        if layer is not target:
+            layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Weights stay in the base's dtype; `DSLATrainer` makes fp32 masters of what it trains."""
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        if not isinstance(adapter_name, str) and len(adapter_name) != 1:
+            raise ValueError(f"one DSLA adapter is active at a time, got {list(adapter_name)}; for more layers raise the level")
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        # PEFT lets every layer choose its own successor.
+        if self.peft_config:
+            active = self.active_adapter if self.active_adapter in self.peft_config else next(iter(self.peft_config))
+            self.set_adapter(active)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        model = self.model
+        config = active_config(model) if merge else None
+        hybrid_class = None
+        if config is not None and config.level:
+            hybrid_class = hybrid_classes(config.base_model_type or "")[1]
+            if not issubclass(hybrid_class, type(model)):
+                raise ValueError(f"only a causal LM becomes a hybrid, not {type(model).__name__}: wrap AutoModelForCausalLM")
+        decoder = decoder_of(model)
+        super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        decoder._dsla_level_guard.remove()
+        del decoder._dsla_level_guard
+        if hybrid_class is None or config is None:
+            remove_layout_hook(decoder)
+        else:
+            _become_hybrid(model, hybrid_class, config)
+        return model
+
+
+register_peft_method(name="dsla", config_cls=DSLAConfig, model_cls=DSLAModel, prefix="dsla_")
+
+
+# --- levels of any model that has DSLA layers -------------------------------------------------------------------
+
+
+def dsla_layers(model: nn.Module) -> dict[int, DSLALayer]:
+    """The wrapped layers of a model by layer number."""
+    return {module.layer_idx: module for module in model.modules() if isinstance(module, DSLALayer)}
+
+
+def active_config(model: nn.Module) -> DSLAConfig:
+    """The config of the active DSLA adapter, also of one that transformers' `load_adapter` put in.
+
+    Raises:
+        ValueError: if the model has none.
+    """
+    for layer in dsla_layers(model).values():
+        if layer.adapter_name is not None:
+            return layer.configs[layer.adapter_name]
+    raise ValueError(f"{type(model).__name__} has no active DSLA adapter: make one with get_peft_model(model, DSLAConfig(...))")
+
+
+def set_level(model: nn.Module, level: int) -> None:
+    """Run the first `level` layers of the plan as DSLA. See `DSLAModel.set_level`."""
+    config = active_config(model)
+    config.level = config.check_level(level)
+
+
+def get_level(model: nn.Module) -> int:
+    """How many layers of the plan run as DSLA."""
+    return active_config(model).level or 0
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------
+
+
+def _new_view(base: nn.Module, modules: dict[str, nn.Module | None]) -> nn.Module:
+    cls = dsla_attention_class(type(base))
+    view = cls.__new__(cls)
+    nn.Module.__init__(view)
+    # accelerate puts hooked forwards into instance dicts: the view runs its class's own.
+    own = {*view.__dict__, "forward", "_old_forward", "_hf_hook"}
+    view.__dict__.update({name: value for name, value in base.__dict__.items() if name not in own})
+    view._modules, view._parameters, view._buffers = dict(modules), base._parameters, base._buffers
+    view.config = attention_config(base.config)  # type: ignore[arg-type]
+    return view
+
+
+def _copy_linear(linear: nn.Linear) -> AdapterLinear:
+    copy = AdapterLinear(linear.in_features, linear.out_features, bias=linear.bias is not None, dtype=linear.weight.dtype)
+    if copy.weight.device.type != "meta" and linear.weight.device.type != "meta":
+        copy.load_state_dict({name: p.detach() for name, p in linear.named_parameters(recurse=False)})
+    return copy
+
+
+def _as_linear(linear: AdapterLinear) -> nn.Linear:
+    plain = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+    plain.weight, plain.bias = linear.weight, linear.bias
+    return plain
+
+
+def _become_hybrid(model: Any, hybrid_class: type, config: DSLAConfig) -> None:
+    """Turn the base, whose converted layers are in place, into the hybrid class; the config object of the base stays as it was."""
+    values = {name: value for name, value in model.config.to_dict().items() if name not in ("model_type", "architectures")}
+    hybrid_config = hybrid_class.config_class(**values, dsla_config=config.to_hybrid_dict())  # type: ignore[attr-defined]
+    hybrid_config._attn_implementation = model.config._attn_implementation
+    hybrid_config._name_or_path = model.config._name_or_path
+    base_config = model.config
+    for module in model.modules():
+        if getattr(module, "config", None) is base_config:
+            module.config = hybrid_config
+    model.__class__ = hybrid_class
+    hybrid_config.architectures = [hybrid_class.__name__]
+
+
+def _check_base(model: Any) -> None:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type == "dsla":
+        raise ValueError("this model is a DSLA hybrid already; put a DSLA adapter on the original model")
+    if model_type not in SUPPORTED_BASES:
+        raise ValueError(f"model type {model_type!r} is not supported by DSLA; supported are {list(SUPPORTED_BASES)}")
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, DSLALayer):
+            raise ValueError(
+                f"{name} carries another PEFT adapter ({type(module).__name__}): call merge_and_unload() on that one first, then convert"
+            )
+
+
+def _record_base(config: DSLAConfig, model: Any) -> None:
+    """Write type, sizes and fingerprint of the base into a new config; compare them with those of a loaded one."""
+    base = model.config
+    first: Any = decoder_layers(model)[0]
+    dimensions = {
+        "num_hidden_layers": base.num_hidden_layers,
+        "hidden_size": base.hidden_size,
+        "num_attention_heads": base.num_attention_heads,
+        "num_key_value_heads": getattr(base, "num_key_value_heads", None) or base.num_attention_heads,
+        "head_dim": first.self_attn.head_dim,
+    }
+    fingerprint = _fingerprint(config, model)
+    if config.base_model_type is None:
+        config.base_model_type, config.base_dimensions, config.base_fingerprint = base.model_type, dimensions, fingerprint
+        return
+    for what, recorded, found in (
+        ("model type", config.base_model_type, base.model_type),
+        ("sizes", config.base_dimensions, dimensions),
+    ):
+        if recorded != found:
+            raise ValueError(f"this DSLA adapter was made for another base model: its {what} {recorded}, this model's {found}")
+    recorded_prints = config.base_fingerprint or {}
+    for name, found_print in (fingerprint or {}).items():
+        recorded_print = recorded_prints.get(name, found_print)
+        if abs(recorded_print - found_print) > FINGERPRINT_TOLERANCE * abs(recorded_print):
+            raise ValueError(
+                f"this DSLA adapter was made for other weights of the same shape: mean |{name}| was {recorded_print:.6g} and is "
+                f"{found_print:.6g} here. Load the base it was trained on ({config.base_model_name_or_path or 'see its model card'}); "
+                "if the base was changed on purpose, remove base_fingerprint from adapter_config.json"
+            )
+
+
+def _fingerprint(config: DSLAConfig, model: nn.Module) -> dict[str, float] | None:
+    """Mean magnitude of the key and value weights of the planned layers; None where weights are not real or quantised."""
+    prints = {}
+    for index in config.conversion_order or ():
+        layer: Any = decoder_layers(model)[index]
+        for name in ("k_proj", "v_proj"):
+            weight = getattr(getattr(layer.self_attn, name), "weight", None)
+            if weight is None or not weight.is_floating_point() or weight.device.type == "meta":
+                return None
+            prints[f"layers.{index}.{name}"] = float(f"{weight.detach().float().abs().mean().item():.8g}")
+    return prints
+
+
+def _guard_level(decoder: nn.Module, args: Any, output: Any) -> None:
+    """Refuse a backward pass at another level than its forward: recomputed activations would belong to another model."""
+    hidden = getattr(output, "last_hidden_state", output[0] if isinstance(output, tuple) else output)
+    if not (torch.is_grad_enabled() and isinstance(hidden, Tensor) and hidden.requires_grad):
+        return
+
+    def converted() -> list[int]:
+        return [index for index, layer in dsla_layers(decoder).items() if layer.converted]
+
+    before = converted()
+
+    def check(grad: Tensor) -> None:
+        if (now := converted()) != before:
+            raise RuntimeError(
+                f"the level changed between forward and backward: layers {before} were DSLA, now {now} are. "
+                "Change the level (or disable_adapter) only after backward()"
+            )
+
+    hidden.register_hook(check)
+
+

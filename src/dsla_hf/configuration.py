@@ -1,0 +1,212 @@
+"""`DSLAConfig`: what a conversion is. It is the PEFT config of an adapter, and in plain form part of a hybrid's config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from dsla_kernels import check_lower_bound
+from peft import PeftConfig
+
+from .attention import half_life_to_logit
+from .peft_type import DSLA
+
+FORMAT_VERSION = 1
+# Which release of this package reads which format, for the message of an older release that meets a newer file.
+FIRST_RELEASE_OF_FORMAT = {1: "0.1"}
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+# What the mathematics of a converted layer depends on: stored in hybrids, equal in adapter and hybrid.
+MATHEMATICS = ("window_size", "gate_rank", "gate_normalizer", "gate_lower_bound", "half_lives")
+
+
+@dataclass
+class DSLAConfig(PeftConfig):
+    """Configuration of a Dual-State Linear Attention conversion.
+
+    `DSLAConfig(conversion_order=[3, 1, 2], level=2)` has weights for layers 3, 1 and 2, and runs layers 3 and 1 as DSLA.
+
+    Raises:
+        ValueError: names the field whose value does not fit, before a model is touched.
+    """
+
+    target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of the attention modules to convert. Default: 'self_attn'."}
+    )
+    exclude_modules: list[str] | None = field(default=None, metadata={"help": "Names of modules never to convert."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Other modules to train and to save in the adapter, as in every PEFT method."}
+    )
+    conversion_order: list[int] | None = field(
+        default=None,
+        metadata={"help": "Layers with DSLA weights, least harmful first. Default: all layers by number; `rank_layers` finds a better order."},
+    )
+    level: int | None = field(
+        default=None, metadata={"help": "How many layers of the order are DSLA (0: the original model). Default: all of them."}
+    )
+    window_size: int = field(
+        default=64,
+        metadata={"help": "Block size of the softmax window: every token sees its own block and the one before. 0: the paper's pure layer."},
+    )
+    gate_rank: int = field(default=16, metadata={"help": "Rank of the map from a value vector to its gates."})
+    gate_normalizer: float = field(default=16.0, metadata={"help": "Divides the log-sigmoid of the gates."})
+    gate_lower_bound: float = field(default=-1.25, metadata={"help": "Smallest log-decay per token, from -1.25 to below 0."})
+    half_lives: tuple[float, float] = field(
+        default=(16.0, 16.0), metadata={"help": "Initial half-lives in tokens of the history and the recency state."}
+    )
+    trained_projections: tuple[str, ...] = field(
+        default=("q_proj", "o_proj"),
+        metadata={
+            "help": "Projections of which DSLA has its own, trained copy. With k_proj or v_proj among them, raising the "
+            "level in mid-text is approximate: the cache holds the original model's keys and values."
+        },
+    )
+    order_scores: dict[str, float] | None = field(
+        default=None, metadata={"help": "What `rank_layers` measured for each layer (written by the library)."}
+    )
+    level_metrics: dict[str, dict[str, float]] | None = field(
+        default=None, metadata={"help": "Measurements per level for the model card, e.g. {'4': {'perplexity': 23.7}}."}
+    )
+    base_model_type: str | None = field(default=None, metadata={"help": "`model_type` of the base (written by the library)."})
+    base_dimensions: dict[str, int] | None = field(default=None, metadata={"help": "Sizes of the base (written by the library)."})
+    base_fingerprint: dict[str, float] | None = field(
+        default=None, metadata={"help": "Magnitudes of the base's key and value weights (written by the library)."}
+    )
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the file format."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = DSLA
+        check_format_version(self.format_version)
+        if self.target_modules is None:
+            self.target_modules = ["self_attn"]
+        if isinstance(self.target_modules, str):
+            raise ValueError(
+                f"target_modules must be a list of module names such as ['self_attn'], got the pattern {self.target_modules!r}: "
+                "which layers are converted is said by conversion_order"
+            )
+        self.target_modules = sorted(self.target_modules)
+        self.half_lives = tuple(self.half_lives)
+        self.trained_projections = tuple(name for name in PROJECTIONS if name in self._checked_projections())
+        self._check_mathematics()
+        if self.conversion_order is not None:
+            self.conversion_order = check_order(self.conversion_order)
+        self.level = self.check_level(self.level)
+
+    @property
+    def layers_to_transform(self) -> list[int] | None:
+        """PEFT's name for the layers to wrap: all of the plan, whatever the level."""
+        return self.conversion_order
+
+    @property
+    def converted_layers(self) -> list[int]:
+        """The layers that are DSLA at the current level, in order."""
+        return (self.conversion_order or [])[: self.level]
+
+    @property
+    def exact_fold(self) -> bool:
+        """Whether the states computed from a softmax layer's cache are those the DSLA layer would have built."""
+        return not {"k_proj", "v_proj"} & set(self.trained_projections)
+
+    def check_level(self, level: int | None) -> int | None:
+        """`level` if the plan has it; None stands for the whole plan once the plan is known.
+
+        Raises:
+            ValueError: if it is no whole number from 0 to the number of layers in the plan.
+        """
+        if level is None:
+            return None if self.conversion_order is None else len(self.conversion_order)
+        if isinstance(level, bool) or not isinstance(level, int) or level < 0:
+            raise ValueError(f"level must be a whole number of converted layers, 0 or more, got {level!r}")
+        if self.conversion_order is not None and level > len(self.conversion_order):
+            raise ValueError(
+                f"level {level} is above the plan: conversion_order holds {len(self.conversion_order)} layers {self.conversion_order}"
+            )
+        return level
+
+    def mathematics(self) -> dict[str, Any]:
+        """Keyword arguments of `DualStateAttention` that are the same for every layer."""
+        return {name: getattr(self, name) for name in MATHEMATICS}
+
+    def to_hybrid_dict(self) -> dict[str, Any]:
+        """The plain dict that a hybrid checkpoint stores as `config.dsla_config`: mathematics, converted layers, no PEFT fields."""
+        mathematics = {name: list(value) if isinstance(value, tuple) else value for name, value in self.mathematics().items()}
+        return {
+            "format_version": self.format_version,
+            "base_model_type": self.base_model_type,
+            "converted_layers": list(self.converted_layers),
+            **mathematics,
+        }
+
+    @classmethod
+    def from_hybrid_dict(cls, hybrid: dict[str, Any], source: str = "dsla_config") -> DSLAConfig:
+        """The inverse of `to_hybrid_dict`; `source` names the file for error messages.
+
+        Raises:
+            ValueError: if an entry is missing, unknown, or does not fit.
+        """
+        if not isinstance(hybrid, dict):
+            raise ValueError(f"{source}: 'dsla_config' must be a dict as DSLAConfig.to_hybrid_dict() writes it, got {hybrid!r}")
+        check_format_version(hybrid.get("format_version"), source)
+        expected = {"format_version", "base_model_type", "converted_layers", *MATHEMATICS}
+        if missing := sorted(expected - hybrid.keys()):
+            raise ValueError(
+                f"{source}: 'dsla_config' lacks {missing}. It replaces the stored one as a whole: give all of {sorted(expected)}, or leave it out"
+            )
+        if unknown := sorted(hybrid.keys() - expected):
+            raise ValueError(f"{source}: 'dsla_config' has unknown entries {unknown}; known are {sorted(expected)}")
+        return cls(
+            conversion_order=hybrid["converted_layers"],
+            base_model_type=hybrid["base_model_type"],
+            **{name: hybrid[name] for name in MATHEMATICS},
+        )
+
+    def _checked_projections(self) -> tuple[str, ...]:
+        if isinstance(self.trained_projections, str) or not set(self.trained_projections) <= set(PROJECTIONS):
+            raise ValueError(f"trained_projections must be a list out of {list(PROJECTIONS)}, got {self.trained_projections!r}")
+        return tuple(self.trained_projections)
+
+    def _check_mathematics(self) -> None:
+        if not isinstance(self.window_size, int) or self.window_size < 0:
+            raise ValueError(f"window_size must be a number of tokens, 0 or more, got {self.window_size!r}")
+        if not isinstance(self.gate_rank, int) or self.gate_rank < 1:
+            raise ValueError(f"gate_rank must be a whole number, 1 or more, got {self.gate_rank!r}")
+        if not self.gate_normalizer > 0:
+            raise ValueError(f"gate_normalizer must be positive, got {self.gate_normalizer!r}")
+        try:
+            check_lower_bound(self.gate_lower_bound)
+        except ValueError as error:
+            raise ValueError(f"gate_lower_bound: {error}") from None
+        if len(self.half_lives) != 2:
+            raise ValueError(f"half_lives must be two numbers of tokens (history, recency), got {self.half_lives!r}")
+        for half_life in self.half_lives:
+            half_life_to_logit(half_life, self.gate_normalizer)
+
+
+def check_order(order: Any, num_layers: int | None = None) -> list[int]:
+    """`order` as a list of distinct layer numbers, all below `num_layers` if that is given.
+
+    Raises:
+        ValueError: names the wrong, negative or repeated numbers.
+    """
+    order = list(order)
+    if not order or any(isinstance(layer, bool) or not isinstance(layer, int) for layer in order):
+        raise ValueError(f"conversion_order must be a list of layer numbers, got {order!r}")
+    if wrong := [layer for layer in order if layer < 0 or (num_layers is not None and layer >= num_layers)]:
+        known = "0 or more" if num_layers is None else f"0 to {num_layers - 1}"
+        raise ValueError(f"conversion_order names layers that do not exist: {wrong}; layers of this model are {known}")
+    if repeated := sorted({layer for layer in order if order.count(layer) > 1}):
+        raise ValueError(f"conversion_order names layers more than once: {repeated} in {order}")
+    return order
+
+
+def check_format_version(version: Any, source: str = "adapter_config.json") -> None:
+    """Raises ValueError for a format that this release cannot read, with the release that can."""
+    if not isinstance(version, int) or version < 1:
+        raise ValueError(f"{source}: format_version must be a whole number, 1 or more, got {version!r}")
+    if version > FORMAT_VERSION:
+        release = FIRST_RELEASE_OF_FORMAT.get(version, f"that writes format {version}")
+        raise ValueError(
+            f"{source}: written in format {version}, this release of dsla-hf reads up to {FORMAT_VERSION}; install a release {release} or newer"
+        )

@@ -1,0 +1,283 @@
+"""DSLA inside transformers models: the drop-in attention over any base attention class, and the hybrid model classes.
+
+A converted layer is a subclass of the base model's own attention class. The base's forward runs as it is (projections,
+q/k norms, rotary embedding, output projection); only the attention function it calls is ours. Hybrid checkpoints have
+`model_type: "dsla"`; their config and model classes are made per base, on first use, over the two mixins here.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from .attention import DualStateAttention
+from .cache import DSLACacheLayer, dsla_cache_layer
+from .configuration import DSLAConfig, check_order
+from .layout import TokenLayout, install_layout_hook, read_layout
+from .saving import save_hybrid
+
+# Base models whose attention has been tested under DSLA, by `model_type`.
+SUPPORTED_BASES = ("llama", "qwen3")
+
+ATTENTION_FUNCTION = "dsla"
+
+
+# --- the drop-in attention --------------------------------------------------------------------------------------
+
+
+def dsla_attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dsla_layer: DSLACacheLayer | None = None,
+    dsla_layout: TokenLayout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of converted layers, in transformers' interface: q, k, v `[B, H, T, D]`, output `[B, T, H, D]`."""
+    layout = dsla_layout or TokenLayout()
+    past, tokens = (0 if dsla_layer is None else dsla_layer.tokens), query.shape[2]
+    o, state = module.dsla(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        padding_mask=layout.new_mask(past, tokens),
+        cu_seqlens=layout.cu_seqlens,
+        state=None if dsla_layer is None else dsla_layer.state,
+        output_state=dsla_layer is not None,
+    )
+    if dsla_layer is not None:
+        dsla_layer.advance(state, tokens)
+    return o, None
+
+
+AttentionInterface.register(ATTENTION_FUNCTION, dsla_attention_function)
+
+
+class DSLAAttentionMixin:
+    """Put in front of a base attention class by `dsla_attention_class`; `dsla` holds what is DSLA's own."""
+
+    dsla: DualStateAttention
+    layer_idx: int
+
+    def convert(self, dsla: DualStateAttention) -> None:
+        """Make this base attention module run `dsla`."""
+        self.config = attention_config(self.config)
+        self.dsla = dsla
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        dsla_layout: TokenLayout | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        layout = read_layout(attention_mask) if dsla_layout is None else dsla_layout
+        layer = None
+        if past_key_values is not None:
+            layer = dsla_cache_layer(past_key_values, self.layer_idx, self.dsla, layout)
+            layer.expect_update()
+        return super().forward(  # type: ignore[misc]
+            hidden_states,
+            *args,
+            attention_mask=None,
+            past_key_values=past_key_values,
+            dsla_layer=layer,
+            dsla_layout=layout,
+            **kwargs,
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time: pickle by its base, which is importable.
+        return _new_attention, (type(self).__mro__[2],), self.__getstate__()  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=None)
+def dsla_attention_class(base_class: type[nn.Module]) -> type[nn.Module]:
+    """The drop-in attention over `base_class`, e.g. `DSLALlamaAttention` over `LlamaAttention`."""
+    return type(f"DSLA{base_class.__name__}", (DSLAAttentionMixin, base_class), {"__module__": __name__})
+
+
+def _new_attention(base_class: type[nn.Module]) -> nn.Module:
+    return (cls := dsla_attention_class(base_class)).__new__(cls)
+
+
+def attention_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of a model's config for one attention module, which selects our attention function.
+
+    Never set on the model's own config: its softmax layers would lose their masks.
+    """
+    config = copy.copy(config)
+    config._attn_implementation = ATTENTION_FUNCTION
+    return config
+
+
+def new_dual_state_attention(attention: nn.Module, dsla_config: DSLAConfig) -> DualStateAttention:
+    """DSLA's own parameters for a base attention module, sized by the base's config."""
+    config: Any = attention.config
+    head_dim: Any = attention.head_dim
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    scale: Any = attention.scaling
+    return DualStateAttention(config.num_attention_heads, kv_heads, head_dim, scale=scale, **dsla_config.mathematics())
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder's layers of a causal LM of transformers.
+
+    Raises:
+        ValueError: if there are none where transformers puts them.
+    """
+    layers = getattr(decoder_of(model), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(f"{type(model).__name__} has no list of decoder layers; supported base models: {list(SUPPORTED_BASES)}")
+    return layers
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The decoder inside a causal LM, e.g. the `LlamaModel` of a `LlamaForCausalLM` (or the model itself if it is one)."""
+    return model.base_model if isinstance(model, PreTrainedModel) else model
+
+
+# --- hybrid checkpoints -----------------------------------------------------------------------------------------
+
+
+class DSLAHybridConfig(PreTrainedConfig):
+    """Config of a hybrid: the base model's config, and `dsla_config` (see `DSLAConfig.to_hybrid_dict`) inside it."""
+
+    model_type = "dsla"
+    dsla_config: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.dsla_config is not None:
+            self.get_dsla_config()
+
+    def get_dsla_config(self) -> DSLAConfig:
+        """The conversion that this hybrid is, checked."""
+        source = config_file(self)
+        config = DSLAConfig.from_hybrid_dict(self.dsla_config, source)
+        try:
+            check_order(config.conversion_order, self.num_hidden_layers)
+        except ValueError as error:
+            raise ValueError(f"{source}: converted_layers: {error}") from None
+        return config
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:
+        """Resolves to the class for the base model that the dict names.
+
+        Raises:
+            ValueError: names the file and the supported base models, if it names none of them.
+        """
+        if cls is not DSLAHybridConfig:
+            return super().from_dict(config_dict, **kwargs)
+        name = kwargs.get("name_or_path") or config_dict.get("_name_or_path") or ""
+        source = f"{name}/config.json" if name else "config.json"
+        hybrid = config_dict.get("dsla_config")
+        base = hybrid.get("base_model_type") if isinstance(hybrid, dict) else None
+        if base not in SUPPORTED_BASES:
+            raise ValueError(
+                f"{source}: 'dsla_config' names the base_model_type {base!r}; supported are {list(SUPPORTED_BASES)}. "
+                "Write hybrids with merge_and_unload() and save_pretrained()"
+            )
+        return hybrid_classes(base)[0].from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> PreTrainedConfig:
+        kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Does nothing: `save_pretrained` writes `auto_map` and the file it points to."""
+
+
+def config_file(config: PreTrainedConfig) -> str:
+    name = getattr(config, "_name_or_path", "")
+    return f"{name}/config.json" if name else "config.json"
+
+
+class DSLAHybridMixin:
+    """Put in front of a causal LM class: its converted layers are DSLA attention from the start."""
+
+    config: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        dsla_config = config.get_dsla_config()
+        for index in dsla_config.converted_layers:
+            layer: Any = decoder_layers(self)[index]  # type: ignore[arg-type]
+            base = layer.self_attn
+            layer.self_attn = dsla_attention_class(type(base))(config, index)
+            layer.self_attn.convert(new_dual_state_attention(base, dsla_config))
+        install_layout_hook(decoder_of(self))  # type: ignore[arg-type]
+        self.post_init()  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, DualStateAttention):
+            if not any(getattr(p, "_is_hf_initialized", False) for p in module.parameters()):
+                module.reset_parameters()
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; adds the `auto_map` file, so that `trust_remote_code=True` loads it where dsla-hf is
+        installed but not imported, and a model card. Refuses a directory that holds another model."""
+        save_hybrid(self, super().save_pretrained, save_directory, *args, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModelForCausalLM") -> None:
+        """Does nothing: `save_pretrained` writes `auto_map` and the file it points to."""
+
+
+@lru_cache(maxsize=None)
+def hybrid_classes(base_model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+    """The config and model class of hybrids over a base, e.g. `DSLALlamaConfig` and `DSLALlamaForCausalLM`."""
+    if base_model_type not in SUPPORTED_BASES:
+        raise ValueError(f"base model type {base_model_type!r} is not supported; supported are {list(SUPPORTED_BASES)}")
+    base_config = CONFIG_MAPPING[base_model_type]
+    base_model = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
+    names = {"model_type": "dsla", "base_model_type": base_model_type, "__module__": __name__, "__annotations__": {}}
+    config_class: Any = type(f"DSLA{base_config.__name__}", (DSLAHybridConfig, base_config), names)
+    names = {"config_class": config_class, "__module__": __name__}
+    model_class: Any = type(f"DSLA{base_model.__name__}", (DSLAHybridMixin, base_model), names)
+    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    return config_class, model_class
+
+
+class DSLAForCausalLM:
+    """Entry for `auto_map`: `from_pretrained` loads the hybrid class that a checkpoint's config names."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> PreTrainedModel:
+        if config is None:
+            config = DSLAHybridConfig.from_pretrained(pretrained_model_name_or_path)
+        model_class = hybrid_classes(config.base_model_type)[1]
+        return model_class.from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModelForCausalLM") -> None:
+        """Does nothing: `save_pretrained` writes `auto_map` and the file it points to."""
+
+
+AutoConfig.register("dsla", DSLAHybridConfig, exist_ok=True)
+
+
+def __getattr__(name: str) -> Any:
+    """Hybrid classes as attributes of this module, made on first use: they import and pickle by name."""
+    for base in SUPPORTED_BASES if name.startswith("DSLA") else ():
+        for cls in hybrid_classes(base):
+            if cls.__name__ == name:
+                return cls
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

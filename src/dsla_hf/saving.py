@@ -1,0 +1,137 @@
+"""Saving adapters and hybrids: nothing of another model is overwritten, nothing is left half-written, a card goes with it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from .cards import adapter_card, hybrid_card
+from .configuration import DSLAConfig
+from .peft_type import DSLA
+
+SHIM_NAME = "modeling_dsla_hf"
+SHIM = '''"""Lets transformers load this checkpoint with trust_remote_code=True. Needs the package: pip install dsla-hf."""
+
+from dsla_hf import DSLAForCausalLM, DSLAHybridConfig
+
+__all__ = ["DSLAForCausalLM", "DSLAHybridConfig"]
+'''
+AUTO_MAP = {"AutoConfig": f"{SHIM_NAME}.DSLAHybridConfig", "AutoModelForCausalLM": f"{SHIM_NAME}.DSLAForCausalLM"}
+
+
+def save_hybrid(model: Any, save: Callable[..., None], save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    """Save a hybrid by `save` (transformers' own), with `auto_map`, the file it names and a model card.
+
+    Raises:
+        ValueError: if the directory holds another model.
+    """
+    directory = Path(save_directory)
+    dsla_config = model.config.get_dsla_config()
+    _check_hybrid_directory(directory, dsla_config)
+    push_to_hub = kwargs.pop("push_to_hub", False)
+    model.config.auto_map = AUTO_MAP
+    if kwargs.get("is_main_process", args[0] if args else True):
+        with _written_whole(directory) as temporary:
+            save(temporary, *args, **kwargs)
+            (temporary / f"{SHIM_NAME}.py").write_text(SHIM)
+            (temporary / "README.md").write_text(hybrid_card(model.config, dsla_config))
+    if push_to_hub:
+        repo_id = kwargs.pop("repo_id", directory.name)
+        model.push_to_hub(repo_id, **{name: kwargs[name] for name in ("token", "commit_message", "private") if name in kwargs})
+
+
+def _check_hybrid_directory(directory: Path, dsla_config: DSLAConfig) -> None:
+    found = _read_json(directory / "config.json")
+    if found is None:
+        if (directory / "adapter_config.json").exists():
+            raise ValueError(f"{directory} holds an adapter: save the hybrid into a directory of its own")
+    elif found.get("model_type") != "dsla" or found.get("dsla_config") != dsla_config.to_hybrid_dict():
+        raise ValueError(f"{directory} holds another model ({found.get('model_type')}): save into an empty directory")
+
+
+def _check_adapter_directory(directory: Path, config: DSLAConfig) -> None:
+    if (model := _read_json(directory / "config.json")) is not None:
+        raise ValueError(f"{directory} holds a model ({model.get('model_type')}): save the adapter into a directory of its own")
+    found = _read_json(directory / "adapter_config.json")
+    if found is None:
+        return
+    same = found.get("peft_type") == DSLA and all(
+        found.get(name) == getattr(config, name) for name in ("base_model_type", "base_dimensions")
+    )
+    if not same or set(found.get("conversion_order") or ()) != set(config.conversion_order or ()):
+        raise ValueError(f"{directory} holds another adapter ({found.get('peft_type')}): save into an empty directory")
+
+
+def _read_json(path: Path) -> dict | None:
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        return {}
+
+
+class _written_whole:
+    """A temporary directory whose files are renamed into `directory` at the end, or dropped after an error."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def __enter__(self) -> Path:
+        if self.directory.is_file():
+            raise ValueError(f"{self.directory} is a file: give a directory to save into")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._temporary = tempfile.TemporaryDirectory(dir=self.directory, prefix=".saving-")
+        return Path(self._temporary.name)
+
+    def __exit__(self, error: Any, *_: Any) -> None:
+        with self._temporary as name:
+            if error is not None:
+                return
+            source = Path(name)
+            # Weights first, configuration last: a directory with a configuration has its weights.
+            files = sorted((f for f in source.rglob("*") if f.is_file()), key=lambda f: f.suffix == ".json")
+            for file in files:
+                target = self.directory / file.relative_to(source)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target)
+
+
+def _wrap_save_pretrained(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def save_pretrained(self: PeftModel, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        configs = {name: c for name, c in self.peft_config.items() if isinstance(c, DSLAConfig)}
+        if not configs:
+            return original(self, save_directory, *args, **kwargs)
+        if not kwargs.get("safe_serialization", args[0] if args else True):
+            raise ValueError("DSLA adapters are saved as safetensors only: leave safe_serialization out")
+        directory = Path(save_directory)
+        for name, config in configs.items():
+            _check_adapter_directory(directory if name == "default" else directory / name, config)
+        if not kwargs.get("is_main_process", True):
+            return original(self, save_directory, *args, **kwargs)
+        with _written_whole(directory) as temporary:
+            original(self, str(temporary), *args, **kwargs)
+            (temporary / "README.md").write_text(adapter_card(self.peft_config[self.active_adapter], getattr(self, "config", None)))
+
+    save_pretrained.wrapped = original  # type: ignore[attr-defined]
+    return save_pretrained
+
+
+def install_adapter_saving() -> None:
+    """Give `PeftModel.save_pretrained` the checks above for DSLA adapters; others are saved as before. Idempotent.
+
+    PEFT lets a method choose its layers and its state dict, but not how a directory is written.
+    """
+    if not hasattr(PeftModel.save_pretrained, "wrapped"):
+        PeftModel.save_pretrained = _wrap_save_pretrained(PeftModel.save_pretrained)  # type: ignore[method-assign]
+
+
+install_adapter_saving()
