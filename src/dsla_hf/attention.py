@@ -167,7 +167,7 @@ class DualStateAttention(nn.Module):
         logits = self.mix_logits
         return (logits if logits.dtype == torch.float64 else logits.float()).softmax(-1)
 
-    def initial_half_lives(self) -> Tensor:
+    def bias_half_lives(self) -> Tensor:
         """Half-life in tokens that the gate biases stand for (gates of a zero value vector): `[Hkv, 2, K/2]`."""
         log_decay = log_decays(self.gate_bias, self.gate_bias.shape[-1], self.gate_normalizer, self.gate_lower_bound)
         return math.log(0.5) / log_decay

@@ -1,0 +1,258 @@
+"""Distillation of a DSLA adapter from its own base: a `Trainer` with two stages, and `distill`, which runs them.
+
+Stage "alignment": every DSLA layer learns to give the attention output of the layer it replaces, on the base's own
+inputs, all layers in one pass and each on its own. Stage "logits": KL to the base's logits, with a level drawn anew for
+every step, so that every level of the plan is trained. The teacher is the same model at level 0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from .adapter import DSLAModel, active_config, dsla_layers
+from .losses import alignment_loss, kl_loss
+from .sensitivity import LayerRanking, rank_layers
+
+logger = logging.get_logger(__name__)
+
+STAGES = ("alignment", "logits")
+
+
+@dataclass
+class DSLATrainingArguments(TrainingArguments):
+    """`TrainingArguments` with what distillation adds."""
+
+    stage: str = field(default="logits", metadata={"help": "'alignment' of attention outputs, or 'logits' (KL at random levels)."})
+    train_level: int | None = field(
+        default=None, metadata={"help": "Train stage 'logits' at this level only. Default: a random level from 1 to the plan's depth per step."}
+    )
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the DSLA weights."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule, as in transformers."})
+
+    def __post_init__(self) -> None:
+        if self.stage not in STAGES:
+            raise ValueError(f"stage must be one of {list(STAGES)}, got {self.stage!r}")
+        if self.gradient_checkpointing:
+            options = dict(self.gradient_checkpointing_kwargs or {})
+            if options.setdefault("use_reentrant", False):
+                raise ValueError(
+                    "gradient_checkpointing_kwargs={'use_reentrant': True} loses the gradients of DSLA layers over a frozen base: "
+                    "use {'use_reentrant': False}"
+                )
+            self.gradient_checkpointing_kwargs = options
+        super().__post_init__()
+
+
+def draw_level(seed: int, step: int, depth: int) -> int:
+    """The level of a training step, uniform from 1 to `depth`: a pure function of seed and global step, so that it is the
+    same on every process and after a resume."""
+    return random.Random(f"{seed}/{step}").randint(1, depth)
+
+
+class DSLATrainer(Trainer):
+    """Trains the DSLA weights of a PEFT model. Data: `input_ids` (and `attention_mask`), no labels needed.
+
+    Trained weights are held in fp32 whatever the base's dtype. Loss terms and, per layer, the half-lives of both states
+    are logged.
+
+    Raises:
+        ValueError: if the model has no DSLA adapter.
+    """
+
+    # Our losses are means over a batch; the Trainer divides them by the accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, model: PeftModel, args: DSLATrainingArguments, **kwargs: Any):
+        if not isinstance(getattr(model, "base_model", None), DSLAModel):
+            raise ValueError("DSLATrainer trains a DSLA adapter: give it get_peft_model(model, DSLAConfig(...))")
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        super().__init__(model=model, args=args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+        self._terms: dict[str, list[Tensor]] = defaultdict(list)
+
+    # --- losses -------------------------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        # The level holds from the forward to the end of the backward pass, whose recomputations need it.
+        with self._at_level(self.step_level()):
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    def step_level(self) -> int:
+        """The level of the current step."""
+        args: Any = self.args
+        depth = len(active_config(self.model).conversion_order or ())
+        return args.train_level if args.train_level is not None else draw_level(args.seed, self.state.global_step, depth)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        args: Any = self.args
+        losses = self._alignment(model, inputs) if args.stage == "alignment" else self._logits(model, inputs)
+        loss = sum(losses.values()) / len(losses)
+        if self.model.training:
+            for name, term in losses.items():
+                self._terms[name].append(term.detach())
+            loss = loss + self._zero_of_idle_weights()
+        return (loss, {}) if return_outputs else loss
+
+    def _alignment(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = {}
+        mask = inputs.get("attention_mask")
+
+        def compare(layer: Any, args: tuple, kwargs: dict, output: Any) -> None:
+            # Inside the wrapped forward, as DDP and FSDP need. A checkpointed block comes by again in its recomputation.
+            prediction = layer.dsla_attention()(*args, **kwargs)[0]
+            losses.setdefault(f"alignment/layer_{layer.layer_idx}", alignment_loss(prediction, output[0], mask))
+
+        hooks = [layer.register_forward_hook(compare, with_kwargs=True) for layer in dsla_layers(model).values() if layer.adapter_name]
+        try:
+            with self._teacher(model):
+                model(**inputs, use_cache=False, logits_to_keep=1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return losses
+
+    def _logits(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        with torch.no_grad(), self._teacher(model):
+            teacher = model(**inputs, use_cache=False).logits
+        student = model(**inputs, use_cache=False).logits
+        return {"kl": kl_loss(student, teacher, inputs.get("attention_mask"))}
+
+    def _zero_of_idle_weights(self) -> Tensor | float:
+        """Zero, but a function of the trained weights of layers that are not DSLA at this level: their gradient is zero, not
+        missing, alike on one process and many (DDP waits for every gradient)."""
+        args: Any = self.args
+        if args.stage == "alignment":
+            return 0.0
+        idle = [p for layer in dsla_layers(self.model).values() if not layer.converted for p in layer.parameters() if p.requires_grad]
+        return sum(((p * 0).sum() for p in idle), start=0.0)
+
+    @contextmanager
+    def _at_level(self, level: int) -> Any:
+        config = active_config(self.model)
+        level, config.level = config.level, config.check_level(level)  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            config.level = level
+
+    def _teacher(self, model: nn.Module) -> Any:
+        unwrapped: Any = self.accelerator.unwrap_model(model)
+        return unwrapped.disable_adapter()
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, None, None]:
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    # --- logs ---------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._terms:
+            names = list(self._terms)
+            means = torch.stack([torch.stack(self._terms[name]).mean() for name in names])
+            means = self.accelerator.reduce(means, reduction="mean")
+            logs.update(zip(names, means.tolist(), strict=True))
+            self._terms.clear()
+            logs.update(half_lives(self.model))
+        super().log(logs, start_time)
+
+
+def half_lives(model: nn.Module) -> dict[str, float]:
+    """Half-life in tokens of each layer's two states, as its gate biases have it (geometric mean over heads and channels)."""
+    lives = {}
+    for index, layer in dsla_layers(model).items():
+        if layer.adapter_name is not None:
+            means = layer.dsla_core[layer.adapter_name].bias_half_lives().detach().log().mean((0, 2)).exp()
+            for name, life in zip(("history", "recency"), means.tolist(), strict=True):
+                lives[f"half_life/{name}/layer_{index}"] = life
+    return lives
+
+
+# --- the whole recipe -------------------------------------------------------------------------------------------
+
+
+def distill(
+    model: PeftModel,
+    train_dataset: Any,
+    args: DSLATrainingArguments,
+    *,
+    alignment_steps: int,
+    logits_steps: int,
+    ranking_data: Any = None,
+    **trainer_options: Any,
+) -> LayerRanking | None:
+    """Stage 1, ranking of the layers, stage 2: an adapter whose every level is trained, saved in `args.output_dir`.
+
+    Interrupted runs go on where they were: finished parts are read back, the unfinished one resumes from its last
+    checkpoint.
+
+    Args:
+        model: `get_peft_model(base, DSLAConfig(...))`.
+        train_dataset: items with `input_ids`, all of one length (packed), used by both stages.
+        args: for both stages; `stage` and `max_steps` are set here.
+        alignment_steps, logits_steps: optimizer steps of the two stages.
+        ranking_data: batches of `input_ids` `[B, T]` for `rank_layers`; None keeps the order of the config.
+        trainer_options: passed to `DSLATrainer`, e.g. callbacks or `eval_dataset`.
+    """
+    tuner: Any = model.base_model
+    output = Path(args.output_dir)
+    _run_stage(model, train_dataset, args, "alignment", alignment_steps, trainer_options)
+    ranking = None
+    if ranking_data is not None:
+        ranking_file = output / "ranking.json"
+        if ranking_file.exists():
+            ranking = LayerRanking.from_dict(json.loads(ranking_file.read_text()))
+        else:
+            ranking = rank_layers(model, ranking_data)
+            if args.process_index == 0:
+                _write_json(ranking_file, ranking.to_dict())
+        tuner.set_conversion_order(ranking.order, ranking.scores)
+    _run_stage(model, train_dataset, args, "logits", logits_steps, trainer_options)
+    if args.process_index == 0:
+        model.save_pretrained(str(output))
+    return ranking
+
+
+def _run_stage(model: PeftModel, dataset: Any, args: DSLATrainingArguments, stage: str, steps: int, options: dict[str, Any]) -> None:
+    directory = Path(args.output_dir) / stage
+    settings = {**_init_fields(args), "output_dir": str(directory), "stage": stage, "max_steps": steps}
+    trainer = DSLATrainer(model, type(args)(**settings), train_dataset=dataset, **options)
+    if (directory / "adapter_config.json").exists():
+        logger.warning(f"stage {stage!r} is finished: its weights are read from {directory}")
+        model.load_adapter(str(directory), model.active_adapter, is_trainable=True)
+        return
+    checkpoint = get_last_checkpoint(str(directory)) if directory.is_dir() else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_state()
+    trainer.save_model(str(directory))
+
+
+def _init_fields(args: TrainingArguments) -> dict[str, Any]:
+    return {name: getattr(args, name) for name, f in args.__dataclass_fields__.items() if f.init}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)

@@ -1,0 +1,47 @@
+"""The terms of the distillation loss. Small, named, and each a mean over real tokens."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+TOKENS_PER_CHUNK = 1024
+
+
+def alignment_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Squared error of an attention output relative to the target's energy: 0 is equal, 1 is as bad as predicting zero.
+
+    Args:
+        prediction, target: `[B, T, hidden]`; the target gets no gradient.
+        mask: `[B, T]`, nonzero at real tokens.
+    """
+    target = target.detach().float()
+    error, energy = (prediction.float() - target).square().sum(-1), target.square().sum(-1)
+    if mask is not None:
+        error, energy = error * mask, energy * mask
+    return error.sum() / energy.sum().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def kl_loss(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """KL(teacher || student) in nats per token, in fp32.
+
+    Goes through the tokens in chunks that are computed again in the backward pass, so that no full-size probabilities
+    are kept beside the logits.
+
+    Args:
+        student_logits, teacher_logits: `[B, T, vocabulary]`; the teacher gets no gradient.
+        mask: `[B, T]`, nonzero at real tokens.
+    """
+    student, teacher = student_logits.flatten(0, -2), teacher_logits.detach().flatten(0, -2)
+    weights = torch.ones_like(student[:, 0], dtype=torch.float32) if mask is None else mask.flatten().float()
+    total = student.new_zeros((), dtype=torch.float32)
+    for s, t, w in zip(*(x.split(TOKENS_PER_CHUNK) for x in (student, teacher, weights)), strict=True):
+        total = total + checkpoint(_weighted_kl, s, t, w, use_reentrant=False)
+    return total / weights.sum().clamp_min(1)
+
+
+def _weighted_kl(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+    student, teacher = F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)
+    return (F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1) * weights).sum()

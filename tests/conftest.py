@@ -1,0 +1,83 @@
+"""Fixtures shared by all tests: small random models of both kinds, adapters far from their start, the shared folder."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from dsla_hf import DSLAConfig
+
+KINDS = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Every test starts from the same random numbers, alone or among others."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_model(seed):
+    """Factory of small random causal LMs: `tiny_model("llama")`; keyword arguments go to the model's config.
+
+    Weights are large enough (0.2) that attention moves the logits: a wrong attention cannot hide behind a small output.
+    """
+
+    def make(kind, **config):
+        config_class, model_class = KINDS[kind]
+        values = {
+            "num_hidden_layers": 4,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "vocab_size": 97,
+            "max_position_embeddings": 4096,
+            "initializer_range": 0.2,
+            "tie_word_embeddings": True,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": None,
+        }
+        return model_class(config_class(**{**values, **config})).eval()
+
+    return make
+
+
+@pytest.fixture(params=sorted(KINDS))
+def base_kind(request):
+    """The kind of base model, for tests that must hold for all of them."""
+    return request.param
+
+
+@pytest.fixture
+def adapter_model(seed):
+    """Factory `adapter_model(base, **config)`: a DSLA adapter on `base`, each of its weights moved away from its start,
+    so that every gate, mix, norm, gain and projection has an effect."""
+
+    def make(base, **config):
+        config = {"task_type": "CAUSAL_LM", "conversion_order": [2, 0, 3, 1], "window_size": 8, **config}
+        model = get_peft_model(base, DSLAConfig(**config))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "dsla_" in name:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shared_dir():
+    """The folder with the yardstick teacher and text, which lies beside the repository and is not part of it."""
+    path = Path(__file__).resolve().parents[2] / "shared"
+    if not path.is_dir():
+        pytest.skip("needs the folder 'shared' beside the repository (teacher model and text); it is not there")
+    return path
