@@ -90,9 +90,7 @@ def run_recipe(name: str, teacher: str, data: Path, output: Path, seed: int, lea
     )
     steps = STAGE_TOKENS // (BATCH * LENGTH)
     start = time.perf_counter()
-    order = distill(
-        model, PackedTokens(train), args, alignment_steps=steps, logits_steps=steps, ranking_data=list(ranking.split(4))
-    )
+    order = distill(model, PackedTokens(train), args, alignment_steps=steps, logits_steps=steps, ranking_data=list(ranking.split(4)))
     seconds = time.perf_counter() - start
 
     torch.set_float32_matmul_precision("highest")

@@ -41,7 +41,8 @@ def check_inputs(
         raise ValueError(f"the {heads} query heads must be a multiple of the {kv_heads} key-value heads")
     if gate_logits.shape[:-1] != (batch, tokens, kv_heads, 2) or gate_logits.shape[-1] not in (key_dim, key_dim / 2):
         raise ValueError(
-            f"gate_logits must be [{batch}, {tokens}, {kv_heads}, 2, G] with G = {key_dim} or {key_dim / 2:g}, got {list(gate_logits.shape)}"
+            f"gate_logits must be [{batch}, {tokens}, {kv_heads}, 2, G] with G = {key_dim} or {key_dim / 2:g}, "
+            f"got {list(gate_logits.shape)}"
         )
     if mix.shape != (heads, 2):
         raise ValueError(f"mix must be [{heads}, 2] (query heads, states), got {list(mix.shape)}")

@@ -98,7 +98,7 @@ class DSLALayer(nn.Module, BaseTunerLayer):
             modules[projection] = getattr(self, f"dsla_{projection}")[name]
         # Rebuilt when a module was replaced, e.g. by quantisation or by a LoRA on the base.
         if self._view is None or self._view[0] != (name, modules):
-            view = _new_view(self.base_layer, modules)
+            view: Any = _new_view(self.base_layer, modules)
             view.exact_fold = self.configs[name].exact_fold
             self._view = ((name, modules), view)
         view = self._view[1]
@@ -129,9 +129,7 @@ class DSLALayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise NotImplementedError(
-            "DSLA replaces a layer, it cannot be merged in place; merge_and_unload() returns the hybrid model"
-        )
+        raise NotImplementedError("DSLA replaces a layer, it cannot be merged in place; merge_and_unload() returns the hybrid model")
 
     def unmerge(self) -> None:
         """Nothing was merged."""
@@ -268,7 +266,7 @@ class DSLAModel(BaseTuner):
             hybrid_class = hybrid_classes(config.base_model_type or "")[1]
             if not issubclass(hybrid_class, type(model)):
                 raise ValueError(f"only a causal LM becomes a hybrid, not {type(model).__name__}: wrap AutoModelForCausalLM")
-        decoder = decoder_of(model)
+        decoder: Any = decoder_of(model)
         super()._unload_and_optionally_merge(merge, *args, **kwargs)
         decoder._dsla_level_guard.remove()
         del decoder._dsla_level_guard
@@ -316,15 +314,15 @@ def get_level(model: nn.Module) -> int:
 # --- helpers ----------------------------------------------------------------------------------------------------
 
 
-def _new_view(base: nn.Module, modules: dict[str, nn.Module | None]) -> nn.Module:
-    cls = dsla_attention_class(type(base))
+def _new_view(base: Any, modules: dict[str, nn.Module | None]) -> nn.Module:
+    cls = dsla_attention_class(base.__class__)
     view = cls.__new__(cls)
     nn.Module.__init__(view)
     # accelerate puts hooked forwards into instance dicts: the view runs its class's own.
     own = {*view.__dict__, "forward", "_old_forward", "_hf_hook"}
     view.__dict__.update({name: value for name, value in base.__dict__.items() if name not in own})
     view._modules, view._parameters, view._buffers = dict(modules), base._parameters, base._buffers
-    view.config = attention_config(base.config)  # type: ignore[arg-type]
+    view.config = attention_config(base.config)
     return view
 
 
@@ -432,5 +430,3 @@ def _guard_level(decoder: nn.Module, args: Any, output: Any) -> None:
             )
 
     hidden.register_hook(check)
-
-

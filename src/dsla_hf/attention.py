@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from dsla_kernels import (
     block_states,
     check_lower_bound,
@@ -18,7 +20,6 @@ from dsla_kernels import (
     rows_from_cu_seqlens,
     rows_from_mask,
 )
-from torch import Tensor, nn
 
 # Keeps the RMS of an empty state above zero: its logarithm is part of the gate between window and states.
 NORM_EPS = 1e-6
@@ -175,10 +176,13 @@ class DualStateAttention(nn.Module):
     # --- the paper's layer --------------------------------------------------------------------------------------
 
     def _pure(self, q, k, v, padding_mask, cu_seqlens, state, output_state):
+        gate_logits = self.gate_logits(v)
+        dtype = gate_logits.dtype
         o, recurrent = dual_state_attention(
-            q.float() if q.dtype != torch.float64 else q,
-            *(x if x.dtype == torch.float64 else x.float() for x in (k, v)),
-            self.gate_logits(v),
+            q.to(dtype),
+            k.to(dtype),
+            v.to(dtype),
+            gate_logits,
             self.mix(),
             gate_normalizer=self.gate_normalizer,
             lower_bound=self.gate_lower_bound,

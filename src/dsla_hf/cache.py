@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.utils import logging
 
 from .attention import DualState, DualStateAttention
 from .layout import TokenLayout
+
+logger = logging.get_logger(__name__)
 
 
 class DSLACacheLayer(CacheLayerMixin):
@@ -57,7 +60,9 @@ class DSLACacheLayer(CacheLayerMixin):
 
     @property
     def batch_size(self) -> int:
-        return -1 if self.state is None else self.state.count.shape[0]
+        if self.state is None:
+            raise AttributeError("no batch size before the first token")  # what `Cache.batch_size` expects of a layer
+        return self.state.count.shape[0]
 
     def get_seq_length(self) -> int:
         return self.tokens
@@ -78,9 +83,7 @@ class DSLACacheLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Raises NotImplementedError unless there is nothing to remove: a state cannot be rolled back."""
         if int(tokens_to_remove) != 0:
-            raise NotImplementedError(
-                "a DSLA state cannot be cropped; generate without assistant or prompt lookup, or at level 0"
-            )
+            raise NotImplementedError("a DSLA state cannot be cropped; generate without assistant or prompt lookup, or at level 0")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -139,8 +142,12 @@ def fold(
     return layer
 
 
-def dsla_cache_layer(cache: Cache, layer_idx: int, attention: DualStateAttention, layout: TokenLayout) -> DSLACacheLayer:
+def dsla_cache_layer(
+    cache: Cache, layer_idx: int, attention: DualStateAttention, layout: TokenLayout, exact: bool = True
+) -> DSLACacheLayer:
     """The DSLA layer of `cache` at `layer_idx`; a key-value layer found there is folded and replaced, its memory freed.
+
+    With `exact` False (the DSLA layer has keys or values of its own) a fold is approximate, and that is said once.
 
     Raises:
         ValueError: for a kind of cache layer whose keys and values cannot be read.
@@ -156,6 +163,11 @@ def dsla_cache_layer(cache: Cache, layer_idx: int, attention: DualStateAttention
     if tokens == 0:
         new = DSLACacheLayer(max_length)
     elif type(layer) in (DynamicLayer, StaticLayer):
+        if not exact:
+            logger.warning_once(
+                "a text goes on at a higher level with trained k_proj or v_proj: the states are folded from the original model's keys "
+                "and values, which is approximate. Set the level before the text begins, or train with the default trained_projections"
+            )
         keys, values = (x[:, :, :tokens] for x in (layer.keys, layer.values))
         new = fold(attention, keys, values, attention_mask=layout.past_mask(tokens))
         new.max_length = max_length

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsla_kernels import check_lower_bound
 from peft import PeftConfig
+
+from dsla_kernels import check_lower_bound
 
 from .attention import half_life_to_logit
 from .peft_type import DSLA
@@ -40,14 +41,18 @@ class DSLAConfig(PeftConfig):
     )
     conversion_order: list[int] | None = field(
         default=None,
-        metadata={"help": "Layers with DSLA weights, least harmful first. Default: all layers by number; `rank_layers` finds a better order."},
+        metadata={
+            "help": "Layers with DSLA weights, least harmful first. Default: all layers by number; `rank_layers` finds a better order."
+        },
     )
     level: int | None = field(
         default=None, metadata={"help": "How many layers of the order are DSLA (0: the original model). Default: all of them."}
     )
     window_size: int = field(
         default=64,
-        metadata={"help": "Block size of the softmax window: every token sees its own block and the one before. 0: the paper's pure layer."},
+        metadata={
+            "help": "Block size of the softmax window: every token sees its own block and the one before. 0: the paper's pure layer."
+        },
     )
     gate_rank: int = field(default=16, metadata={"help": "Rank of the map from a value vector to its gates."})
     gate_normalizer: float = field(default=16.0, metadata={"help": "Divides the log-sigmoid of the gates."})
@@ -87,7 +92,7 @@ class DSLAConfig(PeftConfig):
                 "which layers are converted is said by conversion_order"
             )
         self.target_modules = sorted(self.target_modules)
-        self.half_lives = tuple(self.half_lives)
+        self.half_lives = tuple(self.half_lives)  # type: ignore[assignment]  # a list in JSON; two entries are checked below
         self.trained_projections = tuple(name for name in PROJECTIONS if name in self._checked_projections())
         self._check_mathematics()
         if self.conversion_order is not None:
@@ -152,7 +157,8 @@ class DSLAConfig(PeftConfig):
         expected = {"format_version", "base_model_type", "converted_layers", *MATHEMATICS}
         if missing := sorted(expected - hybrid.keys()):
             raise ValueError(
-                f"{source}: 'dsla_config' lacks {missing}. It replaces the stored one as a whole: give all of {sorted(expected)}, or leave it out"
+                f"{source}: 'dsla_config' lacks {missing}. It replaces the stored one as a whole: "
+                f"give all of {sorted(expected)}, or leave it out"
             )
         if unknown := sorted(hybrid.keys() - expected):
             raise ValueError(f"{source}: 'dsla_config' has unknown entries {unknown}; known are {sorted(expected)}")
@@ -208,5 +214,6 @@ def check_format_version(version: Any, source: str = "adapter_config.json") -> N
     if version > FORMAT_VERSION:
         release = FIRST_RELEASE_OF_FORMAT.get(version, f"that writes format {version}")
         raise ValueError(
-            f"{source}: written in format {version}, this release of dsla-hf reads up to {FORMAT_VERSION}; install a release {release} or newer"
+            f"{source}: written in format {version}, this release of dsla-hf reads up to {FORMAT_VERSION}; "
+            f"install a release {release} or newer"
         )

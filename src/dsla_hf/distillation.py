@@ -7,6 +7,7 @@ every step, so that every level of the plan is trained. The teacher is the same 
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -38,7 +39,8 @@ class DSLATrainingArguments(TrainingArguments):
 
     stage: str = field(default="logits", metadata={"help": "'alignment' of attention outputs, or 'logits' (KL at random levels)."})
     train_level: int | None = field(
-        default=None, metadata={"help": "Train stage 'logits' at this level only. Default: a random level from 1 to the plan's depth per step."}
+        default=None,
+        metadata={"help": "Train stage 'logits' at this level only. Default: at a random level from 1 on, drawn anew for each step."},
     )
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the DSLA weights."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule, as in transformers."})
@@ -46,15 +48,17 @@ class DSLATrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
             raise ValueError(f"stage must be one of {list(STAGES)}, got {self.stage!r}")
-        if self.gradient_checkpointing:
-            options = dict(self.gradient_checkpointing_kwargs or {})
+        super().__post_init__()
+        # transformers 5.18 renamed it; where both names are, both hold the same.
+        names = [name for name in ("activation_checkpointing", "gradient_checkpointing") if getattr(self, name, False)]
+        for name in names:
+            options = dict(getattr(self, f"{name}_kwargs") or {})
             if options.setdefault("use_reentrant", False):
                 raise ValueError(
-                    "gradient_checkpointing_kwargs={'use_reentrant': True} loses the gradients of DSLA layers over a frozen base: "
+                    f"{name}_kwargs={{'use_reentrant': True}} loses the gradients of DSLA layers over a frozen base: "
                     "use {'use_reentrant': False}"
                 )
-            self.gradient_checkpointing_kwargs = options
-        super().__post_init__()
+            setattr(self, f"{name}_kwargs", options)
 
 
 def draw_level(seed: int, step: int, depth: int) -> int:
@@ -99,9 +103,7 @@ class DSLATrainer(Trainer):
         depth = len(active_config(self.model).conversion_order or ())
         return args.train_level if args.train_level is not None else draw_level(args.seed, self.state.global_step, depth)
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         args: Any = self.args
         losses = self._alignment(model, inputs) if args.stage == "alignment" else self._logits(model, inputs)
@@ -235,8 +237,9 @@ def distill(
 
 def _run_stage(model: PeftModel, dataset: Any, args: DSLATrainingArguments, stage: str, steps: int, options: dict[str, Any]) -> None:
     directory = Path(args.output_dir) / stage
-    settings = {**_init_fields(args), "output_dir": str(directory), "stage": stage, "max_steps": steps}
-    trainer = DSLATrainer(model, type(args)(**settings), train_dataset=dataset, **options)
+    stage_args = copy.copy(args)
+    stage_args.output_dir, stage_args.stage, stage_args.max_steps = str(directory), stage, steps
+    trainer = DSLATrainer(model, stage_args, train_dataset=dataset, **options)
     if (directory / "adapter_config.json").exists():
         logger.warning(f"stage {stage!r} is finished: its weights are read from {directory}")
         model.load_adapter(str(directory), model.active_adapter, is_trainable=True)
@@ -245,10 +248,6 @@ def _run_stage(model: PeftModel, dataset: Any, args: DSLATrainingArguments, stag
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
     trainer.save_model(str(directory))
-
-
-def _init_fields(args: TrainingArguments) -> dict[str, Any]:
-    return {name: getattr(args, name) for name, f in args.__dataclass_fields__.items() if f.init}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

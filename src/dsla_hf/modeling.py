@@ -8,7 +8,7 @@ q/k norms, rotary embedding, output projection); only the attention function it 
 from __future__ import annotations
 
 import copy
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -45,7 +45,8 @@ def dsla_attention_function(
     """The attention function of converted layers, in transformers' interface: q, k, v `[B, H, T, D]`, output `[B, T, H, D]`."""
     layout = dsla_layout or TokenLayout()
     past, tokens = (0 if dsla_layer is None else dsla_layer.tokens), query.shape[2]
-    o, state = module.dsla(
+    dsla: Any = module.dsla
+    o, state = dsla(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
@@ -65,8 +66,10 @@ AttentionInterface.register(ATTENTION_FUNCTION, dsla_attention_function)
 class DSLAAttentionMixin:
     """Put in front of a base attention class by `dsla_attention_class`; `dsla` holds what is DSLA's own."""
 
+    config: PreTrainedConfig
     dsla: DualStateAttention
     layer_idx: int
+    exact_fold = True  # False where keys and values in a softmax layer's cache are not those of this layer
 
     def convert(self, dsla: DualStateAttention) -> None:
         """Make this base attention module run `dsla`."""
@@ -85,7 +88,7 @@ class DSLAAttentionMixin:
         layout = read_layout(attention_mask) if dsla_layout is None else dsla_layout
         layer = None
         if past_key_values is not None:
-            layer = dsla_cache_layer(past_key_values, self.layer_idx, self.dsla, layout)
+            layer = dsla_cache_layer(past_key_values, self.layer_idx, self.dsla, layout, self.exact_fold)
             layer.expect_update()
         return super().forward(  # type: ignore[misc]
             hidden_states,
@@ -99,16 +102,16 @@ class DSLAAttentionMixin:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time: pickle by its base, which is importable.
-        return _new_attention, (type(self).__mro__[2],), self.__getstate__()  # type: ignore[attr-defined]
+        return _new_attention, (type(self).__mro__[2],), self.__getstate__()
 
 
-@lru_cache(maxsize=None)
-def dsla_attention_class(base_class: type[nn.Module]) -> type[nn.Module]:
+@cache
+def dsla_attention_class(base_class: Any) -> Any:
     """The drop-in attention over `base_class`, e.g. `DSLALlamaAttention` over `LlamaAttention`."""
     return type(f"DSLA{base_class.__name__}", (DSLAAttentionMixin, base_class), {"__module__": __name__})
 
 
-def _new_attention(base_class: type[nn.Module]) -> nn.Module:
+def _new_attention(base_class: Any) -> nn.Module:
     return (cls := dsla_attention_class(base_class)).__new__(cls)
 
 
@@ -155,7 +158,7 @@ class DSLAHybridConfig(PreTrainedConfig):
     """Config of a hybrid: the base model's config, and `dsla_config` (see `DSLAConfig.to_hybrid_dict`) inside it."""
 
     model_type = "dsla"
-    dsla_config: dict | None = None
+    dsla_config: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -213,12 +216,12 @@ class DSLAHybridMixin:
     config: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         dsla_config = config.get_dsla_config()
         for index in dsla_config.converted_layers:
             layer: Any = decoder_layers(self)[index]  # type: ignore[arg-type]
-            base = layer.self_attn
-            layer.self_attn = dsla_attention_class(type(base))(config, index)
+            base: Any = layer.self_attn
+            layer.self_attn = dsla_attention_class(base.__class__)(config, index)
             layer.self_attn.convert(new_dual_state_attention(base, dsla_config))
         install_layout_hook(decoder_of(self))  # type: ignore[arg-type]
         self.post_init()  # type: ignore[attr-defined]
@@ -241,7 +244,7 @@ class DSLAHybridMixin:
         """Does nothing: `save_pretrained` writes `auto_map` and the file it points to."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def hybrid_classes(base_model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
     """The config and model class of hybrids over a base, e.g. `DSLALlamaConfig` and `DSLALlamaForCausalLM`."""
     if base_model_type not in SUPPORTED_BASES:

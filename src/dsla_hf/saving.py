@@ -121,17 +121,9 @@ def _wrap_save_pretrained(original: Callable[..., None]) -> Callable[..., None]:
             original(self, str(temporary), *args, **kwargs)
             (temporary / "README.md").write_text(adapter_card(self.peft_config[self.active_adapter], getattr(self, "config", None)))
 
-    save_pretrained.wrapped = original  # type: ignore[attr-defined]
     return save_pretrained
 
 
-def install_adapter_saving() -> None:
-    """Give `PeftModel.save_pretrained` the checks above for DSLA adapters; others are saved as before. Idempotent.
-
-    PEFT lets a method choose its layers and its state dict, but not how a directory is written.
-    """
-    if not hasattr(PeftModel.save_pretrained, "wrapped"):
-        PeftModel.save_pretrained = _wrap_save_pretrained(PeftModel.save_pretrained)  # type: ignore[method-assign]
-
-
-install_adapter_saving()
+# PEFT lets a method choose its layers and its state dict, but not how a directory is written; adapters of other methods
+# are saved as before.
+PeftModel.save_pretrained = _wrap_save_pretrained(PeftModel.save_pretrained)
