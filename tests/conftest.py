@@ -1,6 +1,5 @@
 """Fixtures shared by all tests: small random models of both kinds, adapters far from their start, the shared folder."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,8 @@ from dsla_hf import DSLAConfig
 
 KINDS = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+# Small tensors gain nothing from threads, and workers of xdist that each start one per core slow each other down.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

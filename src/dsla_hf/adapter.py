@@ -16,7 +16,7 @@ from peft.utils import register_peft_method
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .configuration import PROJECTIONS, DSLAConfig, check_order
+from .configuration import PROJECTIONS, DSLAConfig, check_order, same_magnitude
 from .layout import install_layout_hook, remove_layout_hook
 from .modeling import (
     SUPPORTED_BASES,
@@ -27,9 +27,6 @@ from .modeling import (
     hybrid_classes,
     new_dual_state_attention,
 )
-
-# Magnitudes of a bf16 copy of fp32 weights differ by less, those of another checkpoint by more.
-FINGERPRINT_TOLERANCE = 3e-4
 
 
 class AdapterLinear(nn.Linear):
@@ -225,11 +222,21 @@ class DSLAModel(BaseTuner):
             peft_config.conversion_order = list(range(len(layers)))
         peft_config.conversion_order = check_order(peft_config.conversion_order, len(layers))
         peft_config.level = peft_config.check_level(peft_config.level)
+        for index in peft_config.conversion_order:
+            layer = layers[index]
+            if not any(hasattr(getattr(layer, name, None), "head_dim") for name in peft_config.target_modules or ()):
+                raise ValueError(
+                    f"target_modules {peft_config.target_modules} names no attention of layer {index}, whose modules are "
+                    f"{[name for name, _ in layer.named_children()]}; leave target_modules out"
+                )
         _record_base(peft_config, model)
-        decoder = decoder_of(model)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        decoder: Any = decoder_of(self.model)
         install_layout_hook(decoder)
         if not hasattr(decoder, "_dsla_level_guard"):
-            decoder._dsla_level_guard = decoder.register_forward_hook(_guard_level)  # type: ignore[assignment]
+            decoder._dsla_level_guard = decoder.register_forward_hook(_guard_level)
 
     def _create_and_replace(
         self, peft_config: DSLAConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str
@@ -255,8 +262,7 @@ class DSLAModel(BaseTuner):
         super().delete_adapter(adapter_name)
         # PEFT lets every layer choose its own successor.
         if self.peft_config:
-            active = self.active_adapter if self.active_adapter in self.peft_config else next(iter(self.peft_config))
-            self.set_adapter(active)
+            self.set_adapter(next((name for name in self.active_adapters if name in self.peft_config), next(iter(self.peft_config))))
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         model = self.model
@@ -386,11 +392,14 @@ def _record_base(config: DSLAConfig, model: Any) -> None:
         ("sizes", config.base_dimensions, dimensions),
     ):
         if recorded != found:
-            raise ValueError(f"this DSLA adapter was made for another base model: its {what} {recorded}, this model's {found}")
+            raise ValueError(
+                f"this DSLA adapter was made for another base model: its {what} {recorded}, this model's {found} "
+                "(a DSLAConfig belongs to one base: make a new one for another)"
+            )
     recorded_prints = config.base_fingerprint or {}
     for name, found_print in (fingerprint or {}).items():
         recorded_print = recorded_prints.get(name, found_print)
-        if abs(recorded_print - found_print) > FINGERPRINT_TOLERANCE * abs(recorded_print):
+        if not same_magnitude(recorded_print, found_print):
             raise ValueError(
                 f"this DSLA adapter was made for other weights of the same shape: mean |{name}| was {recorded_print:.6g} and is "
                 f"{found_print:.6g} here. Load the base it was trained on ({config.base_model_name_or_path or 'see its model card'}); "

@@ -101,8 +101,9 @@ class DualStateAttention(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.gate_down, std=self.value_dim**-0.5)
         nn.init.normal_(self.gate_up, std=0.02)
-        for i, half_life in enumerate(self.half_lives):
-            self.gate_bias[:, i] = half_life_to_logit(half_life, self.gate_normalizer)
+        if not getattr(self.gate_bias, "_is_hf_initialized", False):  # transformers' mark of loaded weights; torch.nn.init heeds it itself
+            for i, half_life in enumerate(self.half_lives):
+                self.gate_bias[:, i] = half_life_to_logit(half_life, self.gate_normalizer)
         nn.init.zeros_(self.mix_logits)
         nn.init.ones_(self.norm_weight)
         if self.window_size:

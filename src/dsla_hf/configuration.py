@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,9 @@ from .attention import half_life_to_logit
 from .peft_type import DSLA
 
 FORMAT_VERSION = 1
+
+# Mean magnitudes of a bf16 copy of fp32 weights differ by less, those of another checkpoint by more.
+FINGERPRINT_TOLERANCE = 3e-4
 # Which release of this package reads which format, for the message of an older release that meets a newer file.
 FIRST_RELEASE_OF_FORMAT = {1: "0.1"}
 
@@ -86,18 +90,22 @@ class DSLAConfig(PeftConfig):
         check_format_version(self.format_version)
         if self.target_modules is None:
             self.target_modules = ["self_attn"]
-        if isinstance(self.target_modules, str):
+        if not isinstance(self.target_modules, (list, tuple, set)):
             raise ValueError(
-                f"target_modules must be a list of module names such as ['self_attn'], got the pattern {self.target_modules!r}: "
+                f"target_modules must be a list of module names such as ['self_attn'], no pattern, got {self.target_modules!r}: "
                 "which layers are converted is said by conversion_order"
             )
         self.target_modules = sorted(self.target_modules)
+        if not isinstance(self.half_lives, (list, tuple)):
+            raise ValueError(f"half_lives must be two numbers of tokens (history, recency), got {self.half_lives!r}")
         self.half_lives = tuple(self.half_lives)  # type: ignore[assignment]  # a list in JSON; two entries are checked below
         self.trained_projections = tuple(name for name in PROJECTIONS if name in self._checked_projections())
         self._check_mathematics()
         if self.conversion_order is not None:
             self.conversion_order = check_order(self.conversion_order)
         self.level = self.check_level(self.level)
+        if self.level_metrics is not None:
+            self.level_metrics = {str(level): metrics for level, metrics in self.level_metrics.items()}
 
     @property
     def layers_to_transform(self) -> list[int] | None:
@@ -122,7 +130,7 @@ class DSLAConfig(PeftConfig):
         """
         if level is None:
             return None if self.conversion_order is None else len(self.conversion_order)
-        if isinstance(level, bool) or not isinstance(level, int) or level < 0:
+        if not _is_whole(level) or level < 0:
             raise ValueError(f"level must be a whole number of converted layers, 0 or more, got {level!r}")
         if self.conversion_order is not None and level > len(self.conversion_order):
             raise ValueError(
@@ -153,20 +161,23 @@ class DSLAConfig(PeftConfig):
         """
         if not isinstance(hybrid, dict):
             raise ValueError(f"{source}: 'dsla_config' must be a dict as DSLAConfig.to_hybrid_dict() writes it, got {hybrid!r}")
-        check_format_version(hybrid.get("format_version"), source)
         expected = {"format_version", "base_model_type", "converted_layers", *MATHEMATICS}
         if missing := sorted(expected - hybrid.keys()):
             raise ValueError(
                 f"{source}: 'dsla_config' lacks {missing}. It replaces the stored one as a whole: "
                 f"give all of {sorted(expected)}, or leave it out"
             )
+        check_format_version(hybrid["format_version"], source)
         if unknown := sorted(hybrid.keys() - expected):
             raise ValueError(f"{source}: 'dsla_config' has unknown entries {unknown}; known are {sorted(expected)}")
-        return cls(
-            conversion_order=hybrid["converted_layers"],
-            base_model_type=hybrid["base_model_type"],
-            **{name: hybrid[name] for name in MATHEMATICS},
-        )
+        try:
+            return cls(
+                conversion_order=check_order(hybrid["converted_layers"], name="converted_layers"),
+                base_model_type=hybrid["base_model_type"],
+                **{name: hybrid[name] for name in MATHEMATICS},
+            )
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
 
     def _checked_projections(self) -> tuple[str, ...]:
         if isinstance(self.trained_projections, str) or not set(self.trained_projections) <= set(PROJECTIONS):
@@ -174,36 +185,46 @@ class DSLAConfig(PeftConfig):
         return tuple(self.trained_projections)
 
     def _check_mathematics(self) -> None:
-        if not isinstance(self.window_size, int) or self.window_size < 0:
+        if not _is_whole(self.window_size) or self.window_size < 0:
             raise ValueError(f"window_size must be a number of tokens, 0 or more, got {self.window_size!r}")
-        if not isinstance(self.gate_rank, int) or self.gate_rank < 1:
+        if not _is_whole(self.gate_rank) or self.gate_rank < 1:
             raise ValueError(f"gate_rank must be a whole number, 1 or more, got {self.gate_rank!r}")
-        if not self.gate_normalizer > 0:
-            raise ValueError(f"gate_normalizer must be positive, got {self.gate_normalizer!r}")
+        if not _is_number(self.gate_normalizer) or not 0 < self.gate_normalizer < math.inf:
+            raise ValueError(f"gate_normalizer must be a positive number, got {self.gate_normalizer!r}")
+        if not _is_number(self.gate_lower_bound):
+            raise ValueError(f"gate_lower_bound must be a number from -1.25 to below 0, got {self.gate_lower_bound!r}")
         try:
             check_lower_bound(self.gate_lower_bound)
         except ValueError as error:
             raise ValueError(f"gate_lower_bound: {error}") from None
-        if len(self.half_lives) != 2:
+        if len(self.half_lives) != 2 or not all(map(_is_number, self.half_lives)):
             raise ValueError(f"half_lives must be two numbers of tokens (history, recency), got {self.half_lives!r}")
         for half_life in self.half_lives:
             half_life_to_logit(half_life, self.gate_normalizer)
 
 
-def check_order(order: Any, num_layers: int | None = None) -> list[int]:
-    """`order` as a list of distinct layer numbers, all below `num_layers` if that is given.
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_order(order: Any, num_layers: int | None = None, name: str = "conversion_order") -> list[int]:
+    """`order` as a list of distinct layer numbers, all below `num_layers` if that is given; `name` is for messages.
 
     Raises:
         ValueError: names the wrong, negative or repeated numbers.
     """
+    if not isinstance(order, (list, tuple)) or not order or not all(map(_is_whole, order)):
+        raise ValueError(f"{name} must be a list of layer numbers, got {order!r}")
     order = list(order)
-    if not order or any(isinstance(layer, bool) or not isinstance(layer, int) for layer in order):
-        raise ValueError(f"conversion_order must be a list of layer numbers, got {order!r}")
     if wrong := [layer for layer in order if layer < 0 or (num_layers is not None and layer >= num_layers)]:
         known = "0 or more" if num_layers is None else f"0 to {num_layers - 1}"
-        raise ValueError(f"conversion_order names layers that do not exist: {wrong}; layers of this model are {known}")
+        raise ValueError(f"{name} names layers that do not exist: {wrong}; layers of this model are {known}")
     if repeated := sorted({layer for layer in order if order.count(layer) > 1}):
-        raise ValueError(f"conversion_order names layers more than once: {repeated} in {order}")
+        raise ValueError(f"{name} names layers more than once: {repeated} in {order}")
     return order
 
 
@@ -217,3 +238,8 @@ def check_format_version(version: Any, source: str = "adapter_config.json") -> N
             f"{source}: written in format {version}, this release of dsla-hf reads up to {FORMAT_VERSION}; "
             f"install a release {release} or newer"
         )
+
+
+def same_magnitude(recorded: float, found: float) -> bool:
+    """Whether two entries of `base_fingerprint` can be of the same weights."""
+    return abs(recorded - found) <= FINGERPRINT_TOLERANCE * abs(recorded)

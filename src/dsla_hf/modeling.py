@@ -11,9 +11,9 @@ import copy
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import guard_torch_init_functions
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -27,6 +27,11 @@ from .saving import save_hybrid
 SUPPORTED_BASES = ("llama", "qwen3")
 
 ATTENTION_FUNCTION = "dsla"
+
+NO_CONTINUOUS_BATCHING = (
+    "transformers' continuous batching (generate_batch, serve --continuous-batching) keeps keys and values only, and would give wrong "
+    "text with DSLA layers: use generate()"
+)
 
 
 # --- the drop-in attention --------------------------------------------------------------------------------------
@@ -85,6 +90,8 @@ class DSLAAttentionMixin:
         dsla_layout: TokenLayout | None = None,
         **kwargs: Any,
     ) -> Any:
+        if "cache" in kwargs:  # the paged cache of continuous batching, which knows keys and values only
+            raise NotImplementedError(NO_CONTINUOUS_BATCHING)
         layout = read_layout(attention_mask) if dsla_layout is None else dsla_layout
         layer = None
         if past_key_values is not None:
@@ -170,9 +177,9 @@ class DSLAHybridConfig(PreTrainedConfig):
         source = config_file(self)
         config = DSLAConfig.from_hybrid_dict(self.dsla_config, source)
         try:
-            check_order(config.conversion_order, self.num_hidden_layers)
+            check_order(config.conversion_order, self.num_hidden_layers, name="converted_layers")
         except ValueError as error:
-            raise ValueError(f"{source}: converted_layers: {error}") from None
+            raise ValueError(f"{source}: {error}") from None
         return config
 
     @classmethod
@@ -182,10 +189,12 @@ class DSLAHybridConfig(PreTrainedConfig):
         Raises:
             ValueError: names the file and the supported base models, if it names none of them.
         """
-        if cls is not DSLAHybridConfig:
-            return super().from_dict(config_dict, **kwargs)
         name = kwargs.get("name_or_path") or config_dict.get("_name_or_path") or ""
         source = f"{name}/config.json" if name else "config.json"
+        if "dsla_config" in kwargs:  # would replace the stored one as a whole
+            DSLAConfig.from_hybrid_dict(kwargs["dsla_config"], source)
+        if cls is not DSLAHybridConfig:
+            return super().from_dict(config_dict, **kwargs)
         hybrid = config_dict.get("dsla_config")
         base = hybrid.get("base_model_type") if isinstance(hybrid, dict) else None
         if base not in SUPPORTED_BASES:
@@ -226,13 +235,17 @@ class DSLAHybridMixin:
         install_layout_hook(decoder_of(self))  # type: ignore[arg-type]
         self.post_init()  # type: ignore[attr-defined]
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, DualStateAttention):
-            if not any(getattr(p, "_is_hf_initialized", False) for p in module.parameters()):
-                module.reset_parameters()
-        else:
-            super()._init_weights(module)  # type: ignore[misc]
+    def initialize_weights(self) -> None:
+        """As in transformers, whose decoders do not know DSLA's parameters: those missing from a checkpoint get their initial
+        values, those loaded keep theirs."""
+        super().initialize_weights()  # type: ignore[misc]
+        with guard_torch_init_functions():
+            for module in self.modules():  # type: ignore[attr-defined]
+                if isinstance(module, DualStateAttention):
+                    module.reset_parameters()
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(NO_CONTINUOUS_BATCHING)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers; adds the `auto_map` file, so that `trust_remote_code=True` loads it where dsla-hf is

@@ -13,7 +13,7 @@ from typing import Any
 from peft import PeftModel
 
 from .cards import adapter_card, hybrid_card
-from .configuration import DSLAConfig
+from .configuration import DSLAConfig, same_magnitude
 from .peft_type import DSLA
 
 SHIM_NAME = "modeling_dsla_hf"
@@ -34,7 +34,7 @@ def save_hybrid(model: Any, save: Callable[..., None], save_directory: Any, *arg
     """
     directory = Path(save_directory)
     dsla_config = model.config.get_dsla_config()
-    _check_hybrid_directory(directory, dsla_config)
+    _check_hybrid_directory(directory, model.config)
     push_to_hub = kwargs.pop("push_to_hub", False)
     model.config.auto_map = AUTO_MAP
     if kwargs.get("is_main_process", args[0] if args else True):
@@ -47,12 +47,15 @@ def save_hybrid(model: Any, save: Callable[..., None], save_directory: Any, *arg
         model.push_to_hub(repo_id, **{name: kwargs[name] for name in ("token", "commit_message", "private") if name in kwargs})
 
 
-def _check_hybrid_directory(directory: Path, dsla_config: DSLAConfig) -> None:
+def _check_hybrid_directory(directory: Path, config: Any) -> None:
     found = _read_json(directory / "config.json")
     if found is None:
         if (directory / "adapter_config.json").exists():
             raise ValueError(f"{directory} holds an adapter: save the hybrid into a directory of its own")
-    elif found.get("model_type") != "dsla" or found.get("dsla_config") != dsla_config.to_hybrid_dict():
+        return
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    same = found.get("model_type") == "dsla" and all(found.get(name) == getattr(config, name, None) for name in ("dsla_config", *sizes))
+    if not same:
         raise ValueError(f"{directory} holds another model ({found.get('model_type')}): save into an empty directory")
 
 
@@ -62,10 +65,17 @@ def _check_adapter_directory(directory: Path, config: DSLAConfig) -> None:
     found = _read_json(directory / "adapter_config.json")
     if found is None:
         return
-    same = found.get("peft_type") == DSLA and all(
-        found.get(name) == getattr(config, name) for name in ("base_model_type", "base_dimensions")
+    prints = found.get("base_fingerprint") or {}
+    same = (
+        found.get("peft_type") == DSLA
+        and found.get("base_model_type") == config.base_model_type
+        and found.get("base_dimensions") == config.base_dimensions
+        and set(found.get("conversion_order") or ()) == set(config.conversion_order or ())
+        and list(found.get("trained_projections") or ()) == list(config.trained_projections)
+        and all(found.get(name) == json.loads(json.dumps(value)) for name, value in config.mathematics().items())
+        and all(same_magnitude(value, prints.get(name, value)) for name, value in (config.base_fingerprint or {}).items())
     )
-    if not same or set(found.get("conversion_order") or ()) != set(config.conversion_order or ()):
+    if not same:
         raise ValueError(f"{directory} holds another adapter ({found.get('peft_type')}): save into an empty directory")
 
 
@@ -98,16 +108,20 @@ class _written_whole:
             source = Path(name)
             # Weights first, configuration last: a directory with a configuration has its weights.
             files = sorted((f for f in source.rglob("*") if f.is_file()), key=lambda f: f.suffix == ".json")
-            for file in files:
-                target = self.directory / file.relative_to(source)
+            targets = [self.directory / file.relative_to(source) for file in files]
+            for file, target in zip(files, targets, strict=True):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(file, target)
+            # An earlier save may have cut the weights into other files, which would be loaded first.
+            for stale in {*self.directory.glob("model*.safetensors"), *self.directory.glob("model*.safetensors.index.json")} - {*targets}:
+                stale.unlink()
 
 
 def _wrap_save_pretrained(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def save_pretrained(self: PeftModel, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        configs = {name: c for name, c in self.peft_config.items() if isinstance(c, DSLAConfig)}
+        selected = kwargs.get("selected_adapters") or list(self.peft_config)
+        configs = {name: c for name, c in self.peft_config.items() if isinstance(c, DSLAConfig) and name in selected}
         if not configs:
             return original(self, save_directory, *args, **kwargs)
         if not kwargs.get("safe_serialization", args[0] if args else True):
@@ -119,7 +133,7 @@ def _wrap_save_pretrained(original: Callable[..., None]) -> Callable[..., None]:
             return original(self, save_directory, *args, **kwargs)
         with _written_whole(directory) as temporary:
             original(self, str(temporary), *args, **kwargs)
-            (temporary / "README.md").write_text(adapter_card(self.peft_config[self.active_adapter], getattr(self, "config", None)))
+            (temporary / "README.md").write_text(adapter_card(next(iter(configs.values())), getattr(self, "config", None)))
 
     return save_pretrained
 

@@ -1,0 +1,128 @@
+"""Model cards: what a stranger who finds the directory reads, and whether the code in it runs."""
+
+import ast
+import re
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM
+
+from dsla_hf import DSLAConfig
+from dsla_hf.cards import adapter_card, hybrid_card
+
+
+@pytest.fixture
+def config():
+    return DSLAConfig(
+        conversion_order=[3, 1, 2],
+        level=2,
+        window_size=8,
+        base_model_type="llama",
+        base_model_name_or_path="someone/base-7b",
+    )
+
+
+class ModelConfig:
+    _name_or_path = "someone/other-name"
+
+
+def code_of(card):
+    (block,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    return block
+
+
+def table_of(card):
+    rows = [line for line in card.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["adapter", "hybrid"])
+def test_first_line_of_code_imports_the_package(kind, config):
+    card = adapter_card(config) if kind == "adapter" else hybrid_card(ModelConfig(), config)
+    lines = code_of(card).splitlines()
+    assert lines[0].startswith("import dsla_hf")
+    ast.parse(code_of(card))
+    assert any("from_pretrained(" in line for line in lines)
+    assert not re.search(r"[{}]", card.replace(code_of(card), "")), "a placeholder was left"
+
+
+def test_header_of_an_adapter(config):
+    data = ModelCard(adapter_card(config)).data
+    assert data.base_model == "someone/base-7b"
+    assert data.library_name == "peft" and data.pipeline_tag == "text-generation"
+    assert "dsla" in data.tags
+
+
+def test_header_of_a_hybrid(config):
+    data = ModelCard(hybrid_card(ModelConfig(), config)).data
+    assert data.library_name == "transformers" and data.base_model == "someone/base-7b"
+    config.base_model_name_or_path = None
+    assert ModelCard(hybrid_card(ModelConfig(), config)).data.base_model == "someone/other-name"
+
+
+def test_adapter_card_tells_base_plan_level_and_usage(config):
+    card = adapter_card(config)
+    assert "# DSLA adapter for someone/base-7b" in card
+    assert "layers 3, 1, 2 of" in card and "Saved at level 2" in card and "Window size 8" in card and "format 1" in card
+    code = code_of(card)
+    assert 'AutoModelForCausalLM.from_pretrained("someone/base-7b")' in code
+    assert "model.set_level(2)  # 0 to 3" in code
+
+
+def test_level_table_without_measurements_lists_every_level(config):
+    assert table_of(adapter_card(config)) == [
+        ["level", "converted layers"],
+        ["---", "---"],
+        ["0", "none"],
+        ["1", "3"],
+        ["2", "3, 1"],
+        ["3", "3, 1, 2"],
+    ]
+
+
+def test_level_table_shows_what_was_measured(config):
+    config.level_metrics = {"2": {"perplexity": 24.123456, "recall": 0.5}, "0": {"perplexity": 23.0}}
+    assert table_of(adapter_card(config)) == [
+        ["level", "converted layers", "perplexity", "recall"],
+        ["---", "---", "---", "---"],
+        ["0", "none", "23", ""],
+        ["2", "3, 1", "24.12", "0.5"],
+    ]
+
+
+def test_hybrid_card_tells_layers_and_both_ways_to_load(config):
+    card = hybrid_card(ModelConfig(), config)
+    assert "# Hybrid of someone/base-7b" in card
+    assert "Layers 1, 3 are Dual-State" in card, "at level 2 of the plan 3, 1, 2"
+    assert "trust_remote_code=True" in card and "Window size 8" in card and "llama base" in card
+
+
+def test_cards_without_a_name_of_the_base_still_say_what_it_is(config):
+    config.base_model_name_or_path = None
+    assert "a llama model" in adapter_card(config)
+
+
+def test_level_metrics_reach_the_saved_card(tiny_model, adapter_model, tmp_path):
+    model = adapter_model(tiny_model("llama"))
+    model.peft_config["default"].level_metrics = {"1": {"perplexity": 31.25}}
+    model.save_pretrained(tmp_path)
+    assert ["1", "2", "31.25"] in table_of((tmp_path / "README.md").read_text())
+    assert DSLAConfig.from_pretrained(tmp_path).level_metrics == {"1": {"perplexity": 31.25}}
+
+
+def test_the_code_of_saved_cards_runs(base_kind, tiny_model, adapter_model, tmp_path):
+    tiny_model(base_kind).save_pretrained(tmp_path / "base")
+    model = adapter_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), level=2)
+    model.save_pretrained(tmp_path / "adapter")
+    ids = torch.randint(3, 97, (2, 20))
+    with torch.no_grad():
+        expected = model(ids).logits
+    model.merge_and_unload().save_pretrained(tmp_path / "hybrid")
+    for kind, placeholder in (("adapter", "path/to/this/adapter"), ("hybrid", "path/to/this/model")):
+        code = code_of((tmp_path / kind / "README.md").read_text())
+        assert placeholder in code
+        names: dict = {}
+        exec(code.replace(placeholder, str(tmp_path / kind)), names)
+        with torch.no_grad():
+            assert torch.equal(names["model"].eval()(ids).logits, expected), kind

@@ -1,0 +1,184 @@
+"""What a user gets by installing: imports from anywhere, type hints, and modules whose imports point one way."""
+
+import ast
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import dsla_hf
+import dsla_kernels
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+HF_FOLDER, KERNELS_FOLDER = (Path(package.__file__).parent for package in (dsla_hf, dsla_kernels))
+
+# A module imports modules of lower ranks, or of its own rank; modules not listed are applications of the library.
+RANKS = {
+    "peft_type": 0,
+    "layout": 0,
+    "attention": 0,
+    "cache": 1,
+    "configuration": 1,
+    "cards": 2,
+    "saving": 3,
+    "modeling": 4,
+    "adapter": 5,
+    "sensitivity": 6,
+    "distillation": 6,
+    "generation": 6,
+    "serving": 7,
+    "cli": 7,
+}
+APPLICATION_RANK = 6
+
+
+def run_python(code, **options):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:dsla", "-c", code],
+        env={**environment, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **options,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def sources(folder):
+    return {path.relative_to(folder).with_suffix("").parts: ast.parse(path.read_text()) for path in sorted(folder.rglob("*.py"))}
+
+
+def absolute_imports(tree, package):
+    """Dotted names of everything `tree` imports, in functions too; `package` is what relative imports start from."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parent = package[: len(package) - node.level + 1] if node.level else ()
+            stem = ".".join([*parent, *([node.module] if node.module else [])])
+            yield from (f"{stem}.{alias.name}" for alias in node.names)
+
+
+def own_imports():
+    """Module of dsla_hf -> (modules of dsla_hf it imports, top-level names of other packages it imports)."""
+    found: dict[str, tuple[set[str], set[str]]] = {}
+    for parts, tree in sources(HF_FOLDER).items():
+        own, others = found.setdefault(parts[0], (set(), set()))
+        for name in absolute_imports(tree, ("dsla_hf", *parts[:-1])):
+            top, *rest = name.split(".")
+            if top != "dsla_hf":
+                others.add(top)
+            elif rest and find_spec(f"dsla_hf.{rest[0]}"):
+                own.add(rest[0])
+            else:
+                own.add("__init__")
+    for module, (own, _) in found.items():
+        own.discard(module)
+    return found
+
+
+# --- imports ----------------------------------------------------------------------------------------------------
+
+
+def test_import_from_the_repository_root_finds_the_package_and_not_a_folder():
+    code = (
+        "import dsla_hf, dsla_kernels, peft, transformers\n"
+        "assert 'DSLA' in list(peft.PeftType)\n"
+        "transformers.AutoConfig.for_model('dsla')\n"
+        "assert all(hasattr(dsla_hf, name) for name in dsla_hf.__all__)\n"
+        "print(dsla_hf.__file__, dsla_kernels.__file__, dsla_hf.__version__, sep='|')"
+    )
+    hf_file, kernels_file, release = run_python(code, cwd=REPOSITORY).strip().split("|")
+    assert Path(hf_file).resolve() == HF_FOLDER.resolve() / "__init__.py"
+    assert Path(kernels_file).resolve() == KERNELS_FOLDER.resolve() / "__init__.py"
+    assert release == version("dsla-hf")
+
+
+def test_kernels_import_and_run_without_transformers_and_peft(tmp_path):
+    code = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("transformers", "peft", "dsla_hf", "accelerate", "huggingface_hub"):
+            raise ImportError(f"dsla_kernels must not need {name}")
+
+sys.meta_path.insert(0, Blocker())
+import torch
+from dsla_kernels import dual_state_attention
+q, k, v = torch.randn(3, 1, 5, 2, 4)
+o, state = dual_state_attention(q, k, v, torch.zeros(1, 5, 2, 2, 2), torch.full((2, 2), 0.5), output_final_state=True)
+assert o.shape == (1, 5, 2, 4) and state.shape == (1, 2, 2, 4, 4)
+print("ran")
+"""
+    assert run_python(code, cwd=tmp_path).strip() == "ran"
+
+
+@pytest.mark.parametrize("folder", [HF_FOLDER, KERNELS_FOLDER], ids=["dsla_hf", "dsla_kernels"])
+def test_ships_type_hints(folder):
+    assert (folder / "py.typed").is_file()
+
+
+def test_public_names_are_sorted_and_exist():
+    for package in (dsla_hf, dsla_kernels):
+        missing = [name for name in package.__all__ if not hasattr(package, name)]
+        assert not missing, f"{package.__name__}.__all__ names {missing}"
+        assert len(set(package.__all__)) == len(package.__all__)
+
+
+# --- arrows between modules -------------------------------------------------------------------------------------
+
+
+def test_the_import_reader_sees_every_kind_of_import():
+    tree = ast.parse("import a.b\nfrom . import c\nfrom .d import e\ndef f():\n    from ..g import h\nfrom i import j")
+    assert set(absolute_imports(tree, ("p", "q"))) == {"a.b", "p.q.c", "p.q.d.e", "p.g.h", "i.j"}
+
+
+def test_modules_import_in_one_direction():
+    imports = own_imports()
+    missing = {"attention", "layout", "cache", "configuration", "modeling", "adapter", "saving", "cards", "peft_type"} - imports.keys()
+    assert not missing
+    assert "attention" in imports["cache"][0] and "modeling" in imports["adapter"][0], "the reader of imports finds nothing"
+    wrong = [
+        f"{module} imports {target}"
+        for module, (own, _) in imports.items()
+        if not module.startswith("__")
+        for target in own
+        if RANKS.get(target, APPLICATION_RANK if target != "__init__" else 99) > RANKS.get(module, APPLICATION_RANK)
+    ]
+    assert not wrong, wrong
+
+
+def test_no_cycle_between_modules():
+    graph = {module: own for module, (own, _) in own_imports().items() if module != "__init__"}
+    done: set[str] = set()
+
+    def visit(module, path):
+        assert module not in path, " -> ".join([*path, module])
+        if module not in done:
+            for target in sorted(graph.get(module, ())):
+                visit(target, [*path, module])
+            done.add(module)
+
+    for module in sorted(graph):
+        visit(module, [])
+
+
+def test_the_layer_knows_neither_transformers_nor_peft():
+    imports = own_imports()
+    for module in ("attention", "layout"):
+        assert not imports[module][1] & {"transformers", "peft", "accelerate"}, module
+        assert not imports[module][0], f"{module} needs nothing else of dsla_hf"
+
+
+def test_kernels_need_torch_and_triton_alone():
+    allowed = {*sys.stdlib_module_names, "torch", "triton", "dsla_kernels"}
+    for parts, tree in sources(KERNELS_FOLDER).items():
+        tops = {name.split(".")[0] for name in absolute_imports(tree, ("dsla_kernels", *parts[:-1]))}
+        assert tops <= allowed, f"{'/'.join(parts)}: {tops - allowed}"
