@@ -42,7 +42,7 @@ def make_mask(tokens=53):
     """Rows: left, right, middle and scattered padding, none."""
     mask = torch.ones(5, tokens, dtype=torch.bool)
     mask[0, :11] = False
-    mask[1, -9:] = False
+    mask[1, -5:] = False  # after 48 tokens: at the end of a block of 8 and of 16
     mask[2, 5:30] = False
     mask[3] = torch.rand(tokens, generator=torch.Generator().manual_seed(3)) < 0.7
     return mask
@@ -245,14 +245,15 @@ def test_fp32_decoding_after_a_fold_stays_near_the_fp64_truth(window_size, heads
 def test_a_padded_step_changes_nothing_of_the_row(window_size):
     """Rows whose new token is padding keep their state, bit for bit, wherever they stand in a block."""
     attention = make_attention(window_size)
-    qkv, mask = make_qkv(attention, tokens=33), torch.arange(33) >= torch.tensor([[0], [1]])
-    _, state = attention(*(x[:, :32] for x in qkv), padding_mask=mask[:, :32], output_state=True)
-    step = poisoned((x[:, 32:] for x in qkv), torch.tensor([[True], [False]]))
-    o, after = attention(*step, padding_mask=torch.tensor([[True], [False]]), state=state, output_state=True)
-    assert (o[1] == 0).all() and o[0].any()
+    qkv = make_qkv(attention, batch=4, tokens=33)
+    mask = torch.arange(32) >= torch.tensor([[0], [0], [1], [8]])  # two rows at the end of a block
+    _, state = attention(*(x[:, :32] for x in qkv), padding_mask=mask, output_state=True)
+    real = torch.tensor([[True], [False], [False], [False]])
+    o, after = attention(*poisoned((x[:, 32:] for x in qkv), real), padding_mask=real, state=state, output_state=True)
+    assert (o[1:] == 0).all() and o[0].any()
     for x, y in zip(after, state, strict=True):
-        assert torch.equal(x[1], y[1])
-    assert after.count.tolist() == [33, 31]
+        assert torch.equal(x[1:], y[1:])
+    assert after.count.tolist() == [33, 32, 31, 24]
 
 
 @every_way

@@ -171,9 +171,9 @@ def dual_state_window_attention(
     weights = (scores - log_denominator[..., None]).exp()
     o_window = torch.einsum("bnhrcd,bndhv->bnchrv", weights.to(v.dtype), v_b).to(states.dtype)
 
-    two_back = torch.arange(-1, blocks - 1, device=device).clamp_min(0)
     mix = mix.to(states.dtype).unflatten(0, (kv_heads, -1))
-    o_state = torch.einsum("bnchrk,hri,bnhikv->bnchrv", q_b.to(states.dtype), mix, states[:, two_back])
+    two_back = torch.cat([states[:, :1], states[:, : blocks - 1]], dim=1)
+    o_state = torch.einsum("bnchrk,hri,bnhikv->bnchrv", q_b.to(states.dtype), mix, two_back)
 
     def tokens_first(x: Tensor) -> Tensor:  # [B, N, C, Hkv, R, ...] to [B, T, Hq, ...]
         return x.flatten(1, 2)[:, :tokens].flatten(2, 3)
