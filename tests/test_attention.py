@@ -69,13 +69,13 @@ def run_in_pieces(attention, qkv, sizes, mask=None, state=None):
 
 def assert_same_state(attention, found, expected, bound=1e-10):
     """Equal in everything that later tokens can read."""
-    assert torch.equal(found.count, expected.count)
+    assert torch.equal(found.lengths, expected.lengths)
     scale = expected.recurrent.abs().max().clamp_min(1)
     assert ((found.recurrent - expected.recurrent).abs() <= bound * scale).all()
     assert found.window_k.shape == expected.window_k.shape and found.window_v.shape == expected.window_v.shape
     if attention.window_size:
         for x, y in ((found.window_k, expected.window_k), (found.window_v, expected.window_v)):
-            for row, count in enumerate(found.count.tolist()):
+            for row, count in enumerate(found.lengths.tolist()):
                 first = max(count // attention.window_size - 1, 0) * attention.window_size
                 slots = [token % (2 * attention.window_size) for token in range(first, count)]
                 assert torch.equal(x[row, slots], y[row, slots])
@@ -104,7 +104,7 @@ def slow_layer(attention, q, k, v):
         scores = attention.scale * torch.einsum("bhk,bshk->bhs", q[:, t], keys)
         softmax = torch.einsum("bhs,bshv->bhv", scores.softmax(-1), values)
         alpha = torch.sigmoid(attention.state_gain * rms.log() + attention.state_bias - scores.exp().sum(-1).log())[..., None]
-        outputs.append((1 - alpha) * softmax + alpha * normalised)
+        outputs.append((1 - alpha) * softmax + alpha * normalised if first else softmax)
     return torch.stack(outputs, 1)
 
 
@@ -148,7 +148,7 @@ def test_padding_anywhere_equals_the_row_alone(window_size, heads):
     qkv = poisoned(make_qkv(attention, batch=5), mask)
     o, state = attention(*qkv, padding_mask=mask, output_state=True)
     assert (o[~mask] == 0).all()
-    assert state.count.tolist() == mask.sum(1).tolist()
+    assert state.lengths.tolist() == mask.sum(1).tolist()
     for row in range(5):
         alone, end = attention(*(x[row : row + 1, mask[row]] for x in qkv), output_state=True)
         assert relative_error(o[row, mask[row]], alone[0]) <= 1e-10
@@ -180,7 +180,7 @@ def test_a_row_of_nothing_but_padding_stays_empty_and_finite(window_size):
     qkv, mask = make_qkv(attention, tokens=20), torch.ones(2, 20, dtype=torch.bool)
     mask[0] = False
     o, state = attention(*qkv, padding_mask=mask, output_state=True)
-    assert (o[0] == 0).all() and state.count.tolist() == [0, 20] and not state.recurrent[0].any()
+    assert (o[0] == 0).all() and state.lengths.tolist() == [0, 20] and not state.recurrent[0].any()
     o, _ = attention(*(x[:, :1] for x in qkv), state=state)
     first, _ = attention(*(x[:1, :1] for x in qkv))
     assert relative_error(o[:1], first) <= 1e-12
@@ -253,7 +253,7 @@ def test_a_padded_step_changes_nothing_of_the_row(window_size):
     assert (o[1:] == 0).all() and o[0].any()
     for x, y in zip(after, state, strict=True):
         assert torch.equal(x[1:], y[1:])
-    assert after.count.tolist() == [33, 32, 31, 24]
+    assert after.lengths.tolist() == [33, 32, 31, 24]
 
 
 @every_way

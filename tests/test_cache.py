@@ -41,12 +41,12 @@ def forward_state(attention, keys, values, mask=None):
 def next_output(attention, state):
     """Outputs of the next 20 tokens, which read everything of the state."""
     generator = torch.Generator().manual_seed(5)
-    q, k, v = (torch.randn(state.count.shape[0], 20, heads, 8, generator=generator) for heads in (4, 2, 2))
+    q, k, v = (torch.randn(state.lengths.shape[0], 20, heads, 8, generator=generator) for heads in (4, 2, 2))
     return attention(q, k, v, state=state)[0]
 
 
 def assert_equivalent(attention, found, expected):
-    assert torch.equal(found.count, expected.count)
+    assert torch.equal(found.lengths, expected.lengths)
     torch.testing.assert_close(found.recurrent, expected.recurrent, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(next_output(attention, found), next_output(attention, expected), rtol=1e-5, atol=1e-5)
 
@@ -79,7 +79,7 @@ def test_fold_leaves_no_trace_of_padding(window_size, dtype):
     mask[0, 10:14], mask[1, -3:] = False, False
     poisoned = [x.masked_fill(~mask[:, None, :, None], float("nan")) for x in (keys, values)]
     layer = fold(attention, *poisoned, attention_mask=mask.to(dtype))
-    assert layer.get_seq_length() == 37 and layer.state.count.tolist() == mask.sum(1).tolist()
+    assert layer.get_seq_length() == 37 and layer.state.lengths.tolist() == mask.sum(1).tolist()
     for row in range(3):
         alone = forward_state(attention, *(x[row : row + 1, :, mask[row]] for x in (keys, values)))
         assert_equivalent(attention, DualState(*(x[row : row + 1] for x in layer.state)), alone)
@@ -172,7 +172,7 @@ def test_lengths_count_padding_as_other_layers_do(window_size):
     attention, (keys, values) = make_attention(window_size), make_kv()
     layer = fold(attention, keys, values, attention_mask=left_mask())
     assert layer.get_seq_length() == 37 and layer.get_mask_sizes(4) == (41, 0) and layer.batch_size == 3
-    assert layer.state.count.tolist() == [37, 32, 17]
+    assert layer.state.lengths.tolist() == [37, 32, 17]
     layer.advance(layer.state, 2)
     assert layer.get_seq_length() == 39
 

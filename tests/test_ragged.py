@@ -59,7 +59,7 @@ def test_gradients_reach_exactly_the_real_tokens():
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_packed_boundaries_give_one_row_a_sequence(dtype):
     rows = rows_from_cu_seqlens(torch.tensor([0, 3, 3, 4, 9], dtype=dtype), 9)
-    assert rows.index.dtype == torch.int64 and rows.index.shape == (4, 5)
+    assert rows.source.dtype == torch.int64 and rows.source.shape == (4, 5)
     assert rows.valid.sum(1).tolist() == [3, 0, 1, 5]
     x = torch.arange(9.0).view(1, 9)
     tokens = [row[valid].tolist() for row, valid in zip(rows.gather(x), rows.valid, strict=True)]

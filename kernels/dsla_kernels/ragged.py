@@ -9,22 +9,22 @@ from torch import Tensor
 class Rows(NamedTuple):
     """Where the tokens of each sequence lie. One row a sequence, its tokens first and in order.
 
-    index: int64 `[N, L]`, position of each token among the `B * T` flattened tokens (0 where not valid).
+    source: int64 `[N, L]`, position of each token among the `B * T` flattened tokens (0 where not valid).
     valid: bool `[N, L]`, True at real tokens, a prefix of each row.
     """
 
-    index: Tensor
+    source: Tensor
     valid: Tensor
 
     def gather(self, x: Tensor) -> Tensor:
         """`[B, T, ...]` to `[N, L, ...]`; what lies behind a row's end is some other token, to be masked."""
-        return x.flatten(0, 1)[self.index]
+        return x.flatten(0, 1)[self.source]
 
     def scatter(self, x: Tensor, batch_shape: tuple[int, int]) -> Tensor:
         """`[N, L, ...]` back to `[B, T, ...]`; tokens that are in no row become zero."""
         tokens = batch_shape[0] * batch_shape[1]
         # Entries behind a row's end all go to one slot past the last token, which is dropped.
-        target = torch.where(self.valid, self.index, tokens).flatten()
+        target = torch.where(self.valid, self.source, tokens).flatten()
         out = x.new_zeros(tokens + 1, *x.shape[2:]).index_copy(0, target, x.flatten(0, 1))
         return out[:-1].unflatten(0, batch_shape)
 

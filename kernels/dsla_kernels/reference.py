@@ -144,6 +144,10 @@ def dual_state_window_attention(
         states: at every block boundary, `[B, ceil(T / window_size) + 1, Hkv, 2, K, V]`; entry n holds blocks 0 to n - 1.
     """
     check_inputs(q, k, v, gate_logits, mix, lower_bound, padding_mask, None, initial_state)
+    if window_size < 1:
+        raise ValueError(f"window_size must be 1 or more tokens, got {window_size}; dual_state_attention is the form without a window")
+    if padding_mask is not None:
+        q, k, v = (x.masked_fill(~padding_mask.bool()[..., None, None], 0) for x in (q, k, v))
     tokens, kv_heads = q.shape[1], k.shape[2]
     states = block_states(
         k,
@@ -216,6 +220,8 @@ class _Prepared:
         self.k, self.v, self.log_decay, self.state = _prepare_state_inputs(
             k, v, gate_logits, gate_normalizer, lower_bound, padding_mask, initial_state
         )
+        if padding_mask is not None:
+            q = q.masked_fill(~padding_mask.bool()[..., None, None], 0)
         kv_heads = k.shape[2]
         self.q = (q.to(self.k.dtype) * (q.shape[-1] ** -0.5 if scale is None else scale)).unflatten(2, (kv_heads, -1))
         self.mix = mix.to(self.k.dtype).unflatten(0, (kv_heads, -1))

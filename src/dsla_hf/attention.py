@@ -30,13 +30,13 @@ class DualState(NamedTuple):
 
     recurrent: `[B, Hkv, 2, K, V]` fp32, history and recency. With a window they hold the blocks before the last full one.
     window_k, window_v: `[B, 2W, Hkv, K or V]`, the last full block and the one being filled; token j lies at slot j % 2W.
-    count: int64 `[B]`, tokens seen per row, padding not counted.
+    lengths: int64 `[B]`, tokens seen per row, padding not counted.
     """
 
     recurrent: Tensor
     window_k: Tensor
     window_v: Tensor
-    count: Tensor
+    lengths: Tensor
 
 
 class DualStateAttention(nn.Module):
@@ -48,7 +48,8 @@ class DualStateAttention(nn.Module):
 
         alpha = sigmoid(state_gain * log rms(o_state) + state_bias - log(softmax denominator of the window))
 
-    so that they are nearly closed at the start, can abstain token by token, and depend on no absolute position.
+    so that they are nearly closed at the start, can abstain token by token, and depend on no absolute position. Empty states
+    get no weight: a text that fits into the window is read by plain softmax attention.
 
     Args:
         num_heads, num_kv_heads: query heads Hq and key-value heads Hkv.
@@ -137,9 +138,12 @@ class DualStateAttention(nn.Module):
             o `[B, T, Hq, V]` in q's dtype, zero at padding; and the new state or None.
         """
         if cu_seqlens is not None and (state is not None or output_state):
-            raise ValueError("packed sequences (cu_seqlens) cannot be combined with a state: run each sequence on its own")
-        if state is not None and state.count.shape[0] != q.shape[0]:
-            raise ValueError(f"the state holds {state.count.shape[0]} sequences, the input {q.shape[0]}")
+            raise ValueError(
+                "packed sequences (cu_seqlens, or position_ids that restart) leave no state behind: pass use_cache=False, "
+                "or run each sequence on its own"
+            )
+        if state is not None and state.lengths.shape[0] != q.shape[0]:
+            raise ValueError(f"the state holds {state.lengths.shape[0]} sequences, the input {q.shape[0]}")
         if not self.window_size:
             return self._pure(q, k, v, padding_mask, cu_seqlens, state, output_state)
         if state is not None and q.shape[1] == 1:
@@ -198,8 +202,10 @@ class DualStateAttention(nn.Module):
 
     def _state_without_window(self, recurrent, k, v, padding_mask, state):
         tokens = torch.full_like(k[:, 0, 0, 0], k.shape[1], dtype=torch.long) if padding_mask is None else padding_mask.long().sum(1)
-        count = tokens if state is None else state.count + tokens
-        return DualState(recurrent, k[:, :0], v[:, :0], count)
+        lengths = tokens if state is None else state.lengths + tokens
+        # Copies, not views: a view would keep the states of every chunk, or all the keys, alive.
+        empty_k, empty_v = (x.new_empty(x.shape[0], 0, *x.shape[2:]) for x in (k, v))
+        return DualState(recurrent.clone(), empty_k, empty_v, lengths)
 
     # --- with a softmax window ----------------------------------------------------------------------------------
 
@@ -233,15 +239,15 @@ class DualStateAttention(nn.Module):
 
     def _window_step(self, q, k, v, padding_mask, state):
         """One token a row, written into the window; a block that two others have followed goes into the states."""
-        size, count, device = self.window_size, state.count, q.device
+        size, length, device = self.window_size, state.lengths, q.device
         slot = torch.arange(2 * size, device=device)
-        real = torch.ones_like(count, dtype=torch.bool) if padding_mask is None else padding_mask[:, -1].bool()
-        write = (slot == (count % (2 * size))[:, None]) & real[:, None]
+        real = torch.ones_like(length, dtype=torch.bool) if padding_mask is None else padding_mask[:, -1].bool()
+        write = (slot == (length % (2 * size))[:, None]) & real[:, None]
         window_k, window_v = (torch.where(write[..., None, None], x, w) for x, w in ((k, state.window_k), (v, state.window_v)))
 
         # The token in a slot is the newest whose index leaves the slot's number as remainder.
-        token = count[:, None] - (count[:, None] - slot) % (2 * size)
-        visible = (token >= 0) & (token >= ((count // size - 1) * size)[:, None])
+        token = length[:, None] - (length[:, None] - slot) % (2 * size)
+        visible = (token >= 0) & (token >= ((length // size - 1) * size)[:, None])
         dtype = state.recurrent.dtype
         q_h = (q[:, 0] * self.scale).unflatten(1, (self.num_kv_heads, -1))
         scores = torch.einsum("bhrk,bshk->bhrs", q_h, window_k).to(dtype).masked_fill(~visible[:, None, None], float("-inf"))
@@ -253,21 +259,23 @@ class DualStateAttention(nn.Module):
         o = self._combine(*(x.flatten(1, 2) for x in (o_window, log_denominator, o_state)))[:, None].to(q.dtype)
         o = o.masked_fill(~real[:, None, None, None], 0)
 
-        count = count + real
-        full = real & (count % size == 0) & (count >= 2 * size)
+        length = length + real
+        full = real & (length % size == 0) & (length >= 2 * size)
         recurrent = state.recurrent
         if bool(full.any()):
-            second_half = ((count // size) % 2 == 1)[:, None, None, None]  # where the block before the last one lies
+            second_half = ((length // size) % 2 == 1)[:, None, None, None]  # where the block before the last one lies
             old_k, old_v = (torch.where(second_half, w[:, size:], w[:, :size]) for w in (window_k, window_v))
             folded = self._block_states(old_k, old_v, None, recurrent)[:, -1]
             recurrent = torch.where(full[:, None, None, None, None], folded, recurrent)
-        return o, DualState(recurrent, window_k, window_v, count)
+        return o, DualState(recurrent, window_k, window_v, length)
 
     def _combine(self, o_window: Tensor, log_denominator: Tensor, o_state: Tensor) -> Tensor:
-        """Window and states under one denominator; all `[..., Hq, V]`, `log_denominator` `[..., Hq]`."""
+        """Window and states under one denominator; all `[..., Hq, V]`, `log_denominator` `[..., Hq]`. Until something has
+        left the window this is plain softmax attention."""
         rms = self._rms(o_state)
         gain, bias = self.state_gain.to(rms.dtype), self.state_bias.to(rms.dtype)
         alpha = torch.sigmoid(gain * rms.squeeze(-1).log() + bias - log_denominator)[..., None]
+        alpha = alpha.masked_fill((o_state == 0).all(-1, keepdim=True), 0)
         return o_window + alpha * (self._normalise(o_state, rms) - o_window)
 
     def _rms(self, o: Tensor) -> Tensor:
@@ -290,15 +298,15 @@ class DualStateAttention(nn.Module):
 
     def _window_in_order(self, state: DualState) -> tuple[Tensor, Tensor, Tensor]:
         """The window's keys and values from its first token on, and which of the 2W entries are tokens `[B, 2W]`."""
-        offset = torch.arange(2 * self.window_size, device=state.count.device)
+        offset = torch.arange(2 * self.window_size, device=state.lengths.device)
         token = self._window_start(state)[:, None] + offset
         slot = token % (2 * self.window_size)
         window_k, window_v = (x.gather(1, slot[..., None, None].expand_as(x)) for x in (state.window_k, state.window_v))
-        return window_k, window_v, token < state.count[:, None]
+        return window_k, window_v, token < state.lengths[:, None]
 
     def _window_start(self, state: DualState) -> Tensor:
         """Index of the first token in the window, a multiple of W, `[B]`."""
-        return (state.count // self.window_size - 1).clamp_min(0) * self.window_size
+        return (state.lengths // self.window_size - 1).clamp_min(0) * self.window_size
 
     def _state_after(self, k: Tensor, v: Tensor, valid: Tensor | None, states: Tensor, state: DualState | None) -> DualState:
         """The state after rows `[B, L]` that begin at a block boundary (where the window of `state` began, if given)."""

@@ -62,7 +62,7 @@ class DSLACacheLayer(CacheLayerMixin):
     def batch_size(self) -> int:
         if self.state is None:
             raise AttributeError("no batch size before the first token")  # what `Cache.batch_size` expects of a layer
-        return self.state.count.shape[0]
+        return self.state.lengths.shape[0]
 
     def get_seq_length(self) -> int:
         return self.tokens
@@ -126,7 +126,12 @@ def fold(
         ValueError: if shapes do not fit, or positions of a row restart (packed texts must not share a state).
     """
     expected = (attention.num_kv_heads, attention.key_dim, attention.value_dim)
-    if keys.ndim != 4 or values.ndim != 4 or (keys.shape[1], keys.shape[3], values.shape[3]) != expected:
+    if (
+        keys.ndim != 4
+        or values.ndim != 4
+        or keys.shape[:3] != values.shape[:3]
+        or (keys.shape[1], keys.shape[3], values.shape[3]) != expected
+    ):
         raise ValueError(
             f"cached keys {list(keys.shape)} and values {list(values.shape)} must be [B, {expected[0]}, T, {expected[1]} and {expected[2]}]"
         )
