@@ -23,7 +23,7 @@ from peft import get_peft_model
 from reporting import markdown_table, write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dsla_hf import DSLAConfig, set_level
+from dsla_hf import DSLAConfig, DualStateAttention, set_level
 from dsla_hf.data import PackedTokens, read_texts
 from dsla_hf.distillation import DSLATrainingArguments, distill
 from dsla_hf.evaluation import evaluate_levels
@@ -31,6 +31,9 @@ from dsla_hf.evaluation import evaluate_levels
 # What each recipe changes in DSLAConfig.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
+    "half-lives 512 and 64": {"half_lives": (512.0, 64.0)},
+    "window only": {},
+    "one state": {},
     "pure": {"window_size": 0},
     "pure, k and v trained": {"window_size": 0, "trained_projections": ["q_proj", "k_proj", "v_proj", "o_proj"]},
 }
@@ -65,6 +68,21 @@ def held_out(data: Path, tokenizer: Any) -> tuple[torch.Tensor, list[int]]:
     return torch.cat(blocks), rest
 
 
+def close_states(core: DualStateAttention) -> None:
+    """The control without states: the same layer, its state branch shut and everything that belongs to it frozen."""
+    core.state_bias.data.fill_(-1e4)
+    core.requires_grad_(False)
+
+
+def keep_one_state(core: DualStateAttention) -> None:
+    """The control with one state: the mix stays at the first."""
+    core.mix_logits.data.copy_(torch.tensor([30.0, -30.0]).expand_as(core.mix_logits))
+    core.mix_logits.requires_grad_(False)
+
+
+CONTROLS = {"window only": close_states, "one state": keep_one_state}
+
+
 def run_recipe(name: str, teacher: str, data: Path, output: Path, seed: int, learning_rate: float, changes: dict[str, Any]) -> list[dict]:
     """Distil and evaluate one recipe; rows by level."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,6 +91,9 @@ def run_recipe(name: str, teacher: str, data: Path, output: Path, seed: int, lea
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.bfloat16).to(device)
     model = get_peft_model(model, DSLAConfig(task_type="CAUSAL_LM", **changes))
+    for module in model.modules():
+        if isinstance(module, DualStateAttention) and name in CONTROLS:
+            CONTROLS[name](module)
     blocks = plant_recall(training_blocks(data, tokenizer, output.parent / "blocks.pt"), tokenizer, RECALL_SHARE, seed)
     ranking, train = blocks[:RANKING_BLOCKS], blocks[RANKING_BLOCKS:]
     # Half of the ranking text asks for something far back.
@@ -155,7 +176,8 @@ def main() -> None:
         if running.pop(0).wait():
             raise SystemExit("a recipe failed; its error is above. Run the same command again to go on")
     rows = [row for recipe in args.recipes for row in json.loads(rows_file(recipe).read_text())]
-    write_results("core", rows)
+    command = f"python eval/core.py --teacher {Path(args.teacher).name} --data {args.data.name} --seed {args.seed}"
+    write_results("core", rows, command)
     plot(rows, Path(__file__).parent.parent / "docs" / "images" / "core.png")
     print(markdown_table(rows, ["recipe", "level", "perplexity", "kl", "needle", "training_seconds"]))
 

@@ -103,14 +103,15 @@ def dual_state_attention(
 
     # What the chunk itself adds. exp(b_i - b_j) is split around the middle of the chunk: no factor passes exp(40).
     middle = cumulative[:, :, -1:] / 2
-    q_decayed = q_c[..., None, :] * (cumulative - middle).exp()[:, :, :, :, None]
+    q_mixed = q_c[..., None, :] * args.mix[..., None]  # elementwise: as part of an einsum it would become thin matrix products
+    q_decayed = q_mixed * (cumulative - middle).exp()[:, :, :, :, None]
     k_decayed = k_c[:, :, :, :, None] * (middle - cumulative).exp()
-    scores = torch.einsum("bnchrik,hri,bndhik->bnhrcd", q_decayed, args.mix, k_decayed).tril()
+    scores = torch.einsum("bnchrik,bndhik->bnhrcd", q_decayed, k_decayed).tril()
     o = torch.einsum("bnhrcd,bndhv->bnchrv", scores, v_c)
 
     # What came before it.
-    q_decayed = q_c[..., None, :] * cumulative.exp()[:, :, :, :, None]
-    o = o + torch.einsum("bnchrik,hri,bnhikv->bnchrv", q_decayed, args.mix, states[:, :-1])
+    q_decayed = q_mixed * cumulative.exp()[:, :, :, :, None]
+    o = o + torch.einsum("bnchrik,bnhikv->bnchrv", q_decayed, states[:, :-1])
     return args.output(o.flatten(1, 2)[:, :tokens]), states[:, -1] if output_final_state else None
 
 
@@ -175,9 +176,9 @@ def dual_state_window_attention(
     weights = (scores - log_denominator[..., None]).exp()
     o_window = torch.einsum("bnhrcd,bndhv->bnchrv", weights.to(v.dtype), v_b).to(states.dtype)
 
-    mix = mix.to(states.dtype).unflatten(0, (kv_heads, -1))
+    q_mixed = q_b.to(states.dtype)[..., None, :] * mix.to(states.dtype).unflatten(0, (kv_heads, -1))[..., None]
     two_back = torch.cat([states[:, :1], states[:, : blocks - 1]], dim=1)
-    o_state = torch.einsum("bnchrk,hri,bnhikv->bnchrv", q_b.to(states.dtype), mix, two_back)
+    o_state = torch.einsum("bnchrik,bnhikv->bnchrv", q_mixed, two_back)
 
     def tokens_first(x: Tensor) -> Tensor:  # [B, N, C, Hkv, R, ...] to [B, T, Hq, ...]
         return x.flatten(1, 2)[:, :tokens].flatten(2, 3)

@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
         "hybrid, generates with the level raised in mid-text, and prints what each level costs and saves.",
     )
     quickstart.add_argument("--output", default="quickstart-output", help="folder for models and plot (default: %(default)s)")
-    quickstart.add_argument("--steps", type=int, default=300, help="optimizer steps of the small model (default: %(default)s)")
+    quickstart.add_argument("--steps", type=int, default=400, help="optimizer steps of the small model (default: %(default)s)")
     quickstart.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
 
     commands.add_parser(

@@ -169,7 +169,7 @@ class DSLATrainer(Trainer):
     # --- logs ---------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._terms:
+        if self._terms and "train_runtime" not in logs:  # the summary at the end keeps to its own figures
             names = list(self._terms)
             means = torch.stack([torch.stack(self._terms[name]).mean() for name in names])
             means = self.accelerator.reduce(means, reduction="mean")
