@@ -176,7 +176,11 @@ def main() -> None:
         if running.pop(0).wait():
             raise SystemExit("a recipe failed; its error is above. Run the same command again to go on")
     rows = [row for recipe in args.recipes for row in json.loads(rows_file(recipe).read_text())]
-    command = f"python eval/core.py --teacher {Path(args.teacher).name} --data {args.data.name} --seed {args.seed}"
+    command = (
+        f"python eval/core.py --teacher {Path(args.teacher).name} --data {args.data.name} --seed {args.seed} --parallel {args.parallel}"
+    )
+    if args.recipes != list(RECIPES):
+        command += " --recipes " + " ".join(f"'{recipe}'" for recipe in args.recipes)
     write_results("core", rows, command)
     plot(rows, Path(__file__).parent.parent / "docs" / "images" / "core.png")
     print(markdown_table(rows, ["recipe", "level", "perplexity", "kl", "needle", "training_seconds"]))
