@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from needle import make_needles, needle_accuracy, plant_recall
 from peft import get_peft_model
-from reporting import markdown_table, write_results
+from reporting import RESULTS, markdown_table, write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dsla_hf import DSLAConfig, DualStateAttention, set_level
@@ -42,6 +42,7 @@ STAGE_TOKENS = 5_600_000
 RANKING_BLOCKS, HELD_OUT_BLOCKS = 16, 128
 RECALL_SHARE = 0.1
 NEEDLE_LENGTH, NEEDLES = 1984, 100
+PLOT = Path(__file__).parent.parent / "docs" / "images" / "core.png"
 
 
 def training_blocks(data: Path, tokenizer: Any, cache: Path) -> torch.Tensor:
@@ -128,20 +129,25 @@ def run_recipe(name: str, teacher: str, data: Path, output: Path, seed: int, lea
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Perplexity and needle accuracy against the level, a line per recipe."""
+    """Rise in perplexity and needle accuracy against the level, a line per recipe."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    for recipe in dict.fromkeys(row["recipe"] for row in rows):
+    figure, (quality, recall) = plt.subplots(1, 2, figsize=(11, 4))
+    for i, recipe in enumerate(dict.fromkeys(row["recipe"] for row in rows)):
         own = [row for row in rows if row["recipe"] == recipe]
-        for axis, value in zip(axes, ("perplexity", "needle"), strict=True):
-            axis.plot([row["level"] for row in own], [row[value] for row in own], marker="o", label=recipe)
-    axes[0].set(xlabel="level (layers converted of 16)", ylabel="perplexity, held-out novels, T = 2048")
-    axes[1].set(xlabel="level (layers converted of 16)", ylabel=f"needle accuracy, {NEEDLE_LENGTH} tokens", ylim=(-0.05, 1.05))
-    axes[0].legend()
+        base = next(row["perplexity"] for row in own if row["level"] == 0)
+        levels = [row["level"] for row in own]
+        style = {"marker": "osD^vP"[i % 6], "linestyle": ("-", "--", ":", "-.")[i % 4], "label": recipe, "alpha": 0.8}
+        quality.plot(levels[1:], [100 * (row["perplexity"] / base - 1) for row in own][1:], **style)
+        recall.plot(levels, [row["needle"] for row in own], **style)
+    quality.set(xlabel="level (layers converted of 16)", ylabel="perplexity above the teacher's, %", yscale="log")
+    recall.set(xlabel="level (layers converted of 16)", ylabel=f"needle accuracy, {NEEDLE_LENGTH} tokens", ylim=(-0.05, 1.05))
+    quality.legend(fontsize=8)
+    for axis in (quality, recall):
+        axis.grid(alpha=0.3)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
@@ -149,8 +155,9 @@ def plot(rows: list[dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", required=True, help="checkpoint to convert (16 layers)")
-    parser.add_argument("--data", type=Path, required=True, help="folder with distill.txt.xz and novels_val.jsonl.xz")
+    parser.add_argument("--plot-only", action="store_true", help="draw the plot again from eval/results/core.json")
+    parser.add_argument("--teacher", help="checkpoint to convert (16 layers)")
+    parser.add_argument("--data", type=Path, help="folder with distill.txt.xz and novels_val.jsonl.xz")
     parser.add_argument("--output", type=Path, default=Path("runs/core"), help="adapters and rows of each recipe")
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--parallel", type=int, default=1, help="recipes to run at the same time on the device")
@@ -158,6 +165,11 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--recipe", help=argparse.SUPPRESS)  # one recipe in this process
     args = parser.parse_args()
+    if args.plot_only:
+        plot(json.loads((RESULTS / "core.json").read_text())["rows"], PLOT)
+        return
+    if not args.teacher or not args.data:
+        parser.error("--teacher and --data are needed")
 
     def rows_file(recipe: str) -> Path:
         return args.output / recipe.replace(", ", "-").replace(" ", "-") / "rows.json"
@@ -182,7 +194,7 @@ def main() -> None:
     if args.recipes != list(RECIPES):
         command += " --recipes " + " ".join(f"'{recipe}'" for recipe in args.recipes)
     write_results("core", rows, command)
-    plot(rows, Path(__file__).parent.parent / "docs" / "images" / "core.png")
+    plot(rows, PLOT)
     print(markdown_table(rows, ["recipe", "level", "perplexity", "kl", "needle", "training_seconds"]))
 
 
