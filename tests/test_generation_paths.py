@@ -273,13 +273,6 @@ def test_prefill_in_chunks_by_generate_equals_one_prefill(model):
     assert torch.equal(greedy(model, prompts, mask, prefill_chunk_size=7), greedy(model, prompts, mask))
 
 
-def test_assisted_decoding_is_refused_rather_than_wrong(model):
-    model.set_level(2)
-    prompt = text(1, 8).repeat(1, 4)
-    with pytest.raises((NotImplementedError, ValueError), match="crop"):
-        greedy(model, prompt, prompt_lookup_num_tokens=3)
-
-
 # --- raising and lowering the level within a text -----------------------------------------------------------------
 
 

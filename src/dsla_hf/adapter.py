@@ -16,6 +16,7 @@ from peft.utils import register_peft_method
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .cache import with_recording_cache
 from .configuration import PROJECTIONS, DSLAConfig, check_order, same_magnitude
 from .layout import install_layout_hook, remove_layout_hook
 from .modeling import (
@@ -208,6 +209,10 @@ class DSLAModel(BaseTuner):
         for layer in dsla_layers(self.model).values():
             layer.frozen = layers is not None and layer.layer_idx not in layers
             layer.set_adapter(layer.active_adapters)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, with a cache that fits assisted decoding and prompt lookup."""
+        return self.model.generate(*args, **with_recording_cache(self.model, kwargs))
 
     # --- what PEFT asks of a tuner ------------------------------------------------------------------------------
 

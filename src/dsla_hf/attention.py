@@ -151,14 +151,19 @@ class DualStateAttention(nn.Module):
         return self._window(q, k, v, padding_mask, cu_seqlens, state, output_state)
 
     @torch.no_grad()
-    def fold(self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> DualState:
-        """The state after tokens whose keys and values are cached: what `forward` would have left, bit for bit up to
-        rounding. k `[B, T, Hkv, K]`, v `[B, T, Hkv, V]`, `padding_mask` `[B, T]`."""
+    def fold(self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None, state: DualState | None = None) -> DualState:
+        """The state after tokens of which only keys and values are left: what `forward` would have returned, up to rounding.
+
+        k `[B, T, Hkv, K]`, v `[B, T, Hkv, V]`, `padding_mask` `[B, T]`; `state` of the tokens before them, if any.
+        """
+        recurrent = None if state is None else state.recurrent
         if not self.window_size:
-            states = self._block_states(k, v, padding_mask)
-            return self._state_without_window(states[:, -1], k, v, padding_mask, None)
+            states = self._block_states(k, v, padding_mask, recurrent)
+            return self._state_without_window(states[:, -1], k, v, padding_mask, state)
+        if state is not None:
+            k, v, padding_mask = self._after_window(state, k, v, padding_mask)
         k, v, valid = _to_rows(padding_mask, None, k, v)[1:]
-        return self._state_after(k, v, valid, self._block_states(k, v, valid), None)
+        return self._state_after(k, v, valid, self._block_states(k, v, valid, recurrent), state)
 
     def gate_logits(self, v: Tensor) -> Tensor:
         """Raw gates `[B, T, Hkv, 2, K/2]`, fp32 (fp64 for fp64 inputs), from values `[B, T, Hkv, V]`."""
@@ -210,14 +215,11 @@ class DualStateAttention(nn.Module):
     # --- with a softmax window ----------------------------------------------------------------------------------
 
     def _window(self, q, k, v, padding_mask, cu_seqlens, state, output_state):
-        shape, past = q.shape[:2], 0
+        past = 0
         if state is not None:
-            # Go on from the last block boundary: the tokens of the window come first, with queries nobody reads.
-            past_k, past_v, past_valid = self._window_in_order(state)
-            past = past_k.shape[1]
-            q, k, v = F.pad(q, (0, 0, 0, 0, past, 0)), torch.cat([past_k, k], 1), torch.cat([past_v, v], 1)
-            new_valid = padding_mask.bool() if padding_mask is not None else past_valid.new_ones(shape)
-            padding_mask = torch.cat([past_valid, new_valid], 1)
+            past = 2 * self.window_size
+            q = F.pad(q, (0, 0, 0, 0, past, 0))  # queries that nobody reads
+            k, v, padding_mask = self._after_window(state, k, v, padding_mask)
         rows, k, v, valid = _to_rows(padding_mask, cu_seqlens, k, v)
         o_window, log_denominator, o_state, states = dual_state_window_attention(
             q if rows is None else rows.gather(q),
@@ -262,7 +264,7 @@ class DualStateAttention(nn.Module):
         length = length + real
         full = real & (length % size == 0) & (length >= 2 * size)
         recurrent = state.recurrent
-        if bool(full.any()):
+        if torch.compiler.is_compiling() or bool(full.any()):  # a compiled step cannot branch on values: it always folds
             second_half = ((length // size) % 2 == 1)[:, None, None, None]  # where the block before the last one lies
             old_k, old_v = (torch.where(second_half, w[:, size:], w[:, :size]) for w in (window_k, window_v))
             folded = self._block_states(old_k, old_v, None, recurrent)[:, -1]
@@ -296,13 +298,16 @@ class DualStateAttention(nn.Module):
             initial_state=initial_state,
         )
 
-    def _window_in_order(self, state: DualState) -> tuple[Tensor, Tensor, Tensor]:
-        """The window's keys and values from its first token on, and which of the 2W entries are tokens `[B, 2W]`."""
+    def _after_window(self, state: DualState, k: Tensor, v: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """k, v and padding mask with the 2W entries of the window, from its first token on, before them: rows that begin at
+        the block boundary where the recurrent states end."""
         offset = torch.arange(2 * self.window_size, device=state.lengths.device)
         token = self._window_start(state)[:, None] + offset
-        slot = token % (2 * self.window_size)
-        window_k, window_v = (x.gather(1, slot[..., None, None].expand_as(x)) for x in (state.window_k, state.window_v))
-        return window_k, window_v, token < state.lengths[:, None]
+        slot = (token % (2 * self.window_size))[..., None, None]
+        window_k, window_v = (x.gather(1, slot.expand_as(x)) for x in (state.window_k, state.window_v))
+        valid = token < state.lengths[:, None]
+        new_valid = valid.new_ones(k.shape[:2]) if padding_mask is None else padding_mask.bool()
+        return torch.cat([window_k, k], 1), torch.cat([window_v, v], 1), torch.cat([valid, new_valid], 1)
 
     def _window_start(self, state: DualState) -> Tensor:
         """Index of the first token in the window, a multiple of W, `[B]`."""

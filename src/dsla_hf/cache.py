@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, StaticLayer
 from transformers.utils import logging
 
 from .attention import DualState, DualStateAttention
@@ -12,25 +16,34 @@ from .layout import TokenLayout
 
 logger = logging.get_logger(__name__)
 
+# Attribute of a `Cache` whose DSLA layers shall record; transformers marks only layers that exist when it asks for it.
+RECORDS_PAST = "dsla_records_past"
+
 
 class DSLACacheLayer(CacheLayerMixin):
     """Two states, the softmax window and a token count: constant size, whatever the length.
 
     It takes the place of the key-value layer at its index. `update` only passes keys and values through, and only when
     the DSLA layer has announced itself by `expect_update`; a softmax layer that finds it gets an error.
+
+    A state cannot be rolled back, so for assisted decoding the layer records (`activate_past_recording`): it keeps the state
+    of the last `crop` and the keys and values since, and builds the state anew from those that a crop leaves.
     """
 
     is_sliding = False
     is_compileable = False
-    is_croppable = False
+    is_croppable = False  # not without recording
     supports_early_init = False
 
-    def __init__(self, max_length: int = -1):
+    def __init__(self) -> None:
         super().__init__()
         self.state: DualState | None = None
-        self.tokens = 0  # cached positions, padding included: what other layers of the cache count
-        self.max_length = max_length
+        self.tokens: int | Tensor = 0  # cached positions, padding included: what other layers of the cache count
+        self.record_past = False
         self._update_expected = False
+        self._state_before_log: DualState | None = None
+        self._log: list[tuple[Tensor, Tensor, Tensor]] = []  # k, v `[B, T, Hkv, D]` and mask `[B, T]` of each call since then
+        self._replay = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the state is made by the layer that fills it."""
@@ -53,10 +66,55 @@ class DSLACacheLayer(CacheLayerMixin):
         self._update_expected = False
         return key_states, value_states
 
-    def advance(self, state: DualState, tokens: int) -> None:
-        """Store the state after `tokens` more positions."""
+    def current_state(self, attention: DualStateAttention) -> DualState | None:
+        """The state that `attention` reads next, built anew after a crop."""
+        if self._replay:
+            k, v, mask = (torch.cat(parts, dim=1) for parts in zip(*self._log, strict=True))
+            self.state = attention.fold(k, v, mask, self._state_before_log)
+            self._clear_log()
+        return self.state
+
+    def advance(self, state: DualState, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> None:
+        """Store the state after the tokens with these k, v `[B, T, Hkv, D]`."""
+        if self.record_past:
+            if not self._log:
+                self._state_before_log = self.state
+            mask = k.new_ones(k.shape[:2], dtype=torch.bool) if padding_mask is None else padding_mask.bool()
+            self._log.append((k, v, mask))
         self.state, self.is_initialized = state, True
-        self.tokens += tokens
+        self.tokens = self.tokens + k.shape[1]
+
+    def activate_past_recording(self) -> None:
+        """From now on keep what `crop` needs."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens: their number as a negative one, or as older releases of transformers have it, the number that
+        is to remain as a positive one. Also marks the point up to which later calls can crop.
+
+        Raises:
+            NotImplementedError: if they were not recorded.
+        """
+        remove = int(tokens_to_remove)
+        remove = max(int(self.tokens) - remove, 0) if remove > 0 else -remove
+        if remove == 0:
+            if not self._replay:
+                self._clear_log()
+            return
+        recorded = sum(k.shape[1] for k, _, _ in self._log)
+        if remove > recorded:
+            raise NotImplementedError(
+                f"a DSLA state cannot forget {remove} tokens, {recorded} are recorded: call generate() on the model itself for assisted "
+                "decoding and prompt lookup, or activate_past_recording() on the cache before the text"
+            )
+        keep = recorded - remove
+        joined = [torch.cat(parts, dim=1)[:, :keep] for parts in zip(*self._log, strict=True)]
+        self.tokens = self.tokens - remove
+        if keep:
+            self._log, self._replay = [(joined[0], joined[1], joined[2])], True
+        else:
+            self.state = self._state_before_log
+            self._clear_log()
 
     @property
     def batch_size(self) -> int:
@@ -65,25 +123,22 @@ class DSLACacheLayer(CacheLayerMixin):
         return self.state.lengths.shape[0]
 
     def get_seq_length(self) -> int:
-        return self.tokens
+        return self.tokens  # type: ignore[return-value]  # a tensor in static caches, as in transformers
 
     def get_max_length(self) -> int:
-        return self.max_length
+        return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return (self.tokens + query_length if self.max_length < 0 else self.max_length), 0
+        return self.get_seq_length() + query_length, 0
 
     def memory_bytes(self) -> int:
         """Bytes of all tensors held."""
-        return 0 if self.state is None else sum(x.numel() * x.element_size() for x in self.state)
+        tensors = [*(self.state or ()), *(self._state_before_log or ()), *(x for entry in self._log for x in entry)]
+        return sum(x.numel() * x.element_size() for x in {id(x): x for x in tensors}.values())
 
     def reset(self) -> None:
         self.state, self.tokens, self.is_initialized = None, 0, False
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Raises NotImplementedError unless there is nothing to remove: a state cannot be rolled back."""
-        if int(tokens_to_remove) != 0:
-            raise NotImplementedError("a DSLA state cannot be cropped; generate without assistant or prompt lookup, or at level 0")
+        self._clear_log()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -100,9 +155,55 @@ class DSLACacheLayer(CacheLayerMixin):
     def prefetch(self) -> None:
         """Never offloaded."""
 
-    def _map(self, change) -> None:
+    def _clear_log(self) -> None:
+        self._state_before_log, self._log, self._replay = None, [], False
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.state is not None:
-            self.state = DualState(*(change(x) for x in self.state))
+            self.state = DualState(*map(change, self.state))
+        if self._state_before_log is not None:
+            self._state_before_log = DualState(*map(change, self._state_before_log))
+        self._log = [(change(k), change(v), change(mask)) for k, v, mask in self._log]
+
+
+class StaticDSLACacheLayer(DSLACacheLayer):
+    """The same inside a `StaticCache`: tensors keep their addresses and are written in place, as compiled steps and CUDA graphs
+    need; the token count is a tensor, so that it costs no recompilation."""
+
+    is_compileable = True
+
+    def __init__(self, max_length: int) -> None:
+        super().__init__()
+        self.max_length = max_length
+        self.tokens = torch.tensor(0)
+
+    def advance(self, state: DualState, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> None:
+        if self.state is None:
+            self.state, self.is_initialized = DualState(*(x.clone() for x in state)), True
+            self.tokens = torch.as_tensor(self.tokens, device=k.device).clone()
+            if not torch.compiler.is_compiling():
+                for x in (*self.state, self.tokens):
+                    torch._dynamo.mark_static_address(x)
+        else:
+            for old, new in zip(self.state, state, strict=True):
+                old.copy_(new)
+        self.tokens.add_(k.shape[1])  # type: ignore[union-attr]
+
+    def activate_past_recording(self) -> None:
+        raise NotImplementedError("a static cache cannot be rolled back: use a dynamic one for assisted decoding")
+
+    def get_seq_length(self) -> int:
+        return self.tokens if self.is_initialized else 0  # type: ignore[return-value]
+
+    def get_max_length(self) -> int:
+        return self.max_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.max_length, 0
+
+    def reset(self) -> None:
+        for x in (*(self.state or ()), self.tokens):
+            x.zero_()  # type: ignore[union-attr]
 
 
 def fold(
@@ -112,6 +213,7 @@ def fold(
     *,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
+    max_length: int | None = None,
 ) -> DSLACacheLayer:
     """Turn the cached keys and values of a softmax layer into the state that `attention` would have built from them.
 
@@ -121,6 +223,7 @@ def fold(
         attention_mask: `[B, T]`, nonzero at real tokens, None if all are; padding may lie anywhere.
         position_ids: `[B, T]`, only to make sure that each row is one text: the states need no positions, because
             cached keys are rotated already.
+        max_length: of the `StaticCache` the layer is for; None for a dynamic one.
 
     Raises:
         ValueError: if shapes do not fit, or positions of a row restart (packed texts must not share a state).
@@ -142,8 +245,9 @@ def fold(
         falls = position_ids.diff(dim=1) <= 0
         if bool((falls if mask is None else falls & mask[:, 1:] & mask[:, :-1]).any()):
             raise ValueError("position_ids restart inside a row: several texts in one row cannot be folded into one state")
-    layer = DSLACacheLayer()
-    layer.advance(attention.fold(keys.transpose(1, 2), values.transpose(1, 2), mask), keys.shape[2])
+    layer = DSLACacheLayer() if max_length is None else StaticDSLACacheLayer(max_length)
+    k, v = keys.transpose(1, 2), values.transpose(1, 2)
+    layer.advance(attention.fold(k, v, mask), k, v)
     return layer
 
 
@@ -164,9 +268,9 @@ def dsla_cache_layer(
     if isinstance(layer, DSLACacheLayer):
         return layer
     tokens = int(layer.get_seq_length())
-    max_length = layer.get_max_length() if isinstance(layer, StaticLayer) else -1
+    max_length = layer.get_max_length() if isinstance(layer, StaticLayer) else None
     if tokens == 0:
-        new = DSLACacheLayer(max_length)
+        new = DSLACacheLayer() if max_length is None else StaticDSLACacheLayer(max_length)
     elif type(layer) in (DynamicLayer, StaticLayer):
         if not exact:
             logger.warning_once(
@@ -174,15 +278,36 @@ def dsla_cache_layer(
                 "and values, which is approximate. Set the level before the text begins, or train with the default trained_projections"
             )
         keys, values = (x[:, :, :tokens] for x in (layer.keys, layer.values))
-        new = fold(attention, keys, values, attention_mask=layout.past_mask(tokens))
-        new.max_length = max_length
+        new = fold(attention, keys, values, attention_mask=layout.past_mask(tokens), max_length=max_length)
     else:
         raise ValueError(
             f"layer {layer_idx} cannot become DSLA in mid-text: its cache is a {type(layer).__name__}, whose keys and values cannot be "
             "read in full. Set the level before the text begins, or use a DynamicCache"
         )
+    if getattr(cache, RECORDS_PAST, False):
+        new.activate_past_recording()
     cache.layers[layer_idx] = new
     return new
+
+
+def recording_cache(config: PreTrainedConfig) -> DynamicCache:
+    """An empty cache from which tokens can be removed again, as assisted decoding and prompt lookup do; layers that become DSLA
+    in it record from the start."""
+    cache = DynamicCache(config=config)
+    cache.activate_past_recording()
+    setattr(cache, RECORDS_PAST, True)
+    return cache
+
+
+def with_recording_cache(model: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of `generate`, with a cache that can forget tokens where the decoding asked for will do that and none was given."""
+    config = options.get("generation_config") or model.generation_config
+    forgets = options.get("assistant_model") is not None or any(
+        options.get(name, getattr(config, name, None)) for name in ("prompt_lookup_num_tokens", "is_assistant")
+    )
+    if not forgets or options.get("past_key_values") is not None:
+        return options
+    return {**options, "past_key_values": recording_cache(model.config.get_text_config(decoder=True))}
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -226,6 +227,31 @@ def check_order(order: Any, num_layers: int | None = None, name: str = "conversi
     if repeated := sorted({layer for layer in order if order.count(layer) > 1}):
         raise ValueError(f"{name} names layers more than once: {repeated} in {order}")
     return order
+
+
+def resolve_level(level: int | str, config: DSLAConfig, num_layers: int) -> int:
+    """The level that a user means by a number of layers (`8`, `"8"`) or by a share of the model's layers (`"50%"`).
+
+    A share counts all `num_layers` of the model, as the paper speaks of 50 % DSLA, also where the plan holds fewer. It is
+    rounded to the nearest whole layer, halves upwards.
+
+    Raises:
+        ValueError: if it is neither, or more than the plan holds; names the value and what is allowed.
+    """
+    plan = num_layers if config.conversion_order is None else len(config.conversion_order)
+    allowed = f"this plan has levels 0 to {plan}, which are shares of up to {math.floor(1000 * plan / num_layers) / 10:g}%"
+    text = str(level).strip() if isinstance(level, str) or _is_whole(level) else ""
+    share = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text, re.ASCII)
+    if not share and not re.fullmatch(r"\d+", text, re.ASCII):
+        raise ValueError(f"level must be a whole number, 0 or more, or a share such as '50%', got {level!r}; {allowed}")
+    if not share:
+        resolved, meaning = int(text), text
+    else:
+        resolved = math.floor(num_layers * float(share[1]) / 100 + 0.5)
+        meaning = f"{text}, {resolved} of {num_layers} layers,"
+    if resolved > plan or (share and float(share[1]) > 100):
+        raise ValueError(f"level {meaning} is above the plan; {allowed}")
+    return resolved
 
 
 def check_format_version(version: Any, source: str = "adapter_config.json") -> None:

@@ -21,7 +21,7 @@ class TokenLayout:
         """The mask of the first `past` tokens."""
         return None if self.padding_mask is None else self.padding_mask[:, :past]
 
-    def new_mask(self, past: int, tokens: int) -> Tensor | None:
+    def new_mask(self, past: int | Tensor, tokens: int) -> Tensor | None:
         """The mask of the `tokens` tokens of this call, which `past` tokens precede.
 
         Raises:
@@ -29,6 +29,8 @@ class TokenLayout:
         """
         if self.padding_mask is None:
             return None
+        if isinstance(past, Tensor):  # a static cache, whose masks are as long as it is
+            return self.padding_mask.index_select(1, past + torch.arange(tokens, device=past.device))
         if self.padding_mask.shape[1] < past + tokens:
             raise ValueError(
                 f"attention_mask covers {self.padding_mask.shape[1]} tokens, but {past} cached and {tokens} new ones are there: "
@@ -60,7 +62,8 @@ def read_layout(
     if isinstance(attention_mask, dict):
         attention_mask = attention_mask.get("full_attention")
     if attention_mask is None:
-        return TokenLayout(cu_seqlens=None if has_past or position_ids is None else _packed_boundaries(position_ids))
+        packed = not has_past and position_ids is not None and not torch.compiler.is_compiling()
+        return TokenLayout(cu_seqlens=_packed_boundaries(position_ids) if packed else None)
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim not in (2, 4):
         raise ValueError(
             f"DSLA layers take a 2-D attention_mask [batch, tokens] or a 4-D one, got {type(attention_mask).__name__}"
@@ -114,6 +117,6 @@ def _hand_over_layout(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tu
         attention_mask,
         kwargs.get("position_ids"),
         kwargs.get("cu_seq_lens_q"),
-        has_past=past is not None and bool(past.get_seq_length() > 0),
+        has_past=past is not None and not torch.compiler.is_compiling() and bool(past.get_seq_length() > 0),
     )
     return args, {**kwargs, "dsla_layout": layout}

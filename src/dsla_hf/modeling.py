@@ -8,17 +8,17 @@ q/k norms, rotary embedding, output projection); only the attention function it 
 from __future__ import annotations
 
 import copy
-from functools import cache
+import functools
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import guard_torch_init_functions
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .attention import DualStateAttention
-from .cache import DSLACacheLayer, dsla_cache_layer
+from .cache import DSLACacheLayer, dsla_cache_layer, with_recording_cache
 from .configuration import DSLAConfig, check_order
 from .layout import TokenLayout, install_layout_hook, read_layout
 from .saving import save_hybrid
@@ -49,19 +49,20 @@ def dsla_attention_function(
 ) -> tuple[Tensor, None]:
     """The attention function of converted layers, in transformers' interface: q, k, v `[B, H, T, D]`, output `[B, T, H, D]`."""
     layout = dsla_layout or TokenLayout()
-    past, tokens = (0 if dsla_layer is None else dsla_layer.tokens), query.shape[2]
     dsla: Any = module.dsla
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    padding_mask = layout.new_mask(0 if dsla_layer is None else dsla_layer.tokens, q.shape[1])
     o, state = dsla(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        padding_mask=layout.new_mask(past, tokens),
+        q,
+        k,
+        v,
+        padding_mask=padding_mask,
         cu_seqlens=layout.cu_seqlens,
-        state=None if dsla_layer is None else dsla_layer.state,
+        state=None if dsla_layer is None else dsla_layer.current_state(dsla),
         output_state=dsla_layer is not None,
     )
     if dsla_layer is not None:
-        dsla_layer.advance(state, tokens)
+        dsla_layer.advance(state, k, v, padding_mask)
     return o, None
 
 
@@ -112,7 +113,7 @@ class DSLAAttentionMixin:
         return _new_attention, (type(self).__mro__[2],), self.__getstate__()
 
 
-@cache
+@functools.cache
 def dsla_attention_class(base_class: Any) -> Any:
     """The drop-in attention over `base_class`, e.g. `DSLALlamaAttention` over `LlamaAttention`."""
     return type(f"DSLA{base_class.__name__}", (DSLAAttentionMixin, base_class), {"__module__": __name__})
@@ -244,6 +245,10 @@ class DSLAHybridMixin:
                 if isinstance(module, DualStateAttention):
                     module.reset_parameters()
 
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        return super().generate(*args, **with_recording_cache(self, kwargs))  # type: ignore[misc]
+
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(NO_CONTINUOUS_BATCHING)
 
@@ -257,7 +262,7 @@ class DSLAHybridMixin:
         """Does nothing: `save_pretrained` writes `auto_map` and the file it points to."""
 
 
-@cache
+@functools.cache
 def hybrid_classes(base_model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
     """The config and model class of hybrids over a base, e.g. `DSLALlamaConfig` and `DSLALlamaForCausalLM`."""
     if base_model_type not in SUPPORTED_BASES:

@@ -1,0 +1,209 @@
+"""What `dsla order`, `dsla merge` and `dsla generate` do. Everything cheap is checked before weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+
+from .cards import adapter_card
+from .configuration import DSLAConfig, resolve_level
+from .data import PackedTokens, read_texts
+from .saving import _written_whole
+from .sensitivity import LayerRanking, rank_layers
+
+
+def order(
+    model: str, adapter: str, data: list[str], *, sequences: int = 16, length: int = 2048, dtype: str = "auto", dry_run: bool = False
+) -> LayerRanking:
+    """Rank the layers of an adapter by the harm of converting each alone, print them, and store the order in the adapter.
+
+    Only its configuration and model card are written; weights belong to layers and stay as they are. Measurements per
+    level are dropped if the order changes, because a level then is another set of layers. The level stays.
+
+    Raises:
+        ValueError: if there is too little text, or `adapter` is no DSLA adapter of this model.
+        OSError: if a file is missing.
+    """
+    config = read_adapter_config(adapter)
+    if not dry_run and not Path(adapter).is_dir():
+        raise ValueError(f"{adapter} is not a folder, so the order cannot be stored in it: give a folder, or --dry-run to print only")
+    check_at_least_one("sequences", sequences)
+    blocks = packed(data, AutoTokenizer.from_pretrained(model), length, sequences * length).blocks
+    tuned = load_adapter(model, adapter, dtype).to(device())
+    ranking = rank_layers(tuned, list(blocks.split(1)))
+    print(ranking_table(ranking))
+    if not dry_run:
+        config = tuned.peft_config["default"]
+        if config.conversion_order != ranking.order:
+            config.level_metrics = None
+        tuned.base_model.set_conversion_order(ranking.order, ranking.scores)
+        with _written_whole(Path(adapter)) as temporary:
+            config.save_pretrained(str(temporary))
+            (temporary / "README.md").write_text(adapter_card(config, tuned.config))
+        print(f"order stored in {adapter}; its level stays {config.level}")
+    return ranking
+
+
+def merge(model: str, adapter: str, level: int | str, output: str, *, dtype: str = "auto") -> Any:
+    """Save the adapter merged at one level, a hybrid checkpoint with the tokenizer of the base, and return the hybrid.
+
+    Raises:
+        ValueError: for level 0, a level above the plan, an adapter of another base, or an output that holds another model.
+        OSError: if a file is missing.
+    """
+    number = resolve_level(level, read_adapter_config(adapter), num_layers(model))
+    if number == 0:
+        raise ValueError(f"level {level} converts no layer: the merged model would be {model} itself; levels to merge start at 1")
+    if Path(output).is_file():
+        raise ValueError(f"{output} is a file: give a folder to save into")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tuned = load_adapter(model, adapter, dtype)
+    tuned.set_level(number)
+    layers = sorted(tuned.peft_config["default"].converted_layers)
+    hybrid = tuned.merge_and_unload()
+    hybrid.save_pretrained(output)  # refuses a folder with another model, so it goes before the tokenizer
+    tokenizer.save_pretrained(output)
+    print(f"hybrid saved in {output}: layers {layers} of {hybrid.config.num_hidden_layers} are DSLA (level {number})")
+    return hybrid
+
+
+def generate(
+    model: str,
+    adapter: str | None,
+    level: int | str | None,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    do_sample: bool = False,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    dtype: str = "auto",
+) -> str:
+    """Print the continuation of a prompt as it comes, and return it. `model` is a base, with or without adapter, or a hybrid.
+
+    Raises:
+        ValueError: if the options contradict each other, or the adapter is not of this model.
+        OSError: if a file is missing.
+    """
+    check_at_least_one("max-new-tokens", max_new_tokens)
+    given = {name: value for name, value in (("temperature", temperature), ("top-p", top_p)) if value is not None}
+    if given and not do_sample:
+        raise ValueError(f"{' and '.join(f'--{name}' for name in given)} shape the sampling: give --do-sample too, or leave them out")
+    base_config = AutoConfig.from_pretrained(model)
+    number = _level_to_generate_at(model, base_config, adapter, level)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    if not inputs["input_ids"].numel():
+        raise ValueError("the prompt is empty: give some text to go on from")
+    if adapter is None:
+        network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    else:
+        network = load_adapter(model, adapter, dtype)
+        network.set_level(number)
+    network = network.to(device()).eval()
+    settings = network.generation_config
+    if not do_sample:
+        # A checkpoint may bring sampling settings of its own, which greedy search does not read and warns about.
+        settings.temperature = settings.top_p = settings.top_k = None
+    if settings.pad_token_id is None:
+        settings.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    set_seed(seed)
+    ids = network.generate(
+        **{name: inputs[name].to(network.device) for name in ("input_ids", "attention_mask")},
+        max_new_tokens=max_new_tokens,
+        do_sample=do_sample,
+        **{name.replace("-", "_"): value for name, value in given.items()},
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )
+    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _level_to_generate_at(model: str, base_config: Any, adapter: str | None, level: int | str | None) -> int | None:
+    """The level to set, None where there is none; refuses an adapter or a level that `model` cannot have."""
+    if base_config.model_type == "dsla":
+        layers = base_config.get_dsla_config().converted_layers
+        given = " and ".join(name for name, value in (("--adapter", adapter), ("--level", level)) if value is not None)
+        if given:
+            raise ValueError(
+                f"{given} cannot be had with {model}: it is a hybrid, merged with layers {sorted(layers)} as DSLA and without "
+                "their softmax weights; levels need the original model and its adapter"
+            )
+        return None
+    if adapter is None:
+        if level is not None:
+            raise ValueError(f"--level needs --adapter: {model} alone has no DSLA layers")
+        return None
+    config = read_adapter_config(adapter)
+    # Without --level, that of the adapter; None there is the whole plan.
+    return config.level if level is None else resolve_level(level, config, base_config.num_hidden_layers)
+
+
+# --- shared by all commands, `dsla distill` among them ----------------------------------------------------------
+
+
+def read_adapter_config(adapter: str) -> DSLAConfig:
+    """The configuration of a DSLA adapter, without its weights.
+
+    Raises:
+        ValueError: if there is no adapter, or one of another method.
+    """
+    path = Path(adapter)
+    if path.exists() and not (path / "adapter_config.json").is_file():
+        raise ValueError(f"{adapter} is not an adapter: it has no adapter_config.json")
+    config = PeftConfig.from_pretrained(adapter)
+    if not isinstance(config, DSLAConfig):
+        raise ValueError(f"{adapter} holds a {getattr(config.peft_type, 'value', config.peft_type)} adapter, not a DSLA adapter")
+    return config
+
+
+def load_adapter(model: str, adapter: str, dtype: str, trainable: bool = False) -> Any:
+    """The base with the adapter on it, on the CPU. `dtype` is that of the base, "auto" for the one it was saved in."""
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    return PeftModel.from_pretrained(base, adapter, is_trainable=trainable)
+
+
+def num_layers(model: str) -> int:
+    """How many decoder layers a checkpoint has, by its configuration."""
+    return AutoConfig.from_pretrained(model).num_hidden_layers
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} must be 1 or more, got {value}")
+
+
+def packed(files: Iterable[str], tokenizer: Any, length: int, max_tokens: int) -> PackedTokens:
+    """The text of the files, in their order, in blocks of `length` tokens.
+
+    Raises:
+        ValueError: if the text gives less than one block, or a file is of another kind.
+        OSError: if a file is missing.
+    """
+    check_at_least_one("length", length)
+    files = list(files)
+    for file in files:  # also those that are not reached within `max_tokens`
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"no such file: {file}")
+
+    def texts() -> Iterator[str]:
+        for file in files:
+            yield from read_texts(file)
+
+    return PackedTokens.from_texts(texts(), tokenizer, length, max_tokens=max_tokens)
+
+
+def ranking_table(ranking: LayerRanking) -> str:
+    """The ranking for a terminal."""
+    lines = [f"{'layer':>5}  {ranking.metric + ' of it alone':>15}    ({ranking.tokens:,} tokens, least harmful first)"]
+    lines += [f"{layer:>5}  {ranking.scores[layer]:>15.6f}" for layer in ranking.order]
+    return "\n".join([*lines, f"order: {ranking.order}"])

@@ -1,0 +1,291 @@
+"""A whole distillation from options: what `dsla distill` and `examples/distill.py` run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers.hf_argparser import string_to_bool
+
+from .commands import check_at_least_one, load_adapter, packed, read_adapter_config
+from .configuration import DSLAConfig
+from .data import PackedTokens
+from .distillation import STAGES, DSLATrainingArguments, distill
+from .saving import _check_adapter_directory
+from .sensitivity import LayerRanking
+
+DESCRIPTION = """\
+Distil a DSLA adapter for a checkpoint from the checkpoint itself. The default recipe:
+
+  1. alignment: every DSLA layer learns the output of the attention that it replaces, all layers in one pass
+  2. ranking:   the layers are ordered by the harm of converting each alone
+  3. logits:    KL to the original's logits at a random level per step, so that every level is trained
+
+and the adapter is saved in --output_dir. The same command goes on with a run that was interrupted."""
+
+EPILOG = """\
+All other options of transformers' TrainingArguments are accepted too, e.g. --adam_beta2 0.95. Names may be written with
+underscores or dashes.
+
+examples:
+  dsla distill --model Qwen/Qwen3-0.6B --data my_text.txt --output_dir my-adapter
+  dsla distill --config distill.yaml --learning_rate 5e-4     (the file's options, one of them overridden)
+  accelerate launch examples/distill.py --config distill.yaml (the same on several GPUs)
+
+A file for --config has a line 'name: value' per option; examples/configs/distill.yaml is a commented one."""
+
+# Of some hundred TrainingArguments, those that --help lists.
+LISTED = (
+    "output_dir",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "bf16",
+    "activation_checkpointing",
+    "gradient_checkpointing",
+    "train_level",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "report_to",
+    "run_name",
+    "seed",
+    "use_cpu",
+)
+# Set by the recipe: a value given for them would have no effect.
+SET_BY_RECIPE = {
+    "stage": "both stages are run",
+    "max_steps": "the steps follow from --tokens, --length and the batch size",
+    "num_train_epochs": "the steps follow from --tokens, --length and the batch size",
+    "resume_from_checkpoint": "an interrupted run goes on when the same command is given again",
+}
+# The recipe has some hundred steps: transformers' 500 would neither log nor save before the end of a stage.
+DEFAULTS = {"logging_steps": 10, "save_steps": 100}
+
+
+@dataclass
+class DistillOptions:
+    """What is converted, on which text, for how long.
+
+    Raises:
+        ValueError: for a number that makes no run.
+    """
+
+    _argument_group_name = "conversion"
+
+    model: str = field(metadata={"help": "Checkpoint to convert: a hub name or a folder."})
+    data: list[str] = field(
+        metadata={"help": "Text files: .txt (documents separated by NUL) or .jsonl with a field 'text'; also .xz.", "metavar": "FILE"}
+    )
+    length: int = field(default=2048, metadata={"help": "Tokens per training sequence."})
+    tokens: int = field(default=12_000_000, metadata={"help": "Training tokens, half for each stage."})
+    ranking_sequences: int = field(default=16, metadata={"help": "Sequences kept apart to rank the layers; 0: keep the order."})
+    window_size: int | None = field(
+        default=None, metadata={"help": "Block size of the softmax window; 0: none (the paper's layer). Default: 64, or that of --adapter."}
+    )
+    dtype: Literal["bfloat16", "float16", "float32"] = field(
+        default="bfloat16", metadata={"help": "Dtype of the frozen base; trained weights are fp32."}
+    )
+    adapter: str | None = field(default=None, metadata={"help": "Go on from the weights of this DSLA adapter. Default: a new one."})
+
+    def __post_init__(self) -> None:
+        check_at_least_one("length", self.length)
+        check_at_least_one("tokens", self.tokens)
+        if self.ranking_sequences < 0:
+            raise ValueError(f"ranking_sequences must be 0 or more, got {self.ranking_sequences}")
+        if not self.data:
+            raise ValueError("data must name at least one file")
+
+
+# --- options ----------------------------------------------------------------------------------------------------
+
+
+def parse_options(arguments: list[str] | None = None, prog: str | None = None) -> tuple[DistillOptions, DSLATrainingArguments]:
+    """Options from the command line (default: that of the process), and under them those of the file that `--config` names.
+
+    Raises:
+        ValueError: if the file has an unknown option or a value that does not fit, or options contradict each other.
+        OSError: if there is no such file.
+    """
+    first = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    given, arguments = first.parse_known_args(arguments)
+    parser = _parser(prog)
+    if given.config is not None:  # its options come first: of two values of an option the last one counts
+        arguments = [*_read_config(parser, given.config), *arguments]
+    namespace, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        hints = [_nearest(word.split("=")[0], known) for word in unknown if word.startswith("-")]
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{''.join(hints)}")
+    values = vars(namespace)
+    del values["config"]
+    options = DistillOptions(**{item.name: values.pop(item.name) for item in dataclasses.fields(DistillOptions)})
+    args = DSLATrainingArguments(**values)
+    defaults = {item.name: item.default for item in dataclasses.fields(DSLATrainingArguments)}
+    for name, reason in SET_BY_RECIPE.items():
+        if getattr(args, name) != defaults[name]:
+            raise ValueError(f"leave --{name} out: {reason}")
+    return options, args
+
+
+class _Training(DSLATrainingArguments):
+    """Gives these options a heading of their own in --help."""
+
+    _argument_group_name = "training (more below)"
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # "(default: None)" teaches nothing: the help of such an option says what happens without it.
+        return action.help if action.required or action.default is None else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        # Options with two spellings (--output_dir, --output-dir) are listed with one.
+        if action.nargs == 0:
+            return super()._format_action_invocation(action)
+        return f"{action.option_strings[0]} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return {int: "N", float: "X", string_to_bool: "true|false"}.get(action.type, "TEXT")
+
+
+def _parser(prog: str | None = None, **keywords: Any) -> HfArgumentParser:
+    parser = HfArgumentParser(
+        (DistillOptions, _Training),
+        prog=prog,
+        usage="%(prog)s --model MODEL --data FILE [FILE ...] --output_dir DIR [options]\n       %(prog)s --config FILE.yaml [options]",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=_Help,
+        allow_abbrev=False,
+        **keywords,
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="Read options from this file; those on the command line override it.")
+    parser.set_defaults(**DEFAULTS)
+    training = {item.name for item in dataclasses.fields(DSLATrainingArguments)}
+    listed = {*LISTED} - ({"gradient_checkpointing"} if "activation_checkpointing" in training else set())
+    for action in parser._actions:
+        if action.dest == "output_dir":
+            action.required, action.metavar, action.help = True, "DIR", "Folder for the adapter, and below it for what a resumed run needs."
+        elif action.dest in training - listed or (action.nargs == 0 and action.dest != "help"):
+            action.help = argparse.SUPPRESS
+    return parser
+
+
+def _read_config(parser: HfArgumentParser, file: str) -> list[str]:
+    """The options of a YAML file as command-line arguments. Dicts, which the command line cannot say, become defaults.
+
+    Raises:
+        ValueError: names the file and the unknown option, or the value that does not fit.
+        OSError: if there is no such file.
+    """
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must have a line 'name: value' per option, got {type(content).__name__}")
+    probe = _parser(exit_on_error=False)
+    defaults = {action.dest: action.default for action in probe._actions if action.nargs != 0 and action.dest != "config"}
+    for action in probe._actions:
+        action.required = False  # here an option is tried alone
+    arguments: list[str] = []
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in defaults:
+            raise ValueError(f"{file}: unknown option {key!r}{_nearest(name, defaults)}")
+        if value is None:
+            if defaults[name] is not None:
+                raise ValueError(f"{file}: {key} has no value; leave it out for its default, {defaults[name]}")
+            continue
+        if isinstance(value, dict):
+            parser.set_defaults(**{name: value})
+            continue
+        option = [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
+        try:
+            _, rest = probe.parse_known_args(option)
+        except argparse.ArgumentError as error:
+            hint = "; YAML reads yes, no, on and off as true or false: put the word in quotes" if isinstance(value, bool) else ""
+            raise ValueError(f"{file}: {key}: {error.message}{hint}") from None
+        if rest:
+            raise ValueError(f"{file}: {key} takes one value, got {value}")
+        arguments += option
+    return arguments
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+# --- the job ----------------------------------------------------------------------------------------------------
+
+
+def distill_job(options: DistillOptions, args: DSLATrainingArguments) -> LayerRanking | None:
+    """Read the text, load the checkpoint, distil, save; the ranking of the layers if there was one.
+
+    Everything that can be wrong in `options` is found before training begins, and before anything is written.
+
+    Raises:
+        ValueError: if there is too little text, options contradict the adapter, or `output_dir` holds something else.
+        OSError: if a file is missing.
+    """
+    output = Path(str(args.output_dir))
+    if options.adapter is None:
+        given: dict[str, Any] = {} if options.window_size is None else {"window_size": options.window_size}
+        config = DSLAConfig(**given, task_type="CAUSAL_LM")
+    else:
+        config = read_adapter_config(options.adapter)
+        if options.window_size not in (None, config.window_size):
+            raise ValueError(f"{options.adapter} has window_size {config.window_size}: leave --window_size {options.window_size} out")
+        if Path(options.adapter).resolve() == output.resolve():
+            raise ValueError(f"--output_dir {output} is the adapter to go on from: give another folder")
+    if output.is_file():
+        raise ValueError(f"{output} is a file: give a folder to save into")
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    ranked = options.ranking_sequences
+    with args.main_process_first(desc="tokenizing"):
+        blocks = packed(options.data, tokenizer, options.length, options.tokens + ranked * options.length).blocks
+    if len(blocks) <= ranked:
+        raise ValueError(
+            f"the text gives {len(blocks)} sequences of {options.length} tokens, and {ranked} are for the ranking, so none is left "
+            "to train on: give more text, a smaller --length or fewer --ranking_sequences"
+        )
+
+    if options.adapter is None:
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype), config)
+    else:
+        model = load_adapter(options.model, options.adapter, options.dtype, trainable=True)
+    config = model.peft_config["default"]
+    config.check_level(args.train_level)
+    for directory in (output, *(path for stage in STAGES for path in (output / stage, *output.glob(f"{stage}/checkpoint-*")))):
+        _check_adapter_directory(directory, config)
+
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * options.length
+    steps = max(1, options.tokens // 2 // per_step)
+    ranking = distill(
+        model,
+        PackedTokens(blocks[ranked:]),
+        args,
+        alignment_steps=steps,
+        logits_steps=steps,
+        ranking_data=list(blocks[:ranked].split(1)) if ranked else None,
+        processing_class=tokenizer,
+    )
+    if args.process_index == 0:
+        print(f"adapter saved in {output}; conversion order {config.conversion_order}")
+    return ranking
