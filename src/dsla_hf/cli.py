@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         "hybrid, generates with the level raised in mid-text, and prints what each level costs and saves.",
     )
     quickstart.add_argument("--output", default="quickstart-output", help="folder for models and plot (default: %(default)s)")
-    quickstart.add_argument("--steps", type=int, default=400, help="optimizer steps of the small model (default: %(default)s)")
+    quickstart.add_argument("--steps", type=_positive, default=400, help="optimizer steps of the small model (default: %(default)s)")
     quickstart.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
 
     commands.add_parser("distill", help="train an adapter: align the layers, rank them, distil at random levels", add_help=False)
@@ -106,8 +106,8 @@ def _parser() -> argparse.ArgumentParser:
     _checkpoint(order, "original model", adapter_required=True)
     measuring = order.add_argument_group("measurement")
     measuring.add_argument("--data", nargs="+", required=True, metavar="FILE", help=".txt (documents separated by NUL), .jsonl, or .xz")
-    measuring.add_argument("--sequences", type=int, default=16, metavar="N", help="sequences to measure on (default: %(default)s)")
-    measuring.add_argument("--length", type=int, default=2048, metavar="L", help="tokens per sequence (default: %(default)s)")
+    measuring.add_argument("--sequences", type=_positive, default=16, metavar="N", help="sequences to measure on (default: %(default)s)")
+    measuring.add_argument("--length", type=_positive, default=2048, metavar="L", help="tokens per sequence (default: %(default)s)")
     measuring.add_argument("--dry-run", action="store_true", help="print the order, store nothing")
 
     merge = _command(
@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     prompt.add_argument("--prompt", metavar="TEXT", help="text to go on from, as it is (no chat template)")
     prompt.add_argument("--prompt-file", metavar="FILE", help="file with the text to go on from, UTF-8")
     text.add_argument("--level", metavar="L", help=LEVEL + " (default: the adapter's)")
-    text.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="most tokens to generate (default: %(default)s)")
+    text.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="most tokens to generate (default: %(default)s)")
     sampling = generate.add_argument_group("sampling")
     sampling.add_argument("--do-sample", action="store_true", help="draw tokens at random (default: always the likeliest)")
     sampling.add_argument("--temperature", type=float, metavar="X", help="below 1: likelier tokens (default: the model's)")
@@ -159,6 +159,12 @@ def _command(commands: argparse._SubParsersAction, name: str, summary: str, desc
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, got {text!r}")
+    return int(text)
 
 
 def _checkpoint(parser: argparse.ArgumentParser, kind: str, adapter_required: bool) -> None:

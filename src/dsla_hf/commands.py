@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
 
 from .cards import adapter_card
@@ -91,7 +92,7 @@ def generate(
         ValueError: if the options contradict each other, or the adapter is not of this model.
         OSError: if a file is missing.
     """
-    check_at_least_one("max-new-tokens", max_new_tokens)
+    check_at_least_one("max_new_tokens", max_new_tokens)
     given = {name: value for name, value in (("temperature", temperature), ("top-p", top_p)) if value is not None}
     if given and not do_sample:
         raise ValueError(f"{' and '.join(f'--{name}' for name in given)} shape the sampling: give --do-sample too, or leave them out")
@@ -102,7 +103,7 @@ def generate(
     if not inputs["input_ids"].numel():
         raise ValueError("the prompt is empty: give some text to go on from")
     if adapter is None:
-        network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        network = load_model(model, dtype)
     else:
         network = load_adapter(model, adapter, dtype)
         network.set_level(number)
@@ -162,10 +163,31 @@ def read_adapter_config(adapter: str) -> DSLAConfig:
     return config
 
 
+def load_model(model: str, dtype: str) -> Any:
+    """A checkpoint on the CPU; `dtype` "auto" is the one it was saved in.
+
+    Raises:
+        ValueError: if it is of an unknown kind, or a file of weights is damaged.
+        OSError: if a file is missing.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    except SafetensorError as error:
+        raise ValueError(f"{model}: its weights are damaged or incomplete ({error})") from None
+
+
 def load_adapter(model: str, adapter: str, dtype: str, trainable: bool = False) -> Any:
-    """The base with the adapter on it, on the CPU. `dtype` is that of the base, "auto" for the one it was saved in."""
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-    return PeftModel.from_pretrained(base, adapter, is_trainable=trainable)
+    """A checkpoint with the adapter on it, on the CPU; `dtype` is that of the checkpoint.
+
+    Raises:
+        ValueError: if the adapter is not of this checkpoint, or a file of weights is damaged.
+        OSError: if a file is missing.
+    """
+    base = load_model(model, dtype)
+    try:
+        return PeftModel.from_pretrained(base, adapter, is_trainable=trainable)
+    except SafetensorError as error:
+        raise ValueError(f"{adapter}: its weights are damaged or incomplete ({error})") from None
 
 
 def num_layers(model: str) -> int:

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import yaml
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoTokenizer, HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from .commands import check_at_least_one, load_adapter, packed, read_adapter_config
+from .commands import check_at_least_one, load_adapter, load_model, packed, read_adapter_config
 from .configuration import DSLAConfig
 from .data import PackedTokens
 from .distillation import STAGES, DSLATrainingArguments, distill
@@ -71,8 +71,14 @@ SET_BY_RECIPE = {
     "num_train_epochs": "the steps follow from --tokens, --length and the batch size",
     "resume_from_checkpoint": "an interrupted run goes on when the same command is given again",
 }
-# The recipe has some hundred steps: transformers' 500 would neither log nor save before the end of a stage.
-DEFAULTS = {"logging_steps": 10, "save_steps": 100}
+DEFAULTS = {
+    # The recipe has some hundred steps: transformers' 500 would neither log nor save before the end of a stage.
+    "logging_steps": 10,
+    "save_steps": 100,
+    # Every trained weight gets a gradient in every step. DDP's search for unused ones starts from the model's output, to which
+    # the layers in alignment do not lead, and fails.
+    "ddp_find_unused_parameters": False,
+}
 
 
 @dataclass
@@ -267,7 +273,7 @@ def distill_job(options: DistillOptions, args: DSLATrainingArguments) -> LayerRa
         )
 
     if options.adapter is None:
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype), config)
+        model = get_peft_model(load_model(options.model, options.dtype), config)
     else:
         model = load_adapter(options.model, options.adapter, options.dtype, trainable=True)
     config = model.peft_config["default"]

@@ -30,7 +30,7 @@ class TokenLayout:
         if self.padding_mask is None:
             return None
         if isinstance(past, Tensor):  # a static cache, whose masks are as long as it is
-            return self.padding_mask.index_select(1, past + torch.arange(tokens, device=past.device))
+            return self.padding_mask.index_select(1, past + torch.arange(tokens, device=self.padding_mask.device))
         if self.padding_mask.shape[1] < past + tokens:
             raise ValueError(
                 f"attention_mask covers {self.padding_mask.shape[1]} tokens, but {past} cached and {tokens} new ones are there: "
