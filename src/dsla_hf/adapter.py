@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 from torch import Tensor, nn
@@ -338,9 +339,13 @@ def _new_view(base: Any, modules: dict[str, nn.Module | None]) -> nn.Module:
 
 
 def _copy_linear(linear: nn.Linear) -> AdapterLinear:
-    copy = AdapterLinear(linear.in_features, linear.out_features, bias=linear.bias is not None, dtype=linear.weight.dtype)
-    if copy.weight.device.type != "meta" and linear.weight.device.type != "meta":
-        copy.load_state_dict({name: p.detach() for name, p in linear.named_parameters(recurse=False)})
+    """A trainable copy; on the meta device if the original is there, or where PEFT makes empty weights (`low_cpu_mem_usage`)."""
+    with align_module_device(linear):  # offloaded weights are brought in for as long as it takes
+        weight = linear.weight
+        device = "meta" if weight.device.type == "meta" else None
+        copy = AdapterLinear(linear.in_features, linear.out_features, bias=linear.bias is not None, dtype=weight.dtype, device=device)
+        if copy.weight.device.type != "meta":
+            copy.load_state_dict({name: p.detach() for name, p in linear.named_parameters(recurse=False)})
     return copy
 
 

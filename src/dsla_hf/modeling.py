@@ -12,7 +12,21 @@ import functools
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import guard_torch_init_functions
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -27,6 +41,16 @@ from .saving import save_hybrid
 SUPPORTED_BASES = ("llama", "qwen3")
 
 ATTENTION_FUNCTION = "dsla"
+
+OTHER_AUTO_CLASSES = (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 NO_CONTINUOUS_BATCHING = (
     "transformers' continuous batching (generate_batch, serve --continuous-batching) keeps keys and values only, and would give wrong "
@@ -274,7 +298,22 @@ def hybrid_classes(base_model_type: str) -> tuple[type[PreTrainedConfig], type[P
     names = {"config_class": config_class, "__module__": __name__}
     model_class: Any = type(f"DSLA{base_model.__name__}", (DSLAHybridMixin, base_model), names)
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    for auto_class in OTHER_AUTO_CLASSES:
+        names = {"config_class": config_class, "auto_class": auto_class.__name__, "__module__": __name__}
+        auto_class.register(config_class, type(f"DSLA{base_config.__name__}Refused", (_Refused,), names), exist_ok=True)
     return config_class, model_class
+
+
+class _Refused:
+    """What other Auto classes find for a hybrid."""
+
+    auto_class: str
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(f"DSLA hybrids are causal language models: load them with AutoModelForCausalLM, not {cls.auto_class}")
+
+    _from_config = from_pretrained
 
 
 class DSLAForCausalLM:

@@ -1,0 +1,146 @@
+"""What users do with a model around it: offloading, the hub, pipelines, other Auto classes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    pipeline,
+)
+
+import dsla_hf
+from dsla_hf import DSLAConfig
+from dsla_hf.quickstart import train_tokenizer
+
+IDS = torch.arange(3, 63)[None]
+
+
+@pytest.fixture
+def hybrid_directory(tiny_model, adapter_model, tmp_path):
+    hybrid = adapter_model(tiny_model("llama"), level=2).merge_and_unload().eval()
+    hybrid.save_pretrained(tmp_path / "hybrid")
+    return tmp_path / "hybrid", hybrid
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_a_hybrid_with_offloaded_layers_gives_the_same_text(hybrid_directory, tmp_path, place):
+    directory, hybrid = hybrid_directory
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map |= {f"model.layers.{i}": place if i in (1, 2) else "cpu" for i in range(4)}
+    loaded = AutoModelForCausalLM.from_pretrained(directory, device_map=device_map, offload_folder=tmp_path / "offload")
+    assert place == "cpu" or loaded.model.layers[2].self_attn.dsla.gate_down.device.type == "meta"
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, hybrid(IDS).logits)
+    options = {"max_new_tokens": 20, "do_sample": False}
+    assert torch.equal(loaded.generate(IDS[:, :30], **options), hybrid.generate(IDS[:, :30], **options))
+
+
+def test_an_adapter_on_a_base_with_layers_on_disk(tiny_model, adapter_model, tmp_path):
+    base = tiny_model("llama")
+    base.save_pretrained(tmp_path / "base")
+    adapter = adapter_model(base, level=4)
+    adapter.save_pretrained(tmp_path / "adapter")
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map |= {f"model.layers.{i}": "disk" if i > 1 else "cpu" for i in range(4)}
+
+    def offloaded():
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map=device_map, offload_folder=tmp_path / "offload")
+
+    fresh = get_peft_model(offloaded(), DSLAConfig(task_type="CAUSAL_LM", window_size=8))
+    copied = fresh.base_model.model.model.layers[3].self_attn.dsla_q_proj["default"].weight
+    assert torch.equal(copied, adapter.base_model.model.model.layers[3].self_attn.base_layer.q_proj.weight)
+
+    loaded = PeftModel.from_pretrained(offloaded(), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, adapter(IDS).logits)
+        with loaded.disable_adapter(), adapter.disable_adapter():
+            assert torch.equal(loaded(IDS).logits, adapter(IDS).logits)
+
+
+def test_an_adapter_over_a_base_on_meta_is_on_meta(tiny_model):
+    base = tiny_model("llama").to("meta")
+    model = get_peft_model(base, DSLAConfig(task_type="CAUSAL_LM"))
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert model.peft_config["default"].base_fingerprint is None
+
+
+class Hub:
+    """Stands for the hub: keeps what is pushed."""
+
+    def __init__(self, monkeypatch):
+        self.files = {}
+        import transformers.utils.hub as hub
+
+        monkeypatch.setattr(hub, "create_repo", lambda repo_id, **_: type("Url", (), {"repo_id": repo_id})())
+        monkeypatch.setattr(hub, "create_branch", lambda *_, **__: None)
+        monkeypatch.setattr(hub, "create_commit", self.commit)
+
+    def commit(self, repo_id, operations, **_):
+        for operation in operations:
+            with operation.as_file() as file:
+                self.files[operation.path_in_repo] = file.read()
+
+
+def test_adapters_and_hybrids_are_pushed_with_card_and_shim(tiny_model, adapter_model, tmp_path, monkeypatch):
+    hub = Hub(monkeypatch)
+    model = adapter_model(tiny_model("llama"), level=2)
+    model.push_to_hub("someone/adapter")
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= hub.files.keys()
+    assert json.loads(hub.files["adapter_config.json"])["level"] == 2 and b"import dsla_hf" in hub.files["README.md"]
+
+    hub.files.clear()
+    hybrid = model.merge_and_unload().eval()
+    hybrid.push_to_hub("someone/hybrid")
+    assert {"README.md", "config.json", "model.safetensors", "modeling_dsla_hf.py"} <= hub.files.keys()
+    for name, content in hub.files.items():
+        (tmp_path / name).write_bytes(content)
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, hybrid(IDS).logits)
+
+    hub.files.clear()
+    hybrid.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="someone/hybrid")
+    assert "modeling_dsla_hf.py" in hub.files and (tmp_path / "saved" / "config.json").exists()
+
+
+def test_text_generation_pipeline(tiny_model, adapter_model, tmp_path, caplog):
+    tokenizer = train_tokenizer(["the answer is that a layer reads the state of the text " * 20], vocab_size=300)
+    base = tiny_model("llama")
+    base.resize_token_embeddings(len(tokenizer))
+    adapter = adapter_model(base, level=2)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    prompts = ["the answer is", "a layer reads the state of the text"]
+    texts = pipeline("text-generation", model=adapter, tokenizer=tokenizer)(prompts, batch_size=2, **options)
+    hybrid = adapter.merge_and_unload()
+    hybrid.save_pretrained(tmp_path / "hybrid")
+    tokenizer.save_pretrained(tmp_path / "hybrid")
+    assert pipeline("text-generation", model=str(tmp_path / "hybrid"))(prompts, batch_size=2, **options) == texts
+    assert "not supported" not in caplog.text
+    inputs = tokenizer(prompts[0], return_tensors="pt", return_token_type_ids=False)
+    alone = tokenizer.decode(hybrid.generate(**inputs, **options)[0], skip_special_tokens=True)
+    assert texts[0][0]["generated_text"] == alone
+
+
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification])
+def test_other_auto_classes_refuse_in_one_line(hybrid_directory, auto_class):
+    message = rf"load them with AutoModelForCausalLM, not {auto_class.__name__}$"
+    with pytest.raises(ValueError, match=message):
+        auto_class.from_pretrained(hybrid_directory[0])
+    with pytest.raises(ValueError, match=message):
+        auto_class.from_config(hybrid_directory[1].config)
+
+
+def test_offloaded_cache_needs_a_gpu_and_dsla_layers_stay_resident(tiny_model, adapter_model):
+    layer = dsla_hf.DSLACacheLayer()
+    layer.offload()
+    layer.prefetch()
+    assert layer.state is None
+
+
+def test_no_file_of_the_checkpoint_is_a_pickle(hybrid_directory):
+    assert {Path(file).suffix for file in hybrid_directory[0].iterdir()} <= {".json", ".safetensors", ".py", ".md"}
