@@ -491,8 +491,9 @@ def test_levels_are_drawn_from_the_plan(fresh, tmp_path):
     assert levels == [sorted([3, 1][: draw_level(0, step, 2)]) for step in range(6)]
 
 
-def test_level_of_the_arguments_holds_for_all_steps(llama, tmp_path):
-    assert levels_of_steps(llama, tmp_path, train_level=3, max_steps=4) == [sorted(ORDER[:3])] * 4
+@pytest.mark.parametrize("level", [0, 3])
+def test_level_of_the_arguments_holds_for_all_steps(llama, level, tmp_path):
+    assert levels_of_steps(llama, tmp_path, train_level=level, max_steps=4) == [sorted(ORDER[:level])] * 4
     assert llama.get_level() == 4
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from huggingface_hub import HfApi, RepoUrl
 from peft import PeftModel, get_peft_model
 from transformers import (
     AutoModel,
@@ -16,6 +18,7 @@ from transformers import (
 
 import dsla_hf
 from dsla_hf import DSLAConfig
+from dsla_hf.adapter import _copy_linear
 from dsla_hf.quickstart import train_tokenizer
 
 IDS = torch.arange(3, 63)[None]
@@ -41,26 +44,30 @@ def test_a_hybrid_with_offloaded_layers_gives_the_same_text(hybrid_directory, tm
     assert torch.equal(loaded.generate(IDS[:, :30], **options), hybrid.generate(IDS[:, :30], **options))
 
 
-def test_an_adapter_on_a_base_with_layers_on_disk(tiny_model, adapter_model, tmp_path):
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_an_adapter_on_a_base_with_a_device_map(tiny_model, adapter_model, tmp_path, place):
     base = tiny_model("llama")
     base.save_pretrained(tmp_path / "base")
     adapter = adapter_model(base, level=4)
     adapter.save_pretrained(tmp_path / "adapter")
     device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    device_map |= {f"model.layers.{i}": "disk" if i > 1 else "cpu" for i in range(4)}
-
-    def offloaded():
-        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map=device_map, offload_folder=tmp_path / "offload")
-
-    fresh = get_peft_model(offloaded(), DSLAConfig(task_type="CAUSAL_LM", window_size=8))
-    copied = fresh.base_model.model.model.layers[3].self_attn.dsla_q_proj["default"].weight
-    assert torch.equal(copied, adapter.base_model.model.model.layers[3].self_attn.base_layer.q_proj.weight)
-
-    loaded = PeftModel.from_pretrained(offloaded(), tmp_path / "adapter").eval()
+    device_map |= {f"model.layers.{i}": place if i > 1 else "cpu" for i in range(4)}
+    mapped = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map=device_map, offload_folder=tmp_path / "offload")
+    if place == "disk":
+        with pytest.raises(ValueError, match="layers on disk.*load the base in memory, or save a hybrid"):
+            PeftModel.from_pretrained(mapped, tmp_path / "adapter")
+        return
+    loaded = PeftModel.from_pretrained(mapped, tmp_path / "adapter").eval()
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, adapter(IDS).logits)
-        with loaded.disable_adapter(), adapter.disable_adapter():
-            assert torch.equal(loaded(IDS).logits, adapter(IDS).logits)
+
+
+def test_offloaded_projections_are_copied_by_value(tiny_model):
+    linear = tiny_model("llama").model.layers[0].self_attn.q_proj
+    weight = linear.weight.detach().clone()
+    cpu_offload(linear, execution_device="cpu")
+    assert linear.weight.device.type == "meta"
+    assert torch.equal(_copy_linear(linear).weight, weight)
 
 
 def test_an_adapter_over_a_base_on_meta_is_on_meta(tiny_model):
@@ -75,16 +82,13 @@ class Hub:
 
     def __init__(self, monkeypatch):
         self.files = {}
-        import transformers.utils.hub as hub
+        monkeypatch.setattr(HfApi, "create_repo", lambda api, repo_id, **_: RepoUrl(f"https://huggingface.co/{repo_id}"))
+        monkeypatch.setattr(HfApi, "upload_folder", self.upload)
 
-        monkeypatch.setattr(hub, "create_repo", lambda repo_id, **_: type("Url", (), {"repo_id": repo_id})())
-        monkeypatch.setattr(hub, "create_branch", lambda *_, **__: None)
-        monkeypatch.setattr(hub, "create_commit", self.commit)
-
-    def commit(self, repo_id, operations, **_):
-        for operation in operations:
-            with operation.as_file() as file:
-                self.files[operation.path_in_repo] = file.read()
+    def upload(self, *_, folder_path, **__):
+        for file in Path(folder_path).rglob("*"):
+            if file.is_file():
+                self.files[str(file.relative_to(folder_path))] = file.read_bytes()
 
 
 def test_adapters_and_hybrids_are_pushed_with_card_and_shim(tiny_model, adapter_model, tmp_path, monkeypatch):

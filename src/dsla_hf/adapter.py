@@ -153,8 +153,10 @@ class DSLALayer(nn.Module, BaseTunerLayer):
         return attention
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        weight = next(base_layer.parameters())
-        return weight.device, weight.dtype
+        module = next(module for module in base_layer.modules() if module._parameters)
+        with align_module_device(module):  # offloaded weights lie on the meta device otherwise
+            weight = next(module.parameters(recurse=False))
+            return weight.device, weight.dtype
 
 
 class DSLAModel(BaseTuner):
@@ -375,6 +377,11 @@ def _check_base(model: Any) -> None:
         raise ValueError("this model is a DSLA hybrid already; put a DSLA adapter on the original model")
     if model_type not in SUPPORTED_BASES:
         raise ValueError(f"model type {model_type!r} is not supported by DSLA; supported are {list(SUPPORTED_BASES)}")
+    if "disk" in getattr(model, "hf_device_map", {}).values():
+        raise ValueError(
+            "the base has layers on disk, over which PEFT cannot load an adapter that wraps whole attention modules: load the base in "
+            "memory, or save a hybrid (merge_and_unload) and load that with the same device_map"
+        )
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and not isinstance(module, DSLALayer):
             raise ValueError(

@@ -203,7 +203,7 @@ class StaticDSLACacheLayer(DSLACacheLayer):
 
     def reset(self) -> None:
         for x in (*(self.state or ()), self.tokens):
-            x.zero_()  # type: ignore[union-attr]
+            x.zero_()
 
 
 def fold(

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextSt
 from .cards import adapter_card
 from .configuration import DSLAConfig, resolve_level
 from .data import PackedTokens, read_texts
-from .saving import _written_whole
+from .saving import written_whole
 from .sensitivity import LayerRanking, rank_layers
 
 
@@ -43,7 +43,7 @@ def order(
         if config.conversion_order != ranking.order:
             config.level_metrics = None
         tuned.base_model.set_conversion_order(ranking.order, ranking.scores)
-        with _written_whole(Path(adapter)) as temporary:
+        with written_whole(Path(adapter)) as temporary:
             config.save_pretrained(str(temporary))
             (temporary / "README.md").write_text(adapter_card(config, tuned.config))
         print(f"order stored in {adapter}; its level stays {config.level}")

@@ -19,7 +19,7 @@ from .commands import check_at_least_one, load_adapter, load_model, packed, read
 from .configuration import DSLAConfig
 from .data import PackedTokens
 from .distillation import STAGES, DSLATrainingArguments, distill
-from .saving import _check_adapter_directory
+from .saving import check_adapter_directory
 from .sensitivity import LayerRanking
 
 DESCRIPTION = """\
@@ -77,7 +77,6 @@ DEFAULTS = {
     "save_steps": 100,
     # Every trained weight gets a gradient in every step. DDP's search for unused ones starts from the model's output, to which
     # the layers in alignment do not lead, and fails.
-    "ddp_find_unused_parameters": False,
 }
 
 
@@ -279,7 +278,7 @@ def distill_job(options: DistillOptions, args: DSLATrainingArguments) -> LayerRa
     config = model.peft_config["default"]
     config.check_level(args.train_level)
     for directory in (output, *(path for stage in STAGES for path in (output / stage, *output.glob(f"{stage}/checkpoint-*")))):
-        _check_adapter_directory(directory, config)
+        check_adapter_directory(directory, config)
 
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * options.length
     steps = max(1, options.tokens // 2 // per_step)

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from .adapter import DSLAModel, active_config, dsla_layers
 from .losses import alignment_loss, kl_loss
+from .saving import check_adapter_directory
 from .sensitivity import LayerRanking, rank_layers
 
 logger = logging.get_logger(__name__)
@@ -49,6 +50,9 @@ class DSLATrainingArguments(TrainingArguments):
         if self.stage not in STAGES:
             raise ValueError(f"stage must be one of {list(STAGES)}, got {self.stage!r}")
         super().__post_init__()
+        if getattr(self, "ddp_find_unused_parameters", None) is None:
+            # Every trained weight gets a gradient at every step (see `_zero_of_idle_weights`), and alignment would confuse the search.
+            self.ddp_find_unused_parameters = False
         # transformers 5.18 renamed it; where both names are, both hold the same.
         names = [name for name in ("activation_checkpointing", "gradient_checkpointing") if getattr(self, name, False)]
         for name in names:
@@ -119,13 +123,13 @@ class DSLATrainer(Trainer):
         mask = inputs.get("attention_mask")
 
         def compare(layer: Any, args: tuple, kwargs: dict, output: Any) -> None:
-            # Inside the wrapped forward, as DDP and FSDP need. A checkpointed block comes by again in its recomputation.
+            # Inside the wrapped forward, as DDP and FSDP need.
             prediction = layer.dsla_attention()(*args, **kwargs)[0]
-            losses.setdefault(f"alignment/layer_{layer.layer_idx}", alignment_loss(prediction, output[0], mask))
+            losses[f"alignment/layer_{layer.layer_idx}"] = alignment_loss(prediction, output[0], mask)
 
         hooks = [layer.register_forward_hook(compare, with_kwargs=True) for layer in dsla_layers(model).values() if layer.adapter_name]
         try:
-            with self._teacher(model):
+            with self._teacher(model), _without_checkpointing(model):
                 model(**inputs, use_cache=False, logits_to_keep=1)
         finally:
             for hook in hooks:
@@ -169,7 +173,7 @@ class DSLATrainer(Trainer):
     # --- logs ---------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._terms and "train_runtime" not in logs:  # the summary at the end keeps to its own figures
+        if self._terms and "loss" in logs:  # not in the logs of an evaluation, or the summary at the end
             names = list(self._terms)
             means = torch.stack([torch.stack(self._terms[name]).mean() for name in names])
             means = self.accelerator.reduce(means, reduction="mean")
@@ -177,6 +181,19 @@ class DSLATrainer(Trainer):
             self._terms.clear()
             logs.update(half_lives(self.model))
         super().log(logs, start_time)
+
+
+@contextmanager
+def _without_checkpointing(model: nn.Module) -> Any:
+    """Within it no block is recomputed: a recomputation of the teacher's pass would run the student's."""
+    blocks = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for block in blocks:
+        block.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.gradient_checkpointing = True  # type: ignore[assignment]
 
 
 def half_lives(model: nn.Module) -> dict[str, float]:
@@ -218,6 +235,8 @@ def distill(
     """
     tuner: Any = model.base_model
     output = Path(args.output_dir)
+    for stage in STAGES:
+        check_adapter_directory(_saved_stage(output / stage, model), active_config(model))
     _run_stage(model, train_dataset, args, "alignment", alignment_steps, trainer_options)
     ranking = None
     if ranking_data is not None:
@@ -237,17 +256,47 @@ def distill(
 
 def _run_stage(model: PeftModel, dataset: Any, args: DSLATrainingArguments, stage: str, steps: int, options: dict[str, Any]) -> None:
     directory = Path(args.output_dir) / stage
+    if steps == 0:
+        return
     stage_args = copy.copy(args)
     stage_args.output_dir, stage_args.stage, stage_args.max_steps = str(directory), stage, steps
+    _check_settings(directory, stage_args, len(dataset))
     trainer = DSLATrainer(model, stage_args, train_dataset=dataset, **options)
-    if (directory / "adapter_config.json").exists():
-        logger.warning(f"stage {stage!r} is finished: its weights are read from {directory}")
-        model.load_adapter(str(directory), model.active_adapter, is_trainable=True)
+    adapter: Any = model.active_adapter
+    saved = _saved_stage(directory, model)
+    if (saved / "adapter_config.json").exists():
+        logger.warning(f"stage {stage!r} is finished: its weights are read from {saved}")
+        model.load_adapter(str(saved), adapter, is_trainable=True)
         return
     checkpoint = get_last_checkpoint(str(directory)) if directory.is_dir() else None
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_state()
+    if checkpoint is not None and TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step >= steps:
+        # Stopped between the last step and the end; the Trainer would take one step more.
+        model.load_adapter(str(_saved_stage(Path(checkpoint), model)), adapter, is_trainable=True)
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_state()
     trainer.save_model(str(directory))
+
+
+def _saved_stage(directory: Path, model: PeftModel) -> Path:
+    """Where PEFT saves the active adapter in `directory`."""
+    adapter: Any = model.active_adapter
+    return directory if adapter == "default" else directory / adapter
+
+
+def _check_settings(directory: Path, args: DSLATrainingArguments, items: int) -> None:
+    """Record what decides a stage's result, or raise ValueError if the stage in `directory` was begun otherwise."""
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    settings = {"max_steps": args.max_steps, "batch_size": batch, "items": items}
+    settings |= {name: getattr(args, name) for name in ("seed", "learning_rate", "train_level")}
+    path = directory / "stage.json"
+    if not path.exists():
+        if args.process_index == 0:
+            _write_json(path, settings)
+        return
+    begun = json.loads(path.read_text())
+    if changed := [f"{name} {begun.get(name)} (now {value})" for name, value in settings.items() if begun.get(name) != value]:
+        raise ValueError(f"{directory} holds a stage with {', '.join(changed)}: give the same settings to go on, or another output_dir")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -62,8 +62,9 @@ def read_layout(
     if isinstance(attention_mask, dict):
         attention_mask = attention_mask.get("full_attention")
     if attention_mask is None:
-        packed = not has_past and position_ids is not None and not torch.compiler.is_compiling()
-        return TokenLayout(cu_seqlens=_packed_boundaries(position_ids) if packed else None)
+        if position_ids is None or has_past or torch.compiler.is_compiling():
+            return TokenLayout()
+        return TokenLayout(cu_seqlens=_packed_boundaries(position_ids))
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim not in (2, 4):
         raise ValueError(
             f"DSLA layers take a 2-D attention_mask [batch, tokens] or a 4-D one, got {type(attention_mask).__name__}"

@@ -35,7 +35,7 @@ from .attention import DualStateAttention
 from .cache import DSLACacheLayer, dsla_cache_layer, with_recording_cache
 from .configuration import DSLAConfig, check_order
 from .layout import TokenLayout, install_layout_hook, read_layout
-from .saving import save_hybrid
+from .saving import push_saved, save_hybrid
 
 # Base models whose attention has been tested under DSLA, by `model_type`.
 SUPPORTED_BASES = ("llama", "qwen3")
@@ -280,6 +280,10 @@ class DSLAHybridMixin:
         """As in transformers; adds the `auto_map` file, so that `trust_remote_code=True` loads it where dsla-hf is
         installed but not imported, and a model card. Refuses a directory that holds another model."""
         save_hybrid(self, super().save_pretrained, save_directory, *args, **kwargs)  # type: ignore[misc]
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """As in transformers; the model card goes with it."""
+        return push_saved(self, repo_id, **options)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModelForCausalLM") -> None:

@@ -4,8 +4,8 @@ and load it, raise the level in mid-text, and show what each level costs and sav
 from __future__ import annotations
 
 import pydoc_data.topics
+import shutil
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,11 @@ def run(output: str | Path = "quickstart-output", steps: int = 400, seed: int = 
     """
     import matplotlib  # noqa: F401  # before the work, not after it
 
-    # peft 0.21 asks transformers 5.23 by an old name.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     output = Path(output)
     if output.exists() and any(output.iterdir()) and not (output / "teacher").is_dir():
         raise ValueError(f"{output} exists and was not made by the quickstart: give another folder with --output")
+    for part in ("adapter", "hybrid", "distillation"):  # of an earlier quickstart, perhaps with other options
+        shutil.rmtree(output / part, ignore_errors=True)
     torch.manual_seed(seed)
     start = time.perf_counter()
 

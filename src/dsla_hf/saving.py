@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
 from peft import PeftModel
 
 from .cards import adapter_card, hybrid_card
@@ -38,13 +39,41 @@ def save_hybrid(model: Any, save: Callable[..., None], save_directory: Any, *arg
     push_to_hub = kwargs.pop("push_to_hub", False)
     model.config.auto_map = AUTO_MAP
     if kwargs.get("is_main_process", args[0] if args else True):
-        with _written_whole(directory) as temporary:
+        with written_whole(directory) as temporary:
             save(temporary, *args, **kwargs)
             (temporary / f"{SHIM_NAME}.py").write_text(SHIM)
             (temporary / "README.md").write_text(hybrid_card(model.config, dsla_config))
     if push_to_hub:
-        repo_id = kwargs.pop("repo_id", directory.name)
-        model.push_to_hub(repo_id, **{name: kwargs[name] for name in ("token", "commit_message", "private") if name in kwargs})
+        options = {name: kwargs[name] for name in ("token", "commit_message", "private", "revision", "create_pr") if name in kwargs}
+        push_folder(directory, kwargs.get("repo_id") or directory.name, **options)
+
+
+def push_saved(model: Any, repo_id: str, **options: Any) -> Any:
+    """What `save_pretrained` writes, to the hub. transformers' own `push_to_hub` replaces the model card by an empty one.
+
+    Options: `commit_message`, `private`, `token`, `revision`, `create_pr`; others go to `save_pretrained`.
+    """
+    names = ("commit_message", "private", "token", "revision", "create_pr")
+    hub_options = {name: options.pop(name) for name in names if name in options}
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, **{name: value for name, value in options.items() if value is not None})
+        return push_folder(Path(folder), repo_id, **hub_options)
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> Any:
+    """Upload a folder, making the repository if there is none."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    message = commit_message or "Upload model"
+    return api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message=message, revision=revision, create_pr=create_pr)
 
 
 def _check_hybrid_directory(directory: Path, config: Any) -> None:
@@ -59,7 +88,8 @@ def _check_hybrid_directory(directory: Path, config: Any) -> None:
         raise ValueError(f"{directory} holds another model ({found.get('model_type')}): save into an empty directory")
 
 
-def _check_adapter_directory(directory: Path, config: DSLAConfig) -> None:
+def check_adapter_directory(directory: Path, config: DSLAConfig) -> None:
+    """Raises ValueError if `directory` holds a model, or an adapter that is not another state of this one."""
     if (model := _read_json(directory / "config.json")) is not None:
         raise ValueError(f"{directory} holds a model ({model.get('model_type')}): save the adapter into a directory of its own")
     found = _read_json(directory / "adapter_config.json")
@@ -88,7 +118,7 @@ def _read_json(path: Path) -> dict | None:
         return {}
 
 
-class _written_whole:
+class written_whole:
     """A temporary directory whose files are renamed into `directory` at the end, or dropped after an error."""
 
     def __init__(self, directory: Path):
@@ -128,16 +158,27 @@ def _wrap_save_pretrained(original: Callable[..., None]) -> Callable[..., None]:
             raise ValueError("DSLA adapters are saved as safetensors only: leave safe_serialization out")
         directory = Path(save_directory)
         for name, config in configs.items():
-            _check_adapter_directory(directory if name == "default" else directory / name, config)
+            check_adapter_directory(directory if name == "default" else directory / name, config)
         if not kwargs.get("is_main_process", True):
             return original(self, save_directory, *args, **kwargs)
-        with _written_whole(directory) as temporary:
+        with written_whole(directory) as temporary:
             original(self, str(temporary), *args, **kwargs)
             (temporary / "README.md").write_text(adapter_card(next(iter(configs.values())), getattr(self, "config", None)))
 
     return save_pretrained
 
 
+def _wrap_push_to_hub(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def push_to_hub(self: PeftModel, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        if args or not any(isinstance(config, DSLAConfig) for config in self.peft_config.values()):
+            return original(self, repo_id, *args, **kwargs)
+        return push_saved(self, repo_id, **kwargs)
+
+    return push_to_hub
+
+
 # PEFT lets a method choose its layers and its state dict, but not how a directory is written; adapters of other methods
 # are saved as before.
+PeftModel.push_to_hub = _wrap_push_to_hub(PeftModel.push_to_hub)
 PeftModel.save_pretrained = _wrap_save_pretrained(PeftModel.save_pretrained)

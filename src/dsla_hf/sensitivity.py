@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -83,6 +83,6 @@ def rank_layers(model: PeftModel, data: Iterable[Any], metric: str = "kl", progr
 
 def as_inputs(batch: Any, device: torch.device) -> dict[str, Tensor]:
     """Model inputs on `device` from a batch: `input_ids` `[B, T]` or `[T]`, or a dict with them."""
-    inputs = batch if isinstance(batch, dict) else {"input_ids": batch}
+    inputs = batch if isinstance(batch, Mapping) else {"input_ids": batch}
     inputs = {name: torch.as_tensor(inputs[name]) for name in ("input_ids", "attention_mask") if name in inputs}
     return {name: (x[None] if x.ndim == 1 else x).to(device) for name, x in inputs.items()}
