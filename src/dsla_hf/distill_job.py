@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 from peft import get_peft_model
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import AutoTokenizer, HfArgumentParser, set_seed
 from transformers.hf_argparser import string_to_bool
 
 from .commands import check_at_least_one, load_adapter, load_model, packed, read_adapter_config
@@ -271,6 +271,7 @@ def distill_job(options: DistillOptions, args: DSLATrainingArguments) -> LayerRa
             "to train on: give more text, a smaller --length or fewer --ranking_sequences"
         )
 
+    set_seed(args.seed)
     if options.adapter is None:
         model = get_peft_model(load_model(options.model, options.dtype), config)
     else:
@@ -292,5 +293,5 @@ def distill_job(options: DistillOptions, args: DSLATrainingArguments) -> LayerRa
         processing_class=tokenizer,
     )
     if args.process_index == 0:
-        print(f"adapter saved in {output}; conversion order {config.conversion_order}")
+        print(f"adapter saved in {output}; conversion order {config.conversion_order}; processes {args.world_size}")
     return ranking

@@ -25,7 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from .adapter import DSLAModel, active_config, dsla_layers
-from .losses import alignment_loss, kl_loss
+from .losses import alignment_sums, kl_sums
 from .saving import check_adapter_directory
 from .sensitivity import LayerRanking, rank_layers
 
@@ -98,8 +98,12 @@ class DSLATrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         # The level holds from the forward to the end of the backward pass, whose recomputations need it.
-        with self._at_level(self.step_level()):
-            return super().training_step(model, inputs, *args, **kwargs)
+        level = self.step_level()
+        with self._at_level(level):
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.args.stage == "logits":
+            self._terms["level"].append(torch.tensor(float(level), device=loss.device))
+        return loss
 
     def step_level(self) -> int:
         """The level of the current step."""
@@ -110,7 +114,10 @@ class DSLATrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         args: Any = self.args
-        losses = self._alignment(model, inputs) if args.stage == "alignment" else self._logits(model, inputs)
+        sums = self._alignment(model, inputs) if args.stage == "alignment" else self._logits(model, inputs)
+        # One denominator for all processes: the mean of their losses is then that of one process with the whole batch.
+        weights = self.accelerator.reduce(torch.stack([weight.detach() for _, weight in sums.values()]), reduction="mean")
+        losses = {name: total / weight for (name, (total, _)), weight in zip(sums.items(), weights, strict=True)}
         loss = sum(losses.values()) / len(losses)
         if self.model.training:
             for name, term in losses.items():
@@ -118,14 +125,14 @@ class DSLATrainer(Trainer):
             loss = loss + self._zero_of_idle_weights()
         return (loss, {}) if return_outputs else loss
 
-    def _alignment(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        losses: dict[str, Tensor] = {}
+    def _alignment(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+        sums: dict[str, tuple[Tensor, Tensor]] = {}
         mask = inputs.get("attention_mask")
 
         def compare(layer: Any, args: tuple, kwargs: dict, output: Any) -> None:
             # Inside the wrapped forward, as DDP and FSDP need.
             prediction = layer.dsla_attention()(*args, **kwargs)[0]
-            losses[f"alignment/layer_{layer.layer_idx}"] = alignment_loss(prediction, output[0], mask)
+            sums[f"alignment/layer_{layer.layer_idx}"] = alignment_sums(prediction, output[0], mask)
 
         hooks = [layer.register_forward_hook(compare, with_kwargs=True) for layer in dsla_layers(model).values() if layer.adapter_name]
         try:
@@ -134,13 +141,13 @@ class DSLATrainer(Trainer):
         finally:
             for hook in hooks:
                 hook.remove()
-        return losses
+        return sums
 
-    def _logits(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    def _logits(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
         with torch.no_grad(), self._teacher(model):
             teacher = model(**inputs, use_cache=False).logits
         student = model(**inputs, use_cache=False).logits
-        return {"kl": kl_loss(student, teacher, inputs.get("attention_mask"))}
+        return {"kl": kl_sums(student, teacher, inputs.get("attention_mask"))}
 
     def _zero_of_idle_weights(self) -> Tensor | float:
         """Zero, but a function of the trained weights of layers that are not DSLA at this level: their gradient is zero, not

@@ -17,11 +17,17 @@ def alignment_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = Non
         prediction, target: `[B, T, hidden]`; the target gets no gradient.
         mask: `[B, T]`, nonzero at real tokens.
     """
+    error, energy = alignment_sums(prediction, target, mask)
+    return error / energy
+
+
+def alignment_sums(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Numerator and denominator of `alignment_loss`, so that several processes can share one denominator."""
     target = target.detach().float()
     error, energy = (prediction.float() - target).square().sum(-1), target.square().sum(-1)
     if mask is not None:
         error, energy = error * mask, energy * mask
-    return error.sum() / energy.sum().clamp_min(torch.finfo(torch.float32).tiny)
+    return error.sum(), energy.sum().clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def kl_loss(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -34,12 +40,18 @@ def kl_loss(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None 
         student_logits, teacher_logits: `[B, T, vocabulary]`; the teacher gets no gradient.
         mask: `[B, T]`, nonzero at real tokens.
     """
+    total, tokens = kl_sums(student_logits, teacher_logits, mask)
+    return total / tokens
+
+
+def kl_sums(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Numerator and denominator of `kl_loss`, so that several processes can share one denominator."""
     student, teacher = student_logits.flatten(0, -2), teacher_logits.detach().flatten(0, -2)
     weights = torch.ones_like(student[:, 0], dtype=torch.float32) if mask is None else mask.flatten().float()
     total = student.new_zeros((), dtype=torch.float32)
     for s, t, w in zip(*(x.split(TOKENS_PER_CHUNK) for x in (student, teacher, weights)), strict=True):
         total = total + checkpoint(_weighted_kl, s, t, w, use_reentrant=False)
-    return total / weights.sum().clamp_min(1)
+    return total, weights.sum().clamp_min(1)
 
 
 def _weighted_kl(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
