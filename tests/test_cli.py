@@ -95,7 +95,17 @@ def test_environment(capsys):
 # --- errors of the quickstart -----------------------------------------------------------------------------------
 
 
-def test_folder_with_other_content_is_refused_and_untouched(tmp_path, capsys):
+@pytest.fixture
+def no_training(monkeypatch):
+    """Training fails: for what must be refused before it."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("training began")
+
+    monkeypatch.setattr(quickstart, "train_teacher", fail)
+
+
+def test_folder_with_other_content_is_refused_and_untouched(tmp_path, capsys, no_training):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("mine")
     before = fingerprints(tmp_path)
@@ -105,14 +115,14 @@ def test_folder_with_other_content_is_refused_and_untouched(tmp_path, capsys):
     assert fingerprints(tmp_path) == before
 
 
-def test_file_as_output_is_refused_and_untouched(tmp_path, capsys):
+def test_file_as_output_is_refused_and_untouched(tmp_path, capsys, no_training):
     (tmp_path / "notes").write_text("mine")
     assert main(["quickstart", "--output", str(tmp_path / "notes")]) == 1
     assert "notes" in one_line_error(capsys, "quickstart")
     assert (tmp_path / "notes").read_text() == "mine"
 
 
-def test_missing_matplotlib_is_noticed_before_the_work(tmp_path, capsys, monkeypatch):
+def test_missing_matplotlib_is_noticed_before_the_work(tmp_path, capsys, monkeypatch, no_training):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["quickstart", "--output", str(tmp_path / "output")]) == 1
     assert "matplotlib" in one_line_error(capsys, "quickstart")
@@ -120,11 +130,7 @@ def test_missing_matplotlib_is_noticed_before_the_work(tmp_path, capsys, monkeyp
 
 
 @pytest.mark.parametrize("steps", ["0", "-1"])
-def test_number_of_steps_that_trains_nothing_is_refused(steps, tmp_path, capsys, monkeypatch):
-    def no_training(*args, **kwargs):
-        raise AssertionError("training began")
-
-    monkeypatch.setattr(quickstart, "train_teacher", no_training)
+def test_number_of_steps_that_trains_nothing_is_refused(steps, tmp_path, capsys, no_training):
     status = None
     try:
         status = main(["quickstart", "--output", str(tmp_path / "output"), "--steps", steps])

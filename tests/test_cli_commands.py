@@ -374,7 +374,8 @@ def weights(directory):
 
 def test_same_distill_again_trains_nothing_and_gives_the_same(made, distilled, tmp_path, capsys):
     used = shutil.copytree(distilled, tmp_path / "used")
-    assert main(distill(made, used, "--window_size", 8, "--dtype", "float32")) == 0
+    refusal(capsys, distill(made, used, "--window_size", 8, "--dtype", "float32"), used, "learning_rate 0.01 (now 0.001)")
+    assert main(distill(made, used, "--window_size", 8, "--dtype", "float32", "--learning_rate", "1e-2")) == 0
     output = capsys.readouterr().out
     assert "adapter saved in" in output and "train_runtime" not in output
     before, after = weights(distilled), weights(used)

@@ -803,3 +803,10 @@ def test_stage_of_no_steps_trains_nothing(steps, fresh, tmp_path):
     trained = Steps()
     run_distill(fresh(), tmp_path, steps=steps, callbacks=[trained])
     assert trained.steps == [("logits" if steps[1] else "alignment", step) for step in range(2)]
+
+
+def test_training_leaves_the_config_of_the_base_as_it_was(tiny_model, adapter_model, tmp_path):
+    model = adapter_model(tiny_model("llama"))
+    before = model.config.to_dict()
+    DSLATrainer(model, arguments(tmp_path, max_steps=1), train_dataset=token_data()).train()
+    assert model.config.to_dict() == before

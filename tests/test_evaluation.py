@@ -181,3 +181,8 @@ def test_bytes_with_layers_outside_the_plan(tiny_model, adapter_model, level):
 def test_bytes_of_other_head_sizes(tiny_model, adapter_model):
     model = adapter_model(tiny_model("qwen3", num_key_value_heads=1, head_dim=16), level=2)
     assert cache_bytes_per_sequence(model, 40) == bytes_of_a_real_cache(model, 40)
+
+
+def test_sequences_of_one_token_predict_nothing(tiny_model, adapter_model):
+    with pytest.raises(ValueError, match="two tokens or more"):
+        evaluate_levels(adapter_model(tiny_model("llama")), [torch.tensor([[5]])], [1])

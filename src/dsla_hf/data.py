@@ -30,9 +30,15 @@ def read_texts(path: str | Path) -> Iterator[str]:
             yield from (text for text in file.read().split("\0") if text.strip())
             return
         for number, line in enumerate(file, 1):
-            record = json.loads(line)
-            if "text" not in record:
-                raise ValueError(f"{path}, line {number}: no field 'text', only {sorted(record)}")
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: no JSON ({error})") from None
+            if not isinstance(record, dict) or "text" not in record:
+                found = sorted(record) if isinstance(record, dict) else type(record).__name__
+                raise ValueError(f"{path}, line {number}: no field 'text', only {found}")
             yield record["text"]
 
 

@@ -32,6 +32,7 @@ from .sensitivity import LayerRanking, rank_layers
 logger = logging.get_logger(__name__)
 
 STAGES = ("alignment", "logits")
+SETTINGS_FILE = "stage.json"
 
 
 @dataclass
@@ -93,6 +94,15 @@ class DSLATrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         self.model_accepts_loss_kwargs = False
         self._terms: dict[str, list[Tensor]] = defaultdict(list)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; `config.use_cache`, which it turns off, is the base's own and is put back."""
+        config: Any = self.accelerator.unwrap_model(self.model).config
+        use_cache = config.use_cache
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            config.use_cache = use_cache
 
     # --- losses -------------------------------------------------------------------------------------------------
 
@@ -267,8 +277,11 @@ def _run_stage(model: PeftModel, dataset: Any, args: DSLATrainingArguments, stag
         return
     stage_args = copy.copy(args)
     stage_args.output_dir, stage_args.stage, stage_args.max_steps = str(directory), stage, steps
-    _check_settings(directory, stage_args, len(dataset))
+    settings = _stage_settings(stage_args, len(dataset))
+    _check_settings(directory, settings)
     trainer = DSLATrainer(model, stage_args, train_dataset=dataset, **options)
+    if args.process_index == 0:
+        _write_json(directory / SETTINGS_FILE, settings)
     adapter: Any = model.active_adapter
     saved = _saved_stage(directory, model)
     if (saved / "adapter_config.json").exists():
@@ -291,17 +304,17 @@ def _saved_stage(directory: Path, model: PeftModel) -> Path:
     return directory if adapter == "default" else directory / adapter
 
 
-def _check_settings(directory: Path, args: DSLATrainingArguments, items: int) -> None:
-    """Record what decides a stage's result, or raise ValueError if the stage in `directory` was begun otherwise."""
+def _stage_settings(args: DSLATrainingArguments, items: int) -> dict[str, Any]:
+    """What decides the result of a stage, the number of processes left out."""
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     settings = {"max_steps": args.max_steps, "batch_size": batch, "items": items}
-    settings |= {name: getattr(args, name) for name in ("seed", "learning_rate", "train_level")}
-    path = directory / "stage.json"
-    if not path.exists():
-        if args.process_index == 0:
-            _write_json(path, settings)
-        return
-    begun = json.loads(path.read_text())
+    return settings | {name: getattr(args, name) for name in ("seed", "learning_rate", "train_level")}
+
+
+def _check_settings(directory: Path, settings: dict[str, Any]) -> None:
+    """Raises ValueError if the stage in `directory` was begun with other settings."""
+    path = directory / SETTINGS_FILE
+    begun = json.loads(path.read_text()) if path.exists() else settings
     if changed := [f"{name} {begun.get(name)} (now {value})" for name, value in settings.items() if begun.get(name) != value]:
         raise ValueError(f"{directory} holds a stage with {', '.join(changed)}: give the same settings to go on, or another output_dir")
 

@@ -58,6 +58,8 @@ def evaluate_levels(model: PeftModel, data: Iterable[Any], levels: Iterable[int]
     finally:
         set_level(model, before)
         model.train(training)
+    if not predicted:
+        raise ValueError("evaluate_levels got no token with another before it: give sequences of two tokens or more")
     return [
         {
             "level": level,
