@@ -91,6 +91,7 @@ class DSLATrainer(Trainer):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        self._use_cache = getattr(model.config, "use_cache", None)
         super().__init__(model=model, args=args, **kwargs)
         self.model_accepts_loss_kwargs = False
         self._terms: dict[str, list[Tensor]] = defaultdict(list)
@@ -98,11 +99,10 @@ class DSLATrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; `config.use_cache`, which it turns off, is the base's own and is put back."""
         config: Any = self.accelerator.unwrap_model(self.model).config
-        use_cache = config.use_cache
         try:
             return super().train(*args, **kwargs)
         finally:
-            config.use_cache = use_cache
+            config.use_cache = self._use_cache
 
     # --- losses -------------------------------------------------------------------------------------------------
 
