@@ -182,7 +182,8 @@ class DSLAModel(BaseTuner):
         return get_level(self.model)
 
     def set_conversion_order(self, order: list[int], scores: dict[int, float] | None = None) -> None:
-        """Put the layers of the plan in another order, e.g. that of `rank_layers`; the level stays.
+        """Put the layers of the plan in another order, e.g. that of `rank_layers`; the level stays. Measurements per level are
+        dropped if the order changes: a level is another set of layers then.
 
         Raises:
             ValueError: if `order` does not hold the same layers.
@@ -191,6 +192,8 @@ class DSLAModel(BaseTuner):
         order = check_order(order)
         if set(order) != set(config.conversion_order or ()):
             raise ValueError(f"the order {order} must hold the layers that have DSLA weights: {sorted(config.conversion_order or ())}")
+        if order != config.conversion_order:
+            config.level_metrics = None
         config.conversion_order = order
         config.order_scores = None if scores is None else {str(layer): float(scores[layer]) for layer in order}
 

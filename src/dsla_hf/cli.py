@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import sys
 import textwrap
@@ -24,8 +23,6 @@ LEVEL = "how many layers are DSLA: a number, or a share of the model's layers su
 
 def main(arguments: list[str] | None = None) -> int:
     """Run `dsla`; returns the exit status. Errors that a user can mend are printed as one line."""
-    # Waiting threads that spin starve each other on shared cores: on a busy machine this alone made CPU steps ten times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = sys.argv[1:] if arguments is None else arguments
     # `distill` has the options of transformers' TrainingArguments, and the parser that makes them imports torch.
     distill = arguments[:1] == ["distill"]

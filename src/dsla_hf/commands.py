@@ -23,8 +23,7 @@ def order(
 ) -> LayerRanking:
     """Rank the layers of an adapter by the harm of converting each alone, print them, and store the order in the adapter.
 
-    Only its configuration and model card are written; weights belong to layers and stay as they are. Measurements per
-    level are dropped if the order changes, because a level then is another set of layers. The level stays.
+    Only its configuration and model card are written; weights belong to layers and stay as they are. The level stays.
 
     Raises:
         ValueError: if there is too little text, or `adapter` is no DSLA adapter of this model.
@@ -40,8 +39,6 @@ def order(
     print(ranking_table(ranking))
     if not dry_run:
         config = tuned.peft_config["default"]
-        if config.conversion_order != ranking.order:
-            config.level_metrics = None
         tuned.base_model.set_conversion_order(ranking.order, ranking.scores)
         with written_whole(Path(adapter)) as temporary:
             config.save_pretrained(str(temporary))
