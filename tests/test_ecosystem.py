@@ -148,3 +148,11 @@ def test_offloaded_cache_needs_a_gpu_and_dsla_layers_stay_resident(tiny_model, a
 
 def test_no_file_of_the_checkpoint_is_a_pickle(hybrid_directory):
     assert {Path(file).suffix for file in hybrid_directory[0].iterdir()} <= {".json", ".safetensors", ".py", ".md"}
+
+
+def test_the_paged_cache_of_continuous_batching_is_refused_by_adapters_too(tiny_model, adapter_model):
+    model = adapter_model(tiny_model("llama"), level=2)
+    with pytest.raises(NotImplementedError, match=r"continuous batching .* keeps keys and values only"):
+        model(IDS, use_cache=False, cache=object())
+    model.set_level(0)
+    model(IDS, use_cache=False)
