@@ -152,3 +152,24 @@ def test_generate_with_a_static_cache_keeps_the_addresses_of_the_states(tiny_mod
     assert torch.equal(out, model.generate(input_ids=PROMPT, max_new_tokens=30, do_sample=False))
     with pytest.raises(NotImplementedError, match="static cache cannot be rolled back"):
         cache.layers[0].activate_past_recording()
+
+
+@pytest.mark.parametrize("window_size", WINDOWS)
+def test_candidates_tried_side_by_side_and_one_kept(tiny_model, adapter_model, window_size):
+    """What contrastive search does: repeat the cache for several next tokens, look at all, go on with one a row."""
+    model = adapter_model(tiny_model("llama"), window_size=window_size)
+    ids = torch.randint(3, 97, (2, 40))
+    candidates = torch.randint(3, 97, (2, 3))
+    kept = torch.tensor([2, 0])
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(3)
+        found = model(candidates.view(6, 1), past_key_values=cache).logits
+        expected = model(torch.cat([ids.repeat_interleave(3, 0), candidates.view(6, 1)], 1)).logits[:, -1:]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        cache.batch_select_indices(torch.arange(2) * 3 + kept)
+        token = candidates.gather(1, kept[:, None])
+        following = torch.randint(3, 97, (2, 10))
+        found = model(following, past_key_values=cache).logits
+        expected = model(torch.cat([ids, token, following], 1)).logits[:, -10:]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

@@ -179,8 +179,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     figure, (quality, memory) = plt.subplots(1, 2, figsize=(9, 3.6))
     levels = [row["level"] for row in rows]
-    quality.plot(levels, [row["perplexity"] for row in rows], marker="o")
-    quality.set(xlabel=f"level (layers converted of {LAYERS})", ylabel="perplexity of unseen text", ylim=(0, None))
+    perplexities = [row["perplexity"] for row in rows]
+    quality.plot(levels, perplexities, marker="o")
+    quality.set(xlabel=f"level (layers converted of {LAYERS})", ylabel="perplexity of unseen text", ylim=(0, 1.15 * max(perplexities)))
     for name, label in (("bytes_1k", "1k tokens"), ("bytes_32k", "32k tokens")):
         memory.semilogy(levels, [row[name] / 1024 for row in rows], marker="o", label=label)
     memory.set(xlabel=f"level (layers converted of {LAYERS})", ylabel="cache per sequence, KiB")
