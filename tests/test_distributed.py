@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dsla_hf.cli import main
 from dsla_hf.distillation import draw_level
 from dsla_hf.quickstart import train_tokenizer
 
@@ -32,16 +32,24 @@ def job(tiny_model, tmp_path):
     return ["--model", str(tmp_path / "base"), "--data", str(tmp_path / "text.txt"), *OPTIONS]
 
 
-def launch(options):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(REPOSITORY / "examples/configs/cpu2.yaml")]
+def distill(options, processes):
+    """Run examples/distill.py in fresh processes: nothing that other tests left in this one reaches them."""
+    script = [str(REPOSITORY / "examples/distill.py"), *options]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        config = ["--config_file", str(REPOSITORY / "examples/configs/cpu2.yaml"), "--main_process_port", port]
+        script = ["-m", "accelerate.commands.launch", *config, *script]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_", "MASTER_", "TORCH"))}
     done = subprocess.run(
-        [*command, str(REPOSITORY / "examples/distill.py"), *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        [sys.executable, *script],
+        env={**inherited, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=400,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-5000:]
     return done.stdout
 
 
@@ -53,8 +61,8 @@ def history(output, stage, name):
 def test_two_processes_equal_one_and_go_on_after_a_stop(job, tmp_path):
     two, one = tmp_path / "two", tmp_path / "one"
     options = [*job, "--output_dir", str(two), "--per_device_train_batch_size", "2"]
-    assert "processes 2" in launch(options)
-    assert main(["distill", *job, "--output_dir", str(one), "--per_device_train_batch_size", "4"]) == 0
+    assert "processes 2" in distill(options, processes=2)
+    assert "processes 1" in distill([*job, "--output_dir", str(one), "--per_device_train_batch_size", "4"], processes=1)
 
     for stage, term in (("alignment", "alignment/layer_2"), ("logits", "kl")):
         for name in ("loss", term):
@@ -69,7 +77,7 @@ def test_two_processes_equal_one_and_go_on_after_a_stop(job, tmp_path):
     for path in (two / "adapter_config.json", two / "logits" / "adapter_config.json"):
         path.unlink()
     shutil.rmtree(two / "logits" / "checkpoint-4")
-    launch(options)
+    distill(options, processes=2)
     again = load_file(two / "adapter_model.safetensors")
     assert finished.keys() == again.keys()
     for name, weight in finished.items():

@@ -199,7 +199,7 @@ class DSLAHybridConfig(PreTrainedConfig):
 
     def get_dsla_config(self) -> DSLAConfig:
         """The conversion that this hybrid is, checked."""
-        source = config_file(self)
+        source = _config_file(getattr(self, "_name_or_path", None))
         config = DSLAConfig.from_hybrid_dict(self.dsla_config, source)
         try:
             check_order(config.conversion_order, self.num_hidden_layers, name="converted_layers")
@@ -214,8 +214,7 @@ class DSLAHybridConfig(PreTrainedConfig):
         Raises:
             ValueError: names the file and the supported base models, if it names none of them.
         """
-        name = kwargs.get("name_or_path") or config_dict.get("_name_or_path") or ""
-        source = f"{name}/config.json" if name else "config.json"
+        source = _config_file(kwargs.get("name_or_path") or config_dict.get("_name_or_path"))
         if "dsla_config" in kwargs:  # would replace the stored one as a whole
             DSLAConfig.from_hybrid_dict(kwargs["dsla_config"], source)
         if cls is not DSLAHybridConfig:
@@ -239,9 +238,8 @@ class DSLAHybridConfig(PreTrainedConfig):
         """Does nothing: `save_pretrained` writes `auto_map` and the file it points to."""
 
 
-def config_file(config: PreTrainedConfig) -> str:
-    name = getattr(config, "_name_or_path", "")
-    return f"{name}/config.json" if name else "config.json"
+def _config_file(name_or_path: str | None) -> str:
+    return f"{name_or_path}/config.json" if name_or_path else "config.json"
 
 
 class DSLAHybridMixin:
