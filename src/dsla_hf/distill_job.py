@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from accelerate import PartialState
 from peft import get_peft_model
 from transformers import AutoTokenizer, HfArgumentParser, set_seed
 from transformers.hf_argparser import string_to_bool
@@ -294,4 +295,6 @@ def distill_job(options: DistillOptions, args: DSLATrainingArguments) -> LayerRa
     )
     if args.process_index == 0:
         print(f"adapter saved in {output}; conversion order {config.conversion_order}; processes {args.world_size}")
+    if args.world_size > 1:
+        PartialState().destroy_process_group()  # a process that ends with gloo's threads running may abort
     return ranking

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerState, TrainingArguments
@@ -268,6 +269,7 @@ def distill(
     _run_stage(model, train_dataset, args, "logits", logits_steps, trainer_options)
     if args.process_index == 0:
         model.save_pretrained(str(output))
+    PartialState().wait_for_everyone()  # the adapter is there when any process returns
     return ranking
 
 
