@@ -264,3 +264,15 @@ def test_saving_is_wrapped_once_and_looks_as_before():
     assert installed.__module__ == original.__module__ == "peft.peft_model"
     assert not hasattr(original, "__wrapped__"), "wrapped twice"
     assert inspect.signature(installed) == inspect.signature(original) and installed.__doc__ == original.__doc__
+
+
+def test_saving_removes_no_file_that_is_not_its_own(tiny_model, adapter_model, tmp_path):
+    model = adapter_model(tiny_model("llama"), level=2)
+    for folder in ("adapter", "hybrid"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model_backup.safetensors").write_text("mine")
+    (tmp_path / "adapter" / "model.safetensors").write_text("mine")
+    model.save_pretrained(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "hybrid")
+    assert (tmp_path / "adapter" / "model.safetensors").read_text() == "mine"
+    assert all((tmp_path / folder / "model_backup.safetensors").read_text() == "mine" for folder in ("adapter", "hybrid"))

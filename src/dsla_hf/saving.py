@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,11 @@ __all__ = ["DSLAForCausalLM", "DSLAHybridConfig"]
 '''
 AUTO_MAP = {"AutoConfig": f"{SHIM_NAME}.DSLAHybridConfig", "AutoModelForCausalLM": f"{SHIM_NAME}.DSLAForCausalLM"}
 
+HUB_OPTIONS = ("commit_message", "private", "token", "revision", "create_pr")
+
+# Names that transformers gives to weights, whole or cut into shards.
+WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
 
 def save_hybrid(model: Any, save: Callable[..., None], save_directory: Any, *args: Any, **kwargs: Any) -> None:
     """Save a hybrid by `save` (transformers' own), with `auto_map`, the file it names and a model card.
@@ -39,12 +45,12 @@ def save_hybrid(model: Any, save: Callable[..., None], save_directory: Any, *arg
     push_to_hub = kwargs.pop("push_to_hub", False)
     model.config.auto_map = AUTO_MAP
     if kwargs.get("is_main_process", args[0] if args else True):
-        with written_whole(directory) as temporary:
+        with written_whole(directory, WEIGHT_FILES) as temporary:
             save(temporary, *args, **kwargs)
             (temporary / f"{SHIM_NAME}.py").write_text(SHIM)
             (temporary / "README.md").write_text(hybrid_card(model.config, dsla_config))
     if push_to_hub:
-        options = {name: kwargs[name] for name in ("token", "commit_message", "private", "revision", "create_pr") if name in kwargs}
+        options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         push_folder(directory, kwargs.get("repo_id") or directory.name, **options)
 
 
@@ -53,8 +59,7 @@ def push_saved(model: Any, repo_id: str, **options: Any) -> Any:
 
     Options: `commit_message`, `private`, `token`, `revision`, `create_pr`; others go to `save_pretrained`.
     """
-    names = ("commit_message", "private", "token", "revision", "create_pr")
-    hub_options = {name: options.pop(name) for name in names if name in options}
+    hub_options = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, **{name: value for name, value in options.items() if value is not None})
         return push_folder(Path(folder), repo_id, **hub_options)
@@ -119,10 +124,14 @@ def _read_json(path: Path) -> dict | None:
 
 
 class written_whole:
-    """A temporary directory whose files are renamed into `directory` at the end, or dropped after an error."""
+    """A temporary directory whose files are renamed into `directory` at the end, or dropped after an error.
 
-    def __init__(self, directory: Path):
-        self.directory = directory
+    Files of `directory` whose whole name matches `replaced` and that are not written anew are removed: an earlier save may have
+    cut the weights into other files, which would be loaded first. Without it nothing is removed.
+    """
+
+    def __init__(self, directory: Path, replaced: re.Pattern[str] | None = None):
+        self.directory, self.replaced = directory, replaced
 
     def __enter__(self) -> Path:
         if self.directory.is_file():
@@ -142,9 +151,9 @@ class written_whole:
             for file, target in zip(files, targets, strict=True):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(file, target)
-            # An earlier save may have cut the weights into other files, which would be loaded first.
-            for stale in {*self.directory.glob("model*.safetensors"), *self.directory.glob("model*.safetensors.index.json")} - {*targets}:
-                stale.unlink()
+            for file in {*self.directory.iterdir()} - {*targets}:
+                if self.replaced is not None and self.replaced.fullmatch(file.name):
+                    file.unlink()
 
 
 def _wrap_save_pretrained(original: Callable[..., None]) -> Callable[..., None]:
