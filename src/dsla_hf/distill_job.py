@@ -19,8 +19,7 @@ from transformers.hf_argparser import string_to_bool
 from .commands import check_at_least_one, load_adapter, load_model, packed, read_adapter_config
 from .configuration import DSLAConfig
 from .data import PackedTokens
-from .distillation import STAGES, DSLATrainingArguments, distill
-from .saving import check_adapter_directory
+from .distillation import DSLATrainingArguments, distill
 from .sensitivity import LayerRanking
 
 DESCRIPTION = """\
@@ -279,8 +278,6 @@ def distill_job(options: DistillOptions, args: DSLATrainingArguments) -> LayerRa
         model = load_adapter(options.model, options.adapter, options.dtype, trainable=True)
     config = model.peft_config["default"]
     config.check_level(args.train_level)
-    for directory in (output, *(path for stage in STAGES for path in (output / stage, *output.glob(f"{stage}/checkpoint-*")))):
-        check_adapter_directory(directory, config)
 
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * options.length
     steps = max(1, options.tokens // 2 // per_step)

@@ -253,8 +253,8 @@ def distill(
     """
     tuner: Any = model.base_model
     output = Path(args.output_dir)
-    for stage in STAGES:
-        check_adapter_directory(_saved_stage(output / stage, model), active_config(model))
+    for directory in (output, *(path for stage in STAGES for path in (output / stage, *output.glob(f"{stage}/checkpoint-*")))):
+        check_adapter_directory(_saved_stage(directory, model), active_config(model))
     _run_stage(model, train_dataset, args, "alignment", alignment_steps, trainer_options)
     ranking = None
     if ranking_data is not None:
