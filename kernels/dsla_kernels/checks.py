@@ -24,6 +24,7 @@ def check_inputs(
     padding_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     initial_state: Tensor | None = None,
+    write_logits: Tensor | None = None,
 ) -> None:
     """Raises ValueError that names the argument which does not fit the contract of `dual_state_attention`."""
     check_lower_bound(lower_bound)
@@ -43,6 +44,11 @@ def check_inputs(
         raise ValueError(
             f"gate_logits must be [{batch}, {tokens}, {kv_heads}, 2, G] with G = {key_dim} or {key_dim / 2:g}, "
             f"got {list(gate_logits.shape)}"
+        )
+    if write_logits is not None and (write_logits.shape != (batch, tokens, kv_heads, 2) or write_logits.device != q.device):
+        raise ValueError(
+            f"write_logits must be [{batch}, {tokens}, {kv_heads}, 2] on {q.device}, "
+            f"got {list(write_logits.shape)} on {write_logits.device}"
         )
     if mix.shape != (heads, 2):
         raise ValueError(f"mix must be [{heads}, 2] (query heads, states), got {list(mix.shape)}")

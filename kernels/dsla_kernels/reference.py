@@ -4,8 +4,10 @@ Per KV head, with states i = 1 (history) and 2 (recency), and per query head a m
 the gate is that of gated linear attention, arXiv 2312.06635, with a lower bound):
 
     log g^i_t = max(logsigmoid(gate_logits^i_t) / gate_normalizer, lower_bound)
-    S^i_t     = Diag(exp(log g^i_t)) S^i_{t-1} + k_t^T v_t
+    S^i_t     = Diag(exp(log g^i_t)) S^i_{t-1} + sigmoid(write_logits^i_t) k_t^T v_t
     o_t       = scale * q_t (w_1 S^1_t + w_2 S^2_t)
+
+The paper has no write gate: without `write_logits` every token is written in full.
 
 Shape legend: B batch, T tokens, Hq query heads, Hkv key-value heads, R = Hq / Hkv, K key size, V value size,
 G decays per state (K, or K/2 when the two channels i and i + K/2 of a rotary pair share one), N chunks, C chunk size.
@@ -39,6 +41,7 @@ def dual_state_attention_recurrent(
     gate_logits: Tensor,
     mix: Tensor,
     *,
+    write_logits: Tensor | None = None,
     gate_normalizer: float = 16.0,
     lower_bound: float = -1.25,
     scale: float | None = None,
@@ -48,10 +51,10 @@ def dual_state_attention_recurrent(
     output_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """One token after the other. Arguments and results as `dual_state_attention`."""
-    args = _Prepared(q, k, v, gate_logits, mix, gate_normalizer, lower_bound, scale, padding_mask, cu_seqlens, initial_state)
+    args = _Prepared(q, k, v, gate_logits, mix, write_logits, gate_normalizer, lower_bound, scale, padding_mask, cu_seqlens, initial_state)
     state, outputs = args.state, []
     for t in range(args.q.shape[1]):
-        state = args.log_decay[:, t].exp()[..., None] * state + args.k[:, t, :, None, :, None] * args.v[:, t, :, None, None, :]
+        state = args.log_decay[:, t].exp()[..., None] * state + args.k[:, t, ..., None] * args.v[:, t, :, None, None, :]
         outputs.append(torch.einsum("bhrk,hri,bhikv->bhrv", args.q[:, t], args.mix, state))
     return args.output(torch.stack(outputs, dim=1)), state if output_final_state else None
 
@@ -63,6 +66,7 @@ def dual_state_attention(
     gate_logits: Tensor,
     mix: Tensor,
     *,
+    write_logits: Tensor | None = None,
     gate_normalizer: float = 16.0,
     lower_bound: float = -1.25,
     scale: float | None = None,
@@ -79,6 +83,7 @@ def dual_state_attention(
         v: values `[B, T, Hkv, V]`.
         gate_logits: raw gates `[B, T, Hkv, 2, G]`, G = K, or K/2 for one decay per rotary pair (i, i + K/2).
         mix: weights of the two states per query head `[Hq, 2]` (already normalised).
+        write_logits: raw write gates `[B, T, Hkv, 2]`; None writes every token in full.
         gate_normalizer: divides the log-sigmoid of the gate; 16 turns a logit of 0 into a half-life of 16 tokens.
         lower_bound: smallest log-decay per token, at least -1.25: a chunk of 64 tokens then stays within exp(80).
         scale: of the scores; `K ** -0.5` when None.
@@ -93,7 +98,7 @@ def dual_state_attention(
     Raises:
         ValueError: names the argument whose shape, dtype or value does not fit.
     """
-    args = _Prepared(q, k, v, gate_logits, mix, gate_normalizer, lower_bound, scale, padding_mask, cu_seqlens, initial_state)
+    args = _Prepared(q, k, v, gate_logits, mix, write_logits, gate_normalizer, lower_bound, scale, padding_mask, cu_seqlens, initial_state)
     tokens = args.q.shape[1]
     size = min(CHUNK_SIZE, tokens)  # one decoded token is a chunk of one
     q_c, k_c, v_c, decay_c = (_chunks(x, size) for x in (args.q, args.k, args.v, args.log_decay))
@@ -105,7 +110,7 @@ def dual_state_attention(
     middle = cumulative[:, :, -1:] / 2
     q_mixed = q_c[..., None, :] * args.mix[..., None]  # elementwise: as part of an einsum it would become thin matrix products
     q_decayed = q_mixed * (cumulative - middle).exp()[:, :, :, :, None]
-    k_decayed = k_c[:, :, :, :, None] * (middle - cumulative).exp()
+    k_decayed = k_c * (middle - cumulative).exp()
     scores = torch.einsum("bnchrik,bndhik->bnhrcd", q_decayed, k_decayed).tril()
     o = torch.einsum("bnhrcd,bndhv->bnchrv", scores, v_c)
 
@@ -123,55 +128,75 @@ def dual_state_window_attention(
     mix: Tensor,
     window_size: int,
     *,
+    write_logits: Tensor | None = None,
     gate_normalizer: float = 16.0,
     lower_bound: float = -1.25,
     scale: float | None = None,
     padding_mask: Tensor | None = None,
+    state_mask: Tensor | None = None,
+    sinks: tuple[Tensor, Tensor] | None = None,
+    row_start: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The two disjoint halves of the layer with a softmax window, block by block.
+    """The two halves of the layer with a softmax window.
 
-    A row is cut into blocks of `window_size` tokens, counted from its first token. A query attends by softmax to its
-    own block and the one before (`window_size` to 2 `window_size` - 1 keys and itself); the states it reads hold the
-    tokens of all earlier blocks. Nothing is counted twice and no decayed product inside a block is needed.
+    A query attends by softmax to itself, the `window_size - 1` tokens before it, and the sinks that lie before those. The
+    states follow in blocks of half a window, counted from the row's first token: a query reads them as they were at the end
+    of the block before the last one, so they hold what has left the window and up to a block of what is about to leave it.
+    No decayed product inside a block is needed, and a decoder writes the states once a block.
 
-    Arguments as `dual_state_attention`; `padding_mask` may only mark a suffix of each row. `initial_state` is read by
-    the first two blocks: it holds the tokens before the row.
+    Arguments as `dual_state_attention`, and
+
+        window_size: W tokens, even.
+        padding_mask: may only mark a suffix of each row.
+        state_mask: `[B, T]`, True at tokens that the states take in (all, if None); the window sees the others too.
+        sinks: k `[B, S, Hkv, K]` and v `[B, S, Hkv, V]` of the first tokens of each text, which the window always sees.
+        row_start: int `[B]`, number of each row's first token in its text; 0 if None.
+        initial_state: what the states hold before the row; read by the first two blocks.
 
     Returns:
-        o_window: softmax attention over the two blocks, `[B, T, Hq, V]`, fp32 (fp64 for fp64 inputs) like all results.
+        o_window: softmax attention over window and sinks, `[B, T, Hq, V]`, fp32 (fp64 for fp64 inputs) like all results.
         log_denominator: log of the softmax denominator, `[B, T, Hq]`.
         o_state: what the query reads from the mixed states, `[B, T, Hq, V]`.
-        states: at every block boundary, `[B, ceil(T / window_size) + 1, Hkv, 2, K, V]`; entry n holds blocks 0 to n - 1.
+        states: at every block boundary, `[B, ceil(T / (W / 2)) + 1, Hkv, 2, K, V]`; entry n holds blocks 0 to n - 1.
     """
-    check_inputs(q, k, v, gate_logits, mix, lower_bound, padding_mask, None, initial_state)
-    if window_size < 1:
-        raise ValueError(f"window_size must be 1 or more tokens, got {window_size}; dual_state_attention is the form without a window")
+    check_inputs(q, k, v, gate_logits, mix, lower_bound, padding_mask, None, initial_state, write_logits)
+    if window_size < 2 or window_size % 2:
+        raise ValueError(
+            f"window_size must be an even number of tokens, got {window_size}; dual_state_attention is the form without a window"
+        )
     if padding_mask is not None:
         q, k, v = (x.masked_fill(~padding_mask.bool()[..., None, None], 0) for x in (q, k, v))
-    tokens, kv_heads = q.shape[1], k.shape[2]
+        state_mask = padding_mask if state_mask is None else padding_mask.bool() & state_mask.bool()
+    tokens, kv_heads, size = q.shape[1], k.shape[2], window_size // 2
     states = block_states(
         k,
         v,
         gate_logits,
-        window_size,
+        size,
+        write_logits=write_logits,
         gate_normalizer=gate_normalizer,
         lower_bound=lower_bound,
-        padding_mask=padding_mask,
+        padding_mask=state_mask,
         initial_state=initial_state,
     )
     q = q.unflatten(2, (kv_heads, -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    q_b, k_b, v_b = (_chunks(x, window_size) for x in (q, k, v))
+    q_b, k_b, v_b = (_chunks(x, size) for x in (q, k, v))
     blocks, device = q_b.shape[1], q.device
 
-    # Each block beside the one before it, which for the first is nothing.
-    k_b, v_b = (torch.cat([F.pad(x[:, :-1], (0, 0) * 3 + (1, 0)), x], dim=2) for x in (k_b, v_b))
-    scores = torch.einsum("bnchrk,bndhk->bnhrcd", q_b, k_b).to(states.dtype)
-    query = torch.arange(window_size, 2 * window_size, device=device)[:, None]
-    key = torch.arange(2 * window_size, device=device)
-    first_block = torch.arange(blocks, device=device)[:, None, None] == 0
-    hidden = (key > query) | (first_block & (key < window_size))
-    scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
+    # Each block beside the two before it, which for the first ones are nothing.
+    k_b, v_b = (torch.cat([F.pad(x, (0, 0) * 3 + (back, 0))[:, :blocks] for back in (2, 1, 0)], dim=2) for x in (k_b, v_b))
+    first = torch.arange(blocks, device=device)[:, None, None] * size  # first token of each block
+    query = first + torch.arange(size, device=device)[:, None]
+    key = first - 2 * size + torch.arange(3 * size, device=device)
+    visible = ((key >= 0) & (key <= query) & (key > query - window_size))[None]  # [1, N, C, 3C]
+    if sinks is not None:
+        k_b, v_b = (torch.cat([x[:, None].expand(-1, blocks, -1, -1, -1), x_b], dim=2) for x, x_b in zip(sinks, (k_b, v_b), strict=True))
+        start = q.new_zeros(1, dtype=torch.long) if row_start is None else row_start
+        sink = torch.arange(sinks[0].shape[1], device=device)
+        sinks_visible = sink <= (start[:, None, None, None] + query - window_size)
+        visible = torch.cat([sinks_visible, visible.expand(len(start), -1, -1, -1)], dim=-1)
+    scores = torch.einsum("bnchrk,bndhk->bnhrcd", q_b, k_b).to(states.dtype).masked_fill(~visible[:, :, None, None], float("-inf"))
     log_denominator = scores.logsumexp(-1)
     weights = (scores - log_denominator[..., None]).exp()
     o_window = torch.einsum("bnhrcd,bndhv->bnchrv", weights.to(v.dtype), v_b).to(states.dtype)
@@ -192,6 +217,7 @@ def block_states(
     gate_logits: Tensor,
     block_size: int,
     *,
+    write_logits: Tensor | None = None,
     gate_normalizer: float = 16.0,
     lower_bound: float = -1.25,
     padding_mask: Tensor | None = None,
@@ -202,24 +228,29 @@ def block_states(
     Entry n holds the tokens of blocks 0 to n - 1, entry 0 is `initial_state`, the last one holds the whole row.
     Arguments as `dual_state_attention`.
     """
-    k, v, log_decay, state = _prepare_state_inputs(k, v, gate_logits, gate_normalizer, lower_bound, padding_mask, initial_state)
+    k, v, log_decay, state = _prepare_state_inputs(
+        k, v, gate_logits, write_logits, gate_normalizer, lower_bound, padding_mask, initial_state
+    )
     cumulative = _chunks(log_decay, block_size).cumsum(2)
     return _chunk_states(_chunks(k, block_size), _chunks(v, block_size), cumulative, state)
 
 
 class _Prepared:
-    """Checked inputs in working precision, one row a sequence: q `[B, T, Hkv, R, K]`, mix `[Hkv, R, 2]`."""
+    """Checked inputs in working precision, one row a sequence: q `[B, T, Hkv, R, K]`, k `[B, T, Hkv, 1 or 2, K]`, mix `[Hkv, R, 2]`."""
 
-    def __init__(self, q, k, v, gate_logits, mix, gate_normalizer, lower_bound, scale, padding_mask, cu_seqlens, initial_state):
-        check_inputs(q, k, v, gate_logits, mix, lower_bound, padding_mask, cu_seqlens, initial_state)
+    def __init__(
+        self, q, k, v, gate_logits, mix, write_logits, gate_normalizer, lower_bound, scale, padding_mask, cu_seqlens, initial_state
+    ):
+        check_inputs(q, k, v, gate_logits, mix, lower_bound, padding_mask, cu_seqlens, initial_state, write_logits)
         self.shape, self.dtype = (*q.shape[:3], v.shape[-1]), q.dtype
         self.rows: Rows | None = None
         if cu_seqlens is not None:
             self.rows = rows_from_cu_seqlens(cu_seqlens, q.shape[1])
             padding_mask = self.rows.valid
             q, k, v, gate_logits = (self.rows.gather(x) for x in (q, k, v, gate_logits))
+            write_logits = None if write_logits is None else self.rows.gather(write_logits)
         self.k, self.v, self.log_decay, self.state = _prepare_state_inputs(
-            k, v, gate_logits, gate_normalizer, lower_bound, padding_mask, initial_state
+            k, v, gate_logits, write_logits, gate_normalizer, lower_bound, padding_mask, initial_state
         )
         if padding_mask is not None:
             q = q.masked_fill(~padding_mask.bool()[..., None, None], 0)
@@ -236,8 +267,9 @@ class _Prepared:
         return o if self.rows is None else self.rows.scatter(o, self.shape[:2])
 
 
-def _prepare_state_inputs(k, v, gate_logits, gate_normalizer, lower_bound, padding_mask, initial_state):
-    """k, v and log-decays in working precision with padding turned into no-ops, and the first state."""
+def _prepare_state_inputs(k, v, gate_logits, write_logits, gate_normalizer, lower_bound, padding_mask, initial_state):
+    """k as the states take it in `[B, T, Hkv, 1 or 2, K]`, v and log-decays in working precision with padding turned into
+    no-ops, and the first state."""
     dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
     log_decay = log_decays(gate_logits, k.shape[-1], gate_normalizer, lower_bound).to(dtype)
     k, v = k.to(dtype), v.to(dtype)
@@ -246,6 +278,9 @@ def _prepare_state_inputs(k, v, gate_logits, gate_normalizer, lower_bound, paddi
         k, v, log_decay = k.masked_fill(pad, 0), v.masked_fill(pad, 0), log_decay.masked_fill(pad[..., None], 0)
     if initial_state is None:
         initial_state = k.new_zeros(k.shape[0], k.shape[2], 2, k.shape[-1], v.shape[-1])
+    k = k[:, :, :, None]
+    if write_logits is not None:
+        k = k * write_logits.to(dtype).sigmoid()[..., None]
     return k, v, log_decay, initial_state.to(dtype)
 
 
@@ -258,7 +293,7 @@ def _chunks(x: Tensor, size: int) -> Tensor:
 def _chunk_states(k: Tensor, v: Tensor, cumulative: Tensor, state: Tensor) -> Tensor:
     """States at the chunk boundaries, `[B, N + 1, Hkv, 2, K, V]`, from chunked k, v and cumulative log-decays."""
     total = cumulative[:, :, -1]
-    k_to_end = k[:, :, :, :, None] * (total[:, :, None] - cumulative).exp()
+    k_to_end = k * (total[:, :, None] - cumulative).exp()
     added = torch.einsum("bnchik,bnchv->bnhikv", k_to_end, v)
     return _linear_scan(total.exp()[..., None], added, state)
 

@@ -1,7 +1,7 @@
 """The DSLA layer between its projections: q, k, v in; output and states out. Knows no transformers class.
 
 Shape legend as in `dsla_kernels.reference`: B batch, T tokens, Hq query heads, Hkv key-value heads, K key size, V value
-size, W window size.
+size, W window size, S sink tokens.
 """
 
 import math
@@ -23,13 +23,16 @@ from dsla_kernels import (
 
 # Keeps the RMS of an empty state above zero: its logarithm is part of the gate between window and states.
 NORM_EPS = 1e-6
+# Blocks of half a window that a continued row takes over from the state: the last W tokens reach into three.
+PAST_BLOCKS = 3
 
 
 class DualState(NamedTuple):
     """What a layer remembers of a sequence; its size does not depend on the length.
 
-    recurrent: `[B, Hkv, 2, K, V]` fp32, history and recency. With a window they hold the blocks before the last full one.
-    window_k, window_v: `[B, 2W, Hkv, K or V]`, the last full block and the one being filled; token j lies at slot j % 2W.
+    recurrent: `[B, Hkv, 2, K, V]` fp32, history and recency. With a window they hold the blocks (of W / 2 tokens) before the
+        last full one.
+    window_k, window_v: `[B, S + W, Hkv, K or V]`, the sinks, then the last W tokens; token j lies at slot S + j % W.
     lengths: int64 `[B]`, tokens seen per row, padding not counted.
     """
 
@@ -49,15 +52,19 @@ class DualStateAttention(nn.Module):
         alpha = sigmoid(state_gain * log rms(o_state) + state_bias - log(softmax denominator of the window))
 
     so that they are nearly closed at the start, can abstain token by token, and depend on no absolute position. Empty states
-    get no weight: a text that fits into the window is read by plain softmax attention.
+    get no weight: a text that fits into the window is read by plain softmax attention. The window always sees the first
+    tokens of a text, to which trained models give weight that they want to lose (StreamingLLM, arXiv 2309.17453).
 
     Args:
         num_heads, num_kv_heads: query heads Hq and key-value heads Hkv.
         key_dim, value_dim: sizes K and V of a head; V defaults to K.
-        window_size: W tokens a block, softmax over W to 2W - 1 earlier tokens; 0 is the paper's pure layer.
+        window_size: W, the tokens that softmax attention sees, an even number; 0 is the paper's pure layer.
+        sink_tokens: S, the first tokens of a text, which the window sees beside its own (with a window only).
         gate_rank: rank of the map from a value vector to its gates.
         gate_normalizer, gate_lower_bound: see `dsla_kernels.reference`.
-        half_lives: initial half-life in tokens of the history and the recency state.
+        half_lives: initial half-lives in tokens of the history and the recency state, each from its fastest channel to its
+            slowest, or one number for all channels.
+        write_gate: whether a token's value decides how much of it each state takes in. The paper's layer has none.
         scale: of the scores, `K ** -0.5` when None.
     """
 
@@ -68,11 +75,13 @@ class DualStateAttention(nn.Module):
         key_dim: int,
         value_dim: int | None = None,
         *,
-        window_size: int = 64,
+        window_size: int = 128,
+        sink_tokens: int = 4,
         gate_rank: int = 16,
         gate_normalizer: float = 16.0,
         gate_lower_bound: float = -1.25,
-        half_lives: tuple[float, float] = (16.0, 16.0),
+        half_lives: tuple[float | tuple[float, float], ...] = ((64.0, 4096.0), (8.0, 256.0)),
+        write_gate: bool = True,
         scale: float | None = None,
     ):
         super().__init__()
@@ -81,16 +90,21 @@ class DualStateAttention(nn.Module):
             raise ValueError(f"the {num_heads} query heads must be a multiple of the {num_kv_heads} key-value heads")
         if key_dim % 2:
             raise ValueError(f"key_dim must be even (rotary pairs share a decay), got {key_dim}")
+        check_window(window_size, sink_tokens)
         value_dim = key_dim if value_dim is None else value_dim
         decays = key_dim // 2  # one per rotary pair (i, i + K/2): a decay then commutes with the rotation
         self.num_heads, self.num_kv_heads, self.key_dim, self.value_dim = num_heads, num_kv_heads, key_dim, value_dim
-        self.window_size, self.gate_normalizer, self.gate_lower_bound = window_size, gate_normalizer, gate_lower_bound
-        self.half_lives = tuple(half_lives)
+        self.window_size, self.sink_tokens = window_size, sink_tokens if window_size else 0
+        self.gate_normalizer, self.gate_lower_bound, self.write_gate = gate_normalizer, gate_lower_bound, write_gate
+        self.half_lives = tuple(half_life_range(entry) for entry in half_lives)
         self.scale = key_dim**-0.5 if scale is None else scale
 
         self.gate_down = nn.Parameter(torch.empty(num_kv_heads, value_dim, gate_rank))
         self.gate_up = nn.Parameter(torch.empty(num_kv_heads, gate_rank, 2 * decays))
         self.gate_bias = nn.Parameter(torch.empty(num_kv_heads, 2, decays))
+        if write_gate:
+            self.write_weight = nn.Parameter(torch.empty(num_kv_heads, value_dim, 2))
+            self.write_bias = nn.Parameter(torch.empty(num_kv_heads, 2))
         self.mix_logits = nn.Parameter(torch.empty(num_heads, 2))
         self.norm_weight = nn.Parameter(torch.empty(num_heads, value_dim))
         if window_size:
@@ -103,8 +117,13 @@ class DualStateAttention(nn.Module):
         nn.init.normal_(self.gate_down, std=self.value_dim**-0.5)
         nn.init.normal_(self.gate_up, std=0.02)
         if not getattr(self.gate_bias, "_is_hf_initialized", False):  # transformers' mark of loaded weights; torch.nn.init heeds it itself
-            for i, half_life in enumerate(self.half_lives):
-                self.gate_bias[:, i] = half_life_to_logit(half_life, self.gate_normalizer)
+            channels = self.gate_bias.shape[-1]
+            for i, (fast, slow) in enumerate(self.half_lives):
+                lives = [fast * (slow / fast) ** (c / max(channels - 1, 1)) for c in range(channels)]
+                self.gate_bias[:, i] = torch.tensor([half_life_to_logit(life, self.gate_normalizer) for life in lives])
+        if self.write_gate:
+            nn.init.zeros_(self.write_weight)
+            nn.init.zeros_(self.write_bias)
         nn.init.zeros_(self.mix_logits)
         nn.init.ones_(self.norm_weight)
         if self.window_size:
@@ -163,15 +182,20 @@ class DualStateAttention(nn.Module):
         if state is not None:
             k, v, padding_mask = self._after_window(state, k, v, padding_mask)
         k, v, valid = _to_rows(padding_mask, None, k, v)[1:]
-        return self._state_after(k, v, valid, self._block_states(k, v, valid, recurrent), state)
+        taken_in = self._taken_in(k, valid, state)
+        return self._state_after(k, v, valid, self._block_states(k, v, taken_in, recurrent), state)
 
-    def gate_logits(self, v: Tensor) -> Tensor:
-        """Raw gates `[B, T, Hkv, 2, K/2]`, fp32 (fp64 for fp64 inputs), from values `[B, T, Hkv, V]`."""
+    def gate_logits(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Raw gates `[B, T, Hkv, 2, K/2]` and raw write gates `[B, T, Hkv, 2]` (or None), fp32 (fp64 for fp64 inputs), from
+        values `[B, T, Hkv, V]`."""
         dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
         # Normalised: value vectors differ in size between layers, their direction is what the gate should read.
         v = F.rms_norm(v.to(dtype), (self.value_dim,), eps=NORM_EPS)
         logits = torch.einsum("bthv,hvr,hrg->bthg", v, self.gate_down.to(dtype), self.gate_up.to(dtype))
-        return logits.unflatten(-1, (2, -1)) + self.gate_bias.to(dtype)
+        logits = logits.unflatten(-1, (2, -1)) + self.gate_bias.to(dtype)
+        if not self.write_gate:
+            return logits, None
+        return logits, torch.einsum("bthv,hvi->bthi", v, self.write_weight.to(dtype)) + self.write_bias.to(dtype)
 
     def mix(self) -> Tensor:
         """Weights of the two states `[Hq, 2]`, fp32 (fp64 for fp64 parameters)."""
@@ -186,7 +210,7 @@ class DualStateAttention(nn.Module):
     # --- the paper's layer --------------------------------------------------------------------------------------
 
     def _pure(self, q, k, v, padding_mask, cu_seqlens, state, output_state):
-        gate_logits = self.gate_logits(v)
+        gate_logits, write_logits = self.gate_logits(v)
         dtype = gate_logits.dtype
         o, recurrent = dual_state_attention(
             q.to(dtype),
@@ -194,6 +218,7 @@ class DualStateAttention(nn.Module):
             v.to(dtype),
             gate_logits,
             self.mix(),
+            write_logits=write_logits,
             gate_normalizer=self.gate_normalizer,
             lower_bound=self.gate_lower_bound,
             scale=self.scale,
@@ -217,21 +242,27 @@ class DualStateAttention(nn.Module):
     def _window(self, q, k, v, padding_mask, cu_seqlens, state, output_state):
         past = 0
         if state is not None:
-            past = 2 * self.window_size
+            past = PAST_BLOCKS * self._block_size
             q = F.pad(q, (0, 0, 0, 0, past, 0))  # queries that nobody reads
             k, v, padding_mask = self._after_window(state, k, v, padding_mask)
         rows, k, v, valid = _to_rows(padding_mask, cu_seqlens, k, v)
+        sink_k, sink_v = self._sinks(k, v, state)
+        gate_logits, write_logits = self.gate_logits(v)
         o_window, log_denominator, o_state, states = dual_state_window_attention(
             q if rows is None else rows.gather(q),
             k,
             v,
-            self.gate_logits(v),
+            gate_logits,
             self.mix(),
             self.window_size,
+            write_logits=write_logits,
             gate_normalizer=self.gate_normalizer,
             lower_bound=self.gate_lower_bound,
             scale=self.scale,
             padding_mask=valid,
+            state_mask=self._taken_in(k, None, state),
+            sinks=(sink_k, sink_v) if self.sink_tokens else None,
+            row_start=None if state is None else self._row_start(state),
             initial_state=None if state is None else state.recurrent,
         )
         o = self._combine(o_window, log_denominator, o_state).to(q.dtype)
@@ -240,16 +271,16 @@ class DualStateAttention(nn.Module):
         return o, self._state_after(k, v, valid, states, state) if output_state else None
 
     def _window_step(self, q, k, v, padding_mask, state):
-        """One token a row, written into the window; a block that two others have followed goes into the states."""
-        size, length, device = self.window_size, state.lengths, q.device
-        slot = torch.arange(2 * size, device=device)
+        """One token a row, written into the window; a block that another has followed goes into the states."""
+        size, window, sinks, length, device = self._block_size, self.window_size, self.sink_tokens, state.lengths, q.device
+        slot = torch.arange(-sinks, window, device=device)  # below 0: the sinks
         real = torch.ones_like(length, dtype=torch.bool) if padding_mask is None else padding_mask[:, -1].bool()
-        write = (slot == (length % (2 * size))[:, None]) & real[:, None]
+        write = ((slot == (length % window)[:, None]) | (slot + sinks == length[:, None]) & (slot < 0)) & real[:, None]
         window_k, window_v = (torch.where(write[..., None, None], x, w) for x, w in ((k, state.window_k), (v, state.window_v)))
 
-        # The token in a slot is the newest whose index leaves the slot's number as remainder.
-        token = length[:, None] - (length[:, None] - slot) % (2 * size)
-        visible = (token >= 0) & (token >= ((length // size - 1) * size)[:, None])
+        # The token in a slot is the newest whose index leaves the slot's number as remainder; sinks are seen once they leave the window.
+        token = length[:, None] - (length[:, None] - slot) % window
+        visible = torch.where(slot < 0, slot + sinks <= length[:, None] - window, token >= 0)
         dtype = state.recurrent.dtype
         q_h = (q[:, 0] * self.scale).unflatten(1, (self.num_kv_heads, -1))
         scores = torch.einsum("bhrk,bshk->bhrs", q_h, window_k).to(dtype).masked_fill(~visible[:, None, None], float("-inf"))
@@ -262,12 +293,13 @@ class DualStateAttention(nn.Module):
         o = o.masked_fill(~real[:, None, None, None], 0)
 
         length = length + real
-        full = real & (length % size == 0) & (length >= 2 * size)
+        full = real & (length % size == 0) & (length >= window)
         recurrent = state.recurrent
         if torch.compiler.is_compiling() or bool(full.any()):  # a compiled step cannot branch on values: it always folds
             second_half = ((length // size) % 2 == 1)[:, None, None, None]  # where the block before the last one lies
-            old_k, old_v = (torch.where(second_half, w[:, size:], w[:, :size]) for w in (window_k, window_v))
-            folded = self._block_states(old_k, old_v, None, recurrent)[:, -1]
+            old_k, old_v = (torch.where(second_half, w[:, sinks + size :], w[:, sinks : sinks + size]) for w in (window_k, window_v))
+            taken_in = (length - window)[:, None] + torch.arange(size, device=device) >= sinks
+            folded = self._block_states(old_k, old_v, taken_in, recurrent)[:, -1]
             recurrent = torch.where(full[:, None, None, None, None], folded, recurrent)
         return o, DualState(recurrent, window_k, window_v, length)
 
@@ -286,45 +318,96 @@ class DualStateAttention(nn.Module):
     def _normalise(self, o: Tensor, rms: Tensor) -> Tensor:
         return o / rms * self.norm_weight.to(o.dtype)
 
+    @property
+    def _block_size(self) -> int:
+        """Tokens that go into the states at a time."""
+        return self.window_size // 2
+
     def _block_states(self, k, v, padding_mask, initial_state=None):
+        gate_logits, write_logits = self.gate_logits(v)
         return block_states(
             k,
             v,
-            self.gate_logits(v),
-            self.window_size or 64,
+            gate_logits,
+            self._block_size or 64,
+            write_logits=write_logits,
             gate_normalizer=self.gate_normalizer,
             lower_bound=self.gate_lower_bound,
             padding_mask=padding_mask,
             initial_state=initial_state,
         )
 
+    def _row_start(self, state: DualState) -> Tensor:
+        """Number of the first token of the rows that continue `state`, `[B]`: the last block in the states, 0 before there is one."""
+        return (state.lengths // self._block_size - 2).clamp_min(0) * self._block_size
+
     def _after_window(self, state: DualState, k: Tensor, v: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """k, v and padding mask with the 2W entries of the window, from its first token on, before them: rows that begin at
-        the block boundary where the recurrent states end."""
-        offset = torch.arange(2 * self.window_size, device=state.lengths.device)
-        token = self._window_start(state)[:, None] + offset
-        slot = (token % (2 * self.window_size))[..., None, None]
-        window_k, window_v = (x.gather(1, slot.expand_as(x)) for x in (state.window_k, state.window_v))
+        """k, v and padding mask with three blocks from the window before them: rows that begin at a block boundary. The first of
+        these blocks is in the states; of it the window has what the next token sees, and something else in the other places."""
+        offset = torch.arange(PAST_BLOCKS * self._block_size, device=state.lengths.device)
+        token = self._row_start(state)[:, None] + offset
+        slot = (self.sink_tokens + token % self.window_size)[..., None, None]
+        window_k, window_v = (x.gather(1, slot.expand(-1, -1, *x.shape[2:])) for x in (state.window_k, state.window_v))
         valid = token < state.lengths[:, None]
         new_valid = valid.new_ones(k.shape[:2]) if padding_mask is None else padding_mask.bool()
         return torch.cat([window_k, k], 1), torch.cat([window_v, v], 1), torch.cat([valid, new_valid], 1)
 
-    def _window_start(self, state: DualState) -> Tensor:
-        """Index of the first token in the window, a multiple of W, `[B]`."""
-        return (state.lengths // self.window_size - 1).clamp_min(0) * self.window_size
+    def _sinks(self, k: Tensor, v: Tensor, state: DualState | None) -> tuple[Tensor, Tensor]:
+        """The first tokens of each text `[B, S, ...]`, from rows that continue `state`; what has not been read yet is anything."""
+        short = max(self.sink_tokens - k.shape[1], 0)
+        new = [F.pad(x, (0, 0, 0, 0, 0, short))[:, : self.sink_tokens] for x in (k, v)]
+        if state is None:
+            return new[0], new[1]
+        known = (torch.arange(self.sink_tokens, device=k.device) < state.lengths[:, None])[..., None, None]
+        sink_k, sink_v = (
+            torch.where(known, w[:, : self.sink_tokens], x) for w, x in zip((state.window_k, state.window_v), new, strict=True)
+        )
+        return sink_k, sink_v
+
+    def _taken_in(self, k: Tensor, valid: Tensor | None, state: DualState | None) -> Tensor | None:
+        """Which tokens of rows (that continue `state`) the states take in: no sinks, and nothing that they hold already."""
+        if state is None and not self.sink_tokens:
+            return valid
+        position = torch.arange(k.shape[1], device=k.device)[None]
+        if state is None:
+            taken_in = (position >= self.sink_tokens).expand(k.shape[0], -1)
+        else:
+            held = torch.where(state.lengths >= self.window_size, self._block_size, 0)
+            taken_in = (position >= held[:, None]) & (position + self._row_start(state)[:, None] >= self.sink_tokens)
+        return taken_in if valid is None else taken_in & valid
 
     def _state_after(self, k: Tensor, v: Tensor, valid: Tensor | None, states: Tensor, state: DualState | None) -> DualState:
-        """The state after rows `[B, L]` that begin at a block boundary (where the window of `state` began, if given)."""
-        batch, length, size = k.shape[0], k.shape[1], self.window_size
-        tokens = torch.full((batch,), length, device=k.device) if valid is None else valid.sum(1)
-        start = torch.zeros_like(tokens) if state is None else self._window_start(state)
-        blocks = (tokens // size - 1).clamp_min(0)  # whole blocks that no later token sees in its window
-        recurrent = states[torch.arange(batch, device=k.device), blocks]
-        first = blocks * size
-        offset = (torch.arange(2 * size, device=k.device) - (start + first)[:, None]) % (2 * size)
-        position = (first[:, None] + offset).clamp_max(length - 1)  # past the end: a copy, hidden by the count
-        window_k, window_v = (x.gather(1, position[..., None, None].expand(-1, -1, *x.shape[2:])) for x in (k, v))
+        """The state after rows `[B, L]` that begin at a block boundary (those of `_after_window`, if `state` is given)."""
+        batch, length, window, device = k.shape[0], k.shape[1], self.window_size, k.device
+        tokens = torch.full((batch,), length, device=device) if valid is None else valid.sum(1)
+        start = torch.zeros_like(tokens) if state is None else self._row_start(state)
+        blocks = (tokens // self._block_size - 1).clamp_min(0)  # whole blocks that another whole block follows
+        recurrent = states[torch.arange(batch, device=device), blocks]
+        last = (start + tokens)[:, None] - 1
+        token = last - (last - torch.arange(window, device=device)) % window  # the newest of each slot
+        position = (token - start[:, None]).clamp(0, length - 1)[..., None, None]  # before the first: anything, hidden by the count
+        window_k, window_v = (
+            torch.cat([sink, x.gather(1, position.expand(-1, -1, *x.shape[2:]))], dim=1)
+            for sink, x in zip(self._sinks(k, v, state), (k, v), strict=True)
+        )
         return DualState(recurrent, window_k, window_v, start + tokens)
+
+
+def check_window(window_size: int, sink_tokens: int) -> None:
+    """Raises ValueError unless the window is an even number of tokens and the sinks fit into one block of it."""
+    if window_size < 0 or window_size % 2:
+        raise ValueError(f"window_size must be an even number of tokens, or 0 for no window, got {window_size}")
+    if sink_tokens < 0 or (window_size and sink_tokens > window_size // 2):
+        raise ValueError(f"sink_tokens must be from 0 to half the window of {window_size}, got {sink_tokens}")
+
+
+def half_life_range(half_life: float | tuple[float, float]) -> tuple[float, float]:
+    """A half-life, or the pair (of the fastest channel, of the slowest), as a pair."""
+    if isinstance(half_life, (tuple, list)):
+        if len(half_life) != 2:
+            raise ValueError(f"a range of half-lives is a pair (fastest, slowest), got {half_life}")
+        return half_life[0], half_life[1]
+    return half_life, half_life
 
 
 def half_life_to_logit(half_life: float, gate_normalizer: float = 16.0) -> float:

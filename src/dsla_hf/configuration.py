@@ -11,7 +11,7 @@ from peft import PeftConfig
 
 from dsla_kernels import check_lower_bound
 
-from .attention import half_life_to_logit
+from .attention import check_window, half_life_to_logit
 from .peft_type import DSLA
 
 FORMAT_VERSION = 1
@@ -24,7 +24,7 @@ FIRST_RELEASE_OF_FORMAT = {1: "0.1"}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 # What the mathematics of a converted layer depends on: stored in hybrids, equal in adapter and hybrid.
-MATHEMATICS = ("window_size", "gate_rank", "gate_normalizer", "gate_lower_bound", "half_lives")
+MATHEMATICS = ("window_size", "sink_tokens", "gate_rank", "gate_normalizer", "gate_lower_bound", "half_lives", "write_gate")
 
 
 @dataclass
@@ -54,16 +54,23 @@ class DSLAConfig(PeftConfig):
         default=None, metadata={"help": "How many layers of the order are DSLA (0: the original model). Default: all of them."}
     )
     window_size: int = field(
-        default=64,
-        metadata={
-            "help": "Block size of the softmax window: every token sees its own block and the one before. 0: the paper's pure layer."
-        },
+        default=128,
+        metadata={"help": "Tokens that every token sees by softmax attention, an even number. 0: no window, as in the paper."},
     )
+    sink_tokens: int = field(default=4, metadata={"help": "First tokens of a text that the window always sees beside its own."})
     gate_rank: int = field(default=16, metadata={"help": "Rank of the map from a value vector to its gates."})
     gate_normalizer: float = field(default=16.0, metadata={"help": "Divides the log-sigmoid of the gates."})
     gate_lower_bound: float = field(default=-1.25, metadata={"help": "Smallest log-decay per token, from -1.25 to below 0."})
-    half_lives: tuple[float, float] = field(
-        default=(16.0, 16.0), metadata={"help": "Initial half-lives in tokens of the history and the recency state."}
+    half_lives: tuple[tuple[float, float], tuple[float, float]] = field(
+        default=((64.0, 4096.0), (8.0, 256.0)),
+        metadata={
+            "help": "Initial half-lives in tokens of the history and the recency state, each from its fastest channel to its slowest; "
+            "one number stands for all channels of a state."
+        },
+    )
+    write_gate: bool = field(
+        default=True,
+        metadata={"help": "Whether a token's value decides how much of it each state takes in. False: all of it, as in the paper."},
     )
     trained_projections: tuple[str, ...] = field(
         default=("q_proj", "o_proj"),
@@ -97,9 +104,7 @@ class DSLAConfig(PeftConfig):
                 "which layers are converted is said by conversion_order"
             )
         self.target_modules = sorted(self.target_modules)
-        if not isinstance(self.half_lives, (list, tuple)):
-            raise ValueError(f"half_lives must be two numbers of tokens (history, recency), got {self.half_lives!r}")
-        self.half_lives = tuple(self.half_lives)  # type: ignore[assignment]  # a list in JSON; two entries are checked below
+        self.half_lives = _checked_half_lives(self.half_lives)
         self.trained_projections = tuple(name for name in PROJECTIONS if name in self._checked_projections())
         self._check_mathematics()
         if self.conversion_order is not None:
@@ -145,7 +150,7 @@ class DSLAConfig(PeftConfig):
 
     def to_hybrid_dict(self) -> dict[str, Any]:
         """The plain dict that a hybrid checkpoint stores as `config.dsla_config`: mathematics, converted layers, no PEFT fields."""
-        mathematics = {name: list(value) if isinstance(value, tuple) else value for name, value in self.mathematics().items()}
+        mathematics = self.mathematics() | {"half_lives": [list(pair) for pair in self.half_lives]}
         return {
             "format_version": self.format_version,
             "base_model_type": self.base_model_type,
@@ -186,8 +191,12 @@ class DSLAConfig(PeftConfig):
         return tuple(self.trained_projections)
 
     def _check_mathematics(self) -> None:
-        if not _is_whole(self.window_size) or self.window_size < 0:
-            raise ValueError(f"window_size must be a number of tokens, 0 or more, got {self.window_size!r}")
+        for name in ("window_size", "sink_tokens"):
+            if not _is_whole(getattr(self, name)):
+                raise ValueError(f"{name} must be a number of tokens, got {getattr(self, name)!r}")
+        check_window(self.window_size, self.sink_tokens)
+        if not isinstance(self.write_gate, bool):
+            raise ValueError(f"write_gate must be True or False, got {self.write_gate!r}")
         if not _is_whole(self.gate_rank) or self.gate_rank < 1:
             raise ValueError(f"gate_rank must be a whole number, 1 or more, got {self.gate_rank!r}")
         if not _is_number(self.gate_normalizer) or not 0 < self.gate_normalizer < math.inf:
@@ -198,10 +207,24 @@ class DSLAConfig(PeftConfig):
             check_lower_bound(self.gate_lower_bound)
         except ValueError as error:
             raise ValueError(f"gate_lower_bound: {error}") from None
-        if len(self.half_lives) != 2 or not all(map(_is_number, self.half_lives)):
-            raise ValueError(f"half_lives must be two numbers of tokens (history, recency), got {self.half_lives!r}")
-        for half_life in self.half_lives:
+        for half_life in (life for pair in self.half_lives for life in pair):
             half_life_to_logit(half_life, self.gate_normalizer)
+
+
+def _checked_half_lives(half_lives: Any) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Two pairs of numbers (JSON gives lists; a number stands for a pair of it)."""
+    pairs = (
+        [entry if isinstance(entry, (list, tuple)) else (entry, entry) for entry in half_lives]
+        if isinstance(half_lives, (list, tuple))
+        else []
+    )
+    if len(pairs) != 2 or any(len(pair) != 2 or not all(map(_is_number, pair)) for pair in pairs):
+        raise ValueError(
+            "half_lives must be numbers of tokens for history and recency, each one number or (fastest channel, slowest channel), "
+            f"got {half_lives!r}"
+        )
+    history, recency = pairs
+    return (history[0], history[1]), (recency[0], recency[1])
 
 
 def _is_whole(value: Any) -> bool:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from tqdm.auto import tqdm
 
-from .adapter import active_config, dsla_layers, get_level, set_level
+from .adapter import dsla_layers, get_level, set_level
 from .losses import kl_loss
 from .sensitivity import as_inputs
 
@@ -77,12 +77,11 @@ def cache_bytes_per_sequence(model: PeftModel, tokens: int) -> int:
     A softmax layer holds k and v of every token; a DSLA layer two fp32 states, the window's k and v, and a counter.
     """
     item, layers = model.dtype.itemsize, model.config.num_hidden_layers
-    window = active_config(model).window_size
     total = 0
     converted = [layer for layer in dsla_layers(model).values() if layer.converted]
     for layer in converted:
         core = layer.dsla_core[layer.adapter_name]
         states = 2 * core.num_kv_heads * core.key_dim * core.value_dim * 4
-        total += states + 2 * window * core.num_kv_heads * (core.key_dim + core.value_dim) * item + 8
+        total += states + (core.window_size + core.sink_tokens) * core.num_kv_heads * (core.key_dim + core.value_dim) * item + 8
     core = next(iter(dsla_layers(model).values())).dsla_core[model.active_adapter]
     return total + (layers - len(converted)) * tokens * core.num_kv_heads * (core.key_dim + core.value_dim) * item
