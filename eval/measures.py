@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from needle import FACT, FIRST, QUESTION, SECOND
 from torch import Tensor
 from transformers import DynamicCache
 
 from dsla_hf.data import read_texts
+from dsla_kernels import log_decays
 
 # Sixteen stacked windows of 64 tokens reach 16 * 63 + 1 tokens back: nothing farther can come through windows alone.
 WINDOW_REACH = 1009
@@ -58,41 +60,53 @@ def far_bigrams(blocks: Tensor, farther_than: int = WINDOW_REACH) -> Tensor:
     return far
 
 
-def associative_recall(words: list[int], filler: Tensor, pairs: int, count: int, seed: int, queries: int = 32) -> tuple[Tensor, Tensor]:
-    """Multi-query associative recall (Zoology, arXiv 2312.04927) with real text between pairs and questions.
-
-    Each row: `pairs` pairs of a key and a value token, the filler, then some of the keys again, each with its value.
-
-    Args:
-        words: ids of tokens to draw keys and values from.
-        filler: `[M, F]` text; one row each, in turn.
-        pairs, count, queries: how many pairs, rows, and questions per row (at most `pairs`).
+def associative_recall(
+    tokenizer: Any, haystack: list[int], length: int, pairs: int, count: int, seed: int, queries: int = 4
+) -> tuple[Tensor, Tensor]:
+    """Multi-query associative recall (Zoology, arXiv 2312.04927) in sentences that the teacher knows: `pairs` names with a number
+    each, then other text, then up to `queries` of the names again, each with its number.
 
     Returns:
-        ids `[count, 2 * pairs + F + 2 * queries]`, and bool `[count, T - 1]`, where `token_losses` has the answers.
+        ids `[count, length]`, and int `[count, length - 1]`, in the places of `token_losses`: the number of the question that a
+        token answers, from 1 on, and 0 elsewhere.
     """
-    rng, rows = random.Random(seed), []
-    queries = min(queries, pairs)
-    for n in range(count):
-        chosen = rng.sample(words, 2 * pairs)
-        table = list(zip(chosen[:pairs], chosen[pairs:], strict=True))
-        asked = rng.sample(table, queries)
-        rows.append([*sum(table, ()), *filler[n % len(filler)].tolist(), *sum(asked, ())])
-    ids = torch.tensor(rows)
-    answers = torch.zeros(count, ids.shape[1] - 1, dtype=torch.bool)
-    answers[:, -2 * queries :: 2] = True
-    return ids, answers
+    rng = random.Random(seed)
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    rows, answers = [], []
+    for _ in range(count):
+        names = rng.sample([f"{first}-{second}" for first in FIRST for second in SECOND], pairs)
+        numbers = [str(rng.randint(10000, 99999)) for _ in names]
+        facts = [token for fact in zip(names, numbers, strict=True) for token in encode(FACT.format(name=fact[0], number=fact[1]))]
+        questions: list[int] = []
+        marks: list[int] = []
+        for number, i in enumerate(rng.sample(range(pairs), min(queries, pairs)), 1):
+            question = encode(QUESTION.format(name=names[i]))
+            answer = encode(QUESTION.format(name=names[i]) + f" {numbers[i]}")[len(question) :]
+            questions += [*question, *answer]
+            marks += [0] * len(question) + [number] * len(answer)
+        room = length - len(facts) - len(questions)
+        start = rng.randrange(len(haystack) - room)
+        rows.append([*facts, *haystack[start : start + room], *questions])
+        answers.append([0] * (length - len(marks)) + marks)
+    return torch.tensor(rows), torch.tensor(answers)[:, 1:]
 
 
 @torch.no_grad()
-def accuracy(model: Any, ids: Tensor, where: Tensor, batch_size: int = 16) -> float:
-    """Share of the marked tokens that the model puts first, given all before them."""
-    right = 0
-    for batch, mask in zip(ids.split(batch_size), where.split(batch_size), strict=True):
+def answers_right(model: Any, ids: Tensor, answers: Tensor, batch_size: int = 16) -> float:
+    """Share of the answers all of whose tokens the model puts first, given all before them."""
+    right = total = 0
+    for batch, marks in zip(ids.split(batch_size), answers.split(batch_size), strict=True):
         batch = batch.to(model.device)
         best = model(input_ids=batch, use_cache=False).logits[:, :-1].argmax(-1)
-        right += int((best == batch[:, 1:])[mask.to(model.device)].sum())
-    return right / int(where.sum())
+        wrong = (best != batch[:, 1:]).cpu()
+        for question in range(1, int(marks.max()) + 1):
+            asked = (marks == question).any(1)
+            total += int(asked.sum())
+            right += int((asked & ~(wrong & (marks == question)).any(1)).sum())
+    return right / total
 
 
 INTERVENTIONS = ("none", "no history", "no recency", "no states", "another document's states")
@@ -117,3 +131,42 @@ def intervened_losses(model: Any, blocks: Tensor, scored: int, intervention: str
         logits = model(input_ids=batch[:, -scored:], past_key_values=cache).logits[:, :-1]
         losses += [F.cross_entropy(x.float(), y, reduction="none").cpu() for x, y in zip(logits, batch[:, 1 - scored :], strict=True)]
     return torch.stack(losses)
+
+
+@torch.no_grad()
+def raised_losses(model: Any, blocks: Tensor, plan: tuple[tuple[int, int], ...], set_level: Any, batch_size: int = 16) -> Tensor:
+    """Losses `[N, T - 1]` of text that is read through one cache while the level rises: `plan` holds (level, until which token)."""
+    losses = []
+    for batch in blocks.split(batch_size):
+        batch = batch.to(model.device)
+        cache, parts, begin = DynamicCache(config=model.config), [], 0
+        for level, end in plan:
+            set_level(model, level)
+            parts.append(model(input_ids=batch[:, begin:end], past_key_values=cache).logits)
+            begin = end
+        logits = torch.cat(parts, 1)[:, :-1]
+        losses += [F.cross_entropy(x.float(), y, reduction="none").cpu() for x, y in zip(logits, batch[:, 1:], strict=True)]
+    return torch.stack(losses)
+
+
+@torch.no_grad()
+def state_reads(model: Any, cores: dict[int, Any], blocks: Tensor, bins: int = 32) -> dict[str, list[list[float]]]:
+    """How much the last token reads from each earlier one out of each state, by layer: `[2, bins]` mean |weight| over rows and heads,
+    as shares of all that is read; bin 0 is the farthest. The DSLA paper's recency-bias figure, for both states."""
+    seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    hooks = [core.register_forward_pre_hook(lambda m, args, i=i: seen.__setitem__(i, args[:3])) for i, core in cores.items()]
+    model(input_ids=blocks.to(model.device), use_cache=False, logits_to_keep=1)
+    for hook in hooks:
+        hook.remove()
+    reads = {}
+    for i, (q, k, v) in seen.items():
+        core = cores[i]
+        gate_logits, write_logits = core.gate_logits(v)
+        log_decay = log_decays(gate_logits, core.key_dim, core.gate_normalizer, core.gate_lower_bound)
+        decayed = (log_decay.flip(1).cumsum(1).flip(1) - log_decay).exp()  # from each token to the last
+        written = k.float()[:, :, :, None] * (1 if write_logits is None else write_logits.sigmoid()[..., None]) * decayed
+        last = q[:, -1].float().unflatten(1, (core.num_kv_heads, -1))
+        weights = torch.einsum("bhrk,bthik->bihrt", last, written).abs() * core.mix().T.unflatten(1, (core.num_kv_heads, -1))[..., None]
+        read = weights.mean((0, 2, 3))
+        reads[str(i)] = (read / read.sum()).unflatten(1, (bins, -1)).sum(-1).tolist()
+    return reads

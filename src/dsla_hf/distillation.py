@@ -1,8 +1,9 @@
 """Distillation of a DSLA adapter from its own base: a `Trainer` with two stages, and `distill`, which runs them.
 
 Stage "alignment": every DSLA layer learns to give the attention output of the layer it replaces, on the base's own
-inputs, all layers in one pass and each on its own. Stage "logits": KL to the base's logits, with a level drawn anew for
-every step, so that every level of the plan is trained. The teacher is the same model at level 0.
+inputs, all layers in one pass and each on its own. Stage "logits": KL to the base's logits, so that every level of the plan
+is trained: either with a level drawn anew for every step, or as a chain (the DSLA paper, arXiv 2506.09316): one layer after
+the other in conversion order is trained and then frozen. The teacher is the same model at level 0.
 """
 
 from __future__ import annotations
@@ -21,19 +22,28 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import DynamicCache, Trainer, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from .adapter import DSLAModel, active_config, dsla_layers
-from .losses import alignment_sums, kl_sums
+from .losses import alignment_loss, alignment_sums, half_life_gap_loss, kl_sums
 from .saving import check_adapter_directory
 from .sensitivity import LayerRanking, rank_layers
 
 logger = logging.get_logger(__name__)
 
 STAGES = ("alignment", "logits")
+METHODS = ("random", "chain")
 SETTINGS_FILE = "stage.json"
+STAGE_SETTINGS = (
+    "seed",
+    "learning_rate",
+    "gate_learning_rate_factor",
+    "train_level",
+    "hidden_weight",
+    "half_life_gap_weight",
+    "raise_share",
+)
 
 
 @dataclass
@@ -45,12 +55,31 @@ class DSLATrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Train stage 'logits' at this level only. Default: at a random level from 1 on, drawn anew for each step."},
     )
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the DSLA weights."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the projections."})
+    gate_learning_rate_factor: float = field(
+        default=20.0,
+        metadata={"help": "Peak learning rate of gates, mix and norm, over that of the projections: they have far to go from their start."},
+    )
+    hidden_weight: float = field(
+        default=0.0, metadata={"help": "Stage 'logits': weight of the alignment of the hidden states after each block."}
+    )
+    half_life_gap_weight: float = field(
+        default=0.0, metadata={"help": "Stage 'logits': weight of a term that keeps the half-lives of the two states apart."}
+    )
+    raise_share: float = field(
+        default=0.0,
+        metadata={"help": "Stage 'logits': share of steps whose text begins at a lower level than it ends, as in a raise in mid-text."},
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule, as in transformers."})
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
             raise ValueError(f"stage must be one of {list(STAGES)}, got {self.stage!r}")
+        if not 0 <= self.raise_share <= 1:
+            raise ValueError(f"raise_share must be a share from 0 to 1, got {self.raise_share}")
+        for name in ("gate_learning_rate_factor", "hidden_weight", "half_life_gap_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         super().__post_init__()
         if getattr(self, "ddp_find_unused_parameters", None) is None:
             # Every trained weight gets a gradient at every step (see `_zero_of_idle_weights`), and alignment would confuse the search.
@@ -65,12 +94,22 @@ class DSLATrainingArguments(TrainingArguments):
                     "use {'use_reentrant': False}"
                 )
             setattr(self, f"{name}_kwargs", options)
+        if names and self.raise_share:
+            raise ValueError(f"raise_share needs the cache, which {names[0]} turns off: use one of them")
 
 
 def draw_level(seed: int, step: int, depth: int) -> int:
     """The level of a training step, uniform from 1 to `depth`: a pure function of seed and global step, so that it is the
     same on every process and after a resume."""
     return random.Random(f"{seed}/{step}").randint(1, depth)
+
+
+def draw_raise(seed: int, step: int, share: float, level: int, tokens: int) -> tuple[int, int] | None:
+    """For a share of the steps a lower level and the number of tokens that are read at it: a pure function of its arguments."""
+    rng = random.Random(f"raise/{seed}/{step}")
+    if rng.random() >= share or level == 0 or tokens < 4:
+        return None
+    return rng.randrange(level), rng.randint(tokens // 4, 3 * tokens // 4)
 
 
 class DSLATrainer(Trainer):
@@ -81,6 +120,8 @@ class DSLATrainer(Trainer):
 
     Raises:
         ValueError: if the model has no DSLA adapter.
+        FloatingPointError: while training, if a loss is not finite; names the layer. No weight was changed by that step.
+        OSError: while training, if a checkpoint cannot be written; names the last one that is whole.
     """
 
     # Our losses are means over a batch; the Trainer divides them by the accumulation steps.
@@ -102,8 +143,26 @@ class DSLATrainer(Trainer):
         config: Any = self.accelerator.unwrap_model(self.model).config
         try:
             return super().train(*args, **kwargs)
+        except OSError as error:
+            output = str(self.args.output_dir)
+            raise OSError(
+                error.errno,
+                f"{error.strerror or error} while writing to {output}. {_what_is_kept(output)}; make room and give the same command again",
+            ) from error
         finally:
             config.use_cache = self._use_cache
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As in transformers, with a learning rate of their own for gates, mix and norm."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        cores = {id(p) for layer in dsla_layers(self.model).values() for p in layer.dsla_core.parameters()}
+        factor: float = self.args.gate_learning_rate_factor
+        for group in list(optimizer.param_groups):
+            own = [p for p in group["params"] if id(p) in cores]
+            if own and factor != 1:
+                group["params"] = [p for p in group["params"] if id(p) not in cores]
+                optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * factor})
+        return optimizer
 
     # --- losses -------------------------------------------------------------------------------------------------
 
@@ -112,6 +171,9 @@ class DSLATrainer(Trainer):
         level = self.step_level()
         with self._at_level(level):
             loss = super().training_step(model, inputs, *args, **kwargs)
+            finite = self.accelerator.reduce(torch.isfinite(loss).float(), reduction="mean")
+            if finite.item() < 1:
+                self._stop_for(self._prepare_inputs(inputs), level)
         if self.args.stage == "logits":
             self._terms["level"].append(torch.tensor(float(level), device=loss.device))
         return loss
@@ -129,7 +191,11 @@ class DSLATrainer(Trainer):
         # One denominator for all processes: the mean of their losses is then that of one process with the whole batch.
         weights = self.accelerator.reduce(torch.stack([weight.detach() for _, weight in sums.values()]), reduction="mean")
         losses = {name: total / weight for (name, (total, _)), weight in zip(sums.items(), weights, strict=True)}
-        loss = sum(losses.values()) / len(losses)
+        if args.stage == "alignment":
+            loss = sum(losses.values()) / len(losses)
+        else:
+            factors = {"kl": 1.0, "hidden": args.hidden_weight, "half_life_gap": args.half_life_gap_weight}
+            loss = sum(factors[name] * term for name, term in losses.items())
         if self.model.training:
             for name, term in losses.items():
                 self._terms[name].append(term.detach())
@@ -155,10 +221,61 @@ class DSLATrainer(Trainer):
         return sums
 
     def _logits(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+        args: Any = self.args
+        hidden = bool(args.hidden_weight)
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         with torch.no_grad(), self._teacher(model):
-            teacher = model(**inputs, use_cache=False).logits
-        student = model(**inputs, use_cache=False).logits
-        return {"kl": kl_sums(student, teacher, inputs.get("attention_mask"))}
+            teacher = model(**inputs, use_cache=False, output_hidden_states=hidden)
+        level = active_config(self.model).level or 0
+        raised = draw_raise(args.seed, self.state.global_step, args.raise_share, level, ids.shape[1]) if self.model.training else None
+        if raised is None:
+            cut = 0
+            student = model(**inputs, use_cache=False, output_hidden_states=hidden)
+        else:
+            below, cut = raised
+            cache = DynamicCache(config=self.accelerator.unwrap_model(model).config)
+            begin = {"input_ids": ids[:, :cut]} | ({} if mask is None else {"attention_mask": mask[:, :cut]})
+            with torch.no_grad(), self._at_level(below):
+                model(**begin, past_key_values=cache, logits_to_keep=1)
+            rest = inputs | {"input_ids": ids[:, cut:]}  # a mask covers the beginning too
+            student = model(**rest, past_key_values=cache, output_hidden_states=hidden)
+        mask = None if mask is None else mask[:, cut:]
+        sums = {"kl": kl_sums(student.logits, teacher.logits[:, cut:], mask)}
+        if hidden:
+            pairs = zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True)
+            terms = [alignment_loss(s, t[:, cut:], mask) for s, t in pairs]
+            sums["hidden"] = torch.stack(terms).sum(), terms[0].new_tensor(len(terms))
+        if args.half_life_gap_weight:
+            active = [layer for layer in dsla_layers(self.model).values() if layer.converted]
+            gaps = [half_life_gap_loss(layer.dsla_core[layer.adapter_name].bias_half_lives()) for layer in active]
+            sums["half_life_gap"] = torch.stack(gaps).sum(), gaps[0].new_tensor(len(gaps))
+        return sums
+
+    @torch.no_grad()
+    def _stop_for(self, inputs: dict[str, Any], level: int) -> None:
+        """Raises FloatingPointError that says where a loss that is not finite comes from."""
+        layers = dsla_layers(self.model)
+        bad = [f"the weights of layer {i}" for i, layer in layers.items() if any(not p.isfinite().all() for p in layer.parameters())]
+        if not bad:
+            found: list[int] = []
+            hooks = [
+                layer.register_forward_hook(lambda m, _, out: None if out[0].isfinite().all() else found.append(m.layer_idx))
+                for layer in layers.values()
+            ]
+            for hooked_level in (0, level):  # the base first: with it broken, no layer of ours is to blame
+                with self._at_level(hooked_level):
+                    self.model(**{name: x for name, x in inputs.items() if name != "labels"}, use_cache=False, logits_to_keep=1)
+                if found:
+                    what = "the original model's attention" if hooked_level == 0 else "the output"
+                    bad = [f"{what} in layer {found[0]}"]
+                    break
+            for hook in hooks:
+                hook.remove()
+        where = bad[0] if bad else "nothing that one layer gives: the gradients before, or the logits"
+        raise FloatingPointError(
+            f"the loss of step {self.state.global_step + 1} is not finite at level {level}; not finite is {where}. "
+            f"{_what_is_kept(str(self.args.output_dir))}; a lower learning_rate or max_grad_norm helps most often"
+        )
 
     def _zero_of_idle_weights(self) -> Tensor | float:
         """Zero, but a function of the trained weights of layers that are not DSLA at this level: their gradient is zero, not
@@ -225,6 +342,26 @@ def half_lives(model: nn.Module) -> dict[str, float]:
     return lives
 
 
+def _what_is_kept(directory: str) -> str:
+    checkpoint = _last_whole_checkpoint(directory)
+    return "No checkpoint has been written yet" if checkpoint is None else f"The last whole checkpoint is {checkpoint}"
+
+
+def _last_whole_checkpoint(directory: str) -> str | None:
+    """The newest checkpoint in which the Trainer's state, written last, can be read: a full disk or a kill leaves others."""
+
+    def whole(checkpoint: Path) -> bool:
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            return False
+        return True
+
+    steps = {path: path.name.partition("-")[2] for path in Path(directory).glob("checkpoint-*")}
+    numbered = sorted((path for path, step in steps.items() if step.isdigit() and whole(path)), key=lambda path: int(steps[path]))
+    return str(numbered[-1]) if numbered else None
+
+
 # --- the whole recipe -------------------------------------------------------------------------------------------
 
 
@@ -235,51 +372,92 @@ def distill(
     *,
     alignment_steps: int,
     logits_steps: int,
+    method: str = "random",
     ranking_data: Any = None,
+    ranking_metric: str = "kl",
     **trainer_options: Any,
 ) -> LayerRanking | None:
     """Stage 1, ranking of the layers, stage 2: an adapter whose every level is trained, saved in `args.output_dir`.
 
     Interrupted runs go on where they were: finished parts are read back, the unfinished one resumes from its last
-    checkpoint.
+    whole checkpoint.
 
     Args:
         model: `get_peft_model(base, DSLAConfig(...))`.
         train_dataset: items with `input_ids`, all of one length (packed), used by both stages.
         args: for both stages; `stage` and `max_steps` are set here.
         alignment_steps, logits_steps: optimizer steps of the two stages.
+        method: how stage 2 trains every level. "random": all layers, at a level drawn anew for each step. "chain": one layer after
+            the other in conversion order, each for an equal part of `logits_steps`, at the level that it completes; a layer
+            is not touched again after its turn, so that level k is part of level k + 1 bit for bit.
         ranking_data: batches of `input_ids` `[B, T]` for `rank_layers`; None keeps the order of the config.
+        ranking_metric: of `rank_layers`.
         trainer_options: passed to `DSLATrainer`, e.g. callbacks or `eval_dataset`.
+
+    Raises:
+        ValueError: if `method` is unknown, or `output_dir` holds something else or a run with other settings.
     """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {list(METHODS)}, got {method!r}")
     tuner: Any = model.base_model
     output = Path(args.output_dir)
-    for directory in (output, *(path for stage in STAGES for path in (output / stage, *output.glob(f"{stage}/checkpoint-*")))):
+    levels = len(active_config(model).conversion_order or ())
+    if method == "chain" and 0 < logits_steps < levels:
+        raise ValueError(f"a chain over {levels} layers needs {levels} steps or more, got logits_steps {logits_steps}")
+    folders = [path for stage in STAGES for path in (output / stage, *sorted(output.glob(f"{stage}/level_*")))]
+    for directory in (output, *(path for folder in folders for path in (folder, *folder.glob("checkpoint-*")))):
         check_adapter_directory(_saved_stage(directory, model), active_config(model))
-    _run_stage(model, train_dataset, args, "alignment", alignment_steps, trainer_options)
+    _run_stage(model, train_dataset, args, output / "alignment", {"stage": "alignment", "max_steps": alignment_steps}, trainer_options)
     ranking = None
     if ranking_data is not None:
         ranking_file = output / "ranking.json"
         if ranking_file.exists():
             ranking = LayerRanking.from_dict(json.loads(ranking_file.read_text()))
         else:
-            ranking = rank_layers(model, ranking_data)
+            ranking = rank_layers(model, ranking_data, metric=ranking_metric)
             if args.process_index == 0:
                 _write_json(ranking_file, ranking.to_dict())
         tuner.set_conversion_order(ranking.order, ranking.scores)
-    _run_stage(model, train_dataset, args, "logits", logits_steps, trainer_options)
+    if method == "random":
+        _run_stage(model, train_dataset, args, output / "logits", {"stage": "logits", "max_steps": logits_steps}, trainer_options)
+    elif logits_steps:
+        _run_chain(model, train_dataset, args, output / "logits", logits_steps, trainer_options)
     if args.process_index == 0:
         model.save_pretrained(str(output))
     PartialState().wait_for_everyone()  # the adapter is there when any process returns
     return ranking
 
 
-def _run_stage(model: PeftModel, dataset: Any, args: DSLATrainingArguments, stage: str, steps: int, options: dict[str, Any]) -> None:
-    directory = Path(args.output_dir) / stage
+def _run_chain(model: PeftModel, dataset: Any, args: DSLATrainingArguments, directory: Path, steps: int, options: dict[str, Any]) -> None:
+    tuner: Any = model.base_model
+    order = list(active_config(model).conversion_order or ())
+    settings = {"method": "chain", "max_steps": steps}
+    _check_settings(directory, settings)
+    if args.process_index == 0:
+        _write_json(directory / SETTINGS_FILE, settings)
+    try:
+        for level, layer in enumerate(order, 1):
+            tuner.set_trainable_layers([layer])
+            own = steps * level // len(order) - steps * (level - 1) // len(order)
+            # Each link sees other text first.
+            changes = {"stage": "logits", "train_level": level, "max_steps": own, "data_seed": args.seed + level}
+            _run_stage(model, dataset, args, directory / f"level_{level:02d}", changes, options)
+    finally:
+        tuner.set_trainable_layers(None)
+
+
+def _run_stage(
+    model: PeftModel, dataset: Any, args: DSLATrainingArguments, directory: Path, changes: dict[str, Any], options: dict[str, Any]
+) -> None:
+    steps = changes["max_steps"]
     if steps == 0:
         return
     stage_args = copy.copy(args)
-    stage_args.output_dir, stage_args.stage, stage_args.max_steps = str(directory), stage, steps
-    settings = _stage_settings(stage_args, len(dataset))
+    for name, value in {**changes, "output_dir": str(directory)}.items():
+        setattr(stage_args, name, value)
+    if args.warmup_steps >= 1:  # below 1 it is a share
+        stage_args.warmup_steps = min(args.warmup_steps, steps // 5)
+    settings = {"method": "random", **_stage_settings(stage_args, len(dataset))}
     _check_settings(directory, settings)
     trainer = DSLATrainer(model, stage_args, train_dataset=dataset, **options)
     if args.process_index == 0:
@@ -287,10 +465,10 @@ def _run_stage(model: PeftModel, dataset: Any, args: DSLATrainingArguments, stag
     adapter: Any = model.active_adapter
     saved = _saved_stage(directory, model)
     if (saved / "adapter_config.json").exists():
-        logger.warning(f"stage {stage!r} is finished: its weights are read from {saved}")
+        logger.warning(f"{directory} is finished: its weights are read from {saved}")
         model.load_adapter(str(saved), adapter, is_trainable=True)
         return
-    checkpoint = get_last_checkpoint(str(directory)) if directory.is_dir() else None
+    checkpoint = _last_whole_checkpoint(str(directory))
     if checkpoint is not None and TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step >= steps:
         # Stopped between the last step and the end; the Trainer would take one step more.
         model.load_adapter(str(_saved_stage(Path(checkpoint), model)), adapter, is_trainable=True)
@@ -310,7 +488,7 @@ def _stage_settings(args: DSLATrainingArguments, items: int) -> dict[str, Any]:
     """What decides the result of a stage, the number of processes left out."""
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     settings = {"max_steps": args.max_steps, "batch_size": batch, "items": items}
-    return settings | {name: getattr(args, name) for name in ("seed", "learning_rate", "train_level")}
+    return settings | {name: getattr(args, name) for name in STAGE_SETTINGS}
 
 
 def _check_settings(directory: Path, settings: dict[str, Any]) -> None:
