@@ -184,7 +184,7 @@ def test_help_of_distill_is_short_and_starts_with_its_own_options(capsys):
         main(["distill", "--help"])
     output = capsys.readouterr().out
     places = [output.index(f"\n  --{name} ") for name in ("model", "data", "window_size", "output_dir", "learning_rate")]
-    assert places == sorted(places) and len(output.splitlines()) < 110
+    assert places == sorted(places) and len(output.splitlines()) < 120
     assert "--adam_beta2 " not in output.split("All other options")[0] and "--stage" not in output
 
 
@@ -342,6 +342,23 @@ def distilled(made, tmp_path_factory):
     return folder / "adapter"
 
 
+def test_distill_as_a_chain(made, tmp_path, capsys):
+    assert main(distill(made, tmp_path / "out", "--method", "chain", "--ranking_metric", "entropy", "--tokens", 1024)) == 0
+    order = DSLAConfig.from_pretrained(tmp_path / "out").conversion_order
+    assert json.loads((tmp_path / "out" / "ranking.json").read_text())["metric"] == "entropy"
+    assert sorted(path.name for path in (tmp_path / "out" / "logits").glob("level_*")) == [
+        f"level_{i:02d}" for i in range(1, len(order) + 1)
+    ]
+
+
+def test_tokenizer_of_another_checkpoint_is_refused(made, tmp_path, capsys):
+    base = shutil.copytree(made.base, tmp_path / "base")
+    train_tokenizer([TEXT * 2 + "".join(map(chr, range(0x400, 0x450)))], vocab_size=700).save_pretrained(base)
+    arguments = distill(made, tmp_path / "out", "--model", base, data=[made.text])
+    line = refusal(capsys, arguments, "tokenizer", "belongs to another checkpoint")
+    assert re.search(r"gives token \d+, and the model knows tokens up to \d+", line) and not (tmp_path / "out").exists()
+
+
 def test_distill_gives_an_adapter_of_every_level(made, distilled):
     config = DSLAConfig.from_pretrained(distilled)
     assert config.window_size == 8 and sorted(config.conversion_order) == list(range(LAYERS)) == list(range(config.level))
@@ -470,6 +487,17 @@ def test_order_again_changes_nothing_and_keeps_measurements(made, adapter, capsy
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "level_metrics": {"2": {"kl": 0.25}}}))
     assert main(order(made, adapter)) == 0
     assert json.loads((adapter / "adapter_config.json").read_text()) == {**config, "level_metrics": {"2": {"kl": 0.25}}}
+
+
+@pytest.mark.parametrize("metric, heading", [("greedy", "kl up to it"), ("entropy", "entropy")])
+def test_order_by_another_metric(made, adapter, metric, heading, capsys):
+    assert main(order(made, adapter, "--metric", metric)) == 0
+    output = capsys.readouterr().out
+    config = DSLAConfig.from_pretrained(adapter)
+    assert heading in output and f"order: {config.conversion_order}" in output and sorted(config.conversion_order) == sorted(ORDER)
+    scores = {int(layer): score for layer, score in config.order_scores.items()}
+    if metric == "entropy":
+        assert config.conversion_order == sorted(scores, key=scores.__getitem__)
 
 
 def test_dry_run_stores_nothing(made, adapter, capsys):

@@ -1,20 +1,24 @@
 """The trainer of both stages, exact resume, and `distill`."""
 
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from transformers import DynamicCache, HfArgumentParser, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from dsla_hf import DSLAConfig, DSLALayer
-from dsla_hf.distillation import DSLATrainer, DSLATrainingArguments, distill, draw_level
+from dsla_hf import DSLAConfig, DSLALayer, set_level
+from dsla_hf.adapter import dsla_layers
+from dsla_hf.distillation import DSLATrainer, DSLATrainingArguments, distill, draw_level, draw_raise, half_lives
 from dsla_hf.modeling import decoder_of
 from dsla_hf.sensitivity import LayerRanking, rank_layers
 
@@ -624,7 +628,7 @@ def ranking_batches():
     return [torch.stack([item["input_ids"] for item in token_data(4)])]
 
 
-def run_distill(model, directory, *, callbacks=(), ranking=True, steps=(4, 4), **options):
+def run_distill(model, directory, *, callbacks=(), ranking=True, steps=(4, 4), method="random", metric="kl", **options):
     options = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant", **options}
     return distill(
         model,
@@ -632,7 +636,9 @@ def run_distill(model, directory, *, callbacks=(), ranking=True, steps=(4, 4), *
         arguments(directory, **options),
         alignment_steps=steps[0],
         logits_steps=steps[1],
+        method=method,
         ranking_data=ranking_batches() if ranking else None,
+        ranking_metric=metric,
         callbacks=list(callbacks),
     )
 
@@ -781,7 +787,7 @@ def test_adapter_with_a_name_of_its_own_is_read_back(tiny_model, tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    "finished, other", [("alignment", {"seed": 7}), ("alignment", {"window_size": 4}), ("both", {"seed": 7})], ids=lambda value: str(value)
+    "finished, other", [("alignment", {"seed": 7}), ("alignment", {"window_size": 12}), ("both", {"seed": 7})], ids=lambda value: str(value)
 )
 def test_stages_finished_for_another_model_are_refused_before_anything_is_done(finished, other, fresh, tmp_path, monkeypatch):
     """Same shapes do not mean that these weights belong to this model."""
@@ -810,3 +816,270 @@ def test_training_leaves_the_config_of_the_base_as_it_was(tiny_model, adapter_mo
     before = model.config.to_dict()
     DSLATrainer(model, arguments(tmp_path, max_steps=1), train_dataset=token_data()).train()
     assert model.config.to_dict() == before
+
+
+# --- the chain --------------------------------------------------------------------------------------------------
+
+
+class Weights(TrainerCallback):
+    """The DSLA weights of each layer at the end of every training run."""
+
+    def __init__(self):
+        self.after = []
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        weights = {
+            i: {n: p.detach().clone() for n, p in layer.named_parameters() if "dsla_" in n} for i, layer in dsla_layers(model).items()
+        }
+        self.after.append((args.stage, args.train_level, state.global_step, weights))
+
+
+def same(a, b):
+    return all(torch.equal(a[name], weight) for name, weight in b.items())
+
+
+def test_chain_trains_each_layer_at_its_own_level_and_never_again(fresh, tmp_path):
+    model, recorder = fresh(), Weights()
+    ranking = run_distill(model, tmp_path, method="chain", steps=(2, 10), callbacks=[recorder])
+    stages = [(stage, level, steps) for stage, level, steps, _ in recorder.after]
+    assert stages == [("alignment", None, 2), ("logits", 1, 2), ("logits", 2, 3), ("logits", 3, 2), ("logits", 4, 3)]
+    weights = [after for *_, after in recorder.after]
+    for turn, layer in enumerate(ranking.order, 1):
+        changed = [not same(before[layer], after[layer]) for before, after in itertools.pairwise(weights)]
+        assert changed == [link == turn for link in range(1, 5)], layer
+    # Level k is part of level k + 1, bit for bit: what link k saved is what the adapter runs at level k.
+    for level in range(1, 5):
+        link = PeftModel.from_pretrained(fresh().unload(), tmp_path / "logits" / f"level_{level:02d}")
+        for found in (link, model):
+            found.eval()
+            set_level(found, level)
+        with torch.no_grad():
+            assert torch.equal(link(**together(token_data(2))).logits, model(**together(token_data(2))).logits)
+
+
+def test_chain_sees_other_text_first_in_each_link(fresh, tmp_path):
+    firsts = []
+
+    class First(TrainerCallback):
+        def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+            firsts.append(next(iter(train_dataloader))["input_ids"].tolist())
+
+    run_distill(fresh(), tmp_path, method="chain", steps=(0, 4), callbacks=[First()])
+    assert len(firsts) == 4 and len({str(first) for first in firsts}) == 4
+
+
+@pytest.mark.parametrize("link, step", [(1, 1), (2, 3), (4, 2)])
+def test_interrupted_chain_goes_on_exactly(link, step, fresh, tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if args.train_level == link and state.global_step == step:
+                raise Interrupted
+
+    options = {"method": "chain", "steps": (2, 16)}
+    whole = fresh()
+    run_distill(whole, tmp_path / "whole", **options)
+    with pytest.raises(Interrupted):
+        run_distill(fresh(), tmp_path / "parts", callbacks=[Interrupt()], **options)
+    model, trained = fresh(), Steps()
+    run_distill(model, tmp_path / "parts", callbacks=[trained], **options)
+    assert len(trained.steps) == (4 - link) * 4 + 4 - (step - 1) // 2 * 2  # checkpoints are written every two steps
+    assert_same_adapter(model, whole)
+
+
+def test_after_an_interrupted_chain_all_layers_can_be_trained(fresh, tmp_path):
+    model = fresh()
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    with pytest.raises(Interrupted):
+        run_distill(model, tmp_path, method="chain", callbacks=[At(1, interrupt=True, stage="logits")])
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+
+
+@pytest.mark.parametrize("first, second", [("random", "chain"), ("chain", "random")])
+def test_going_on_with_another_method_is_refused(first, second, fresh, tmp_path):
+    run_distill(fresh(), tmp_path, method=first)
+    with pytest.raises(ValueError, match="same settings"):
+        run_distill(fresh(), tmp_path, method=second)
+
+
+def test_chain_of_fewer_steps_than_layers_is_refused(fresh, tmp_path):
+    with pytest.raises(ValueError, match="a chain over 4 layers needs 4 steps or more, got logits_steps 3"):
+        run_distill(fresh(), tmp_path, method="chain", steps=(2, 3))
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_method_is_refused(fresh, tmp_path):
+    with pytest.raises(ValueError, match=r"method must be one of \['random', 'chain'\], got 'all'"):
+        run_distill(fresh(), tmp_path, method="all")
+
+
+def test_distill_ranks_by_the_metric_asked_for(fresh, tmp_path):
+    ranking = run_distill(fresh(), tmp_path, metric="entropy", steps=(2, 2))
+    assert ranking.metric == "entropy" and ranking == LayerRanking.from_dict(json.loads((tmp_path / "ranking.json").read_text()))
+
+
+# --- learning rates and further terms ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_gates_mix_and_norm_have_a_learning_rate_of_their_own(stage, llama, tmp_path):
+    trainer = train(llama, tmp_path, stage=stage, max_steps=1, learning_rate=1e-3, gate_learning_rate_factor=7.0, weight_decay=0.1)
+    rates = {id(p): group["initial_lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    trained = {name: p for name, p in llama.named_parameters() if p.requires_grad}
+    assert len(rates) == len(trained) == sum(len(group["params"]) for group in trainer.optimizer.param_groups)
+    for name, p in trained.items():
+        assert rates[id(p)] == pytest.approx(7e-3 if "dsla_core" in name else 1e-3), name
+    assert {p for name, p in trained.items() if "dsla_core" in name} and {p for name, p in trained.items() if "proj" in name}
+
+
+def test_factor_of_one_leaves_the_optimizer_of_transformers(llama, tmp_path):
+    trainer = train(llama, tmp_path, max_steps=1, learning_rate=1e-3, gate_learning_rate_factor=1.0)
+    assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {1e-3}
+
+
+def test_hidden_term_is_the_mean_alignment_after_each_block(llama, tmp_path):
+    data = token_data(2)
+    trainer = train(llama, tmp_path, data, max_steps=1, learning_rate=0.0, train_level=3, hidden_weight=0.5)
+    with torch.no_grad():
+        hidden = []
+        for level in (0, 3):
+            set_level(llama, level)
+            hidden.append(llama.train()(**together(data), output_hidden_states=True).hidden_states[1:])
+        terms = [((s - t).square().sum() / t.square().sum()).item() for t, s in zip(*hidden, strict=True)]
+    found = logged(trainer, "hidden")[1]
+    assert found == pytest.approx(sum(terms) / len(terms), rel=1e-4) and found > 0
+    assert logged(trainer, "loss")[1] == pytest.approx(logged(trainer, "kl")[1] + 0.5 * found, rel=1e-4)
+
+
+def test_half_life_gap_term_drives_the_states_apart(tiny_model, tmp_path):
+    config = DSLAConfig(task_type="CAUSAL_LM", half_lives=(16.0, 16.0))
+    model = get_peft_model(tiny_model("llama"), config)
+    trainer = train(model, tmp_path, max_steps=8, learning_rate=1e-2, train_level=4, half_life_gap_weight=10.0)
+    gaps = logged(trainer, "half_life_gap")
+    assert gaps[1] == pytest.approx(math.log(8) ** 2, rel=1e-3) and gaps[8] < 0.7 * gaps[1]
+    lives = half_lives(model)
+    assert all(lives[f"half_life/history/layer_{i}"] > 1.2 * lives[f"half_life/recency/layer_{i}"] for i in range(4))
+
+
+def test_terms_without_weight_are_not_computed(llama, tmp_path):
+    trainer = train(llama, tmp_path, max_steps=1)
+    assert not logged(trainer, "hidden") and not logged(trainer, "half_life_gap")
+
+
+# --- raises in training -----------------------------------------------------------------------------------------
+
+
+def test_drawn_raises_are_a_pure_function_with_the_share_asked_for():
+    draws = [draw_raise(3, step, 0.25, 6, 100) for step in range(2000)]
+    assert draws == [draw_raise(3, step, 0.25, 6, 100) for step in range(2000)]
+    raises = [draw for draw in draws if draw is not None]
+    assert 400 < len(raises) < 600
+    assert {below for below, _ in raises} == set(range(6)) and all(25 <= cut <= 75 for _, cut in raises)
+    assert all(draw_raise(3, step, 0.0, 6, 100) is None and draw_raise(3, step, 1.0, 0, 100) is None for step in range(50))
+    assert draws != [draw_raise(4, step, 0.25, 6, 100) for step in range(2000)]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_raised_step_is_the_kl_of_the_rest_after_a_fold(model, padded, tmp_path):
+    data = token_data(2, 40)
+    if padded:
+        for item, pad in zip(data, (0, 5), strict=True):
+            item["attention_mask"] = torch.ones(40, dtype=torch.long)
+            item["attention_mask"][:pad] = 0
+    trainer = train(model, tmp_path, data, max_steps=1, learning_rate=0.0, train_level=3, raise_share=1.0)
+    below, cut = draw_raise(5, 0, 1.0, 3, 40)
+    inputs = together(data)
+    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    with torch.no_grad():
+        model.train()
+        set_level(model, 0)
+        teacher = model(**inputs).logits[:, cut:].double().log_softmax(-1)
+        cache = DynamicCache(config=model.config)
+        set_level(model, below)
+        model(input_ids=inputs["input_ids"][:, :cut], attention_mask=mask[:, :cut], past_key_values=cache)
+        set_level(model, 3)
+        student = model(input_ids=inputs["input_ids"][:, cut:], attention_mask=mask, past_key_values=cache).logits.double().log_softmax(-1)
+    kl = (teacher.exp() * (teacher - student)).sum(-1)
+    expected = (kl * mask[:, cut:]).sum() / mask[:, cut:].sum()
+    assert logged(trainer, "kl")[1] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_raised_steps_train_the_layers_that_are_dsla_at_the_end(llama, tmp_path):
+    gradients, _ = first_gradients(llama, tmp_path, token_data(2, 40), train_level=4, raise_share=1.0)
+    assert all(gradient.abs().max() > 0 for name, gradient in gradients.items() if "q_proj" in name or "o_proj" in name)
+
+
+def test_raises_with_checkpointing_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="raise_share needs the cache"):
+        arguments(tmp_path, raise_share=0.5, **{CHECKPOINTING: True})
+
+
+@pytest.mark.parametrize(
+    "name, value", [("raise_share", 1.5), ("raise_share", -0.1), ("hidden_weight", -1.0), ("half_life_gap_weight", float("nan"))]
+)
+def test_weights_that_are_none_are_refused(name, value, tmp_path):
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        arguments(tmp_path, **{name: value})
+
+
+# --- when it goes wrong -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_loss_that_is_not_finite_stops_names_the_layer_and_keeps_the_checkpoint(stage, llama, tmp_path):
+    class Break(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 3:
+                layer = dsla_layers(model)[3]
+                layer.dsla_q_proj["default"].weight.data[0, 0] = float("nan")
+
+    before = None
+
+    class Remember(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            nonlocal before
+            before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    options = {"stage": stage, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    options |= {"train_level": 4} if stage == "logits" else {}
+    with pytest.raises(FloatingPointError, match=r"step 4 is not finite.*the weights of layer 3.*last whole checkpoint is .*checkpoint-2"):
+        train(llama, tmp_path, callbacks=[Break(), Remember()], **options)
+    others = {name: p for name, p in llama.named_parameters() if p.isfinite().all()}
+    assert len(others) > 10 and all(torch.equal(p, before[name]) for name, p in others.items())
+    assert (tmp_path / "checkpoint-2" / "trainer_state.json").exists() and not (tmp_path / "checkpoint-4").exists()
+
+
+def test_overflow_inside_a_layer_is_named_too(llama, tmp_path):
+    with torch.no_grad():
+        dsla_layers(llama)[0].dsla_o_proj["default"].weight.fill_(3e38)
+    with pytest.raises(FloatingPointError, match="step 1 is not finite at level 4; not finite is the output in layer 0"):
+        train(llama, tmp_path, train_level=4)
+
+
+def test_broken_base_is_not_blamed_on_a_layer_of_ours(llama, tmp_path):
+    with torch.no_grad():
+        llama.get_base_model().model.layers[1].self_attn.base_layer.v_proj.weight[0] = float("inf")
+    with pytest.raises(FloatingPointError, match="original model's attention in layer 1"):
+        train(llama, tmp_path, train_level=4)
+
+
+def test_checkpoint_cut_off_by_a_full_disk_is_passed_over(fresh, tmp_path, monkeypatch):
+    whole = fresh()
+    run_distill(whole, tmp_path / "whole")
+    state_of_trainer = TrainerState.save_to_json
+
+    def full(self, path):
+        if "checkpoint-4" in path and "logits" in path:
+            Path(path).write_text('{"epoch": ')
+            raise OSError(28, "No space left on device")
+        state_of_trainer(self, path)
+
+    monkeypatch.setattr(TrainerState, "save_to_json", full)
+    with pytest.raises(
+        OSError, match=r"No space left on device while writing to .*logits. The last whole checkpoint is .*checkpoint-2; make room"
+    ):
+        run_distill(fresh(), tmp_path / "parts")
+    monkeypatch.undo()
+    model, trained = fresh(), Steps()
+    run_distill(model, tmp_path / "parts", callbacks=[trained])
+    assert trained.steps == [("logits", 2), ("logits", 3)]
+    assert_same_adapter(model, whole)

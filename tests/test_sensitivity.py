@@ -196,7 +196,7 @@ def test_dropout_plays_no_part(tiny_model, adapter_model):
 
 
 def test_unknown_metric_is_refused(llama):
-    with pytest.raises(ValueError, match=r"metric must be one of \['kl'\], got 'accuracy'"):
+    with pytest.raises(ValueError, match=r"metric must be one of \['kl', 'greedy', 'entropy'\], got 'accuracy'"):
         ranked(llama, [token_ids()], metric="accuracy")
 
 
@@ -235,3 +235,79 @@ def test_ranking_is_stored_in_the_plan_and_saved(llama, tmp_path):
     assert {int(layer): score for layer, score in config.order_scores.items()} == ranking.scores
     loaded = PeftModel.from_pretrained(llama.unload(), tmp_path)
     assert sorted(index for index, layer in layers_of(loaded).items() if layer.converted) == sorted(ranking.order[:3])
+
+
+# --- the other metrics ------------------------------------------------------------------------------------------
+
+
+def test_greedy_takes_the_best_next_layer_each_time(model):
+    batches = [{"input_ids": token_ids(2, 37)}]
+
+    def kl_of(layers):
+        model.set_conversion_order([*layers, *(i for i in ORDER if i not in layers)])
+        with torch.no_grad():
+            model.set_level(0)
+            teacher = model(**batches[0]).logits.double().log_softmax(-1)
+            model.set_level(len(layers))
+            student = model(**batches[0]).logits.double().log_softmax(-1)
+        model.set_conversion_order(ORDER)
+        return (teacher.exp() * (teacher - student)).sum(-1).mean().item()
+
+    ranking = ranked(model.eval(), batches, metric="greedy")
+    chosen = []
+    for layer in ranking.order:
+        costs = {other: kl_of([*chosen, other]) for other in ORDER if other not in chosen}
+        assert layer == min(costs, key=costs.__getitem__)
+        assert ranking.scores[layer] == pytest.approx(costs[layer], rel=1e-3)
+        chosen.append(layer)
+    assert ranking.metric == "greedy" and ranking.passes == 4 + 3 + 2 + 1 + 1
+
+
+def test_greedy_starts_with_the_best_single_layer(llama):
+    batches = [token_ids(2, 20)]
+    greedy, single = (ranked(llama, batches, metric=metric) for metric in ("greedy", "kl"))
+    assert greedy.order[0] == single.order[0] and greedy.scores[greedy.order[0]] == pytest.approx(single.scores[single.order[0]])
+
+
+def entropy_by_hand(base, rows):
+    """Entropy in nats of each layer's attention at the last token of each row, mean over heads and rows."""
+    implementation = base.config._attn_implementation
+    base.set_attn_implementation("eager")
+    totals = torch.zeros(base.config.num_hidden_layers, dtype=torch.float64)
+    with torch.no_grad():
+        for row in rows:
+            weights = base(input_ids=row[None], output_attentions=True).attentions
+            totals += torch.stack([-(w[0, :, -1].double() * w[0, :, -1].double().clamp_min(1e-300).log()).sum(-1).mean() for w in weights])
+    base.set_attn_implementation(implementation)
+    return (totals / len(rows)).tolist()
+
+
+def test_entropy_is_that_of_the_last_real_token(base, adapter_model):
+    rows = [token_ids(1, tokens)[0] for tokens in (12, 20, 7)]
+    expected = entropy_by_hand(base, rows)
+    ids, mask = torch.full((3, 20), 5), torch.zeros(3, 20, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = row, 1
+    model = adapter_model(base, level=3)
+    before = model.get_base_model().config._attn_implementation
+    ranking = ranked(
+        model, [{"input_ids": ids[:2], "attention_mask": mask[:2]}, {"input_ids": ids[2:], "attention_mask": mask[2:]}], metric="entropy"
+    )
+    assert [ranking.scores[layer] for layer in sorted(ranking.scores)] == pytest.approx(expected, rel=1e-5)
+    assert ranking.order == sorted(range(4), key=expected.__getitem__) and ranking.passes == 1
+    assert model.get_base_model().config._attn_implementation == before
+
+
+def test_entropy_is_that_of_the_original_whatever_the_level(llama):
+    batches = [token_ids(2, 20)]
+    llama.set_level(0)
+    expected = ranked(llama, batches, metric="entropy")
+    llama.set_level(4)
+    assert ranked(llama, batches, metric="entropy") == expected
+
+
+@pytest.mark.parametrize("metric", ["greedy", "entropy"])
+def test_other_metrics_leave_the_model_as_it_was(llama, metric):
+    before = state_of(llama.train())
+    ranked(llama, [token_ids()], metric=metric)
+    assert_state(llama, before)

@@ -91,6 +91,8 @@ class DualStateAttention(nn.Module):
         if key_dim % 2:
             raise ValueError(f"key_dim must be even (rotary pairs share a decay), got {key_dim}")
         check_window(window_size, sink_tokens)
+        if len(half_lives) != 2:
+            raise ValueError(f"half_lives must be two, of the history and the recency state, got {half_lives}")
         value_dim = key_dim if value_dim is None else value_dim
         decays = key_dim // 2  # one per rotary pair (i, i + K/2): a decay then commutes with the rotation
         self.num_heads, self.num_kv_heads, self.key_dim, self.value_dim = num_heads, num_kv_heads, key_dim, value_dim
@@ -402,12 +404,17 @@ def check_window(window_size: int, sink_tokens: int) -> None:
 
 
 def half_life_range(half_life: float | tuple[float, float]) -> tuple[float, float]:
-    """A half-life, or the pair (of the fastest channel, of the slowest), as a pair."""
-    if isinstance(half_life, (tuple, list)):
-        if len(half_life) != 2:
-            raise ValueError(f"a range of half-lives is a pair (fastest, slowest), got {half_life}")
-        return half_life[0], half_life[1]
-    return half_life, half_life
+    """A half-life, or the pair (of the fastest channel, of the slowest), as a pair.
+
+    Raises:
+        ValueError: if it is no such pair, or an entry is not a positive number of tokens.
+    """
+    pair = half_life if isinstance(half_life, (tuple, list)) else (half_life, half_life)
+    if len(pair) != 2:
+        raise ValueError(f"a range of half-lives is a pair (fastest, slowest), got {half_life}")
+    for life in pair:
+        half_life_to_logit(life)
+    return pair[0], pair[1]
 
 
 def half_life_to_logit(half_life: float, gate_normalizer: float = 16.0) -> float:

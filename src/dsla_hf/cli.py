@@ -52,7 +52,16 @@ def _run(args: argparse.Namespace) -> None:
     elif args.command == "order":
         from .commands import order
 
-        order(args.model, args.adapter, args.data, sequences=args.sequences, length=args.length, dtype=args.dtype, dry_run=args.dry_run)
+        order(
+            args.model,
+            args.adapter,
+            args.data,
+            metric=args.metric,
+            sequences=args.sequences,
+            length=args.length,
+            dtype=args.dtype,
+            dry_run=args.dry_run,
+        )
     elif args.command == "merge":
         from .commands import merge
 
@@ -99,13 +108,20 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "order",
         "rank the layers of an adapter, and store the order in it",
-        "Measures what converting each layer alone costs: KL to the original model, in nats per token. The order, least harmful "
+        "Measures what converting each layer costs: KL to the original model, in nats per token. The order, least harmful "
         "first, is stored in the adapter; its weights and its level stay. Use text that you do not evaluate on.",
         "dsla order --model BASE --adapter ADAPTER --data text.txt --dry-run",
     )
     _checkpoint(order, "original model", adapter_required=True)
     measuring = order.add_argument_group("measurement")
     measuring.add_argument("--data", nargs="+", required=True, metavar="FILE", help=".txt (documents separated by NUL), .jsonl, or .xz")
+    measuring.add_argument(
+        "--metric",
+        choices=["kl", "greedy", "entropy"],
+        default="kl",
+        help="kl: harm of each layer alone; greedy: of each beside those before it, some ten times slower; entropy: of the original "
+        "attention, as in the paper (default: %(default)s)",
+    )
     measuring.add_argument("--sequences", type=_positive, default=16, metavar="N", help="sequences to measure on (default: %(default)s)")
     measuring.add_argument("--length", type=_positive, default=2048, metavar="L", help="tokens per sequence (default: %(default)s)")
     measuring.add_argument("--dry-run", action="store_true", help="print the order, store nothing")

@@ -19,9 +19,17 @@ from .sensitivity import LayerRanking, rank_layers
 
 
 def order(
-    model: str, adapter: str, data: list[str], *, sequences: int = 16, length: int = 2048, dtype: str = "auto", dry_run: bool = False
+    model: str,
+    adapter: str,
+    data: list[str],
+    *,
+    metric: str = "kl",
+    sequences: int = 16,
+    length: int = 2048,
+    dtype: str = "auto",
+    dry_run: bool = False,
 ) -> LayerRanking:
-    """Rank the layers of an adapter by the harm of converting each alone, print them, and store the order in the adapter.
+    """Rank the layers of an adapter by `metric` of `rank_layers`, print them, and store the order in the adapter.
 
     Only its configuration and model card are written; weights belong to layers and stay as they are. The level stays.
 
@@ -35,7 +43,7 @@ def order(
     check_at_least_one("sequences", sequences)
     blocks = packed(data, AutoTokenizer.from_pretrained(model), length, sequences * length).blocks
     tuned = load_adapter(model, adapter, dtype).to(device())
-    ranking = rank_layers(tuned, list(blocks.split(1)))
+    ranking = rank_layers(tuned, list(blocks.split(1)), metric=metric)
     print(ranking_table(ranking))
     if not dry_run:
         config = tuned.peft_config["default"]
@@ -223,6 +231,7 @@ def packed(files: Iterable[str], tokenizer: Any, length: int, max_tokens: int) -
 
 def ranking_table(ranking: LayerRanking) -> str:
     """The ranking for a terminal."""
-    lines = [f"{'layer':>5}  {ranking.metric + ' of it alone':>15}    ({ranking.tokens:,} tokens, least harmful first)"]
+    heading = {"kl": "kl of it alone", "greedy": "kl up to it", "entropy": "entropy"}[ranking.metric]
+    lines = [f"{'layer':>5}  {heading:>15}    ({ranking.tokens:,} tokens read {ranking.passes} times, least harmful first)"]
     lines += [f"{layer:>5}  {ranking.scores[layer]:>15.6f}" for layer in ranking.order]
     return "\n".join([*lines, f"order: {ranking.order}"])

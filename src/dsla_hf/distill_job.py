@@ -27,7 +27,8 @@ Distil a DSLA adapter for a checkpoint from the checkpoint itself. The default r
 
   1. alignment: every DSLA layer learns the output of the attention that it replaces, all layers in one pass
   2. ranking:   the layers are ordered by the harm of converting each alone
-  3. logits:    KL to the original's logits at a random level per step, so that every level is trained
+  3. logits:    KL to the original's logits at a random level per step, so that every level is trained (or, with --method chain,
+                one layer after the other, each frozen after its turn, as in the DSLA paper)
 
 and the adapter is saved in --output_dir. The same command goes on with a run that was interrupted."""
 
@@ -48,6 +49,8 @@ LISTED = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "learning_rate",
+    "gate_learning_rate_factor",
+    "raise_share",
     "lr_scheduler_type",
     "warmup_steps",
     "weight_decay",
@@ -97,8 +100,14 @@ class DistillOptions:
     length: int = field(default=2048, metadata={"help": "Tokens per training sequence."})
     tokens: int = field(default=12_000_000, metadata={"help": "Training tokens, half for each stage."})
     ranking_sequences: int = field(default=16, metadata={"help": "Sequences kept apart to rank the layers; 0: keep the order."})
+    method: Literal["random", "chain"] = field(
+        default="random", metadata={"help": "How stage 3 trains every level: all layers at random levels, or a chain."}
+    )
+    ranking_metric: Literal["kl", "greedy", "entropy"] = field(
+        default="kl", metadata={"help": "What the layers are ranked by; see dsla order --help."}
+    )
     window_size: int | None = field(
-        default=None, metadata={"help": "Block size of the softmax window; 0: none (the paper's layer). Default: 64, or that of --adapter."}
+        default=None, metadata={"help": "Tokens of the softmax window; 0: none (the paper's layer). Default: 128, or that of --adapter."}
     )
     dtype: Literal["bfloat16", "float16", "float32"] = field(
         default="bfloat16", metadata={"help": "Dtype of the frozen base; trained weights are fp32."}
@@ -278,6 +287,12 @@ def distill_job(options: DistillOptions, args: DSLATrainingArguments) -> LayerRa
         model = load_adapter(options.model, options.adapter, options.dtype, trainable=True)
     config = model.peft_config["default"]
     config.check_level(args.train_level)
+    known, highest = model.get_input_embeddings().num_embeddings, int(blocks.max())
+    if highest >= known:
+        raise ValueError(
+            f"the tokenizer of {options.model} gives token {highest}, and the model knows tokens up to {known - 1}: "
+            "the tokenizer belongs to another checkpoint"
+        )
 
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * options.length
     steps = max(1, options.tokens // 2 // per_step)
@@ -287,6 +302,8 @@ def distill_job(options: DistillOptions, args: DSLATrainingArguments) -> LayerRa
         args,
         alignment_steps=steps,
         logits_steps=steps,
+        method=options.method,
+        ranking_metric=options.ranking_metric,
         ranking_data=list(blocks[:ranked].split(1)) if ranked else None,
         processing_class=tokenizer,
     )

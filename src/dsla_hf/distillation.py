@@ -255,7 +255,11 @@ class DSLATrainer(Trainer):
     def _stop_for(self, inputs: dict[str, Any], level: int) -> None:
         """Raises FloatingPointError that says where a loss that is not finite comes from."""
         layers = dsla_layers(self.model)
-        bad = [f"the weights of layer {i}" for i, layer in layers.items() if any(not p.isfinite().all() for p in layer.parameters())]
+        bad = [
+            f"the weights of layer {i}"
+            for i, layer in layers.items()
+            if any(p.requires_grad and not p.isfinite().all() for p in layer.parameters())
+        ]
         if not bad:
             found: list[int] = []
             hooks = [
