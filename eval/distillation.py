@@ -32,7 +32,7 @@ from measures import (
     state_reads,
     token_losses,
 )
-from needle import make_needles, needle_accuracy, plant_recall
+from needle import make_needles, needle_accuracy, plant_facts, plant_recall
 from peft import get_peft_model
 from reporting import write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -61,6 +61,7 @@ class Arm:
     control: str = ""
     training: dict[str, Any] = field(default_factory=dict)
     distill: dict[str, Any] = field(default_factory=dict)
+    facts: bool = False  # a quarter of the text carries eight facts that are asked for later, instead of a tenth with one
 
 
 ARMS: dict[str, Arm] = {
@@ -81,6 +82,10 @@ ARMS: dict[str, Arm] = {
     "pure, no write gate": Arm({"window_size": 0, "write_gate": False}),
     "pure, k and v trained": Arm({"window_size": 0, "trained_projections": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
     # the way it is trained
+    "high levels": Arm(training={"level_draws": 2}),
+    "more recall": Arm(facts=True),
+    "more recall, high levels": Arm(training={"level_draws": 2}, facts=True),
+    "more recall, window 192, 4 sinks": Arm({"window_size": 192}, "no states", facts=True),
     "chain": Arm(distill={"method": "chain"}),
     "raises in training": Arm(training={"raise_share": 0.25}),
     "half-life gap": Arm(training={"half_life_gap_weight": 0.01}),
@@ -130,7 +135,8 @@ def run_arm(name: str, teacher: str, data: Path, output: Path, seed: int) -> dic
     for core in cores.values():
         if arm.control:
             CONTROLS[arm.control](core)
-    blocks = plant_recall(training_blocks(data, tokenizer, output.parent / "blocks.pt"), tokenizer, RECALL_SHARE, seed)
+    blocks = training_blocks(data, tokenizer, output.parent / "blocks.pt")
+    blocks = plant_facts(blocks, tokenizer, 0.25, seed) if arm.facts else plant_recall(blocks, tokenizer, RECALL_SHARE, seed)
     ranking, train = blocks[:RANKING_BLOCKS], blocks[RANKING_BLOCKS:]
     # Half of the ranking text asks for something far back.
     ranking = torch.cat([ranking[::2], plant_recall(ranking[1::2], tokenizer, 1.0, seed + 1)])

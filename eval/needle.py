@@ -67,3 +67,26 @@ def plant_recall(blocks: torch.Tensor, tokenizer: Any, share: float, seed: int) 
         tokens = [*needle.input_ids, *needle.answer]
         blocks[row, : len(tokens)] = torch.tensor(tokens, dtype=blocks.dtype)
     return blocks
+
+
+def plant_facts(blocks: torch.Tensor, tokenizer: Any, share: float, seed: int, facts: int = 8) -> torch.Tensor:
+    """Blocks `[N, T]` of which a share carries several facts, and each of them asked for and answered at some place after it."""
+    blocks, rng = blocks.clone(), random.Random(seed)
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    for row in rng.sample(range(len(blocks)), int(share * len(blocks))):
+        inserted = []
+        for name in rng.sample([f"{first}-{second}" for first in FIRST for second in SECOND], facts):
+            number = str(rng.randint(10000, 99999))
+            fact, question = sorted(rng.random() for _ in range(2))
+            inserted.append((fact, encode(FACT.format(name=name, number=number))))
+            inserted.append((question, encode(QUESTION.format(name=name) + f" {number}\n\n")))
+        room = blocks.shape[1] - sum(len(tokens) for _, tokens in inserted)
+        text, parts, begin = blocks[row].tolist(), [], 0
+        for place, tokens in sorted(inserted):
+            parts += [*text[begin : int(place * room)], *tokens]
+            begin = int(place * room)
+        blocks[row] = torch.tensor([*parts, *text[begin:room]], dtype=blocks.dtype)
+    return blocks

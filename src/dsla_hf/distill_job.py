@@ -59,6 +59,7 @@ LISTED = (
     "activation_checkpointing",
     "gradient_checkpointing",
     "train_level",
+    "level_draws",
     "logging_steps",
     "save_steps",
     "save_total_limit",

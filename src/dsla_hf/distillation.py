@@ -40,6 +40,7 @@ STAGE_SETTINGS = (
     "learning_rate",
     "gate_learning_rate_factor",
     "train_level",
+    "level_draws",
     "hidden_weight",
     "half_life_gap_weight",
     "raise_share",
@@ -60,6 +61,9 @@ class DSLATrainingArguments(TrainingArguments):
         default=20.0,
         metadata={"help": "Peak learning rate of gates, mix and norm, over that of the projections: they have far to go from their start."},
     )
+    level_draws: int = field(
+        default=1, metadata={"help": "Stage 'logits': the level of a step is the highest of so many draws; 2 favours high levels."}
+    )
     hidden_weight: float = field(
         default=0.0, metadata={"help": "Stage 'logits': weight of the alignment of the hidden states after each block."}
     )
@@ -75,6 +79,8 @@ class DSLATrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
             raise ValueError(f"stage must be one of {list(STAGES)}, got {self.stage!r}")
+        if self.level_draws < 1:
+            raise ValueError(f"level_draws must be 1 or more, got {self.level_draws}")
         if not 0 <= self.raise_share <= 1:
             raise ValueError(f"raise_share must be a share from 0 to 1, got {self.raise_share}")
         for name in ("gate_learning_rate_factor", "hidden_weight", "half_life_gap_weight"):
@@ -98,10 +104,11 @@ class DSLATrainingArguments(TrainingArguments):
             raise ValueError(f"raise_share needs the cache, which {names[0]} turns off: use one of them")
 
 
-def draw_level(seed: int, step: int, depth: int) -> int:
-    """The level of a training step, uniform from 1 to `depth`: a pure function of seed and global step, so that it is the
-    same on every process and after a resume."""
-    return random.Random(f"{seed}/{step}").randint(1, depth)
+def draw_level(seed: int, step: int, depth: int, draws: int = 1) -> int:
+    """The level of a training step: the highest of some draws, each uniform from 1 to `depth`. A pure function of its arguments,
+    so that it is the same on every process and after a resume."""
+    rng = random.Random(f"{seed}/{step}")
+    return max(rng.randint(1, depth) for _ in range(draws))
 
 
 def draw_raise(seed: int, step: int, share: float, level: int, tokens: int) -> tuple[int, int] | None:
@@ -182,7 +189,7 @@ class DSLATrainer(Trainer):
         """The level of the current step."""
         args: Any = self.args
         depth = len(active_config(self.model).conversion_order or ())
-        return args.train_level if args.train_level is not None else draw_level(args.seed, self.state.global_step, depth)
+        return args.train_level if args.train_level is not None else draw_level(args.seed, self.state.global_step, depth, args.level_draws)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
