@@ -71,13 +71,15 @@ def llama(tiny_model):
 
 
 @pytest.mark.parametrize("window_size", [0, 8])
-def test_only_dsla_parameters_are_trainable(base, window_size):
+@pytest.mark.parametrize("write_gate", [True, False])
+def test_only_dsla_parameters_are_trainable(base, window_size, write_gate):
     before = trainable(base)
-    model = get_peft_model(base, DSLAConfig(conversion_order=ORDER, window_size=window_size))
+    model = get_peft_model(base, DSLAConfig(conversion_order=ORDER, window_size=window_size, write_gate=write_gate))
     assert before and trainable(model)
     assert {name for name, _ in model.named_parameters() if "dsla_" in name} == trainable(model)
     per_layer = {name.split("self_attn.")[1] for name in trainable(model) if ".layers.2." in name}
-    own = {"gate_down", "gate_up", "gate_bias", "mix_logits", "norm_weight"} | ({"state_gain", "state_bias"} if window_size else set())
+    own = {"gate_down", "gate_up", "gate_bias", "mix_logits", "norm_weight"}
+    own |= ({"state_gain", "state_bias"} if window_size else set()) | ({"write_weight", "write_bias"} if write_gate else set())
     assert per_layer == {f"dsla_core.default.{name}" for name in own} | {f"dsla_{p}_proj.default.weight" for p in "qo"}
     assert len(trainable(model)) == 4 * len(per_layer)
 

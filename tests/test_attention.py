@@ -7,14 +7,26 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dsla_hf import DualStateAttention
+from dsla_hf import DualState, DualStateAttention
 from dsla_hf.attention import NORM_EPS, half_life_to_logit
-from dsla_kernels.reference import dual_state_attention_recurrent, log_decays
+from dsla_kernels.reference import log_decays
 
 WINDOWS = [0, 8, 16]
 HEADS = [(4, 4), (4, 2), (6, 1)]
+WAYS = {
+    "pure": {"window_size": 0},
+    "pure, no write gate": {"window_size": 0, "heads": (4, 4), "write_gate": False},
+    "2, 1 sink": {"window_size": 2, "sink_tokens": 1},
+    "8, 4 sinks": {"window_size": 8, "heads": (4, 4)},
+    "8, no sinks": {"window_size": 8, "heads": (6, 1), "sink_tokens": 0},
+    "10, 5 sinks": {"window_size": 10, "sink_tokens": 5},
+    "16, 3 sinks, no write gate": {"window_size": 16, "sink_tokens": 3, "write_gate": False},
+}
 windows = pytest.mark.parametrize("window_size", WINDOWS)
-every_way = pytest.mark.parametrize("window_size, heads", [(0, (4, 2)), (8, (4, 4)), (8, (6, 1)), (16, (4, 2))])
+every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+every_window = pytest.mark.parametrize(
+    "way", [way for way in WAYS.values() if way["window_size"]], ids=[n for n in WAYS if "pure" not in n]
+)
 
 
 def relative_error(a, b):
@@ -23,7 +35,8 @@ def relative_error(a, b):
 
 
 def make_attention(window_size=8, heads=(4, 2), key_dim=8, value_dim=10, dtype=torch.float64, **options):
-    """A layer whose parameters are all away from their start."""
+    """A layer whose parameters are all away from their start, with decays from a few tokens to many."""
+    options = {"half_lives": ((4.0, 64.0), 8.0), **options}
     attention = DualStateAttention(*heads, key_dim, value_dim, window_size=window_size, gate_rank=3, **options).to(dtype)
     with torch.no_grad():
         for parameter in attention.parameters():
@@ -68,68 +81,95 @@ def run_in_pieces(attention, qkv, sizes, mask=None, state=None):
 
 
 def assert_same_state(attention, found, expected, bound=1e-10):
-    """Equal in everything that later tokens can read."""
+    """Equal in all that the state is documented to hold; slots that no token has filled may hold anything."""
     assert torch.equal(found.lengths, expected.lengths)
     scale = expected.recurrent.abs().max().clamp_min(1)
     assert ((found.recurrent - expected.recurrent).abs() <= bound * scale).all()
     assert found.window_k.shape == expected.window_k.shape and found.window_v.shape == expected.window_v.shape
-    if attention.window_size:
+    window, sinks = attention.window_size, attention.sink_tokens
+    for row, count in enumerate(found.lengths.tolist() if window else []):
+        slots = [*range(min(count, sinks)), *(sinks + token % window for token in range(max(count - window, 0), count))]
         for x, y in ((found.window_k, expected.window_k), (found.window_v, expected.window_v)):
-            for row, count in enumerate(found.lengths.tolist()):
-                first = max(count // attention.window_size - 1, 0) * attention.window_size
-                slots = [token % (2 * attention.window_size) for token in range(first, count)]
-                assert torch.equal(x[row, slots], y[row, slots])
+            assert torch.equal(x[row, slots], y[row, slots])
 
 
+@torch.no_grad()
 def slow_layer(attention, q, k, v):
-    """The documented formula, a token at a time, over one text without padding."""
-    size, tokens, group = attention.window_size, q.shape[1], attention.num_heads // attention.num_kv_heads
-    gate_logits, mix = attention.gate_logits(v), attention.mix()
-    options = {"gate_normalizer": attention.gate_normalizer, "lower_bound": attention.gate_lower_bound, "scale": attention.scale}
-    outputs = []
+    """The documented formula, a token at a time, over one text without padding: outputs and the state after it."""
+    window, sinks, tokens, group = attention.window_size, attention.sink_tokens, q.shape[1], attention.num_heads // attention.num_kv_heads
+    gate_logits, write_logits = attention.gate_logits(v)
+    decay = log_decays(gate_logits, attention.key_dim, attention.gate_normalizer, attention.gate_lower_bound).exp()
+    share = torch.ones_like(gate_logits[..., 0]) if write_logits is None else write_logits.sigmoid()
+    states = [k.new_zeros(k.shape[0], k.shape[2], 2, k.shape[-1], v.shape[-1])]  # after each number of tokens
     for t in range(tokens):
-        first = max(t // size - 1, 0) * size if size else t + 1
-        read = torch.zeros_like(attention.norm_weight)[None].expand(q.shape[0], -1, -1)
-        if first:
-            before = (k[:, :first], v[:, :first], gate_logits[:, :first])
-            _, state = dual_state_attention_recurrent(q[:, :first], *before, mix, output_final_state=True, **options)
-            mixed = torch.einsum("hi,bhikv->bhkv", mix, state.repeat_interleave(group, dim=1))
-            read = attention.scale * torch.einsum("bhk,bhkv->bhv", q[:, t], mixed)
+        added = share[:, t, :, :, None, None] * k[:, t, :, None, :, None] * v[:, t, :, None, None, :]
+        states.append(states[-1] if t < sinks else decay[:, t, ..., None] * states[-1] + added)
+
+    def held(t):
+        """How many tokens the states that token t reads reach over: its own too, or the blocks before the last one."""
+        return max(t // (window // 2) - 1, 0) * (window // 2) if window else t + 1
+
+    outputs = q.new_zeros(*q.shape[:3], v.shape[-1])
+    for t in range(tokens):
+        state = states[held(t)].repeat_interleave(group, dim=1)
+        read = attention.scale * torch.einsum("bhk,hi,bhikv->bhv", q[:, t], attention.mix(), state)
         rms = (read.square().mean(-1) + NORM_EPS).sqrt()
         normalised = read / rms[..., None] * attention.norm_weight
-        if not size:
-            outputs.append(normalised)
+        if not window:
+            outputs[:, t] = normalised
             continue
-        keys, values = (x[:, first : t + 1].repeat_interleave(group, dim=2) for x in (k, v))
+        seen = [s for s in range(t + 1) if s > t - window or s < sinks]
+        keys, values = (x[:, seen].repeat_interleave(group, dim=2) for x in (k, v))
         scores = attention.scale * torch.einsum("bhk,bshk->bhs", q[:, t], keys)
         softmax = torch.einsum("bhs,bshv->bhv", scores.softmax(-1), values)
         alpha = torch.sigmoid(attention.state_gain * rms.log() + attention.state_bias - scores.exp().sum(-1).log())[..., None]
-        outputs.append((1 - alpha) * softmax + alpha * normalised if first else softmax)
-    return torch.stack(outputs, 1)
+        outputs[:, t] = (1 - alpha) * softmax + alpha * normalised if held(t) > sinks else softmax
+
+    window_k, window_v = (x.new_zeros(x.shape[0], sinks + window, *x.shape[2:]) for x in (k, v))
+    for j in range(tokens):
+        for slot in ([j] if j < sinks else []) + ([sinks + j % window] if window else []):
+            window_k[:, slot], window_v[:, slot] = k[:, j], v[:, j]
+    return outputs, DualState(states[min(held(tokens), tokens)], window_k, window_v, torch.full(k.shape[:1], tokens))
 
 
-@windows
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("tokens", [1, 8, 37])
-def test_layer_equals_the_documented_formula(window_size, heads, tokens):
-    attention = make_attention(window_size, heads, scale=0.6, gate_normalizer=8.0, gate_lower_bound=-0.7)
-    qkv = make_qkv(attention, tokens=tokens)
-    o, state = attention(*qkv)
-    assert state is None and o.shape == (2, tokens, heads[0], 10)
-    assert relative_error(o, slow_layer(attention, *qkv)) <= 1e-10
+def slow_rows(attention, qkv, mask=None):
+    """`slow_layer` on the real tokens of each row; zeros at padding."""
+    if mask is None:
+        return slow_layer(attention, *qkv)
+    q, _, v = qkv
+    outputs, states = q.new_zeros(*q.shape[:3], v.shape[-1]), []
+    for row in range(len(mask)):
+        o, state = slow_layer(attention, *(x[row : row + 1, mask[row]] for x in qkv))
+        outputs[row, mask[row]] = o[0]
+        states.append(state)
+    return outputs, DualState(*map(torch.cat, zip(*states, strict=True)))
 
 
 @every_way
-def test_every_part_of_the_layer_matters(window_size, heads):
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("tokens", [1, 3, 8, 37])
+def test_layer_equals_the_documented_formula(way, heads, tokens):
+    attention = make_attention(**{**way, "heads": heads}, scale=0.6, gate_normalizer=8.0, gate_lower_bound=-0.7)
+    qkv = make_qkv(attention, tokens=tokens)
+    o, state = attention(*qkv)
+    assert state is None and o.shape == (2, tokens, heads[0], 10)
+    expected, end = slow_layer(attention, *qkv)
+    assert relative_error(o, expected) <= 1e-10
+    assert_same_state(attention, attention(*qkv, output_state=True)[1], end)
+    assert_same_state(attention, attention.fold(*qkv[1:]), end)
+
+
+@every_way
+def test_every_part_of_the_layer_matters(way):
     """Without this the equalities of this file could hold for a layer that ignores its states."""
-    attention = make_attention(window_size, heads)
+    attention = make_attention(**way)
     q, k, v = make_qkv(attention, tokens=60)
     o, _ = attention(q, k, v)
     early = v.clone()
-    early[:, 3] += 1
+    early[:, 6] += 1
     changed, _ = attention(q, k, early)
-    assert relative_error(changed[:, 40:], o[:, 40:]) > 1e-4
-    assert relative_error(changed[:, :3], o[:, :3]) <= 1e-12
+    assert relative_error(changed[:, 40:], o[:, 40:]) > 1e-5
+    assert relative_error(changed[:, :6], o[:, :6]) <= 1e-12
     for name, parameter in attention.named_parameters():
         with torch.no_grad():
             parameter.add_(0.3)
@@ -143,22 +183,23 @@ def test_every_part_of_the_layer_matters(window_size, heads):
 
 
 @every_way
-def test_padding_anywhere_equals_the_row_alone(window_size, heads):
-    attention, mask = make_attention(window_size, heads), make_mask()
+def test_padding_anywhere_equals_the_row_alone(way):
+    attention, mask = make_attention(**way), make_mask()
     qkv = poisoned(make_qkv(attention, batch=5), mask)
     o, state = attention(*qkv, padding_mask=mask, output_state=True)
     assert (o[~mask] == 0).all()
     assert state.lengths.tolist() == mask.sum(1).tolist()
+    expected, end = slow_rows(attention, qkv, mask)
     for row in range(5):
-        alone, end = attention(*(x[row : row + 1, mask[row]] for x in qkv), output_state=True)
-        assert relative_error(o[row, mask[row]], alone[0]) <= 1e-10
-        assert_same_state(attention, type(state)(*(x[row : row + 1] for x in state)), end)
+        assert relative_error(o[row, mask[row]], expected[row, mask[row]]) <= 1e-10
+    assert_same_state(attention, state, end)
+    assert_same_state(attention, attention.fold(*qkv[1:], mask), end)
 
 
 @every_way
-def test_gradients_pass_padding_by(window_size, heads):
+def test_gradients_pass_padding_by(way):
     """Every gradient, of inputs and parameters, is that of the rows without their padding."""
-    attention, mask = make_attention(window_size, heads), make_mask()
+    attention, mask = make_attention(**way), make_mask()
     qkv = [x.requires_grad_() for x in make_qkv(attention, batch=5)]
     weights = torch.randn(5, 53, attention.num_heads, 10, dtype=torch.float64)
     (attention(*qkv, padding_mask=mask)[0] * weights).sum().backward()
@@ -182,57 +223,80 @@ def test_a_row_of_nothing_but_padding_stays_empty_and_finite(window_size):
     o, state = attention(*qkv, padding_mask=mask, output_state=True)
     assert (o[0] == 0).all() and state.lengths.tolist() == [0, 20] and not state.recurrent[0].any()
     o, _ = attention(*(x[:, :1] for x in qkv), state=state)
-    first, _ = attention(*(x[:1, :1] for x in qkv))
+    first, _ = slow_layer(attention, *(x[:1, :1] for x in qkv))
     assert relative_error(o[:1], first) <= 1e-12
 
 
 # --- pieces, decoding, folding ------------------------------------------------------------------------------------
 
 
+SIZES = [[53], [1] * 53, [7] * 7 + [4], [1, 16, 1, 15, 3, 17], [2, 1, 2, 30, 1, 1, 1, 15], [52, 1], [4, 4, 8, 9, 20, 8]]
+
+
 @every_way
-@pytest.mark.parametrize(
-    "sizes", [[53], [1] * 53, [7] * 7 + [4], [1, 16, 1, 15, 3, 17], [30, 1, 1, 1, 20], [52, 1]], ids=lambda sizes: f"{len(sizes)}_pieces"
-)
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: f"{len(sizes)}_pieces_from_{sizes[0]}")
 @pytest.mark.parametrize("padded", [False, True])
-def test_pieces_equal_the_whole(window_size, heads, sizes, padded):
-    attention = make_attention(window_size, heads)
+def test_pieces_equal_the_whole(way, sizes, padded):
+    attention = make_attention(**way)
     qkv, mask = make_qkv(attention, batch=5), None
     if padded:
         mask = make_mask()
         qkv = poisoned(qkv, mask)
-    o, state = attention(*qkv, padding_mask=mask, output_state=True)
+    expected, state = slow_rows(attention, qkv, mask)
     pieces, end = run_in_pieces(attention, qkv, sizes, mask)
-    assert relative_error(pieces, o) <= 1e-10
+    assert relative_error(pieces, expected) <= 1e-10
     if padded:
         assert (pieces[~mask] == 0).all()
     assert_same_state(attention, end, state)
 
 
 @every_way
+@pytest.mark.parametrize("sizes", [[26], [1] * 26, [3, 1, 1, 1, 20], [2, 11, 13]], ids=lambda sizes: f"{len(sizes)}_pieces")
+def test_rows_that_begin_with_fewer_tokens_than_sinks(way, sizes):
+    """Rows with 0 to 6 tokens in their first piece: of sinks that are not all there yet, nothing may be made up."""
+    attention = make_attention(**way)
+    assert attention.sink_tokens <= 5
+    mask = torch.cat([torch.arange(6) >= 6 - torch.arange(7)[:, None], torch.ones(7, 26, dtype=torch.bool)], 1)
+    mask[3, 7:9] = mask[2, 6] = False
+    qkv = poisoned(make_qkv(attention, batch=7, tokens=32), mask)
+    expected, end = slow_rows(attention, qkv, mask)
+    found, last = run_in_pieces(attention, qkv, [6, *sizes], mask)
+    assert relative_error(found, expected) <= 1e-10
+    assert_same_state(attention, last, end)
+    folded = attention.fold(*(x[:, :6] for x in qkv[1:]), mask[:, :6])
+    rest = [x[:, 6:] for x in qkv]
+    found, last = run_in_pieces(attention, rest, sizes, mask[:, 6:], folded)
+    assert relative_error(found, expected[:, 6:]) <= 1e-10
+    assert_same_state(attention, last, end)
+    assert_same_state(attention, attention.fold(*rest[1:], mask[:, 6:], folded), end)
+
+
+@every_way
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("cut", [1, 7, 8, 15, 16, 17, 32, 40])
-def test_fold_then_decode_equals_from_the_start(window_size, heads, padded, cut):
-    attention = make_attention(window_size, heads)
+@pytest.mark.parametrize("cut", [1, 4, 7, 8, 10, 15, 16, 17, 24, 32, 40])
+def test_fold_then_decode_equals_from_the_start(way, padded, cut):
+    attention = make_attention(**way)
     qkv, mask = make_qkv(attention, batch=3), None
     if padded:
         mask = torch.arange(53) >= torch.tensor([[0], [9], [30]])
         qkv = poisoned(qkv, mask)
-    o, end = attention(*qkv, padding_mask=mask, output_state=True)
-    folded = attention.fold(*(x[:, :cut] for x in qkv[1:]), None if mask is None else mask[:, :cut])
-    _, state = attention(*(x[:, :cut] for x in qkv), padding_mask=None if mask is None else mask[:, :cut], output_state=True)
-    assert_same_state(attention, folded, state)
+    before, after = (None, None) if mask is None else (mask[:, :cut], mask[:, cut:])
+    expected, end = slow_rows(attention, qkv, mask)
+    folded = attention.fold(*(x[:, :cut] for x in qkv[1:]), before)
+    assert_same_state(attention, folded, slow_rows(attention, [x[:, :cut] for x in qkv], before)[1])
+    rest = [x[:, cut:] for x in qkv]
     for sizes in ([1] * (53 - cut), [53 - cut]):
-        rest = [x[:, cut:] for x in qkv]
-        found, last = run_in_pieces(attention, rest, sizes, None if mask is None else mask[:, cut:], folded)
-        assert relative_error(found, o[:, cut:]) <= 1e-10
+        found, last = run_in_pieces(attention, rest, sizes, after, folded)
+        assert relative_error(found, expected[:, cut:]) <= 1e-10
         assert_same_state(attention, last, end)
+    assert_same_state(attention, attention.fold(*rest[1:], after, folded), end)
 
 
 @every_way
-def test_fp32_decoding_after_a_fold_stays_near_the_fp64_truth(window_size, heads):
-    attention = make_attention(window_size, heads)
+def test_fp32_decoding_after_a_fold_stays_near_the_fp64_truth(way):
+    attention = make_attention(**way)
     qkv, mask = make_qkv(attention, tokens=90), torch.arange(90) >= torch.tensor([[0], [21]])
-    truth, _ = attention(*qkv, padding_mask=mask)
+    truth, _ = slow_rows(attention, qkv, mask)
     attention.float()
     qkv = [x.float() for x in qkv]
     state = attention.fold(*(x[:, :40] for x in qkv[1:]), mask[:, :40])
@@ -257,14 +321,23 @@ def test_a_padded_step_changes_nothing_of_the_row(window_size):
 
 
 @every_way
-def test_packed_sequences_equal_each_alone(window_size, heads):
-    attention = make_attention(window_size, heads)
-    qkv, boundaries = make_qkv(attention, batch=1, tokens=70), [0, 1, 20, 20, 61, 70]
+def test_packed_sequences_equal_each_alone(way):
+    attention = make_attention(**way)
+    qkv, boundaries = make_qkv(attention, batch=1, tokens=73), [0, 1, 20, 20, 61, 64, 73]
     o, _ = attention(*qkv, cu_seqlens=torch.tensor(boundaries, dtype=torch.int32))
     for start, end in itertools.pairwise(boundaries):
         if end > start:
-            alone, _ = attention(*(x[:, start:end] for x in qkv))
+            alone, _ = slow_layer(attention, *(x[:, start:end] for x in qkv))
             assert relative_error(o[:, start:end], alone) <= 1e-10
+
+
+def test_packed_sequences_shorter_than_their_sinks():
+    """All of them: even the row of the longest holds fewer tokens than there are sinks."""
+    attention = make_attention(10, sink_tokens=5)
+    qkv, boundaries = make_qkv(attention, batch=1, tokens=9), [0, 3, 7, 9]
+    o, _ = attention(*qkv, cu_seqlens=torch.tensor(boundaries, dtype=torch.int32))
+    for start, end in itertools.pairwise(boundaries):
+        assert relative_error(o[:, start:end], slow_layer(attention, *(x[:, start:end] for x in qkv))[0]) <= 1e-12
 
 
 @windows
@@ -298,7 +371,9 @@ def test_size_of_the_state_does_not_depend_on_the_length(window_size):
     _, decoded = attention(*make_qkv(attention, tokens=1), state=long, output_state=True)
     _, more = attention(*make_qkv(attention, tokens=41), state=long, output_state=True)
     assert sizes(short) == sizes(long) == sizes(decoded) == sizes(more) == sizes(attention.fold(*make_qkv(attention, tokens=77)[1:]))
-    assert short.recurrent.shape == (2, 2, 2, 8, 10) and short.window_k.shape == (2, 2 * window_size, 2, 8)
+    slots = window_size + 4 if window_size else 0
+    assert short.recurrent.shape == (2, 2, 2, 8, 10)
+    assert short.window_k.shape == (2, slots, 2, 8) and short.window_v.shape == (2, slots, 2, 10)
 
 
 @windows
@@ -313,12 +388,13 @@ def test_the_state_keeps_no_memory_of_longer_tensors(window_size):
             assert x.untyped_storage().nbytes() == x.numel() * x.element_size(), name
 
 
-# --- gradients, positions, gates ----------------------------------------------------------------------------------
+# --- gradients, positions, softmax ----------------------------------------------------------------------------------
 
 
 @every_way
-def test_gradients_flow_to_every_parameter_and_input(window_size, heads):
-    attention = DualStateAttention(*heads, 8, window_size=window_size)  # from its initial values
+def test_gradients_flow_to_every_parameter_and_input(way):
+    options = {"heads": (4, 2), **way}
+    attention = DualStateAttention(*options.pop("heads"), 8, **options)  # from its initial values
     qkv = [x.float().requires_grad_() for x in make_qkv(attention, tokens=50)]
     o, _ = attention(*qkv)
     (o * torch.randn_like(o)).sum().backward()
@@ -327,9 +403,10 @@ def test_gradients_flow_to_every_parameter_and_input(window_size, heads):
         assert x.grad.flatten(1).any(1).all() if x.ndim > 1 else x.grad.all(), name
 
 
-@pytest.mark.parametrize("window_size", [0, 2])
-def test_gradcheck_in_fp64(window_size):
-    attention = make_attention(window_size, (2, 1), key_dim=2, value_dim=3)
+@pytest.mark.parametrize("window_size, sink_tokens", [(0, 0), (2, 0), (2, 1), (4, 1)])
+@pytest.mark.parametrize("write_gate", [False, True])
+def test_gradcheck_in_fp64(window_size, sink_tokens, write_gate):
+    attention = make_attention(window_size, (2, 1), 2, 3, sink_tokens=sink_tokens, write_gate=write_gate)
     names = [name for name, _ in attention.named_parameters()]
     q, k, v = make_qkv(attention, batch=1, tokens=7)
     mask = torch.tensor([[True, False, True, True, True, True, True]])
@@ -363,36 +440,126 @@ def test_shifting_all_positions_changes_nothing(window_size, dtype, bound):
     assert relative_error(moved, o[0]) > 0.05, "positions have no effect here: the test above would prove nothing"
 
 
-@pytest.mark.parametrize("window_size", [8, 16])
+@pytest.mark.parametrize("window_size, sink_tokens", [(2, 1), (8, 0), (8, 4), (16, 3)])
 @pytest.mark.parametrize("heads", HEADS)
-def test_closed_states_leave_plain_block_softmax(window_size, heads):
-    attention = make_attention(window_size, heads)
+def test_closed_states_leave_plain_window_softmax(window_size, sink_tokens, heads):
+    attention = make_attention(window_size, heads, sink_tokens=sink_tokens)
     with torch.no_grad():
         attention.state_bias.fill_(-1e4)
     qkv = make_qkv(attention, tokens=53)
-    o, state = attention(*qkv, output_state=True)
-    block = torch.arange(53) // window_size
-    distance = block[:, None] - block
-    visible = torch.ones(53, 53).tril().bool() & (distance <= 1)
+    o, state = attention(*(x[:, :52] for x in qkv), output_state=True)
+    o = torch.cat([o, attention(*(x[:, 52:] for x in qkv), state=state)[0]], 1)
+    query, key = torch.arange(53)[:, None], torch.arange(53)
+    visible = (key <= query) & ((key > query - window_size) | (key < sink_tokens))
     softmax = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv), attn_mask=visible, enable_gqa=True).transpose(1, 2)
     assert relative_error(o, softmax) <= 1e-12
-    step = make_qkv(attention, tokens=1)
-    keys, values = (torch.cat([x, y], 1).transpose(1, 2) for x, y in zip(qkv[1:], step[1:], strict=True))
-    first = (53 // window_size - 1) * window_size
-    softmax = F.scaled_dot_product_attention(step[0].transpose(1, 2), keys[:, :, first:], values[:, :, first:], enable_gqa=True)
-    assert relative_error(attention(*step, state=state)[0], softmax.transpose(1, 2)) <= 1e-12
+
+
+@every_window
+def test_a_text_that_fits_into_the_window_is_read_by_plain_softmax(way):
+    attention = make_attention(**way)
+    length = attention.window_size  # blocks 0 and 1; the states are empty until both are full
+    qkv = make_qkv(attention, tokens=length + 1)
+    o, _ = attention(*qkv)
+    softmax = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv), is_causal=True, enable_gqa=True).transpose(1, 2)
+    assert relative_error(o[:, :length], softmax[:, :length]) <= 1e-12
+    # The first token after it reads a block that is all sinks in some ways, and then is plain softmax too.
+    assert (relative_error(o[:, length], softmax[:, length]) <= 1e-12) == (attention.sink_tokens == length // 2)
+
+
+# --- sinks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window_size, sink_tokens", [(2, 1), (8, 1), (8, 4), (16, 5)])
+def test_sinks_are_always_seen_and_never_taken_in(window_size, sink_tokens):
+    attention = make_attention(window_size, sink_tokens=sink_tokens)
+    q, k, v = make_qkv(attention, tokens=60)
+    o, state = attention(q, k, v, output_state=True)
+    for x in (k, v):
+        original = x.clone()
+        x[:, :sink_tokens] += 1
+        changed, after = attention(q, k, v, output_state=True)
+        assert torch.equal(after.recurrent, state.recurrent)
+        assert all(relative_error(changed[:, t], o[:, t]) > 1e-4 for t in range(sink_tokens, 60))
+        x.copy_(original)
+    # The first token behind the sinks leaves the window and goes into the states.
+    later = v.clone()
+    later[:, sink_tokens] += 1
+    with torch.no_grad():
+        attention.state_bias.fill_(-1e4)
+    o, state = attention(q, k, v, output_state=True)
+    changed, after = attention(q, k, later, output_state=True)
+    gone = sink_tokens + window_size
+    assert torch.equal(changed[:, gone:], o[:, gone:]) and not torch.equal(changed[:, gone - 1], o[:, gone - 1])
+    assert relative_error(after.recurrent, state.recurrent) > 1e-6
+
+
+def test_without_a_window_there_are_no_sinks():
+    attention = make_attention(0, sink_tokens=4)
+    assert attention.sink_tokens == 0
+    qkv = make_qkv(attention)
+    _, state = attention(*(x[:, :3] for x in qkv), output_state=True)
+    assert state.recurrent.any() and state.window_k.shape[1] == 0
+
+
+# --- gates --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write_gate", [False, True])
+def test_gates_are_low_rank_and_linear_maps_of_the_normalised_value(write_gate):
+    attention = make_attention(write_gate=write_gate)
+    v = make_qkv(attention)[2]
+    gates, writes = attention.gate_logits(v)
+    assert gates.shape == (2, 53, 2, 2, 4)
+    for head in range(2):
+        x = v[:, :, head]
+        x = x / (x.square().mean(-1, keepdim=True) + NORM_EPS).sqrt()
+        expected = (x @ attention.gate_down[head] @ attention.gate_up[head]).view(2, 53, 2, 4) + attention.gate_bias[head]
+        assert relative_error(gates[:, :, head], expected) <= 1e-12
+        if write_gate:
+            expected = x @ attention.write_weight[head] + attention.write_bias[head]
+            assert writes.shape == (2, 53, 2, 2) and relative_error(writes[:, :, head], expected) <= 1e-12
+    if not write_gate:
+        assert writes is None and not any("write" in name for name, _ in attention.named_parameters())
+    assert {x.dtype for x in attention.bfloat16().gate_logits(v.bfloat16()) if x is not None} == {torch.float32}
 
 
 def test_gates_of_a_head_read_that_head_only_and_not_its_length():
     attention = make_attention()
     v = make_qkv(attention)[2]
-    gates = attention.gate_logits(v)
-    assert gates.shape == (2, 53, 2, 2, 4)
     other = v.clone()
     other[:, :, 1] = torch.randn_like(other[:, :, 1])
-    assert torch.equal(attention.gate_logits(other)[:, :, 0], gates[:, :, 0])
-    assert not torch.equal(attention.gate_logits(other)[:, :, 1], gates[:, :, 1])
-    assert relative_error(attention.gate_logits(100 * v), gates) <= 1e-4
+    for found, changed, scaled in zip(*(attention.gate_logits(x) for x in (v, other, 100 * v)), strict=True):
+        assert torch.equal(changed[:, :, 0], found[:, :, 0])
+        assert not torch.equal(changed[:, :, 1], found[:, :, 1])
+        assert relative_error(scaled, found) <= 1e-4
+
+
+@windows
+def test_open_write_gates_are_none_at_all_and_closed_ones_keep_the_states_empty(window_size):
+    attention, without = make_attention(window_size), make_attention(window_size, write_gate=False)
+    without.load_state_dict(attention.state_dict(), strict=False)
+    qkv = make_qkv(attention)
+    expected, end = without(*qkv, output_state=True)
+    assert relative_error(attention(*qkv)[0], expected) > 1e-3
+    with torch.no_grad():
+        attention.write_weight.zero_()
+        attention.write_bias.fill_(1e4)
+    for sizes in ([53], [30] + [1] * 23):
+        found, state = run_in_pieces(attention, qkv, sizes)
+        assert relative_error(found, expected) <= 1e-12
+        assert_same_state(attention, state, end)
+    with torch.no_grad():
+        attention.write_bias.fill_(-1e4)
+    o, state = attention(*qkv, output_state=True)
+    assert not state.recurrent.any()
+    assert o.any() == bool(window_size)
+
+
+def test_write_gates_start_half_open():
+    attention = DualStateAttention(4, 2, 8)
+    writes = attention.gate_logits(torch.randn(1, 5, 2, 8))[1]
+    assert torch.equal(writes.sigmoid(), torch.full((1, 5, 2, 2), 0.5))
 
 
 def test_mix_is_a_softmax_over_the_two_states():
@@ -420,29 +587,60 @@ def test_half_lives_that_are_no_time_are_refused(half_life):
         half_life_to_logit(half_life)
 
 
-def test_gates_start_at_the_half_lives_asked_for():
+@pytest.mark.parametrize(
+    "half_lives, expected",
+    [
+        ((512.0, 8.0), ([512.0] * 4, [8.0] * 4)),
+        (((64.0, 4096.0), (8.0, 1.0)), ([64.0, 256.0, 1024.0, 4096.0], [8.0, 4.0, 2.0, 1.0])),
+        ([[10, 80], 3], ([10.0, 20.0, 40.0, 80.0], [3.0] * 4)),
+    ],
+)
+def test_gates_start_at_the_half_lives_asked_for(half_lives, expected):
     """A zero value vector leaves the bias alone."""
-    attention = DualStateAttention(4, 2, 8, half_lives=(512.0, 8.0))
-    half_lives = -math.log(2) / log_decays(attention.gate_logits(torch.zeros(1, 1, 2, 8)), 4)[0, 0]
-    assert half_lives.shape == (2, 2, 4)
-    torch.testing.assert_close(attention.bias_half_lives(), half_lives)
-    torch.testing.assert_close(half_lives[:, 0], torch.full((2, 4), 512.0), rtol=1e-4, atol=0)
-    torch.testing.assert_close(half_lives[:, 1], torch.full((2, 4), 8.0), rtol=1e-4, atol=0)
+    attention = DualStateAttention(4, 2, 8, half_lives=half_lives)
+    found = -math.log(2) / log_decays(attention.gate_logits(torch.zeros(1, 1, 2, 8))[0], 4)[0, 0]
+    assert found.shape == (2, 2, 4)
+    torch.testing.assert_close(attention.bias_half_lives(), found)
+    for head in range(2):
+        torch.testing.assert_close(found[head], torch.tensor(expected), rtol=1e-4, atol=0)
+
+
+def test_defaults():
+    attention = DualStateAttention(4, 2, 8)
+    assert (attention.window_size, attention.sink_tokens, attention.write_gate) == (128, 4, True)
+    assert attention.half_lives == ((64.0, 4096.0), (8.0, 256.0))
+
+
+def test_a_single_channel_starts_at_the_fastest_half_life():
+    attention = DualStateAttention(4, 2, 2, half_lives=((64.0, 4096.0), 8.0))
+    torch.testing.assert_close(attention.bias_half_lives(), torch.tensor([[[64.0], [8.0]]] * 2), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(
     "message, arguments",
     [
-        ("multiple of", (4, 3, 8)),
-        ("key_dim must be even", (4, 2, 7)),
-        ("lower_bound", (4, 2, 8, 8, -2.0)),
-        ("half-life", (4, 2, 8, 8, -1.0, (0, 1))),
+        ("multiple of", {"num_kv_heads": 3}),
+        ("key_dim must be even", {"key_dim": 7}),
+        ("lower_bound", {"gate_lower_bound": -2.0}),
+        ("half-life", {"half_lives": (0, 1)}),
+        ("half-life", {"half_lives": (4, (1, -1))}),
+        ("half-life", {"half_lives": (4, (math.nan, 1))}),
+        (r"half_lives must be two, .* got \(16\.0,\)", {"half_lives": (16.0,)}),
+        (r"half_lives must be two, .* got \(1, 2, 3\)", {"half_lives": (1, 2, 3)}),
+        (r"pair \(fastest, slowest\), got \(1, 2, 3\)", {"half_lives": (4, (1, 2, 3))}),
+        ("window_size must be an even number of tokens, or 0 for no window, got 7", {"window_size": 7}),
+        ("window_size must be an even number of tokens, or 0 for no window, got -2", {"window_size": -2}),
+        ("sink_tokens must be from 0 to half the window of 8, got 5", {"window_size": 8, "sink_tokens": 5}),
+        ("sink_tokens must be from 0 to half the window of 2, got 4", {"window_size": 2}),
+        ("sink_tokens .* got -1", {"sink_tokens": -1}),
+        ("sink_tokens .* got -1", {"window_size": 0, "sink_tokens": -1}),
     ],
 )
 def test_bad_sizes_are_refused(message, arguments):
-    names = ("num_heads", "num_kv_heads", "key_dim", "value_dim", "gate_lower_bound", "half_lives")
+    good = {"num_heads": 4, "num_kv_heads": 2, "key_dim": 8}
+    DualStateAttention(**good)
     with pytest.raises(ValueError, match=message):
-        DualStateAttention(**dict(zip(names, arguments, strict=False)))
+        DualStateAttention(**{**good, **arguments})
 
 
 # --- precision ----------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import re
 import pytest
 from peft import PeftConfig
 
-from dsla_hf import DSLAConfig
+from dsla_hf import DSLAConfig, DualStateAttention
 from dsla_hf.configuration import FORMAT_VERSION, check_order
 
 # What a complete conversion looks like in a hybrid's config.json.
@@ -15,10 +15,12 @@ HYBRID = {
     "base_model_type": "llama",
     "converted_layers": [3, 1],
     "window_size": 8,
+    "sink_tokens": 3,
     "gate_rank": 4,
     "gate_normalizer": 8.0,
     "gate_lower_bound": -0.5,
-    "half_lives": [64.0, 4.0],
+    "half_lives": [[64.0, 512.0], [4.0, 4.0]],
+    "write_gate": False,
 }
 
 
@@ -27,8 +29,9 @@ def test_defaults():
     assert config.peft_type == "DSLA"
     assert config.target_modules == ["self_attn"]
     assert config.conversion_order is None and config.level is None and config.converted_layers == []
-    assert (config.window_size, config.gate_rank, config.gate_normalizer, config.gate_lower_bound) == (64, 16, 16.0, -1.25)
-    assert config.half_lives == (16.0, 16.0)
+    assert (config.window_size, config.gate_rank, config.gate_normalizer, config.gate_lower_bound) == (128, 16, 16.0, -1.25)
+    assert config.sink_tokens == 4 and config.write_gate is True
+    assert config.half_lives == ((64.0, 4096.0), (8.0, 256.0))
     assert config.trained_projections == ("q_proj", "o_proj") and config.exact_fold
     assert config.format_version == FORMAT_VERSION
 
@@ -50,14 +53,33 @@ def test_converted_layers_at_every_level(level, converted):
 
 
 def test_mathematics_are_the_keyword_arguments_of_the_layer():
-    config = DSLAConfig(window_size=8, gate_rank=4, gate_normalizer=8.0, gate_lower_bound=-0.5, half_lives=[64, 4])
-    assert config.mathematics() == {
-        "window_size": 8,
-        "gate_rank": 4,
-        "gate_normalizer": 8.0,
-        "gate_lower_bound": -0.5,
-        "half_lives": (64, 4),
-    }
+    values = {"window_size": 8, "sink_tokens": 2, "gate_rank": 4, "gate_normalizer": 8.0, "gate_lower_bound": -0.5, "write_gate": False}
+    config = DSLAConfig(**values, half_lives=[64, [4, 8]])
+    assert config.mathematics() == {**values, "half_lives": ((64, 64), (4, 8))}
+    attention = DualStateAttention(4, 2, 8, **config.mathematics())
+    for name in config.mathematics().keys() - {"gate_rank"}:
+        assert getattr(attention, name) == config.mathematics()[name], name
+    assert attention.gate_down.shape[-1] == 4
+
+
+@pytest.mark.parametrize(
+    "half_lives, stored",
+    [
+        ((64.0, 4.0), ((64.0, 64.0), (4.0, 4.0))),
+        ([[64, 4096], (8, 256)], ((64, 4096), (8, 256))),
+        (((4096.0, 64.0), 8.0), ((4096.0, 64.0), (8.0, 8.0))),
+    ],
+)
+def test_half_lives_are_pairs_and_a_number_stands_for_a_pair_of_it(half_lives, stored):
+    assert DSLAConfig(half_lives=half_lives).half_lives == stored
+
+
+def test_sinks_fit_into_half_a_window_and_need_none_without_one():
+    assert DSLAConfig(window_size=8, sink_tokens=4).sink_tokens == 4
+    assert DSLAConfig(window_size=2, sink_tokens=0).sink_tokens == 0
+    assert DSLAConfig(window_size=0).window_size == 0
+    with pytest.raises(ValueError, match="sink_tokens must be from 0 to half the window of 6, got 4"):
+        DSLAConfig(window_size=6)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +109,9 @@ def test_adapter_config_json_round_trip(tmp_path, loader):
         gate_rank=4,
         gate_normalizer=8.0,
         gate_lower_bound=-0.5,
-        half_lives=(1024.0, 4.0),
+        half_lives=((128.0, 1024.0), 4.0),
+        sink_tokens=2,
+        write_gate=False,
         trained_projections=("q_proj", "k_proj"),
         modules_to_save=["lm_head"],
         order_scores={"3": 0.1, "1": 0.2, "2": 0.3},
@@ -102,6 +126,7 @@ def test_adapter_config_json_round_trip(tmp_path, loader):
     loaded = loader.from_pretrained(tmp_path)
     assert type(loaded) is DSLAConfig
     assert loaded.to_dict() == config.to_dict()
+    assert loaded.half_lives == config.half_lives == ((128.0, 1024.0), (4.0, 4.0))
     assert isinstance(loaded.half_lives, tuple) and isinstance(loaded.trained_projections, tuple)
     assert loaded.converted_layers == [3]
 
@@ -130,7 +155,8 @@ def test_adapter_config_json_of_a_newer_release_says_which_release_reads_it(tmp_
 def test_hybrid_dict_round_trip():
     config = DSLAConfig.from_hybrid_dict(HYBRID)
     assert config.conversion_order == config.converted_layers == [3, 1]
-    assert config.half_lives == (64.0, 4.0)
+    assert config.half_lives == ((64.0, 512.0), (4.0, 4.0))
+    assert config.sink_tokens == 3 and config.write_gate is False
     assert config.base_model_type == "llama"
     written = config.to_hybrid_dict()
     assert written == HYBRID
@@ -164,8 +190,11 @@ def test_partial_hybrid_dict_is_refused(missing):
         ("converted_layers", [-1]),
         ("converted_layers", []),
         ("window_size", -1),
+        ("window_size", 9),
+        ("sink_tokens", 5),
         ("gate_lower_bound", -2.0),
         ("half_lives", [16.0]),
+        ("write_gate", 1),
     ],
 )
 def test_bad_entry_of_a_hybrid_dict_is_refused_with_the_file(entry, value):
@@ -201,6 +230,15 @@ def test_hybrid_dict_that_is_no_dict_is_refused():
         ("window_size", 8.0, r"8\.0"),
         ("window_size", True, "True"),
         ("window_size", None, "None"),
+        ("window_size", 7, "even number.*7"),
+        ("sink_tokens", -1, "-1"),
+        ("sink_tokens", 65, "half the window of 128, got 65"),
+        ("sink_tokens", 4.0, r"4\.0"),
+        ("sink_tokens", True, "True"),
+        ("sink_tokens", None, "None"),
+        ("write_gate", 1, "1"),
+        ("write_gate", None, "None"),
+        ("write_gate", "yes", "yes"),
         ("gate_rank", 0, "0"),
         ("gate_rank", 2.5, r"2\.5"),
         ("gate_rank", True, "True"),
@@ -220,6 +258,14 @@ def test_hybrid_dict_that_is_no_dict_is_refused():
         ("half_lives", (16.0, float("inf")), "inf"),
         ("half_lives", (16.0, "x"), "x"),
         ("half_lives", 16.0, r"16\.0"),
+        ("half_lives", ((16.0,), 16.0), r"16\.0"),
+        ("half_lives", ((16.0, 17.0, 18.0), 16.0), r"18\.0"),
+        ("half_lives", ((16.0, "x"), 16.0), "x"),
+        ("half_lives", ((16.0, True), 16.0), "True"),
+        ("half_lives", ((0.0, 16.0), 16.0), r"0\.0"),
+        ("half_lives", (16.0, (8.0, -3.0)), r"-3\.0"),
+        ("half_lives", (16.0, (float("nan"), 8.0)), "nan"),
+        ("half_lives", "16", "16"),
         ("trained_projections", ["q_proj", "gate_proj"], "gate_proj"),
         ("trained_projections", "q_proj", "'q_proj'"),
         ("target_modules", r".*\.self_attn", r"self_attn"),

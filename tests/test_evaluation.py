@@ -154,9 +154,9 @@ def bytes_of_a_real_cache(model, tokens):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window_size", [0, 8])
-def test_bytes_are_those_of_a_real_cache(base_kind, window_size, dtype, tiny_model, adapter_model):
-    model = adapter_model(tiny_model(base_kind).to(dtype), window_size=window_size)
+@pytest.mark.parametrize("window_size, sink_tokens", [(0, 4), (8, 4), (16, 0), (16, 5)])
+def test_bytes_are_those_of_a_real_cache(base_kind, window_size, sink_tokens, dtype, tiny_model, adapter_model):
+    model = adapter_model(tiny_model(base_kind).to(dtype), window_size=window_size, sink_tokens=sink_tokens)
     for level in (0, 1, 3, 4):
         model.set_level(level)
         for tokens in (3, 8, 40):

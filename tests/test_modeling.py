@@ -69,6 +69,21 @@ def test_saved_hybrid_loads_bit_equal(base_kind, window_size, hybrid, tmp_path):
     assert not loaded.training and loaded.config.get_dsla_config().window_size == window_size
 
 
+def test_sinks_write_gate_and_half_lives_survive_saving(tiny_model, adapter_model, tmp_path):
+    options = {"window_size": 10, "sink_tokens": 5, "write_gate": False, "half_lives": ((16.0, 128.0), (4.0, 4.0))}
+    adapter, ids = adapter_model(tiny_model("llama"), level=2, **options), token_ids()
+    model = adapter.merge_and_unload().eval()
+    model.save_pretrained(tmp_path)
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    config = loaded.config.get_dsla_config()
+    assert {name: getattr(config, name) for name in options} == options
+    core = loaded.model.layers[2].self_attn.dsla
+    assert {name: getattr(core, name) for name in options} == options
+    assert not any("write" in name for name in loaded.state_dict())
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+
+
 def test_auto_config_gives_the_hybrid_config_and_the_conversion(base_kind, hybrid, tmp_path):
     model = hybrid(base_kind)
     model.save_pretrained(tmp_path)
@@ -149,22 +164,28 @@ def test_converted_layers_have_the_parameters_of_the_base_and_dsla_s_own(base_ki
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     names = {name for name, _ in loaded.named_parameters(remove_duplicate=False)}
     own = {name for name, _ in loaded.model.layers[2].self_attn.dsla.named_parameters()}
-    assert own == {"gate_down", "gate_up", "gate_bias", "mix_logits", "norm_weight", "state_gain", "state_bias"}
+    gates = {"gate_down", "gate_up", "gate_bias", "write_weight", "write_bias"}
+    assert own == gates | {"mix_logits", "norm_weight", "state_gain", "state_bias"}
     assert names == base_names | {f"model.layers.{layer}.self_attn.dsla.{name}" for layer in CONVERTED for name in own}
     assert not list(loaded.model.layers[2].self_attn.named_buffers())
 
 
 def test_checkpoint_without_some_dsla_weights_is_not_filled_with_garbage(tiny_model, adapter_model, tmp_path):
     directory = tmp_path / "hybrid"
-    adapter_model(tiny_model("llama"), level=2, half_lives=(64.0, 4.0)).merge_and_unload().save_pretrained(directory)
+    adapter_model(tiny_model("llama"), level=2, half_lives=((8.0, 64.0), 4.0)).merge_and_unload().save_pretrained(directory)
     weights = load_file(directory / "model.safetensors")
-    dropped = {name: weights.pop(f"model.layers.2.self_attn.dsla.{name}") for name in ("gate_bias", "norm_weight", "gate_down")}
+    dropped = {
+        name: weights.pop(f"model.layers.2.self_attn.dsla.{name}") for name in ("gate_bias", "norm_weight", "gate_down", "write_bias")
+    }
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     loaded, report = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
     assert {name.rpartition(".")[2] for name in report["missing_keys"]} == set(dropped)
     core = loaded.model.layers[2].self_attn.dsla
-    for state, half_life in enumerate((64.0, 4.0)):
-        torch.testing.assert_close(core.gate_bias[:, state], torch.full((2, 4), half_life_to_logit(half_life)))
+    for state, half_lives in enumerate(((8.0, 16.0, 32.0, 64.0), (4.0, 4.0, 4.0, 4.0))):
+        expected = torch.tensor([half_life_to_logit(half_life) for half_life in half_lives])
+        torch.testing.assert_close(core.gate_bias[:, state], expected.expand(2, -1))
+    assert not core.write_bias.any()
+    assert torch.equal(core.write_weight, weights["model.layers.2.self_attn.dsla.write_weight"])
     assert torch.equal(core.norm_weight, torch.ones_like(core.norm_weight))
     assert 0.5 < core.gate_down.std() * core.value_dim**0.5 < 2
     assert torch.equal(core.gate_up, weights["model.layers.2.self_attn.dsla.gate_up"]), "weights of the file must stay"
@@ -262,6 +283,8 @@ def test_hybrids_load_in_fresh_processes(hybrid, tmp_path):
         pytest.param({"converted_layers": [-1]}, r"\[-1\]", id="negative layer"),
         pytest.param({"converted_layers": [1, 1]}, r"more than once: \[1\]", id="repeated layer"),
         pytest.param({"window_size": -8}, "window_size.*-8", id="bad window"),
+        pytest.param({"window_size": 9}, "window_size.*even.*9", id="odd window"),
+        pytest.param({"sink_tokens": 5}, "sink_tokens.*half the window of 8.*5", id="too many sinks"),
         pytest.param({"format_version": 2}, "format 2.*install a release", id="newer format"),
         pytest.param({"new_feature": 1}, "new_feature", id="unknown entry"),
     ],
@@ -309,7 +332,7 @@ def test_unsupported_base_has_no_hybrid_class():
 @pytest.mark.parametrize("window_size", [0, 8])
 def test_random_init_from_config(base_kind, window_size, hybrid):
     config = copy.deepcopy(hybrid(base_kind, window_size).config)
-    config.dsla_config["half_lives"] = [64.0, 64.0]
+    config.dsla_config["half_lives"] = [[64.0, 64.0], 64.0]
     model = AutoModelForCausalLM.from_config(config)
     assert logits(model, token_ids()).isfinite().all()
     for index, layer in enumerate(decoder_layers(model)):

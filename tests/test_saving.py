@@ -149,6 +149,26 @@ def test_directory_of_another_model_is_refused_and_untouched(kind, there, reques
     assert fingerprints(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    "entry, value",
+    [("window_size", 10), ("sink_tokens", 3), ("write_gate", False), ("half_lives", [[64.0, 4096.0], [8.0, 8.0]])],
+)
+@pytest.mark.parametrize("kind, file", [("adapter", "adapter_config.json"), ("hybrid", "config.json")])
+def test_directory_of_the_same_model_with_other_mathematics_is_refused(kind, file, entry, value, request, tmp_path):
+    model = request.getfixturevalue(kind)
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / file).read_text())
+    mathematics = stored if kind == "adapter" else stored["dsla_config"]
+    assert mathematics[entry] != value
+    mathematics[entry] = value
+    (tmp_path / file).write_text(json.dumps(stored))
+    before = fingerprints(tmp_path)
+    with pytest.raises(ValueError, match="holds another"):
+        model.save_pretrained(tmp_path)
+    assert fingerprints(tmp_path) == before
+
+
 @pytest.mark.parametrize("kind, file", [("adapter", "adapter_config.json"), ("adapter", "config.json"), ("hybrid", "config.json")])
 def test_directory_with_an_unreadable_config_is_refused_and_untouched(kind, file, request, tmp_path):
     (tmp_path / file).write_text('{"model_type": ')

@@ -89,8 +89,9 @@ def test_decoding_token_by_token_equals_the_full_forward(teacher, tokens, full, 
     assert_close(found[0], expected)
     assert_close(found[1, -length:], expected[:length])
     assert sum(isinstance(layer, DSLACacheLayer) for layer in cache.layers) == level
-    # Per row and layer: two fp32 states of 64 x 64 for two heads, a window of 128 keys and values, a count; or all keys and values.
-    dsla, softmax = 2 * 2 * 64 * 64 * 4 + 2 * 128 * 2 * 64 * 4 + 8, 2 * TOKENS * 2 * 64 * 4
+    # Per row and layer: two fp32 states of 64 x 64 for two heads, keys and values of a window of 128 and of 4 sinks, a count;
+    # or all keys and values.
+    dsla, softmax = 2 * 2 * 64 * 64 * 4 + 2 * 132 * 2 * 64 * 4 + 8, 2 * TOKENS * 2 * 64 * 4
     assert cache_bytes(cache) == 2 * (level * dsla + (16 - level) * softmax)
 
 

@@ -64,3 +64,19 @@ def check_inputs(
     expected = (rows, kv_heads, 2, key_dim, v.shape[-1])
     if initial_state is not None and initial_state.shape != expected:
         raise ValueError(f"initial_state must be {list(expected)}, got {list(initial_state.shape)}")
+
+
+def check_window_inputs(
+    k: Tensor, v: Tensor, sinks: tuple[Tensor, Tensor] | None, row_start: Tensor | None, state_mask: Tensor | None
+) -> None:
+    """Raises ValueError that names what does not fit the contract of `dual_state_window_attention` beyond `check_inputs`."""
+    for name, x, like in zip(("k", "v"), sinks or (), (k, v), strict=False):
+        if x.ndim != 4 or (x.shape[0], *x.shape[2:]) != (like.shape[0], *like.shape[2:]) or x.dtype != like.dtype:
+            raise ValueError(
+                f"{name} of the sinks must be {like.dtype} [{like.shape[0]}, S, {like.shape[2]}, {like.shape[3]}], "
+                f"got {x.dtype} {list(x.shape)}"
+            )
+    if row_start is not None and (row_start.shape != k.shape[:1] or row_start.is_floating_point()):
+        raise ValueError(f"row_start must be whole numbers [{k.shape[0]}], got {row_start.dtype} {list(row_start.shape)}")
+    if state_mask is not None and state_mask.shape != k.shape[:2]:
+        raise ValueError(f"state_mask must be {list(k.shape[:2])}, got {list(state_mask.shape)}")

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_inputs
+from .checks import check_inputs, check_window_inputs
 from .ragged import Rows, rows_from_cu_seqlens
 
 CHUNK_SIZE = 64
@@ -165,6 +165,7 @@ def dual_state_window_attention(
         raise ValueError(
             f"window_size must be an even number of tokens, got {window_size}; dual_state_attention is the form without a window"
         )
+    check_window_inputs(k, v, sinks, row_start, state_mask)
     if padding_mask is not None:
         q, k, v = (x.masked_fill(~padding_mask.bool()[..., None, None], 0) for x in (q, k, v))
         state_mask = padding_mask if state_mask is None else padding_mask.bool() & state_mask.bool()
@@ -276,6 +277,7 @@ def _prepare_state_inputs(k, v, gate_logits, write_logits, gate_normalizer, lowe
     if padding_mask is not None:
         pad = ~padding_mask.bool()[..., None, None]
         k, v, log_decay = k.masked_fill(pad, 0), v.masked_fill(pad, 0), log_decay.masked_fill(pad[..., None], 0)
+        write_logits = None if write_logits is None else write_logits.masked_fill(pad, 0)
     if initial_state is None:
         initial_state = k.new_zeros(k.shape[0], k.shape[2], 2, k.shape[-1], v.shape[-1])
     k = k[:, :, :, None]
@@ -311,3 +313,74 @@ def _linear_scan(decay: Tensor, added: Tensor, state: Tensor) -> Tensor:
         decay = torch.cat([decay[:, :step], decay[:, step:] * decay[:, :-step]], dim=1)
         step *= 2
     return added
+
+
+def fused_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate_logits: Tensor,
+    mix: Tensor,
+    norm_weight: Tensor,
+    state_gain: Tensor,
+    state_bias: Tensor,
+    window_size: int,
+    *,
+    write_logits: Tensor | None = None,
+    gate_normalizer: float = 16.0,
+    lower_bound: float = -1.25,
+    scale: float | None = None,
+    norm_eps: float = 1e-6,
+    padding_mask: Tensor | None = None,
+    state_mask: Tensor | None = None,
+    sinks: tuple[Tensor, Tensor] | None = None,
+    row_start: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The layer with a softmax window, from q, k, v to its output: `dual_state_window_attention` and what joins its halves.
+
+        rms   = sqrt(mean(o_state²) + norm_eps)
+        alpha = sigmoid(state_gain * log rms + state_bias - log_denominator), and 0 where o_state is all zero
+        o     = (1 - alpha) o_window + alpha * norm_weight * o_state / rms
+
+    Arguments as `dual_state_window_attention`, and
+
+        norm_weight: `[Hq, V]`.
+        state_gain, state_bias: `[Hq]`.
+        norm_eps: keeps the logarithm of an empty state finite.
+        output_final_state: also return the states that a decoder goes on from.
+
+    Returns:
+        o `[B, T, Hq, V]` in q's dtype, zero at padding.
+        final_state `[B, Hkv, 2, K, V]` fp32 (fp64 for fp64 inputs) or None: of a row with n real tokens it holds the blocks
+        before the last full one, that is blocks 0 to n // (W / 2) - 2.
+    """
+    o_window, log_denominator, o_state, states = dual_state_window_attention(
+        q,
+        k,
+        v,
+        gate_logits,
+        mix,
+        window_size,
+        write_logits=write_logits,
+        gate_normalizer=gate_normalizer,
+        lower_bound=lower_bound,
+        scale=scale,
+        padding_mask=padding_mask,
+        state_mask=state_mask,
+        sinks=sinks,
+        row_start=row_start,
+        initial_state=initial_state,
+    )
+    rms = (o_state.square().mean(-1, keepdim=True) + norm_eps).sqrt()
+    gate = state_gain.to(rms.dtype) * rms.squeeze(-1).log() + state_bias.to(rms.dtype) - log_denominator
+    alpha = gate.sigmoid().masked_fill((o_state == 0).all(-1), 0)[..., None]
+    o = (o_window + alpha * (o_state / rms * norm_weight.to(rms.dtype) - o_window)).to(q.dtype)
+    if padding_mask is not None:
+        o = o.masked_fill(~padding_mask.bool()[..., None, None], 0)
+    if not output_final_state:
+        return o, None
+    batch, tokens = q.shape[:2]
+    length = torch.full((batch,), tokens, device=q.device) if padding_mask is None else padding_mask.bool().sum(1)
+    return o, states[torch.arange(batch, device=q.device), (length // (window_size // 2) - 1).clamp_min(0)]

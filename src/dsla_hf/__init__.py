@@ -9,11 +9,14 @@ from .adapter import DSLALayer, DSLAModel, get_level, set_level
 from .attention import DualState, DualStateAttention
 from .cache import DSLACacheLayer, cache_bytes, fold
 from .configuration import DSLAConfig
+from .generation import LevelProcessor, lower_level
 from .modeling import DSLAForCausalLM, DSLAHybridConfig
+from .policies import CacheMemory, FixedLevel, LatencyTarget, Load, PromptLength, Stats
 
 __version__ = version("dsla-hf")
 
 __all__ = [
+    "CacheMemory",
     "DSLACacheLayer",
     "DSLAConfig",
     "DSLAForCausalLM",
@@ -22,8 +25,15 @@ __all__ = [
     "DSLAModel",
     "DualState",
     "DualStateAttention",
+    "FixedLevel",
+    "LatencyTarget",
+    "LevelProcessor",
+    "Load",
+    "PromptLength",
+    "Stats",
     "cache_bytes",
     "fold",
     "get_level",
+    "lower_level",
     "set_level",
 ]

@@ -17,8 +17,8 @@ from peft.utils import register_peft_method
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .cache import with_recording_cache
 from .configuration import PROJECTIONS, DSLAConfig, check_order, same_magnitude
+from .generation import generate_with_levels
 from .layout import install_layout_hook, remove_layout_hook
 from .modeling import (
     SUPPORTED_BASES,
@@ -27,6 +27,7 @@ from .modeling import (
     decoder_of,
     dsla_attention_class,
     hybrid_classes,
+    layer_bytes,
     new_dual_state_attention,
 )
 
@@ -217,8 +218,14 @@ class DSLAModel(BaseTuner):
             layer.set_adapter(layer.active_adapters)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, with a cache that fits assisted decoding and prompt lookup."""
-        return self.model.generate(*args, **with_recording_cache(self.model, kwargs))
+        """As in transformers, with a cache that fits assisted decoding and prompt lookup, and with `level_policy`: a policy, its name
+        such as "prompt-length", a level, or a `LevelProcessor`."""
+        return generate_with_levels(self.model.generate, self.model, self, args, kwargs)
+
+    def level_sizes(self) -> dict[str, int]:
+        """Sizes that policies of `generate(level_policy=...)` reckon with."""
+        plan = len(active_config(self.model).conversion_order or ())
+        return {"min_level": 0, "max_level": plan, "num_layers": len(decoder_layers(self.model)), **layer_bytes(self.model)}
 
     # --- what PEFT asks of a tuner ------------------------------------------------------------------------------
 

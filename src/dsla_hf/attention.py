@@ -375,7 +375,7 @@ class DualStateAttention(nn.Module):
             taken_in = (position >= self.sink_tokens).expand(k.shape[0], -1)
         else:
             held = torch.where(state.lengths >= self.window_size, self._block_size, 0)
-            taken_in = (position >= held[:, None]) & (position + self._row_start(state)[:, None] >= self.sink_tokens)
+            taken_in = (position >= held[:, None]) & (position >= self.sink_tokens)  # a row that starts later skips a whole block
         return taken_in if valid is None else taken_in & valid
 
     def _state_after(self, k: Tensor, v: Tensor, valid: Tensor | None, states: Tensor, state: DualState | None) -> DualState:

@@ -252,27 +252,38 @@ def check_order(order: Any, num_layers: int | None = None, name: str = "conversi
     return order
 
 
+def parse_level(level: int | str, num_layers: int) -> int:
+    """The number of layers that `8`, `"8"` or `"50%"` of `num_layers` means. A share is rounded to the nearest whole layer, halves
+    upwards.
+
+    Raises:
+        ValueError: if it is none of these, or more than all.
+    """
+    text = str(level).strip() if isinstance(level, str) or _is_whole(level) else ""
+    share = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text, re.ASCII)
+    if share and float(share[1]) <= 100:
+        return math.floor(num_layers * float(share[1]) / 100 + 0.5)
+    if share or not re.fullmatch(r"\d+", text, re.ASCII):
+        raise ValueError(f"level must be a whole number, 0 or more, or a share up to 100% such as '50%', got {level!r}")
+    return int(text)
+
+
 def resolve_level(level: int | str, config: DSLAConfig, num_layers: int) -> int:
     """The level that a user means by a number of layers (`8`, `"8"`) or by a share of the model's layers (`"50%"`).
 
-    A share counts all `num_layers` of the model, as the paper speaks of 50 % DSLA, also where the plan holds fewer. It is
-    rounded to the nearest whole layer, halves upwards.
+    A share counts all `num_layers` of the model, as the paper speaks of 50 % DSLA, also where the plan holds fewer.
 
     Raises:
         ValueError: if it is neither, or more than the plan holds; names the value and what is allowed.
     """
     plan = num_layers if config.conversion_order is None else len(config.conversion_order)
     allowed = f"this plan has levels 0 to {plan}, which are shares of up to {math.floor(1000 * plan / num_layers) / 10:g}%"
-    text = str(level).strip() if isinstance(level, str) or _is_whole(level) else ""
-    share = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text, re.ASCII)
-    if not share and not re.fullmatch(r"\d+", text, re.ASCII):
-        raise ValueError(f"level must be a whole number, 0 or more, or a share such as '50%', got {level!r}; {allowed}")
-    if not share:
-        resolved, meaning = int(text), text
-    else:
-        resolved = math.floor(num_layers * float(share[1]) / 100 + 0.5)
-        meaning = f"{text}, {resolved} of {num_layers} layers,"
-    if resolved > plan or (share and float(share[1]) > 100):
+    try:
+        resolved = parse_level(level, num_layers)
+    except ValueError as error:
+        raise ValueError(f"{error}; {allowed}") from None
+    if resolved > plan:
+        meaning = f"{level}, {resolved} of {num_layers} layers," if "%" in str(level) else str(level)
         raise ValueError(f"level {meaning} is above the plan; {allowed}")
     return resolved
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from peft import PeftModel
 from tqdm.auto import tqdm
 
-from .adapter import dsla_layers, get_level, set_level
+from .adapter import get_level, set_level
 from .losses import kl_loss
+from .policies import Stats
 from .sensitivity import as_inputs
 
 
@@ -72,16 +73,6 @@ def evaluate_levels(model: PeftModel, data: Iterable[Any], levels: Iterable[int]
 
 
 def cache_bytes_per_sequence(model: PeftModel, tokens: int) -> int:
-    """Bytes that the cache of one sequence of `tokens` tokens takes at the current level, in the model's dtype.
-
-    A softmax layer holds k and v of every token; a DSLA layer two fp32 states, the window's k and v, and a counter.
-    """
-    item, layers = model.dtype.itemsize, model.config.num_hidden_layers
-    total = 0
-    converted = [layer for layer in dsla_layers(model).values() if layer.converted]
-    for layer in converted:
-        core = layer.dsla_core[layer.adapter_name]
-        states = 2 * core.num_kv_heads * core.key_dim * core.value_dim * 4
-        total += states + (core.window_size + core.sink_tokens) * core.num_kv_heads * (core.key_dim + core.value_dim) * item + 8
-    core = next(iter(dsla_layers(model).values())).dsla_core[model.active_adapter]
-    return total + (layers - len(converted)) * tokens * core.num_kv_heads * (core.key_dim + core.value_dim) * item
+    """Bytes that the cache of one sequence of `tokens` tokens takes at the current level, in the model's dtype."""
+    stats = Stats(prompt_tokens=tokens, tokens=tokens, rows=1, level=get_level(model), **model.base_model.level_sizes())
+    return stats.cache_bytes(stats.level)

@@ -32,8 +32,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .attention import DualStateAttention
-from .cache import DSLACacheLayer, dsla_cache_layer, with_recording_cache
+from .cache import DSLACacheLayer, dsla_cache_layer
 from .configuration import DSLAConfig, check_order
+from .generation import generate_with_levels
 from .layout import TokenLayout, install_layout_hook, read_layout
 from .saving import push_saved, save_hybrid
 
@@ -269,7 +270,28 @@ class DSLAHybridMixin:
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        return super().generate(*args, **with_recording_cache(self, kwargs))  # type: ignore[misc]
+        return generate_with_levels(super().generate, self, self, args, kwargs)  # type: ignore[misc]
+
+    def get_level(self) -> int:
+        """How many layers are DSLA."""
+        return len(self.config.get_dsla_config().converted_layers)
+
+    def set_level(self, level: int) -> None:
+        """A hybrid has one level.
+
+        Raises:
+            ValueError: for another one.
+        """
+        if level != self.get_level():
+            raise ValueError(
+                f"this hybrid has level {self.get_level()} and no other, so not {level}: softmax weights of its converted layers are "
+                "gone. Load the original model with the adapter to choose a level"
+            )
+
+    def level_sizes(self) -> dict[str, int]:
+        """Sizes that policies of `generate(level_policy=...)` reckon with."""
+        level = self.get_level()
+        return {"min_level": level, "max_level": level, "num_layers": self.config.num_hidden_layers, **layer_bytes(self)}
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(NO_CONTINUOUS_BATCHING)
@@ -343,3 +365,14 @@ def __getattr__(name: str) -> Any:
             if cls.__name__ == name:
                 return cls
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def layer_bytes(model: PreTrainedModel) -> dict[str, int]:
+    """Cache bytes per row that a DSLA layer takes, and a softmax layer per token, in the model's dtype.
+
+    A softmax layer holds k and v of every token; a DSLA layer two fp32 states, k and v of window and sinks, and a counter.
+    """
+    core = next(module for module in model.modules() if isinstance(module, DualStateAttention))
+    per_token = core.num_kv_heads * (core.key_dim + core.value_dim) * model.dtype.itemsize
+    states = 2 * core.num_kv_heads * core.key_dim * core.value_dim * 4
+    return {"softmax_bytes_per_token": per_token, "dsla_bytes": states + (core.window_size + core.sink_tokens) * per_token + 8}
