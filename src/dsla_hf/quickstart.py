@@ -27,7 +27,7 @@ from .data import PackedTokens
 from .distillation import DSLATrainingArguments, distill
 from .evaluation import cache_bytes_per_sequence, evaluate_levels
 
-LAYERS, LENGTH, WINDOW = 6, 256, 16
+LAYERS, LENGTH, WINDOW = 6, 256, 32
 PROMPT = "The following example shows how a function"
 
 
