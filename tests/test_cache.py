@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
 import dsla_hf.cache
 from dsla_hf import DSLACacheLayer, DualState, DualStateAttention, cache_bytes, fold
@@ -274,14 +274,42 @@ def test_empty_caches_get_an_empty_layer(tiny_model):
 
 
 def test_layers_whose_keys_cannot_be_read_in_full_are_refused_by_name():
+    class CompressedLayer(DynamicLayer):
+        pass
+
     attention, (keys, values) = make_attention(8), make_kv()
     cache = DynamicCache()
-    cache.layers = [DynamicSlidingWindowLayer(sliding_window=10)]
+    cache.layers = [CompressedLayer()]
     dsla_cache_layer(copy.deepcopy(cache), 0, attention, TokenLayout())  # nothing to read yet
     cache.layers[0].update(keys, values)
-    with pytest.raises(ValueError, match="layer 0 cannot become DSLA in mid-text: its cache is a DynamicSlidingWindowLayer"):
+    with pytest.raises(ValueError, match="layer 0 cannot become DSLA in mid-text: its cache is a CompressedLayer"):
         dsla_cache_layer(cache, 0, attention, TokenLayout())
-    assert type(cache.layers[0]) is DynamicSlidingWindowLayer
+    assert type(cache.layers[0]) is CompressedLayer
+
+
+@pytest.mark.parametrize("tokens", [5, 9, 10, 11, 30])
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_fold_of_a_sliding_window_begins_at_the_oldest_cached_key(tokens, static, padded, monkeypatch):
+    said = []
+    monkeypatch.setattr(dsla_hf.cache.logger, "warning_once", said.append)
+    attention, (keys, values) = make_attention(8), make_kv(tokens=tokens)
+    layer = StaticSlidingWindowLayer(max_cache_len=50, sliding_window=10) if static else DynamicSlidingWindowLayer(sliding_window=10)
+    cache = DynamicCache()
+    cache.layers = [layer]
+    for t in range(tokens):  # as decoding fills it
+        layer.update(keys[:, :, t : t + 1], values[:, :, t : t + 1])
+    mask = None
+    if padded:
+        mask = torch.ones(len(keys), tokens + 1, dtype=torch.bool)
+        mask[0, : tokens - 3] = False
+    new = dsla_cache_layer(cache, 0, attention, TokenLayout(padding_mask=mask))
+    kept = tokens if tokens < 10 else 9
+    past = None if mask is None else mask[:, :-1][:, -kept:]
+    expected = fold(attention, keys[:, :, -kept:], values[:, :, -kept:], attention_mask=past).state
+    assert all(torch.equal(x, y) for x, y in zip(new.state, expected, strict=True))
+    assert int(new.get_seq_length()) == tokens, "the other layers count on it"
+    assert len(said) == (tokens >= 10) and all(f"of its {tokens} tokens the last 9 are cached" in message for message in said)
 
 
 @pytest.mark.parametrize("exact, tokens, warnings", [(True, 37, 0), (False, 37, 1), (False, 0, 0)])

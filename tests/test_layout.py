@@ -72,7 +72,7 @@ def test_masks_after_cached_tokens_cover_past_and_new(tiny_model, implementation
         cache.update(torch.zeros(3, 2, past, 8), torch.zeros(3, 2, past, 8), layer)
     layout = read_layout(causal_mask(model, mask, implementation, cache, queries), has_past=True)
     assert_padding(layout, mask)
-    assert torch.equal(layout.past_mask(past), mask[:, :past].bool())
+    assert torch.equal(layout.past_mask(past, past), mask[:, :past].bool())
     assert torch.equal(layout.new_mask(past, queries), mask[:, past:].bool())
 
 
@@ -109,7 +109,7 @@ def test_masks_that_end_too_early_are_refused():
 
 def test_without_padding_there_is_nothing_to_cut():
     layout = TokenLayout()
-    assert layout.past_mask(7) is None and layout.new_mask(7, 3) is None
+    assert layout.past_mask(7, 7) is None and layout.new_mask(7, 3) is None
 
 
 # --- packed sequences ---------------------------------------------------------------------------------------------

@@ -213,7 +213,7 @@ import sys
 import torch
 import dsla_hf
 from transformers import AutoModelForCausalLM
-for kind in ("llama", "qwen3"):
+for kind in ("llama", "phi3", "qwen3", "qwen3_moe"):
     model = AutoModelForCausalLM.from_pretrained(kind).eval()
     assert type(model).__module__ == "dsla_hf.modeling", type(model)
     with torch.no_grad():
@@ -226,7 +226,7 @@ import sys
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 source, target = sys.argv[1:]
-for kind in ("llama", "qwen3"):
+for kind in ("llama", "phi3", "qwen3", "qwen3_moe"):
     for directory in (kind + source, kind + source + "-without-auto-map"):
         for auto_class in (AutoConfig, AutoModelForCausalLM):
             try:
@@ -236,7 +236,7 @@ for kind in ("llama", "qwen3"):
             else:
                 raise SystemExit(f"{directory} loaded without the package")
 assert "dsla_hf" not in sys.modules
-for kind in ("llama", "qwen3"):
+for kind in ("llama", "phi3", "qwen3", "qwen3_moe"):
     model = AutoModelForCausalLM.from_pretrained(kind + source, trust_remote_code=True).eval()
     assert type(model).__module__ == "dsla_hf.modeling", type(model)
     with torch.no_grad():
@@ -244,6 +244,9 @@ for kind in ("llama", "qwen3"):
     model.save_pretrained(kind + target)
 print("equal")
 """
+
+
+FRESH_KINDS = ("llama", "phi3", "qwen3", "qwen3_moe")  # as in the two scripts
 
 
 def test_hybrids_load_in_fresh_processes(hybrid, tmp_path):
@@ -255,7 +258,7 @@ def test_hybrids_load_in_fresh_processes(hybrid, tmp_path):
         del values["auto_map"]
         write_config(tmp_path / copied, values)
 
-    for kind in SUPPORTED_BASES:
+    for kind in FRESH_KINDS:
         model, ids = hybrid(kind), token_ids()
         torch.save(ids, tmp_path / f"{kind}.ids")
         torch.save(logits(model, ids), tmp_path / f"{kind}.logits")
@@ -263,7 +266,7 @@ def test_hybrids_load_in_fresh_processes(hybrid, tmp_path):
         without_auto_map(tmp_path / kind)
     assert run_python(WITH_IMPORT, tmp_path).strip() == "equal"
     assert run_python(WITHOUT_IMPORT, tmp_path, "", "-second").endswith("equal\n")
-    for kind in SUPPORTED_BASES:
+    for kind in FRESH_KINDS:
         first, second = ((tmp_path / name / "config.json").read_text() for name in (kind, f"{kind}-second"))
         assert json.loads(first)["auto_map"] == json.loads(second)["auto_map"]
         without_auto_map(tmp_path / f"{kind}-second")

@@ -20,6 +20,7 @@ HF_FOLDER, KERNELS_FOLDER = (Path(package.__file__).parent for package in (dsla_
 RANKS = {
     "peft_type": 0,
     "layout": 0,
+    "architectures": 0,
     "attention": 0,
     "cache": 1,
     "configuration": 1,

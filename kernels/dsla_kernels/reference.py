@@ -137,6 +137,8 @@ def dual_state_window_attention(
     sinks: tuple[Tensor, Tensor] | None = None,
     row_start: Tensor | None = None,
     initial_state: Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The two halves of the layer with a softmax window.
 
@@ -153,6 +155,8 @@ def dual_state_window_attention(
         sinks: k `[B, S, Hkv, K]` and v `[B, S, Hkv, V]` of the first tokens of each text, which the window always sees.
         row_start: int `[B]`, number of each row's first token in its text; 0 if None.
         initial_state: what the states hold before the row; read by the first two blocks.
+        softcap: scores s of the window become softcap * tanh(s / softcap), as in Gemma 2.
+        sink_logits: `[Hq]`, a score per head that takes its share of the softmax and gives nothing, as in gpt-oss.
 
     Returns:
         o_window: softmax attention over window and sinks, `[B, T, Hq, V]`, fp32 (fp64 for fp64 inputs) like all results.
@@ -197,8 +201,13 @@ def dual_state_window_attention(
         sink = torch.arange(sinks[0].shape[1], device=device)
         sinks_visible = sink <= (start[:, None, None, None] + query - window_size)
         visible = torch.cat([sinks_visible, visible.expand(len(start), -1, -1, -1)], dim=-1)
-    scores = torch.einsum("bnchrk,bndhk->bnhrcd", q_b, k_b).to(states.dtype).masked_fill(~visible[:, :, None, None], float("-inf"))
+    scores = torch.einsum("bnchrk,bndhk->bnhrcd", q_b, k_b).to(states.dtype)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    scores = scores.masked_fill(~visible[:, :, None, None], float("-inf"))
     log_denominator = scores.logsumexp(-1)
+    if sink_logits is not None:
+        log_denominator = log_denominator.logaddexp(sink_logits.to(states.dtype).view(kv_heads, -1, 1))
     weights = (scores - log_denominator[..., None]).exp()
     o_window = torch.einsum("bnhrcd,bndhv->bnchrv", weights.to(v.dtype), v_b).to(states.dtype)
 

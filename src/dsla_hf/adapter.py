@@ -17,11 +17,11 @@ from peft.utils import register_peft_method
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .architectures import SHORT_WINDOW, SUPPORTED_BASES, fused_into, projection, sliding_window_of, why_unsupported
 from .configuration import PROJECTIONS, DSLAConfig, check_order, same_magnitude
 from .generation import generate_with_levels
 from .layout import install_layout_hook, remove_layout_hook
 from .modeling import (
-    SUPPORTED_BASES,
     attention_config,
     decoder_layers,
     decoder_of,
@@ -37,6 +37,27 @@ class AdapterLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight.to(input.dtype), None if self.bias is None else self.bias.to(input.dtype))
+
+
+class FusedProjection(nn.Module):
+    """A base's fused projection, some of whose parts are DSLA's own."""
+
+    def __init__(self, base: nn.Linear, parts: tuple[str, ...], sizes: list[int], own: dict[str, AdapterLinear]):
+        super().__init__()
+        self.base, self.parts, self.sizes, self.own = base, parts, sizes, nn.ModuleDict(own)
+
+    def forward(self, input: Tensor) -> Tensor:
+        pieces = zip(self.parts, self.base(input).split(self.sizes, -1), strict=True)
+        return torch.cat([self.own[part](input) if part in self.own else piece for part, piece in pieces], -1)
+
+    def merged(self) -> AdapterLinear:
+        """One projection that does the same."""
+        fused = AdapterLinear(self.base.in_features, self.base.out_features, bias=self.base.bias is not None, device="meta")
+        for name, parameter in self.base.named_parameters(recurse=False):
+            pieces = zip(self.parts, parameter.detach().split(self.sizes), strict=True)
+            rows = [getattr(self.own[part], name).detach().to(piece.dtype) if part in self.own else piece for part, piece in pieces]
+            setattr(fused, name, nn.Parameter(torch.cat(rows), requires_grad=False))
+        return fused
 
 
 class DSLALayer(nn.Module, BaseTunerLayer):
@@ -93,14 +114,14 @@ class DSLALayer(nn.Module, BaseTunerLayer):
         name = self.adapter_name
         if name is None:
             raise RuntimeError(f"the active adapter {self.active_adapters} has no weights for layer {self.layer_idx}")
-        modules = {**self.base_layer._modules, "dsla": self.dsla_core[name]}
-        for projection in self.configs[name].trained_projections:
-            modules[projection] = getattr(self, f"dsla_{projection}")[name]
+        own = {part: getattr(self, f"dsla_{part}")[name] for part in self.configs[name].trained_projections}
+        made_of = (name, self.dsla_core[name], dict(self.base_layer._modules), own)
         # Rebuilt when a module was replaced, e.g. by quantisation or by a LoRA on the base.
-        if self._view is None or self._view[0] != (name, modules):
+        if self._view is None or self._view[0] != made_of:
+            modules = {**self.base_layer._modules, "dsla": self.dsla_core[name], **_own_projections(self.base_layer, own)}
             view: Any = _new_view(self.base_layer, modules)
             view.exact_fold = self.configs[name].exact_fold
-            self._view = ((name, modules), view)
+            self._view = (made_of, view)
         view = self._view[1]
         view.training = self.training
         return view
@@ -112,7 +133,7 @@ class DSLALayer(nn.Module, BaseTunerLayer):
         self.configs[adapter_name] = config
         self.dsla_core[adapter_name] = new_dual_state_attention(self.base_layer, config)
         for name in config.trained_projections:
-            getattr(self, f"dsla_{name}")[adapter_name] = _copy_linear(getattr(self.base_layer, name))
+            getattr(self, f"dsla_{name}")[adapter_name] = _copy_linear(*projection(self.base_layer, name))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters or [adapter_name], inference_mode=inference_mode)
 
@@ -147,6 +168,8 @@ class DSLALayer(nn.Module, BaseTunerLayer):
         attention = self.dsla_attention()
         dtype = next(self.base_layer.parameters()).dtype
         for name, module in attention._modules.items():
+            if isinstance(module, FusedProjection):
+                module = module.merged()
             if isinstance(module, AdapterLinear):
                 attention._modules[name] = _as_linear(module)
         attention.to(dtype)
@@ -237,7 +260,14 @@ class DSLAModel(BaseTuner):
         _check_base(model)
         layers = decoder_layers(model)
         if peft_config.conversion_order is None:
-            peft_config.conversion_order = list(range(len(layers)))
+            # Layers with a short sliding window of their own gain nothing: they stay, unless the plan names them.
+            windows = [sliding_window_of(layer.self_attn) for layer in layers]
+            peft_config.conversion_order = [i for i, window in enumerate(windows) if window is None or window > SHORT_WINDOW]
+            if not peft_config.conversion_order:
+                raise ValueError(
+                    f"this model has a sliding window of {SHORT_WINDOW} tokens or fewer in every layer, so DSLA has nothing to gain; "
+                    "name the layers in conversion_order to convert them all the same"
+                )
         peft_config.conversion_order = check_order(peft_config.conversion_order, len(layers))
         peft_config.level = peft_config.check_level(peft_config.level)
         for index in peft_config.conversion_order:
@@ -350,14 +380,30 @@ def _new_view(base: Any, modules: dict[str, nn.Module | None]) -> nn.Module:
     return view
 
 
-def _copy_linear(linear: nn.Linear) -> AdapterLinear:
-    """A trainable copy; on the meta device if the original is there, or where PEFT makes empty weights (`low_cpu_mem_usage`)."""
+def _own_projections(base: Any, own: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The base's modules that are replaced when DSLA has these projections of its own."""
+    replaced: dict[str, nn.Module] = {}
+    for name, module in own.items():
+        matrix, parts = fused_into(base, name)
+        if parts == (name,):
+            replaced[name] = module
+        elif matrix not in replaced:
+            bounds = [projection(base, part)[1] for part in parts]
+            mine: dict[str, Any] = {part: own[part] for part in parts if part in own}
+            replaced[matrix] = FusedProjection(getattr(base, matrix), parts, [rows.stop - rows.start for rows in bounds], mine)
+    return replaced
+
+
+def _copy_linear(linear: nn.Linear, rows: slice) -> AdapterLinear:
+    """A trainable copy of some rows; on the meta device if the original is there, or where PEFT makes empty weights
+    (`low_cpu_mem_usage`)."""
     with align_module_device(linear):  # offloaded weights are brought in for as long as it takes
         weight = linear.weight
         device = "meta" if weight.device.type == "meta" else None
-        copy = AdapterLinear(linear.in_features, linear.out_features, bias=linear.bias is not None, dtype=weight.dtype, device=device)
+        size = len(range(*rows.indices(linear.out_features)))
+        copy = AdapterLinear(linear.in_features, size, bias=linear.bias is not None, dtype=weight.dtype, device=device)
         if copy.weight.device.type != "meta":
-            copy.load_state_dict({name: p.detach() for name, p in linear.named_parameters(recurse=False)})
+            copy.load_state_dict({name: p.detach()[rows] for name, p in linear.named_parameters(recurse=False)})
     return copy
 
 
@@ -372,6 +418,7 @@ def _become_hybrid(model: Any, hybrid_class: type, config: DSLAConfig) -> None:
     values = {name: value for name, value in model.config.to_dict().items() if name not in ("model_type", "architectures")}
     hybrid_config = hybrid_class.config_class(**values, dsla_config=config.to_hybrid_dict())  # type: ignore[attr-defined]
     hybrid_config._attn_implementation = model.config._attn_implementation
+    hybrid_config._experts_implementation = getattr(model.config, "_experts_implementation", None)
     hybrid_config._name_or_path = model.config._name_or_path
     base_config = model.config
     for module in model.modules():
@@ -382,11 +429,8 @@ def _become_hybrid(model: Any, hybrid_class: type, config: DSLAConfig) -> None:
 
 
 def _check_base(model: Any) -> None:
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type == "dsla":
-        raise ValueError("this model is a DSLA hybrid already; put a DSLA adapter on the original model")
-    if model_type not in SUPPORTED_BASES:
-        raise ValueError(f"model type {model_type!r} is not supported by DSLA; supported are {list(SUPPORTED_BASES)}")
+    if getattr(getattr(model, "config", None), "model_type", None) not in SUPPORTED_BASES:
+        raise ValueError(why_unsupported(getattr(model, "config", None)))
     if "disk" in getattr(model, "hf_device_map", {}).values():
         raise ValueError(
             "the base has layers on disk, over which PEFT cannot load an adapter that wraps whole attention modules: load the base in "
@@ -440,10 +484,11 @@ def _fingerprint(config: DSLAConfig, model: nn.Module) -> dict[str, float] | Non
     for index in config.conversion_order or ():
         layer: Any = decoder_layers(model)[index]
         for name in ("k_proj", "v_proj"):
-            weight = getattr(getattr(layer.self_attn, name), "weight", None)
+            linear, rows = projection(layer.self_attn, name)
+            weight = getattr(linear, "weight", None)
             if weight is None or not weight.is_floating_point() or weight.device.type == "meta":
                 return None
-            prints[f"layers.{index}.{name}"] = float(f"{weight.detach().float().abs().mean().item():.8g}")
+            prints[f"layers.{index}.{name}"] = float(f"{weight.detach()[rows].float().abs().mean().item():.8g}")
     return prints
 
 

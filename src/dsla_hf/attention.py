@@ -145,6 +145,8 @@ class DualStateAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
         state: DualState | None = None,
         output_state: bool = False,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
     ) -> tuple[Tensor, DualState | None]:
         """Attend, after `state` if one is given.
 
@@ -154,6 +156,7 @@ class DualStateAttention(nn.Module):
             cu_seqlens: int `[N + 1]`, boundaries of packed sequences (B = 1, without `state`).
             state: of the tokens before these.
             output_state: also return the state after these tokens.
+            softcap, sink_logits: of the window's softmax, see `dual_state_window_attention`; of no effect without a window.
 
         Returns:
             o `[B, T, Hq, V]` in q's dtype, zero at padding; and the new state or None.
@@ -168,8 +171,8 @@ class DualStateAttention(nn.Module):
         if not self.window_size:
             return self._pure(q, k, v, padding_mask, cu_seqlens, state, output_state)
         if state is not None and q.shape[1] == 1:
-            return self._window_step(q, k, v, padding_mask, state)
-        return self._window(q, k, v, padding_mask, cu_seqlens, state, output_state)
+            return self._window_step(q, k, v, padding_mask, state, softcap, sink_logits)
+        return self._window(q, k, v, padding_mask, cu_seqlens, state, output_state, softcap, sink_logits)
 
     @torch.no_grad()
     def fold(self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None, state: DualState | None = None) -> DualState:
@@ -241,7 +244,7 @@ class DualStateAttention(nn.Module):
 
     # --- with a softmax window ----------------------------------------------------------------------------------
 
-    def _window(self, q, k, v, padding_mask, cu_seqlens, state, output_state):
+    def _window(self, q, k, v, padding_mask, cu_seqlens, state, output_state, softcap=None, sink_logits=None):
         past = 0
         if state is not None:
             past = PAST_BLOCKS * self._block_size
@@ -266,13 +269,15 @@ class DualStateAttention(nn.Module):
             sinks=(sink_k, sink_v) if self.sink_tokens else None,
             row_start=None if state is None else self._row_start(state),
             initial_state=None if state is None else state.recurrent,
+            softcap=softcap,
+            sink_logits=sink_logits,
         )
         o = self._combine(o_window, log_denominator, o_state).to(q.dtype)
         if rows is not None:
             o = rows.scatter(o, q.shape[:2])[:, past:]
         return o, self._state_after(k, v, valid, states, state) if output_state else None
 
-    def _window_step(self, q, k, v, padding_mask, state):
+    def _window_step(self, q, k, v, padding_mask, state, softcap=None, sink_logits=None):
         """One token a row, written into the window; a block that another has followed goes into the states."""
         size, window, sinks, length, device = self._block_size, self.window_size, self.sink_tokens, state.lengths, q.device
         slot = torch.arange(-sinks, window, device=device)  # below 0: the sinks
@@ -285,8 +290,13 @@ class DualStateAttention(nn.Module):
         visible = torch.where(slot < 0, slot + sinks <= length[:, None] - window, token >= 0)
         dtype = state.recurrent.dtype
         q_h = (q[:, 0] * self.scale).unflatten(1, (self.num_kv_heads, -1))
-        scores = torch.einsum("bhrk,bshk->bhrs", q_h, window_k).to(dtype).masked_fill(~visible[:, None, None], float("-inf"))
+        scores = torch.einsum("bhrk,bshk->bhrs", q_h, window_k).to(dtype)
+        if softcap is not None:
+            scores = softcap * (scores / softcap).tanh()
+        scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
         log_denominator = scores.logsumexp(-1)
+        if sink_logits is not None:
+            log_denominator = log_denominator.logaddexp(sink_logits.to(dtype).view(self.num_kv_heads, -1))
         weights = (scores - log_denominator[..., None]).exp().to(v.dtype)
         o_window = torch.einsum("bhrs,bshv->bhrv", weights, window_v).to(dtype)
         mix = self.mix().to(dtype).unflatten(0, (self.num_kv_heads, -1))

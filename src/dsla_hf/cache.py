@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 from transformers.utils import logging
 
 from .attention import DualState, DualStateAttention
@@ -268,17 +276,23 @@ def dsla_cache_layer(
     if isinstance(layer, DSLACacheLayer):
         return layer
     tokens = int(layer.get_seq_length())
-    max_length = layer.get_max_length() if isinstance(layer, StaticLayer) else None
+    max_length = max(other.get_max_length() for other in cache.layers) if isinstance(layer, StaticLayer) else None
     if tokens == 0:
         new = DSLACacheLayer() if max_length is None else StaticDSLACacheLayer(max_length)
-    elif type(layer) in (DynamicLayer, StaticLayer):
+    elif type(layer) in (DynamicLayer, StaticLayer, DynamicSlidingWindowLayer, StaticSlidingWindowLayer):
         if not exact:
             logger.warning_once(
                 "a text goes on at a higher level with trained k_proj or v_proj: the states are folded from the original model's keys "
                 "and values, which is approximate. Set the level before the text begins, or train with the default trained_projections"
             )
-        keys, values = (x[:, :, :tokens] for x in (layer.keys, layer.values))
-        new = fold(attention, keys, values, attention_mask=layout.past_mask(tokens), max_length=max_length)
+        keys, values = _cached(layer, tokens)
+        cached = keys.shape[2]
+        if cached < tokens:
+            logger.warning_once(
+                f"layer {layer_idx} had a sliding window: of its {tokens} tokens the last {cached} are cached, and the states begin there"
+            )
+        new = fold(attention, keys, values, attention_mask=layout.past_mask(tokens, cached), max_length=max_length)
+        new.tokens = new.tokens + (tokens - cached)
     else:
         raise ValueError(
             f"layer {layer_idx} cannot become DSLA in mid-text: its cache is a {type(layer).__name__}, whose keys and values cannot be "
@@ -288,6 +302,15 @@ def dsla_cache_layer(
         new.activate_past_recording()
     cache.layers[layer_idx] = new
     return new
+
+
+def _cached(layer: Any, tokens: int) -> tuple[Tensor, Tensor]:
+    """Keys and values `[B, Hkv, T, D]` of the last tokens that a key-value layer still has."""
+    slots = layer.keys.shape[2]
+    if type(layer) is StaticSlidingWindowLayer and tokens >= slots:  # the oldest one leaves with the next token
+        return layer.keys[:, :, 1:], layer.values[:, :, 1:]
+    kept = min(tokens, slots)
+    return layer.keys[:, :, :kept], layer.values[:, :, :kept]
 
 
 def recording_cache(config: PreTrainedConfig) -> DynamicCache:

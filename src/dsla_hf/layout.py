@@ -17,9 +17,13 @@ class TokenLayout:
     padding_mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
 
-    def past_mask(self, past: int) -> Tensor | None:
-        """The mask of the first `past` tokens."""
-        return None if self.padding_mask is None else self.padding_mask[:, :past]
+    def past_mask(self, past: int, cached: int) -> Tensor | None:
+        """The mask of the last `cached` of the `past` tokens before this call."""
+        if self.padding_mask is None:
+            return None
+        if self.padding_mask.shape[1] <= past:  # of a static sliding window, which begins with the cached tokens
+            return self.padding_mask[:, :cached]
+        return self.padding_mask[:, past - cached : past]
 
     def new_mask(self, past: int | Tensor, tokens: int) -> Tensor | None:
         """The mask of the `tokens` tokens of this call, which `past` tokens precede.
@@ -30,7 +34,9 @@ class TokenLayout:
         if self.padding_mask is None:
             return None
         if isinstance(past, Tensor):  # a static cache, whose masks are as long as it is
-            return self.padding_mask.index_select(1, past + torch.arange(tokens, device=self.padding_mask.device))
+            # Those of sliding windows are shorter, and end with the new tokens.
+            start = past.clamp_max(self.padding_mask.shape[1] - tokens)
+            return self.padding_mask.index_select(1, start + torch.arange(tokens, device=self.padding_mask.device))
         if self.padding_mask.shape[1] < past + tokens:
             raise ValueError(
                 f"attention_mask covers {self.padding_mask.shape[1]} tokens, but {past} cached and {tokens} new ones are there: "
@@ -60,7 +66,7 @@ def read_layout(
     if cu_seqlens is not None:
         return TokenLayout(cu_seqlens=cu_seqlens)
     if isinstance(attention_mask, dict):
-        attention_mask = attention_mask.get("full_attention")
+        attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values()), None))
     if attention_mask is None:
         if position_ids is None or has_past or torch.compiler.is_compiling():
             return TokenLayout()
@@ -71,10 +77,9 @@ def read_layout(
             f"{list(attention_mask.shape) if isinstance(attention_mask, Tensor) else ''}"
         )
     if attention_mask.ndim == 4:
-        # The last query sees every real token before it and itself.
-        last = attention_mask[:, 0, -1]
-        mask = last if last.dtype == torch.bool else last == 0
-        return TokenLayout(padding_mask=mask)
+        # A real token is seen by itself, if by none other.
+        seen = attention_mask[:, 0] if attention_mask.dtype == torch.bool else attention_mask[:, 0] == 0
+        return TokenLayout(padding_mask=seen.any(1))
     mask = attention_mask.bool()
     if not torch.compiler.is_compiling() and bool(mask.all()):
         return TokenLayout()

@@ -31,15 +31,13 @@ from transformers.initialization import guard_torch_init_functions
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from .architectures import SUPPORTED_BASES
 from .attention import DualStateAttention
 from .cache import DSLACacheLayer, dsla_cache_layer
 from .configuration import DSLAConfig, check_order
 from .generation import generate_with_levels
 from .layout import TokenLayout, install_layout_hook, read_layout
 from .saving import push_saved, save_hybrid
-
-# Base models whose attention has been tested under DSLA, by `model_type`.
-SUPPORTED_BASES = ("llama", "qwen3")
 
 ATTENTION_FUNCTION = "dsla"
 
@@ -85,6 +83,8 @@ def dsla_attention_function(
         cu_seqlens=layout.cu_seqlens,
         state=None if dsla_layer is None else dsla_layer.current_state(dsla),
         output_state=dsla_layer is not None,
+        softcap=kwargs.get("softcap"),  # Gemma 2
+        sink_logits=kwargs.get("s_aux"),  # gpt-oss
     )
     if dsla_layer is not None:
         dsla_layer.advance(state, k, v, padding_mask)
