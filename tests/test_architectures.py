@@ -178,7 +178,8 @@ def test_hybrid_saved_and_loaded_is_bit_equal(model, level, tmp_path):
     assert torch.equal(hybrid(ids).logits, expected)
     hybrid.save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).model_type == "dsla"
-    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    attention = hybrid.config._attn_implementation
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, attn_implementation=attention)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     loaded.eval()
     assert torch.equal(loaded(ids).logits, expected)

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 import dsla_hf
 from dsla_hf import DSLAConfig, DSLAForCausalLM, DSLAHybridConfig, DualStateAttention
 from dsla_hf.attention import half_life_to_logit
-from dsla_hf.modeling import SUPPORTED_BASES, decoder_layers, hybrid_classes
+from dsla_hf.modeling import decoder_layers, hybrid_classes
 
 CONVERTED = [2, 0]  # of four layers
 
