@@ -382,7 +382,22 @@ def test_kernel_path_names_the_implementation_of_each_device():
 
 
 def slow_window_attention(
-    q, k, v, gate_logits, mix, window_size, *, state, scale=12**-0.5, write=None, state_mask=None, sinks=None, row_start=None, **gates
+    q,
+    k,
+    v,
+    gate_logits,
+    mix,
+    window_size,
+    *,
+    state,
+    scale=12**-0.5,
+    write=None,
+    state_mask=None,
+    sinks=None,
+    row_start=None,
+    softcap=None,
+    sink_logits=None,
+    **gates,
 ):
     """Token by token and obviously right: softmax over the last W tokens and the sinks before them; the states of whole blocks of
     W / 2 tokens, without the block of the query and the one before."""
@@ -402,8 +417,12 @@ def slow_window_attention(
             seen_k = torch.cat([sink_keys[row, seen], keys[row, window]])
             seen_v = torch.cat([sink_values[row, seen], values[row, window]])
             scores = scale * torch.einsum("hk,shk->hs", q[row, t], seen_k)
-            log_denominator[row, t] = scores.exp().sum(-1).log()
-            o_window[row, t] = torch.einsum("hs,shv->hv", scores.softmax(-1), seen_v)
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            weights = scores.exp()
+            denominator = weights.sum(-1) if sink_logits is None else weights.sum(-1) + sink_logits.exp()
+            log_denominator[row, t] = denominator.log()
+            o_window[row, t] = torch.einsum("hs,shv->hv", weights / denominator[:, None], seen_v)
             held = block * max(t // block - 1, 0)  # tokens of blocks 0 to n - 2
             mixed = torch.einsum("hi,hikv->hkv", mix, states[row, held].repeat_interleave(ratio, dim=0))
             o_state[row, t] = scale * torch.einsum("hk,hkv->hv", q[row, t], mixed)
@@ -655,3 +674,30 @@ def test_bad_extras_of_the_window_form_are_named(case):
     message, options = WINDOW_EXTRAS[case]
     with pytest.raises(ValueError, match=message):
         dual_state_window_attention(*make_inputs(tokens=10, dtype=torch.float32), 4, **options)
+
+
+# --- score cap and sink logits ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("with_sink_logits", [False, True])
+def test_window_attention_with_score_cap_and_sink_logits_equals_the_slow_truth(softcap, with_sink_logits):
+    inputs, sinks = make_inputs(tokens=23, heads=6, kv_heads=2), make_sinks(3)
+    options = {"softcap": softcap, "sink_logits": torch.randn(6, dtype=torch.float64) + 1 if with_sink_logits else None, "sinks": sinks}
+    state = torch.zeros(2, 2, 2, 12, 20, dtype=torch.float64)
+    found = dual_state_window_attention(*inputs, 8, **options)
+    assert_same_window(found, slow_window_attention(*inputs, 8, state=state, **options))
+    plain = dual_state_window_attention(*inputs, 8, sinks=sinks)
+    assert torch.equal(found[2], plain[2]), "what the states give is not capped"
+    if softcap or with_sink_logits:
+        assert relative_error(found[0], plain[0]) > 0.01
+
+
+def test_gradients_reach_the_sink_logits():
+    inputs = make_inputs(batch=1, tokens=7, heads=2, kv_heads=1, key_dim=2, value_dim=3)
+    leaves = [x.clone().requires_grad_() for x in (*inputs, torch.randn(2, dtype=torch.float64))]
+
+    def run(q, k, v, gate_logits, mix, sink_logits):
+        return dual_state_window_attention(q, k, v, gate_logits, mix, 4, softcap=1.3, sink_logits=sink_logits)[:2]
+
+    assert torch.autograd.gradcheck(run, leaves)
