@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -66,11 +67,14 @@ class Arm:
 
 ARMS: dict[str, Arm] = {
     "default": Arm(),
-    # controls without states; the last has the bytes of window and states together
+    # controls without states; 256 has the bytes of window and states together
     "window 128, 4 sinks": Arm({"window_size": 128}, "no states"),
     "window 192": Arm({"window_size": 192, "sink_tokens": 0}, "no states"),
     "window 192, 4 sinks": Arm({"window_size": 192}, "no states"),
     "window 256, 4 sinks": Arm({"window_size": 256}, "no states"),
+    # twice the window, and its control of equal bytes
+    "states beside a window of 256": Arm({"window_size": 256}),
+    "window 384, 4 sinks": Arm({"window_size": 384}, "no states"),
     # what the states are made of
     "one state": Arm({"half_lives": ((8.0, 4096.0),) * 2}, "one state"),
     "equal half-lives": Arm({"half_lives": ((8.0, 4096.0),) * 2}),
@@ -153,7 +157,10 @@ def run_arm(name: str, teacher: str, data: Path, output: Path, seed: int) -> dic
     )
     steps = STAGE_TOKENS // (BATCH * LENGTH)
     plain = DualStateAttention._window, DualStateAttention._pure, losses._weighted_kl
-    if device == "cuda":  # the same mathematics in fewer launches, by a factor of two to three
+    # Not for chains, whose links each train another layer, nor for texts cut at a place of their own: they would compile anew each time.
+    if (
+        device == "cuda" and not arm.distill.get("method") and not arm.training.get("raise_share")
+    ):  # the same mathematics in fewer launches, by a factor of two to three
         DualStateAttention._window, DualStateAttention._pure, losses._weighted_kl = (torch.compile(f, dynamic=False) for f in plain)
     start = time.perf_counter()
     order = distill(
@@ -239,6 +246,9 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--parallel", type=int, default=1, help="runs at the same time on the device")
+    parser.add_argument(
+        "--keep", type=Path, help="folder that also gets every result, and the adapter of the default, as soon as it is there"
+    )
     parser.add_argument("--tables", action="store_true", help="only make tables and plots from eval/results/distillation.json")
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)  # one arm and seed in this process
     args = parser.parse_args()
@@ -257,6 +267,11 @@ def main() -> None:
         arm, seed = args.run[0], int(args.run[1])
         result = run_arm(arm, args.teacher, args.data, folder(arm, seed), seed)
         (folder(arm, seed) / "result.json").write_text(json.dumps(result))
+        if args.keep:
+            target = args.keep / folder(arm, seed).name
+            target.mkdir(parents=True, exist_ok=True)
+            for file in ("result.json", *(("adapter_config.json", "adapter_model.safetensors") if arm == "default" else ())):
+                shutil.copy(folder(arm, seed) / file, target / file)
         last = result["rows"]
         print(f"{arm} {seed}:", *(f"{row['level']} {row['novels']:.2f}" for row in last), result["once"]["training_seconds"], flush=True)
         return
