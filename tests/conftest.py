@@ -1,9 +1,14 @@
 """Fixtures shared by all tests: small random models of both kinds, adapters far from their start, the shared folder."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # Triton kernels then run through its interpreter; to be said before triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
