@@ -30,7 +30,7 @@ test: $(VENV)/.installed-dev ## run the tests (more options: PYTEST_ARGS='-k nam
 
 # Left out: what does not touch transformers or peft, and distributed, because transformers 5.17 itself cannot resume a run on
 # several CPU processes (it restores the optimizer to the device "cpu:0").
-NOT_MINIMUM := reference attention ragged teacher distributed
+NOT_MINIMUM := reference attention kernels ragged teacher distributed
 test-minimum: ## run the tests with the oldest supported versions, in an environment of their own
 	$(MAKE) test VENV=.venv-minimum CONSTRAINTS=constraints-minimum.txt PYTEST_ARGS="$(NOT_MINIMUM:%=--ignore tests/test_%.py) $(PYTEST_ARGS)"
 

@@ -1021,6 +1021,47 @@ def test_weights_that_are_none_are_refused(name, value, tmp_path):
         arguments(tmp_path, **{name: value})
 
 
+# --- tokens that count ------------------------------------------------------------------------------------------
+
+
+def marked_data(items=4, tokens=24, padded=False):
+    data = token_data(items, tokens)
+    generator = torch.Generator().manual_seed(4)
+    for i, item in enumerate(data):
+        item["loss_mask"] = (torch.rand(tokens, generator=generator) < 0.4).long()
+        if padded:
+            item["attention_mask"] = (torch.arange(tokens) >= i).long()
+    return data
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_kl_counts_marked_tokens_alone(model, padded, tmp_path):
+    data = marked_data(padded=padded)
+    inputs = together(data)
+    mask = inputs["loss_mask"] * inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+    with torch.no_grad():
+        logits = []
+        for level in (0, 3):
+            set_level(model, level)
+            logits.append(model.train()(**given).logits.double().log_softmax(-1))
+        kl = (logits[0].exp() * (logits[0] - logits[1])).sum(-1)
+    trainer = train(model, tmp_path, data, max_steps=1, learning_rate=0.0, train_level=3, per_device_train_batch_size=4)
+    assert logged(trainer, "kl")[1] == pytest.approx(((kl * mask).sum() / mask.sum()).item(), rel=1e-4)
+
+
+def test_alignment_counts_marked_tokens_alone(llama, tmp_path):
+    data = marked_data()
+    everything = [{"input_ids": item["input_ids"]} for item in data]
+    options = {"stage": "alignment", "max_steps": 1, "learning_rate": 0.0, "per_device_train_batch_size": 4}
+    marked, plain = (
+        logged(train(llama, tmp_path / name, rows, **options), "alignment/layer_2")[1] for name, rows in (("a", data), ("b", everything))
+    )
+    ones = [{**item, "loss_mask": torch.ones(24, dtype=torch.long)} for item in everything]
+    assert logged(train(llama, tmp_path / "c", ones, **options), "alignment/layer_2")[1] == pytest.approx(plain)
+    assert marked != pytest.approx(plain, rel=1e-3)
+
+
 # --- when it goes wrong -----------------------------------------------------------------------------------------
 
 

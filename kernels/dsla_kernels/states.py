@@ -207,7 +207,7 @@ def _scan_kernel(
         state = tl.load(initial + end, mask=ok, other=0.0).to(tl.float32)
     for step in range(segments):
         segment = segments - 1 - step if REVERSE else step
-        wanted = ok & (step < steps)
+        wanted = ok & (element * 0 + step < steps)  # a tile, which the interpreter takes as a mask too
         offset = (row.to(tl.int64) * segments + segment) * heads + head
         added = tl.load(additions + offset * K * V + element, mask=wanted, other=0.0)
         decay = tl.load(segment_decay + offset * K + element // V, mask=wanted, other=0.0)

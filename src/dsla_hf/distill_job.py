@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +17,9 @@ from peft import get_peft_model
 from transformers import AutoTokenizer, HfArgumentParser, set_seed
 from transformers.hf_argparser import string_to_bool
 
-from .commands import check_at_least_one, load_adapter, load_model, packed, read_adapter_config
+from .commands import check_at_least_one, load_adapter, load_model, read_adapter_config
 from .configuration import DSLAConfig
-from .data import PackedTokens
+from .corpus import token_blocks
 from .distillation import DSLATrainingArguments, distill
 from .sensitivity import LayerRanking
 
@@ -75,6 +76,8 @@ SET_BY_RECIPE = {
     "num_train_epochs": "the steps follow from --tokens, --length and the batch size",
     "resume_from_checkpoint": "an interrupted run goes on when the same command is given again",
 }
+# So many blocks are looked at for tokens that the model does not know.
+CHECKED_BLOCKS = 64
 DEFAULTS = {
     # The recipe has some hundred steps: transformers' 500 would neither log nor save before the end of a stage.
     "logging_steps": 10,
@@ -96,8 +99,16 @@ class DistillOptions:
 
     model: str = field(metadata={"help": "Checkpoint to convert: a hub name or a folder."})
     data: list[str] = field(
-        metadata={"help": "Text files: .txt (documents separated by NUL) or .jsonl with a field 'text'; also .xz.", "metavar": "FILE"}
+        metadata={
+            "help": "Text: files (.txt with documents separated by NUL, .jsonl, .json, .parquet, .csv) or names of hub datasets, "
+            "'name:configuration'. Chats ('messages') are learnt from where the assistant writes.",
+            "metavar": "SOURCE",
+        }
     )
+    split: str = field(default="train", metadata={"help": "Split of hub datasets."})
+    column: str = field(default="text", metadata={"help": "Field or column that has the text."})
+    completion_only: bool = field(default=True, metadata={"help": "Of chats, learn from what the assistant writes only."})
+    streaming: bool = field(default=False, metadata={"help": "Tokenise while training, and keep nothing on disk."})
     length: int = field(default=2048, metadata={"help": "Tokens per training sequence."})
     tokens: int = field(default=12_000_000, metadata={"help": "Training tokens, half for each stage."})
     ranking_sequences: int = field(default=16, metadata={"help": "Sequences kept apart to rank the layers; 0: keep the order."})
@@ -274,12 +285,23 @@ def distill_job(options: DistillOptions, args: DSLATrainingArguments) -> LayerRa
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     ranked = options.ranking_sequences
     with args.main_process_first(desc="tokenizing"):
-        blocks = packed(options.data, tokenizer, options.length, options.tokens + ranked * options.length).blocks
-    if len(blocks) <= ranked:
+        blocks = token_blocks(
+            options.data,
+            tokenizer,
+            options.length,
+            max_tokens=options.tokens + ranked * options.length,
+            split=options.split,
+            column=options.column,
+            completion_only=options.completion_only,
+            streaming=options.streaming,
+        )
+    if not options.streaming and len(blocks) <= ranked:
         raise ValueError(
             f"the text gives {len(blocks)} sequences of {options.length} tokens, and {ranked} are for the ranking, so none is left "
             "to train on: give more text, a smaller --length or fewer --ranking_sequences"
         )
+    first = [row["input_ids"] for row in islice(blocks, max(ranked, CHECKED_BLOCKS))]
+    train = blocks.skip(ranked) if options.streaming else blocks.select(range(ranked, len(blocks)))
 
     set_seed(args.seed)
     if options.adapter is None:
@@ -288,7 +310,7 @@ def distill_job(options: DistillOptions, args: DSLATrainingArguments) -> LayerRa
         model = load_adapter(options.model, options.adapter, options.dtype, trainable=True)
     config = model.peft_config["default"]
     config.check_level(args.train_level)
-    known, highest = model.get_input_embeddings().num_embeddings, int(blocks.max())
+    known, highest = model.get_input_embeddings().num_embeddings, max(int(ids.max()) for ids in first)
     if highest >= known:
         raise ValueError(
             f"the tokenizer of {options.model} gives token {highest}, and the model knows tokens up to {known - 1}: "
@@ -299,13 +321,13 @@ def distill_job(options: DistillOptions, args: DSLATrainingArguments) -> LayerRa
     steps = max(1, options.tokens // 2 // per_step)
     ranking = distill(
         model,
-        PackedTokens(blocks[ranked:]),
+        train,
         args,
         alignment_steps=steps,
         logits_steps=steps,
         method=options.method,
         ranking_metric=options.ranking_metric,
-        ranking_data=list(blocks[:ranked].split(1)) if ranked else None,
+        ranking_data=first[:ranked] or None,
         processing_class=tokenizer,
     )
     if args.process_index == 0:

@@ -35,6 +35,7 @@ logger = logging.get_logger(__name__)
 STAGES = ("alignment", "logits")
 METHODS = ("random", "chain")
 SETTINGS_FILE = "stage.json"
+NOT_FOR_THE_MODEL = ("labels", "loss_mask")
 STAGE_SETTINGS = (
     "seed",
     "learning_rate",
@@ -74,6 +75,7 @@ class DSLATrainingArguments(TrainingArguments):
         default=0.0,
         metadata={"help": "Stage 'logits': share of steps whose text begins at a lower level than it ends, as in a raise in mid-text."},
     )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Keep `loss_mask`, which no model takes."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule, as in transformers."})
 
     def __post_init__(self) -> None:
@@ -120,7 +122,8 @@ def draw_raise(seed: int, step: int, share: float, level: int, tokens: int) -> t
 
 
 class DSLATrainer(Trainer):
-    """Trains the DSLA weights of a PEFT model. Data: `input_ids` (and `attention_mask`), no labels needed.
+    """Trains the DSLA weights of a PEFT model. Data: `input_ids` `[B, T]`, and optionally `attention_mask` and `loss_mask`, which
+    is nonzero at the tokens that count (of chats, those that the assistant writes); no labels needed.
 
     Trained weights are held in fp32 whatever the base's dtype. Loss terms and, per layer, the half-lives of both states
     are logged.
@@ -192,9 +195,10 @@ class DSLATrainer(Trainer):
         return args.train_level if args.train_level is not None else draw_level(args.seed, self.state.global_step, depth, args.level_draws)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        mask = _counted(inputs)
+        inputs = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
         args: Any = self.args
-        sums = self._alignment(model, inputs) if args.stage == "alignment" else self._logits(model, inputs)
+        sums = self._alignment(model, inputs, mask) if args.stage == "alignment" else self._logits(model, inputs, mask)
         # One denominator for all processes: the mean of their losses is then that of one process with the whole batch.
         weights = self.accelerator.reduce(torch.stack([weight.detach() for _, weight in sums.values()]), reduction="mean")
         losses = {name: total / weight for (name, (total, _)), weight in zip(sums.items(), weights, strict=True)}
@@ -209,9 +213,8 @@ class DSLATrainer(Trainer):
             loss = loss + self._zero_of_idle_weights()
         return (loss, {}) if return_outputs else loss
 
-    def _alignment(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    def _alignment(self, model: nn.Module, inputs: dict[str, Any], mask: Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:
         sums: dict[str, tuple[Tensor, Tensor]] = {}
-        mask = inputs.get("attention_mask")
 
         def compare(layer: Any, args: tuple, kwargs: dict, output: Any) -> None:
             # Inside the wrapped forward, as DDP and FSDP need.
@@ -227,10 +230,10 @@ class DSLATrainer(Trainer):
                 hook.remove()
         return sums
 
-    def _logits(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    def _logits(self, model: nn.Module, inputs: dict[str, Any], mask: Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:
         args: Any = self.args
         hidden = bool(args.hidden_weight)
-        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        ids, real = inputs["input_ids"], inputs.get("attention_mask")
         with torch.no_grad(), self._teacher(model):
             teacher = model(**inputs, use_cache=False, output_hidden_states=hidden)
         level = active_config(self.model).level or 0
@@ -241,7 +244,7 @@ class DSLATrainer(Trainer):
         else:
             below, cut = raised
             cache = DynamicCache(config=self.accelerator.unwrap_model(model).config)
-            begin = {"input_ids": ids[:, :cut]} | ({} if mask is None else {"attention_mask": mask[:, :cut]})
+            begin = {"input_ids": ids[:, :cut]} | ({} if real is None else {"attention_mask": real[:, :cut]})
             with torch.no_grad(), self._at_level(below):
                 model(**begin, past_key_values=cache, logits_to_keep=1)
             rest = inputs | {"input_ids": ids[:, cut:]}  # a mask covers the beginning too
@@ -275,7 +278,9 @@ class DSLATrainer(Trainer):
             ]
             for hooked_level in (0, level):  # the base first: with it broken, no layer of ours is to blame
                 with self._at_level(hooked_level):
-                    self.model(**{name: x for name, x in inputs.items() if name != "labels"}, use_cache=False, logits_to_keep=1)
+                    self.model(
+                        **{name: x for name, x in inputs.items() if name not in NOT_FOR_THE_MODEL}, use_cache=False, logits_to_keep=1
+                    )
                 if found:
                     what = "the original model's attention" if hooked_level == 0 else "the output"
                     bad = [f"{what} in layer {found[0]}"]
@@ -353,6 +358,12 @@ def half_lives(model: nn.Module) -> dict[str, float]:
     return lives
 
 
+def _counted(inputs: dict[str, Any]) -> Tensor | None:
+    """The tokens `[B, T]` that count for a loss: real ones, and of those the marked ones; None: all."""
+    masks = [inputs[name] for name in ("attention_mask", "loss_mask") if inputs.get(name) is not None]
+    return masks[0] * masks[1] if len(masks) == 2 else masks[0] if masks else None
+
+
 def _what_is_kept(directory: str) -> str:
     checkpoint = _last_whole_checkpoint(directory)
     return "No checkpoint has been written yet" if checkpoint is None else f"The last whole checkpoint is {checkpoint}"
@@ -395,7 +406,7 @@ def distill(
 
     Args:
         model: `get_peft_model(base, DSLAConfig(...))`.
-        train_dataset: items with `input_ids`, all of one length (packed), used by both stages.
+        train_dataset: items with `input_ids`, all of one length (packed), used by both stages; may be an iterable one.
         args: for both stages; `stage` and `max_steps` are set here.
         alignment_steps, logits_steps: optimizer steps of the two stages.
         method: how stage 2 trains every level. "random": all layers, at a level drawn anew for each step. "chain": one layer after
@@ -468,7 +479,7 @@ def _run_stage(
         setattr(stage_args, name, value)
     if args.warmup_steps >= 1:  # below 1 it is a share
         stage_args.warmup_steps = min(args.warmup_steps, steps // 5)
-    settings = {"method": "random", **_stage_settings(stage_args, len(dataset))}
+    settings = {"method": "random", **_stage_settings(stage_args, len(dataset) if hasattr(dataset, "__len__") else None)}
     _check_settings(directory, settings)
     trainer = DSLATrainer(model, stage_args, train_dataset=dataset, **options)
     if args.process_index == 0:
@@ -495,7 +506,7 @@ def _saved_stage(directory: Path, model: PeftModel) -> Path:
     return directory if adapter == "default" else directory / adapter
 
 
-def _stage_settings(args: DSLATrainingArguments, items: int) -> dict[str, Any]:
+def _stage_settings(args: DSLATrainingArguments, items: int | None) -> dict[str, Any]:
     """What decides the result of a stage, the number of processes left out."""
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     settings = {"max_steps": args.max_steps, "batch_size": batch, "items": items}
