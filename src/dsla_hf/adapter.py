@@ -312,16 +312,25 @@ class DSLAModel(BaseTuner):
         if self.peft_config:
             self.set_adapter(next((name for name in self.active_adapters if name in self.peft_config), next(iter(self.peft_config))))
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
         model = self.model
+        if merge and adapter_names is not None:
+            names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+            if unknown := sorted(set(names) - set(self.peft_config)):
+                raise ValueError(f"adapter_names: there are no adapters {unknown}, only {sorted(self.peft_config)}")
+            self.set_adapter(names)
         config = active_config(model) if merge else None
+        if merge and safe_merge:
+            _check_finite(model)
         hybrid_class = None
         if config is not None and config.level:
             hybrid_class = hybrid_classes(config.base_model_type or "")[1]
             if not issubclass(hybrid_class, type(model)):
                 raise ValueError(f"only a causal LM becomes a hybrid, not {type(model).__name__}: wrap AutoModelForCausalLM")
         decoder: Any = decoder_of(model)
-        super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        super()._unload_and_optionally_merge(merge, progressbar=progressbar, safe_merge=safe_merge)
         decoder._dsla_level_guard.remove()
         del decoder._dsla_level_guard
         if hybrid_class is None or config is None:
@@ -411,6 +420,15 @@ def _as_linear(linear: AdapterLinear) -> nn.Linear:
     plain = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
     plain.weight, plain.bias = linear.weight, linear.bias
     return plain
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Refuse a merge of broken weights, as `safe_merge` asks."""
+    for layer in dsla_layers(model).values():
+        name: Any = layer.adapter_name
+        modules: Any = [getattr(layer, part) for part in layer.adapter_layer_names] if layer.converted else []
+        if not all(p.isfinite().all() for module in modules if name in module for p in module[name].parameters()):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken (layer {layer.layer_idx})")
 
 
 def _become_hybrid(model: Any, hybrid_class: type, config: DSLAConfig) -> None:

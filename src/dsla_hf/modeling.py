@@ -247,6 +247,7 @@ class DSLAHybridMixin:
     """Put in front of a causal LM class: its converted layers are DSLA attention from the start."""
 
     config: Any
+    base_model_class: type[PreTrainedModel]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -296,6 +297,15 @@ class DSLAHybridMixin:
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(NO_CONTINUOUS_BATCHING)
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """Transformers reads this from the source of the class's module: that of the base says it."""
+        return cls.base_model_class._can_set_attn_implementation()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return cls.base_model_class._can_set_experts_implementation()
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers; adds the `auto_map` file, so that `trust_remote_code=True` loads it where dsla-hf is
         installed but not imported, and a model card. Refuses a directory that holds another model."""
@@ -319,7 +329,7 @@ def hybrid_classes(base_model_type: str) -> tuple[type[PreTrainedConfig], type[P
     base_model = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
     names = {"model_type": "dsla", "base_model_type": base_model_type, "__module__": __name__, "__annotations__": {}}
     config_class: Any = type(f"DSLA{base_config.__name__}", (DSLAHybridConfig, base_config), names)
-    names = {"config_class": config_class, "__module__": __name__}
+    names = {"config_class": config_class, "base_model_class": base_model, "__module__": __name__}
     model_class: Any = type(f"DSLA{base_model.__name__}", (DSLAHybridMixin, base_model), names)
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
     for auto_class in OTHER_AUTO_CLASSES:
