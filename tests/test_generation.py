@@ -145,7 +145,7 @@ def test_prompt_lookup_and_assisted_decoding_count_accepted_tokens(llama, tiny_m
 
         out = generate(llama, ids, level_policy=policy, **options)
         assert llama.get_level() == 3
-        if tokens != sorted(tokens) and OLD_TRANSFORMERS:
+        if OLD_TRANSFORMERS:
             continue  # asks stopping criteria about candidates too, so the raise may come some tokens early
         assert tokens == sorted(tokens) and tokens[-1] >= out.shape[1]
         # The text is what greedy decoding gives with the raise where it took place.
