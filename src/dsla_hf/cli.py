@@ -66,6 +66,24 @@ def _run(args: argparse.Namespace) -> None:
         from .commands import merge
 
         merge(args.model, args.adapter, args.level, args.output, dtype=args.dtype)
+    elif args.command == "eval":
+        from .evaluate_job import evaluate
+
+        evaluate(
+            args.model,
+            args.adapter,
+            args.levels,
+            args.tasks,
+            args.output,
+            limit=args.limit,
+            batch_size=args.batch_size,
+            num_fewshot=args.num_fewshot,
+            include_path=args.include_path,
+            dtype=args.dtype,
+            lengths=args.lengths,
+            haystack=args.haystack,
+            seed=args.seed,
+        )
     else:
         from .commands import generate
 
@@ -160,6 +178,37 @@ def _parser() -> argparse.ArgumentParser:
     sampling.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest tokens of this total (default: the model's)")
     sampling.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the draws (default: %(default)s)")
 
+    evaluation = _command(
+        commands,
+        "eval",
+        "measure tasks at several levels, with one load of the model",
+        "Runs tasks of lm-eval (an extra: pip install 'dsla-hf[eval]'), and long-context tasks that need no download: needle, "
+        "needle_several, needle_distractors, variable_tracking, associative_recall, position_perplexity, far_bigrams. Writes a file per "
+        "level; a run that was interrupted goes on where it stopped.",
+        "dsla eval --model BASE --adapter ADAPTER --levels 0,4,50% --tasks needle,far_bigrams --output RESULTS",
+        "dsla eval --model HYBRID --tasks piqa,arc_easy --output RESULTS --limit 100",
+    )
+    _checkpoint(evaluation, "original model, or a hybrid", adapter_required=False)
+    what = evaluation.add_argument_group("evaluation")
+    what.add_argument("--levels", type=_listed, metavar="L,L", help=f"each: {LEVEL} (default: the adapter's)")
+    what.add_argument("--tasks", type=_listed, required=True, metavar="T,T", help="names of lm-eval's tasks and groups, and of those above")
+    what.add_argument("--output", required=True, metavar="DIR", help="folder for the result files")
+    what.add_argument("--limit", type=_positive, metavar="N", help="documents per task (default: all; 40 for long-context tasks)")
+    what.add_argument(
+        "--batch-size",
+        type=lambda text: None if text == "auto" else _positive(text),
+        metavar="N",
+        help="sequences at a time, halved when memory does not suffice (default: auto)",
+    )
+    what.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question (default: the task's)")
+    what.add_argument("--include-path", metavar="DIR", help="folder with task definitions (YAML) of your own")
+    long = evaluation.add_argument_group("long context")
+    long.add_argument(
+        "--lengths", type=lambda text: [_positive(part) for part in _listed(text)], metavar="N,N", help="tokens (default: 1024)"
+    )
+    long.add_argument("--haystack", metavar="FILE", help=".txt or .jsonl, also .xz (default: the help texts of Python)")
+    long.add_argument("--seed", type=int, default=0, metavar="N", help="seed of names, numbers and places (default: %(default)s)")
+
     commands.add_parser(
         "env", help="versions, device, and which kernels run", description="What a bug report needs: versions, device, kernels."
     )
@@ -181,6 +230,10 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, got {text!r}")
     return int(text)
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _checkpoint(parser: argparse.ArgumentParser, kind: str, adapter_required: bool) -> None:

@@ -102,7 +102,7 @@ def generate(
     if given and not do_sample:
         raise ValueError(f"{' and '.join(f'--{name}' for name in given)} shape the sampling: give --do-sample too, or leave them out")
     base_config = AutoConfig.from_pretrained(model)
-    number = _level_to_generate_at(model, base_config, adapter, level)
+    number = level_to_run_at(model, base_config, adapter, level)
     tokenizer = AutoTokenizer.from_pretrained(model)
     inputs = tokenizer(prompt, return_tensors="pt")
     if not inputs["input_ids"].numel():
@@ -130,11 +130,20 @@ def generate(
     return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def _level_to_generate_at(model: str, base_config: Any, adapter: str | None, level: int | str | None) -> int | None:
-    """The level to set, None where there is none; refuses an adapter or a level that `model` cannot have."""
+# --- shared by all commands, `dsla distill` among them ----------------------------------------------------------
+
+
+def level_to_run_at(
+    model: str, base_config: Any, adapter: str | None, level: int | str | None, names: tuple[str, str] = ("--adapter", "--level")
+) -> int | None:
+    """The level to set, None where there is none; `names` are what the user calls adapter and level.
+
+    Raises:
+        ValueError: for an adapter or a level that `model` cannot have.
+    """
     if base_config.model_type == "dsla":
         layers = base_config.get_dsla_config().converted_layers
-        given = " and ".join(name for name, value in (("--adapter", adapter), ("--level", level)) if value is not None)
+        given = " and ".join(name for name, value in zip(names, (adapter, level), strict=True) if value is not None)
         if given:
             raise ValueError(
                 f"{given} cannot be had with {model}: it is a hybrid, merged with layers {sorted(layers)} as DSLA and without "
@@ -143,14 +152,11 @@ def _level_to_generate_at(model: str, base_config: Any, adapter: str | None, lev
         return None
     if adapter is None:
         if level is not None:
-            raise ValueError(f"--level needs --adapter: {model} alone has no DSLA layers")
+            raise ValueError(f"{names[1]} needs {names[0]}: {model} alone has no DSLA layers")
         return None
     config = read_adapter_config(adapter)
-    # Without --level, that of the adapter; None there is the whole plan.
+    # Without a level, that of the adapter; None there is the whole plan.
     return config.level if level is None else resolve_level(level, config, base_config.num_hidden_layers)
-
-
-# --- shared by all commands, `dsla distill` among them ----------------------------------------------------------
 
 
 def read_adapter_config(adapter: str) -> DSLAConfig:
