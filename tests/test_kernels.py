@@ -170,6 +170,8 @@ WINDOW = {  # tokens, W, K, V, group, sinks, and more
     "padded": (90, 32, 32, 32, 1, 3, {"lengths": [90, 20], "row_start": [0, 48], "state_mask": True, "state": True, "segment_blocks": 2}),
     "gates at the bound": (100, 32, 32, 32, 1, 4, {"gates": "bound", "state": True, "segment_blocks": 2}),
     "open gates": (100, 32, 32, 32, 1, 4, {"gates": "open", "state": True, "segment_blocks": 2}),
+    "capped scores and a sink logit": (100, 32, 32, 32, 2, 3, {"softcap": 3.0, "sink_logit": True, "state": True, "segment_blocks": 2}),
+    "padded, capped, a sink logit": (50, 24, 20, 12, 3, 0, {"lengths": [50, 20], "softcap": 50.0, "sink_logit": True, "kv_heads": 2}),
 }
 PARAMETERS = ("q", "k", "v", "gate_logits", "mix", "norm_weight", "state_gain", "state_bias")
 
@@ -182,6 +184,7 @@ def windowed(module, size, **options):
             write_logits=x["write_logits"],
             initial_state=x.get("initial_state"),
             sinks=(x["sink_k"], x["sink_v"]) if "sink_k" in x else None,
+            sink_logits=x.get("sink_logits"),
             output_final_state=True,
             **options,
         )
@@ -189,7 +192,7 @@ def windowed(module, size, **options):
     return form
 
 
-def make_window_inputs(dtype, tokens, key_dim, value_dim, group, sinks, state=False, **options):
+def make_window_inputs(dtype, tokens, key_dim, value_dim, group, sinks, state=False, sink_logit=False, **options):
     inputs = make_inputs(dtype, tokens, key_dim, value_dim, group, **options)
     (batch, _, heads, _), kv_heads = inputs["q"].shape, inputs["k"].shape[2]
     inputs["norm_weight"] = 1 + 0.3 * random(heads, value_dim)
@@ -199,6 +202,8 @@ def make_window_inputs(dtype, tokens, key_dim, value_dim, group, sinks, state=Fa
         inputs["sink_v"] = random(batch, sinks, kv_heads, value_dim).to(dtype)
     if state:
         inputs["initial_state"] = random(batch, kv_heads, 2, key_dim, value_dim)
+    if sink_logit:
+        inputs["sink_logits"] = 2 * random(heads)
     return inputs
 
 
@@ -209,9 +214,11 @@ def test_window_layer_with_all_gradients(case, dtype):
     options = dict(options)
     segment_blocks, lengths = options.pop("segment_blocks", 0), options.pop("lengths", None)
     row_start, state_mask = options.pop("row_start", None), options.pop("state_mask", False)
+    softcap = options.pop("softcap", None)
     batch = 1 if lengths is None else len(lengths)
     inputs = make_window_inputs(dtype, tokens, key_dim, value_dim, group, sinks, batch=batch, **options)
     rows = {
+        "softcap": softcap,
         "padding_mask": None,
         "state_mask": torch.rand(batch, tokens, device=DEVICE) > 0.2 if state_mask else None,
         "row_start": None if row_start is None else torch.tensor(row_start, device=DEVICE),
@@ -225,7 +232,9 @@ def test_window_layer_with_all_gradients(case, dtype):
     assert_close(found, expected, dtype)
 
 
-def test_fused_window_truth_is_the_layer():
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_fused_window_truth_is_the_layer(softcap):
+    more = {} if softcap is None else {"softcap": softcap, "sink_logits": torch.randn(4, dtype=torch.float64)}
     layer = DualStateAttention(4, 2, 12, 8, window_size=8, sink_tokens=2).double()
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -233,12 +242,12 @@ def test_fused_window_truth_is_the_layer():
     q, k, v = (torch.randn(2, 37, heads, size, dtype=torch.float64) for heads, size in ((4, 12), (2, 12), (2, 8)))
     lengths = torch.tensor([37, 12])
     mask = torch.arange(37) < lengths[:, None]
-    expected, state = layer(q, k, v, padding_mask=mask, output_state=True)
+    expected, state = layer(q, k, v, padding_mask=mask, output_state=True, **more)
     gate_logits, write_logits = layer.gate_logits(v)
     found, final = reference.fused_window_attention(
         q, k, v, gate_logits, layer.mix(), layer.norm_weight, layer.state_gain, layer.state_bias, 8,
         write_logits=write_logits, padding_mask=mask, state_mask=torch.arange(37).expand(2, -1) >= 2,
-        sinks=(k[:, :2], v[:, :2]), output_final_state=True,
+        sinks=(k[:, :2], v[:, :2]), output_final_state=True, **more,
     )  # fmt: skip
     assert relative_error(found, expected) < 1e-12 and relative_error(final, state.recurrent) < 1e-12
 
@@ -272,8 +281,12 @@ def test_the_state_pass_refuses_to_drop_gradients():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size, sinks, group, write, rank", [(8, 2, 2, True, 16), (40, 4, 1, False, 5), (0, 0, 8, True, 16)])
-def test_decode_follows_the_layer(size, sinks, group, write, rank, dtype):
+@pytest.mark.parametrize(
+    "size, sinks, group, write, rank, softcap",
+    [(8, 2, 2, True, 16, None), (8, 2, 2, True, 16, 2.0), (40, 4, 1, False, 5, None), (0, 0, 8, True, 16, None)],
+)
+def test_decode_follows_the_layer(size, sinks, group, write, rank, softcap, dtype):
+    """With a cap on the scores there is also a logit that takes a share of the softmax."""
     batch, kv_heads, key_dim, value_dim = 2, 1, 32, 48
     layer = DualStateAttention(
         kv_heads * group, kv_heads, key_dim, value_dim, window_size=size, sink_tokens=sinks, write_gate=write, gate_rank=rank
@@ -285,6 +298,9 @@ def test_decode_follows_the_layer(size, sinks, group, write, rank, dtype):
     gates = decode.GateWeights(
         layer.gate_down, layer.gate_up, layer.gate_bias, *((layer.write_weight, layer.write_bias) if write else (None, None))
     )
+
+    sink_logits = None if softcap is None else random(kv_heads * group)
+    more = {} if softcap is None else {"softcap": softcap, "sink_logits": sink_logits}
 
     def draw(tokens):
         sizes = ((kv_heads * group, key_dim), (kv_heads, key_dim), (kv_heads, value_dim))
@@ -298,11 +314,11 @@ def test_decode_follows_the_layer(size, sinks, group, write, rank, dtype):
         for step in range(max(size + 6, 8) if size < 40 else 62):
             q, k, v = draw(1)
             mask = None if step < 4 else torch.rand(batch, 1, device=DEVICE) > 0.1
-            expected, state = truth(q.double(), k.double(), v.double(), padding_mask=mask, state=state, output_state=True)
+            expected, state = truth(q.double(), k.double(), v.double(), padding_mask=mask, state=state, output_state=True, **more)
             if size:
                 o = decode.window_decode(
                     q, k, v, recurrent, ring_k, ring_v, lengths, gates, layer.mix(), layer.norm_weight, layer.state_gain,
-                    layer.state_bias, size, padding_mask=mask,
+                    layer.state_bias, size, padding_mask=mask, **more,
                 )  # fmt: skip
                 assert torch.equal(lengths, state.lengths)
                 assert torch.equal(ring_k.double(), state.window_k) and torch.equal(ring_v.double(), state.window_v)
@@ -355,11 +371,12 @@ def test_compiled_decode_changes_its_buffers_in_place():
         ({"norm_weight": lambda x: x[:, :5]}, "norm_weight"),
         ({"state_gain": lambda x: x.long()}, "state_gain"),
         ({"sink_k": lambda x: x[:, :1]}, "sinks"),
+        ({"sink_logits": lambda x: x[:1]}, "sink_logits"),
     ],
 )
 def test_wrong_inputs_are_named_before_a_launch(change, message, monkeypatch):
     monkeypatch.setattr(torch.ops.dsla_kernels, "window_forward", None)
-    inputs = make_window_inputs(torch.float32, 10, 32, 32, 1, 2)
+    inputs = make_window_inputs(torch.float32, 10, 32, 32, 2, 2, sink_logit=True)
     with pytest.raises(ValueError, match=message):
         windowed(window, 8)(inputs | {name: edit(inputs[name]) for name, edit in change.items()})
 
@@ -376,3 +393,5 @@ def test_wrong_options_are_named_before_a_launch(options, message):
         pure(chunk)(make_inputs(torch.float32, 2, 258, 258, 1))
     with pytest.raises(ValueError, match="window_size"):
         windowed(window, 7)(make_window_inputs(torch.float32, 10, 32, 32, 1, 2))
+    with pytest.raises(ValueError, match="softcap"):
+        windowed(window, 8, softcap=-1.0)(make_window_inputs(torch.float32, 10, 32, 32, 1, 2))

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._ops import add_op_namespace_prefix, ops
 from .common import (
     as_bytes,
     check_kernel_inputs,
@@ -245,7 +246,7 @@ class ChunkLayer:
         self.state_dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
 
 
-@torch.library.custom_op("dsla_kernels::chunk_forward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("chunk_forward"), mutates_args=())
 @on_its_device
 def chunk_forward(
     q: Tensor,
@@ -345,7 +346,7 @@ def dual_state_attention(
     if cu_seqlens is not None:
         longest = rows_from_cu_seqlens(cu_seqlens, q.shape[1]).valid.shape[1]
         row_first, row_length = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    o, final = torch.ops.dsla_kernels.chunk_forward(
+    o, final = ops.chunk_forward(
         unit_stride(q),
         unit_stride(k),
         unit_stride(v),

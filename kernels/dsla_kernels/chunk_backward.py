@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._ops import add_op_namespace_prefix, ops
 from .chunk import ChunkLayer, chunk_forward
 from .common import (
     load_log_decay,
@@ -370,7 +371,7 @@ def _state_gradients(layer: ChunkLayer, q, do, mix, d_final, scale, with_initial
     return gradients, d_initial
 
 
-@torch.library.custom_op("dsla_kernels::chunk_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("chunk_backward"), mutates_args=())
 @on_its_device
 def _chunk_backward(
     do: Tensor,
@@ -463,7 +464,7 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, do, d_final):
     tensors = ctx.saved_tensors
-    gradients = torch.ops.dsla_kernels.chunk_backward(
+    gradients = ops.chunk_backward(
         do.contiguous(), d_final.contiguous() if ctx.with_final else None, *tensors, *ctx.options, ctx.segment_blocks
     )
     return *(None if x is None else d for x, d in zip(tensors[:7], gradients, strict=True)), *[None] * 9

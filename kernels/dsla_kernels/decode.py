@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._ops import add_op_namespace_prefix, ops
 from .common import LARGEST_HEAD, TILE, bounded_log_decay, dot_type, load_rows, on_its_device
-from .window import LN_2, LOG2_E, softmax_step, state_gate
+from .window import LN_2, LOG2_E, check_softcap, softmax_scores, softmax_step, state_gate
 
 
 class GateWeights(NamedTuple):
@@ -76,8 +77,10 @@ def _window_decode_kernel(
     norm_weight,
     state_gain,
     state_bias,
+    sink_logits,  # [Hq] or None
     o,
     scale,
+    softcap,  # or None
     norm_eps,
     inverse_normalizer,
     bound,
@@ -124,16 +127,24 @@ def _window_decode_kernel(
     v_new = tl.load(v + (row * HKV + head) * V + values, mask=value_ok, other=0.0)
 
     # The new token first, from registers: what its slot in the ring still holds has left the window.
-    top = tl.sum(q_tile.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * (scale * LOG2_E)
+    top = tl.sum(q_tile.to(tl.float32) * k_new.to(tl.float32)[None, :], 1)
+    top = softmax_scores(top, scale, softcap)
     denominator = tl.full([BM], 1.0, tl.float32)
     o_window = tl.zeros([BM, BV], tl.float32) + v_new.to(tl.float32)[None, :]
+    if sink_logits is not None:
+        logit = tl.load(sink_logits + head * R + group, mask=group_ok, other=0.0).to(tl.float32) * LOG2_E
+        new_top = tl.maximum(top, logit)
+        weight_new = tl.exp2(top - new_top)
+        denominator = weight_new + tl.exp2(logit - new_top)
+        o_window *= weight_new[:, None]
+        top = new_top
     for slot_first in range(0, tl.minimum(W, length), BN):  # slots fill from the first
         slot = slot_first + tl.arange(0, BN)
         token = length - (length - slot + W) % W
         visible = (slot < W) & (token >= 0) & (token < length)
         k_tile = load_rows(window_k + S * HKV * K, slot, visible, HKV * K, columns, column_ok).to(DOT)
         v_tile = load_rows(window_v + S * HKV * V, slot, visible, HKV * V, values, value_ok).to(DOT)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2_E)
+        scores = softmax_scores(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), scale, softcap)
         top, denominator, o_window = softmax_step(scores, visible[None, :], v_tile, top, denominator, o_window, DOT, PRECISION)
     if S > 0:  # noqa: SIM102 (the first is decided at compile time)
         if length >= W:
@@ -141,7 +152,7 @@ def _window_decode_kernel(
             visible = (sink < S) & (sink <= length - W)
             k_tile = load_rows(window_k, sink, visible, HKV * K, columns, column_ok).to(DOT)
             v_tile = load_rows(window_v, sink, visible, HKV * V, values, value_ok).to(DOT)
-            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2_E)
+            scores = softmax_scores(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), scale, softcap)
             top, denominator, o_window = softmax_step(scores, visible[None, :], v_tile, top, denominator, o_window, DOT, PRECISION)
     o_window /= denominator[:, None]
     log_denominator = (top + tl.log2(denominator)) * LN_2
@@ -290,7 +301,7 @@ def _pure_decode_kernel(
     tl.store(o + (row * HKV * R + heads)[:, None] * V + values[None, :], result.to(o.dtype.element_ty), mask=store_ok)
 
 
-@torch.library.custom_op("dsla_kernels::window_decode", mutates_args=("recurrent", "window_k", "window_v"))
+@torch.library.custom_op(add_op_namespace_prefix("window_decode"), mutates_args=("recurrent", "window_k", "window_v"))
 @on_its_device
 def _window_decode(
     q: Tensor,
@@ -310,11 +321,13 @@ def _window_decode(
     norm_weight: Tensor,
     state_gain: Tensor,
     state_bias: Tensor,
+    sink_logits: Tensor | None,
     window_size: int,
     gate_normalizer: float,
     lower_bound: float,
     scale: float,
     norm_eps: float,
+    softcap: float | None,
 ) -> Tensor:
     sizes = _sizes(q, v, k.shape[2], down, bias)
     size, sinks = window_size // 2, window_k.shape[1] - window_size
@@ -339,8 +352,10 @@ def _window_decode(
         norm_weight,
         state_gain,
         state_bias,
+        sink_logits,
         o,
         scale,
+        softcap,
         norm_eps,
         1.0 / gate_normalizer,
         lower_bound,
@@ -361,7 +376,7 @@ def _window_decode(
     return o
 
 
-@torch.library.custom_op("dsla_kernels::pure_decode", mutates_args=("recurrent",))
+@torch.library.custom_op(add_op_namespace_prefix("pure_decode"), mutates_args=("recurrent",))
 @on_its_device
 def _pure_decode(
     q: Tensor,
@@ -455,6 +470,8 @@ def window_decode(
     scale: float | None = None,
     norm_eps: float = 1e-6,
     padding_mask: Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
     advance: bool = True,
 ) -> Tensor:
     """One token a row through the layer with a softmax window; states, ring, sinks and lengths change in place.
@@ -467,6 +484,7 @@ def window_decode(
         gates: of the layer, fp32, bf16 or fp16.
         mix `[Hq, 2]`, norm_weight `[Hq, V]`, state_gain and state_bias `[Hq]`: see `reference.fused_window_attention`.
         padding_mask: `[B, 1]`; a padded token leaves no trace and its output is zero.
+        softcap, sink_logits `[Hq]`: of the window's softmax, see `reference.dual_state_window_attention`.
         advance: also count the token in `lengths`; False leaves it to the caller, for example once for all layers.
 
     Returns:
@@ -479,6 +497,7 @@ def window_decode(
     _check(q, k, v, recurrent, gates, mix, norm_weight, padding_mask)
     if window_size < 2 or window_size % 2:
         raise ValueError(f"window_size must be an even number of tokens, got {window_size}")
+    check_softcap(softcap)
     slots, heads = window_k.shape[1], q.shape[2]
     if not window_size <= slots <= window_size + window_size // 2:
         raise ValueError(f"window_k must have {window_size} slots and at most {window_size // 2} for sinks, got {slots}")
@@ -488,11 +507,13 @@ def window_decode(
         ("lengths", lengths, (q.shape[0],), torch.int64),
         ("state_gain", state_gain, (heads,), None),
         ("state_bias", state_bias, (heads,), None),
+        ("sink_logits", sink_logits, (heads,), None),
     ):
-        _check_tensor(name, x, shape, dtype, q.device)
+        if x is not None:
+            _check_tensor(name, x, shape, dtype, q.device)
     _check_in_place(recurrent=recurrent, window_k=window_k, window_v=window_v, lengths=lengths)
     real = None if padding_mask is None else padding_mask[:, -1].to(torch.uint8)
-    o = torch.ops.dsla_kernels.window_decode(
+    o = ops.window_decode(
         q.contiguous(),
         k.contiguous(),
         v.contiguous(),
@@ -506,11 +527,13 @@ def window_decode(
         norm_weight.contiguous(),
         state_gain.contiguous(),
         state_bias.contiguous(),
+        None if sink_logits is None else sink_logits.contiguous(),
         window_size,
         gate_normalizer,
         lower_bound,
         q.shape[-1] ** -0.5 if scale is None else scale,
         norm_eps,
+        softcap,
     )
     if advance:
         lengths.add_(1 if real is None else real)
@@ -538,7 +561,7 @@ def pure_decode(
     """
     _check(q, k, v, recurrent, gates, mix, norm_weight, padding_mask)
     _check_in_place(recurrent=recurrent)
-    return torch.ops.dsla_kernels.pure_decode(
+    return ops.pure_decode(
         q.contiguous(),
         k.contiguous(),
         v.contiguous(),

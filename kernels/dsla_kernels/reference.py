@@ -346,6 +346,8 @@ def fused_window_attention(
     row_start: Tensor | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The layer with a softmax window, from q, k, v to its output: `dual_state_window_attention` and what joins its halves.
 
@@ -381,6 +383,8 @@ def fused_window_attention(
         sinks=sinks,
         row_start=row_start,
         initial_state=initial_state,
+        softcap=softcap,
+        sink_logits=sink_logits,
     )
     rms = (o_state.square().mean(-1, keepdim=True) + norm_eps).sqrt()
     gate = state_gain.to(rms.dtype) * rms.squeeze(-1).log() + state_bias.to(rms.dtype) - log_denominator

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._ops import add_op_namespace_prefix, ops
 from .common import (
     Tiling,
     as_bytes,
@@ -25,6 +26,32 @@ from .states import StateInputs, entering_states, value_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def tanh(x):
+    """tanh to fp32's relative precision: by exponentials, and near 0, where those cancel, by its series."""
+    small = tl.exp(-2 * tl.abs(x))
+    large = (1 - small) / (1 + small)
+    square = x * x
+    series = -0.33333334 + square * (0.13333334 + square * (-0.05396825 + square * 0.02186949))
+    return tl.where(square < 0.0625, x + x * square * series, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def softmax_scores(products, scale, softcap):
+    """Scores in base 2 from products of queries and keys, capped unless softcap is None."""
+    if softcap is None:
+        return products * (scale * LOG2_E)
+    else:
+        return tanh(products * (scale / softcap)) * (softcap * LOG2_E)
+
+
+@triton.jit
+def score_slope(scores, softcap):
+    """Derivative of capped scores in base 2 with respect to what they were before."""
+    ratio = scores / (softcap * LOG2_E)
+    return 1 - ratio * ratio
 
 
 @triton.jit
@@ -46,6 +73,7 @@ def _window_softmax(
     v,
     sink_k,
     sink_v,
+    sink_logit,  # of the head, or None
     k_t,
     v_t,
     first,
@@ -53,7 +81,8 @@ def _window_softmax(
     tokens,
     length,
     text_start,
-    log2_scale,
+    scale,
+    softcap,
     columns,
     column_ok,
     values,
@@ -73,20 +102,23 @@ def _window_softmax(
     """Softmax attention of a tile of queries over window and sinks: output `[C, BV]` and log-denominator `[C]`."""
     top = tl.full([C], -1e30, tl.float32)
     denominator = tl.zeros([C], tl.float32)
+    if sink_logit is not None:
+        top = tl.maximum(top, sink_logit * LOG2_E)
+        denominator += 1
     o = tl.zeros([C, BV], tl.float32)
     if S > 0:  # noqa: SIM102 (the first is decided at compile time)
         if text_start + end - 1 >= W:
             sink = tl.arange(0, BS)
             k_tile = load_rows(sink_k, sink, sink < S, HKV * K, columns, column_ok).to(DOT)
             v_tile = load_rows(sink_v, sink, sink < S, HKV * V, values, value_ok).to(DOT)
-            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * log2_scale
+            scores = softmax_scores(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), scale, softcap)
             visible = (sink[None, :] <= text_start + tokens[:, None] - W) & (sink[None, :] < S)
             top, denominator, o = softmax_step(scores, visible, v_tile, top, denominator, o, DOT, PRECISION)
     for key_first in range(tl.maximum(first - W, 0), end, BN):
         keys = key_first + tl.arange(0, BN)
         k_tile = load_rows(k, keys, keys < length, k_t, columns, column_ok).to(DOT)
         v_tile = load_rows(v, keys, keys < length, v_t, values, value_ok).to(DOT)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * log2_scale
+        scores = softmax_scores(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), scale, softcap)
         visible = (keys[None, :] <= tokens[:, None]) & (keys[None, :] > tokens[:, None] - W)
         top, denominator, o = softmax_step(scores, visible, v_tile, top, denominator, o, DOT, PRECISION)
     # A query that lies behind its row's end sees nothing.
@@ -115,6 +147,7 @@ def _window_kernel(
     state_bias,
     sink_k,
     sink_v,
+    sink_logits,  # [Hq] or None
     row_start,
     row_length,
     o,
@@ -131,6 +164,7 @@ def _window_kernel(
     T,
     boundaries,
     scale,
+    softcap,  # or None
     norm_eps,
     HKV: tl.constexpr,
     R: tl.constexpr,
@@ -178,8 +212,11 @@ def _window_kernel(
         sink_k += (row * S * HKV + kv_head) * K
         sink_v += (row * S * HKV + kv_head) * V
     q_tile = load_rows(q, tokens, token_ok, q_t, columns, column_ok).to(DOT)
+    sink_logit = None
+    if sink_logits is not None:
+        sink_logit = tl.load(sink_logits + head).to(tl.float32)
     o_window, log_denominator = _window_softmax(
-        q_tile, k, v, sink_k, sink_v, k_t, v_t, first, end, tokens, length, text_start, scale * LOG2_E,
+        q_tile, k, v, sink_k, sink_v, sink_logit, k_t, v_t, first, end, tokens, length, text_start, scale, softcap,
         columns, column_ok, values, value_ok, HKV, K, V, BV, S, BS, W, C, BN, DOT, PRECISION,
     )  # fmt: skip
 
@@ -278,7 +315,7 @@ class WindowLayer:
         return states
 
 
-@torch.library.custom_op("dsla_kernels::window_forward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("window_forward"), mutates_args=())
 @on_its_device
 def window_forward(
     q: Tensor,
@@ -292,6 +329,7 @@ def window_forward(
     write_logits: Tensor | None,
     sink_k: Tensor | None,
     sink_v: Tensor | None,
+    sink_logits: Tensor | None,
     initial_state: Tensor | None,
     state_mask: Tensor | None,
     row_length: Tensor | None,
@@ -301,6 +339,7 @@ def window_forward(
     lower_bound: float,
     scale: float,
     norm_eps: float,
+    softcap: float | None,
     output_final_state: bool,
     segment_blocks: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -321,6 +360,7 @@ def window_forward(
         state_bias,
         sink_k,
         sink_v,
+        sink_logits,
         row_start,
         row_length,
         o,
@@ -331,6 +371,7 @@ def window_forward(
         layer.tokens,
         1 if states is None else states.shape[1],
         scale,
+        softcap,
         norm_eps,
         **layer.sizes,
         FIRST_STATE=2 if initial_state is None else 0,
@@ -368,6 +409,8 @@ def fused_window_attention(
     row_start: Tensor | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
     segment_blocks: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """The layer with a softmax window: arguments, results and mathematics of `reference.fused_window_attention`.
@@ -381,12 +424,12 @@ def fused_window_attention(
         ValueError: names the argument that does not fit, before anything is launched.
     """
     check_kernel_inputs(q, k, v, gate_logits, mix, gate_normalizer, lower_bound, padding_mask, None, initial_state, write_logits)
-    _check_window_inputs(q, k, v, norm_weight, state_gain, state_bias, window_size, state_mask, sinks, row_start)
+    _check_window_inputs(q, k, v, norm_weight, state_gain, state_bias, window_size, state_mask, sinks, row_start, softcap, sink_logits)
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     row_length = None
     if padding_mask is not None:
         row_length = padding_mask.bool().sum(1)
-    o, _, final = torch.ops.dsla_kernels.window_forward(
+    o, _, final = ops.window_forward(
         q,
         k,
         v,
@@ -398,6 +441,7 @@ def fused_window_attention(
         None if write_logits is None else write_logits.contiguous(),
         None if sinks is None else sinks[0].contiguous(),
         None if sinks is None else sinks[1].contiguous(),
+        None if sink_logits is None else sink_logits.contiguous(),
         None if initial_state is None else initial_state.contiguous(),
         as_bytes(state_mask),
         row_length,
@@ -407,27 +451,31 @@ def fused_window_attention(
         lower_bound,
         q.shape[-1] ** -0.5 if scale is None else scale,
         norm_eps,
+        softcap,
         output_final_state,
         segment_blocks,
     )
     return o, final if output_final_state else None
 
 
-def _check_window_inputs(q, k, v, norm_weight, state_gain, state_bias, window_size, state_mask, sinks, row_start):
+def _check_window_inputs(q, k, v, norm_weight, state_gain, state_bias, window_size, state_mask, sinks, row_start, softcap, sink_logits):
     batch, tokens, heads = q.shape[:3]
     if window_size < 2 or window_size % 2:
         raise ValueError(f"window_size must be an even number of tokens, got {window_size}")
+    check_softcap(softcap)
     for name, x, shape in (
         ("norm_weight", norm_weight, (heads, v.shape[-1])),
         ("state_gain", state_gain, (heads,)),
         ("state_bias", state_bias, (heads,)),
+        ("sink_logits", sink_logits, (heads,)),
         ("state_mask", state_mask, (batch, tokens)),
         ("row_start", row_start, (batch,)),
     ):
         if x is not None and (x.shape != shape or x.device != q.device):
             raise ValueError(f"{name} must be {list(shape)} on {q.device}, got {list(x.shape)} on {x.device}")
-    for name, x in (("norm_weight", norm_weight), ("state_gain", state_gain), ("state_bias", state_bias)):
-        if not x.is_floating_point() or x.dtype == torch.float64:
+    parameters = (("norm_weight", norm_weight), ("state_gain", state_gain), ("state_bias", state_bias), ("sink_logits", sink_logits))
+    for name, x in parameters:
+        if x is not None and (not x.is_floating_point() or x.dtype == torch.float64):
             raise ValueError(f"{name} must be fp32, bf16 or fp16, got {x.dtype}")
     if sinks is not None:
         for name, sink, x in (("k", sinks[0], k), ("v", sinks[1], v)):
@@ -437,6 +485,11 @@ def _check_window_inputs(q, k, v, norm_weight, state_gain, state_bias, window_si
                     f"{name} of the sinks must be {list(expected)} {q.dtype} on {q.device}, "
                     f"got {list(sink.shape)} {sink.dtype} on {sink.device}"
                 )
+
+
+def check_softcap(softcap: float | None) -> None:
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, or None for no cap, got {softcap}")
 
 
 from . import window_backward  # noqa: E402, F401 (registers the gradients, and needs what is defined above)

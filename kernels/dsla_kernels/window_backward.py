@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._ops import add_op_namespace_prefix, ops
 from .common import (
     load_log_decay,
     load_mask,
@@ -28,15 +29,18 @@ from .common import (
     store_states,
 )
 from .states import scan_segments
-from .window import LOG2_E, WindowLayer, state_gate, window_forward
+from .window import LOG2_E, WindowLayer, score_slope, softmax_scores, state_gate, window_forward
 
 
 @triton.jit
-def _query_step(scores, visible, log_denominator, d_window, delta, k_tile, v_tile, dq, DOT: tl.constexpr, PRECISION: tl.constexpr):
+def _query_step(scores, visible, log_denominator, d_window, delta, k_tile, v_tile, dq, softcap, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """Weights and score gradients `[C, BN]` of one tile of keys, and dq with its share."""
     weights = tl.where(visible, tl.exp2(scores - log_denominator[:, None] * LOG2_E), 0.0)
     d_weights = tl.dot(d_window, tl.trans(v_tile), input_precision=PRECISION)
-    d_scores = (weights * (d_weights - delta[:, None])).to(DOT)
+    d_scores = weights * (d_weights - delta[:, None])
+    if softcap is not None:
+        d_scores *= score_slope(scores, softcap)
+    d_scores = d_scores.to(DOT)
     return weights.to(DOT), d_scores, tl.dot(d_scores, k_tile, acc=dq, input_precision=PRECISION)
 
 
@@ -52,6 +56,7 @@ def _query_kernel(
     state_bias,
     sink_k,
     sink_v,
+    sink_logits,
     row_start,
     row_length,
     o,
@@ -65,6 +70,7 @@ def _query_kernel(
     d_scalars,  # fp32 [B, tiles, Hq, 4]: mix 1, mix 2, gain, bias
     d_sink_k,  # fp32 [B, tiles, Hq, S, K]
     d_sink_v,
+    d_sink_logits,  # fp32 [B, tiles, Hq]
     q_b,
     q_t,
     q_h,
@@ -78,6 +84,7 @@ def _query_kernel(
     tiles,
     boundaries,
     scale,
+    softcap,
     norm_eps,
     HKV: tl.constexpr,
     R: tl.constexpr,
@@ -182,6 +189,9 @@ def _query_kernel(
     tl.store(d_scalars + part_offset * 4 + 1, d_mix2)
     tl.store(d_scalars + part_offset * 4 + 2, d_gain)
     tl.store(d_scalars + part_offset * 4 + 3, d_bias)
+    if sink_logits is not None:
+        sink_score = tl.load(sink_logits + head).to(tl.float32) - log_denominator
+        tl.store(d_sink_logits + part_offset, -tl.sum(tl.where(token_ok, tl.exp(sink_score) * delta, 0.0), 0))
 
     q_tile = load_rows(q, tokens, token_ok, q_t, columns, column_ok).to(DOT)
     d_window = (do_tile * (1 - alpha)[:, None]).to(DOT)
@@ -192,10 +202,10 @@ def _query_kernel(
         if text_start + end - 1 >= W:
             k_tile = load_rows(sink_k + (row * S * HKV + kv_head) * K, sink, sink < S, HKV * K, columns, column_ok).to(DOT)
             v_tile = load_rows(sink_v + (row * S * HKV + kv_head) * V, sink, sink < S, HKV * V, values, value_ok).to(DOT)
-            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2_E)
+            scores = softmax_scores(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), scale, softcap)
             visible = (sink[None, :] <= text_start + tokens[:, None] - W) & (sink[None, :] < S) & token_ok[:, None]
             weights, d_scores, dq_tile = _query_step(
-                scores, visible, log_denominator, d_window, delta, k_tile, v_tile, dq_tile, DOT, PRECISION
+                scores, visible, log_denominator, d_window, delta, k_tile, v_tile, dq_tile, softcap, DOT, PRECISION
             )  # fmt: skip
             d_key = tl.dot(tl.trans(d_scores), q_tile, input_precision=PRECISION) * scale
             d_value = tl.dot(tl.trans(weights), d_window, input_precision=PRECISION)
@@ -205,10 +215,10 @@ def _query_kernel(
         keys = key_first + tl.arange(0, BN)
         k_tile = load_rows(k, keys, keys < length, k_t, columns, column_ok).to(DOT)
         v_tile = load_rows(v, keys, keys < length, v_t, values, value_ok).to(DOT)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2_E)
+        scores = softmax_scores(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), scale, softcap)
         visible = (keys[None, :] <= tokens[:, None]) & (keys[None, :] > tokens[:, None] - W) & token_ok[:, None]
         _, _, dq_tile = _query_step(
-            scores, visible, log_denominator, d_window, delta, k_tile, v_tile, dq_tile, DOT, PRECISION
+            scores, visible, log_denominator, d_window, delta, k_tile, v_tile, dq_tile, softcap, DOT, PRECISION
         )  # fmt: skip
     store_rows(dq + flat * K, tokens, written, HQ * K, columns, column_ok, dq_tile * scale)
 
@@ -416,6 +426,7 @@ def _key_kernel(
     state_tiles,
     gradient_tiles,
     scale,
+    softcap,
     inverse_normalizer,
     bound,
     HKV: tl.constexpr,
@@ -479,12 +490,16 @@ def _key_kernel(
         delta = tl.load(deltas + offset, mask=query_ok, other=0.0)
         d_window = (do_tile * (1 - alpha)[:, None]).to(DOT)
         scores = tl.dot(k_low.to(DOT), tl.trans(q_low), input_precision=PRECISION)
-        scores = tl.dot(k_high.to(DOT), tl.trans(q_high), acc=scores, input_precision=PRECISION) * (scale * LOG2_E)
+        scores = tl.dot(k_high.to(DOT), tl.trans(q_high), acc=scores, input_precision=PRECISION)
+        scores = softmax_scores(scores, scale, softcap)
         visible = (tokens[:, None] <= query[None, :]) & (tokens[:, None] > query[None, :] - W) & query_ok[None, :] & token_ok[:, None]
         weights = tl.where(visible, tl.exp2(scores - log_denominator[None, :] * LOG2_E), 0.0)
         d_weights = tl.dot(v_tile, tl.trans(d_window), input_precision=PRECISION)
         dv_tile = tl.dot(weights.to(DOT), d_window, acc=dv_tile, input_precision=PRECISION)
-        d_scores = (weights * (d_weights - delta[None, :])).to(DOT)
+        d_scores = weights * (d_weights - delta[None, :])
+        if softcap is not None:
+            d_scores *= score_slope(scores, softcap)
+        d_scores = d_scores.to(DOT)
         dk_low = tl.dot(d_scores, q_low, acc=dk_low, input_precision=PRECISION)
         dk_high = tl.dot(d_scores, q_high, acc=dk_high, input_precision=PRECISION)
     dk_low *= scale
@@ -588,7 +603,7 @@ def _state_gradients(layer: WindowLayer, q, u, mix, row_length, d_final, scale, 
     return gradients, d_initial
 
 
-@torch.library.custom_op("dsla_kernels::window_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("window_backward"), mutates_args=())
 @on_its_device
 def _window_backward(
     do: Tensor,
@@ -606,6 +621,7 @@ def _window_backward(
     write_logits: Tensor | None,
     sink_k: Tensor | None,
     sink_v: Tensor | None,
+    sink_logits: Tensor | None,
     initial_state: Tensor | None,
     state_mask: Tensor | None,
     row_length: Tensor | None,
@@ -615,6 +631,7 @@ def _window_backward(
     lower_bound: float,
     scale: float,
     norm_eps: float,
+    softcap: float | None,
     segment_blocks: int,
 ) -> list[Tensor]:
     """Gradients of q to initial_state, in the order of the arguments; an empty tensor for an argument that is None."""
@@ -632,6 +649,7 @@ def _window_backward(
     d_sink_k, d_sink_v = (
         None if x is None else q.new_empty(layer.batch, tiles, layer.heads, x.shape[1], x.shape[3], dtype=single) for x in (sink_k, sink_v)
     )
+    d_sink_logits = None if sink_logits is None else q.new_empty(layer.batch, tiles, layer.heads, dtype=single)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     warps = 8 if sizes["BV"] >= 128 else 4
     _query_kernel[(tiles * sizes["R"], layer.batch * layer.kv_heads)](
@@ -645,6 +663,7 @@ def _window_backward(
         state_bias,
         sink_k,
         sink_v,
+        sink_logits,
         row_start,
         row_length,
         o,
@@ -658,11 +677,13 @@ def _window_backward(
         d_scalars,
         d_sink_k,
         d_sink_v,
+        d_sink_logits,
         *strides,
         layer.tokens,
         tiles,
         1 if states is None else states.shape[1],
         scale,
+        softcap,
         norm_eps,
         **sizes,
         FIRST_STATE=first_state,
@@ -705,6 +726,7 @@ def _window_backward(
         layer.state_tokens // layer.size * layer.tiling.per_block,
         1 if gradients is None else gradients.shape[1],
         scale,
+        softcap,
         inputs.inverse_normalizer,
         inputs.bound,
         HKV=layer.kv_heads,
@@ -741,6 +763,7 @@ def _window_backward(
         (d_write_logits, write_logits),
         (d_sinks[0], sink_k),
         (d_sinks[1], sink_v),
+        (None if d_sink_logits is None else d_sink_logits.sum((0, 1)), sink_logits),
         (d_initial, initial_state),
     ]
     return [q.new_empty(0) if x is None or d is None else d.to(x.dtype).contiguous() for d, x in gradient_list]
@@ -748,22 +771,19 @@ def _window_backward(
 
 @_window_backward.register_fake
 def _(do, d_final, o, log_denominators, *inputs):
-    return [do.new_empty(0) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs[:12]]
+    return [do.new_empty(0) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs[:13]]
 
 
 def _save(ctx, inputs, output):
-    ctx.tensors, ctx.options = 15, inputs[15:]
-    ctx.with_final = inputs[20]
-    ctx.save_for_backward(*output[:2], *inputs[:15])
+    *ctx.options, ctx.with_final, ctx.segment_blocks = inputs[16:]
+    ctx.save_for_backward(*output[:2], *inputs[:16])
 
 
 def _backward(ctx, do, _, d_final):
     o, log_denominators, *tensors = ctx.saved_tensors
-    *options, _, segment_blocks = ctx.options
-    gradients = torch.ops.dsla_kernels.window_backward(
-        do.contiguous(), d_final.contiguous() if ctx.with_final else None, o, log_denominators, *tensors, *options, segment_blocks
-    )
-    return *(None if x is None else d for x, d in zip(tensors[:12], gradients, strict=True)), *[None] * 10
+    d_final = d_final.contiguous() if ctx.with_final else None
+    gradients = ops.window_backward(do.contiguous(), d_final, o, log_denominators, *tensors, *ctx.options, ctx.segment_blocks)
+    return *(None if x is None else d for x, d in zip(tensors[:13], gradients, strict=True)), *[None] * 11
 
 
 window_forward.register_autograd(_backward, setup_context=_save)
