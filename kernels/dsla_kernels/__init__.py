@@ -3,7 +3,7 @@
 from .checks import SMALLEST_LOG_DECAY, check_lower_bound
 from .dispatch import block_states, dual_state_attention, dual_state_window_attention, kernel_path
 from .ragged import Rows, rows_from_cu_seqlens, rows_from_mask
-from .reference import log_decays
+from .reference import join_window_and_states, log_decays
 
 __all__ = [
     "SMALLEST_LOG_DECAY",
@@ -12,6 +12,7 @@ __all__ = [
     "check_lower_bound",
     "dual_state_attention",
     "dual_state_window_attention",
+    "join_window_and_states",
     "kernel_path",
     "log_decays",
     "rows_from_cu_seqlens",

@@ -324,6 +324,25 @@ def _linear_scan(decay: Tensor, added: Tensor, state: Tensor) -> Tensor:
     return added
 
 
+def join_window_and_states(
+    o_window: Tensor,
+    log_denominator: Tensor,
+    o_state: Tensor,
+    norm_weight: Tensor,
+    state_gain: Tensor,
+    state_bias: Tensor,
+    norm_eps: float = 1e-6,
+) -> Tensor:
+    """Window and states under one denominator, as `fused_window_attention` has it: o_window, o_state and the result `[..., Hq, V]`,
+    log_denominator `[..., Hq]`, norm_weight `[Hq, V]`, state_gain and state_bias `[Hq]`. While the states are empty this is plain
+    softmax attention."""
+    dtype = o_state.dtype
+    rms = (o_state.square().mean(-1, keepdim=True) + norm_eps).sqrt()
+    gate = state_gain.to(dtype) * rms.squeeze(-1).log() + state_bias.to(dtype) - log_denominator
+    alpha = gate.sigmoid().masked_fill((o_state == 0).all(-1), 0)[..., None]
+    return o_window + alpha * (o_state / rms * norm_weight.to(dtype) - o_window)
+
+
 def fused_window_attention(
     q: Tensor,
     k: Tensor,
@@ -386,10 +405,7 @@ def fused_window_attention(
         softcap=softcap,
         sink_logits=sink_logits,
     )
-    rms = (o_state.square().mean(-1, keepdim=True) + norm_eps).sqrt()
-    gate = state_gain.to(rms.dtype) * rms.squeeze(-1).log() + state_bias.to(rms.dtype) - log_denominator
-    alpha = gate.sigmoid().masked_fill((o_state == 0).all(-1), 0)[..., None]
-    o = (o_window + alpha * (o_state / rms * norm_weight.to(rms.dtype) - o_window)).to(q.dtype)
+    o = join_window_and_states(o_window, log_denominator, o_state, norm_weight, state_gain, state_bias, norm_eps).to(q.dtype)
     if padding_mask is not None:
         o = o.masked_fill(~padding_mask.bool()[..., None, None], 0)
     if not output_final_state:

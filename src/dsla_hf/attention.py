@@ -16,6 +16,7 @@ from dsla_kernels import (
     check_lower_bound,
     dual_state_attention,
     dual_state_window_attention,
+    join_window_and_states,
     log_decays,
     rows_from_cu_seqlens,
     rows_from_mask,
@@ -316,13 +317,9 @@ class DualStateAttention(nn.Module):
         return o, DualState(recurrent, window_k, window_v, length)
 
     def _combine(self, o_window: Tensor, log_denominator: Tensor, o_state: Tensor) -> Tensor:
-        """Window and states under one denominator; all `[..., Hq, V]`, `log_denominator` `[..., Hq]`. Until something has
-        left the window this is plain softmax attention."""
-        rms = self._rms(o_state)
-        gain, bias = self.state_gain.to(rms.dtype), self.state_bias.to(rms.dtype)
-        alpha = torch.sigmoid(gain * rms.squeeze(-1).log() + bias - log_denominator)[..., None]
-        alpha = alpha.masked_fill((o_state == 0).all(-1, keepdim=True), 0)
-        return o_window + alpha * (self._normalise(o_state, rms) - o_window)
+        return join_window_and_states(
+            o_window, log_denominator, o_state, self.norm_weight, self.state_gain, self.state_bias, norm_eps=NORM_EPS
+        )
 
     def _rms(self, o: Tensor) -> Tensor:
         return (o.square().mean(-1, keepdim=True) + NORM_EPS).sqrt()
