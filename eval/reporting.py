@@ -15,8 +15,8 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def write_results(name: str, rows: list[dict[str, Any]], command: str | None = None, **extra: Any) -> Path:
-    """Write `results/NAME.json` whole or not at all: command, versions, device, rows."""
+def write_results(name: str, rows: list[dict[str, Any]], command: str | None = None, folder: Path = RESULTS, **extra: Any) -> Path:
+    """Write `NAME.json` in a folder whole or not at all: command, versions, device, rows."""
     content = {
         "command": command or "python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
         "versions": {
@@ -27,7 +27,7 @@ def write_results(name: str, rows: list[dict[str, Any]], command: str | None = N
         **extra,
         "rows": rows,
     }
-    path = RESULTS / f"{name}.json"
+    path = folder / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")

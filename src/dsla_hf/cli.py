@@ -79,11 +79,16 @@ def _run(args: argparse.Namespace) -> None:
             batch_size=args.batch_size,
             num_fewshot=args.num_fewshot,
             include_path=args.include_path,
+            data=args.data,
             dtype=args.dtype,
             lengths=args.lengths,
             haystack=args.haystack,
             seed=args.seed,
         )
+    elif args.command == "report":
+        from .report import report
+
+        report(args.results, args.out, speed=args.speed, metrics=args.metrics, title=args.title)
     else:
         from .commands import generate
 
@@ -182,9 +187,10 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "eval",
         "measure tasks at several levels, with one load of the model",
-        "Runs tasks of lm-eval (an extra: pip install 'dsla-hf[eval]'), and long-context tasks that need no download: needle, "
-        "needle_several, needle_distractors, variable_tracking, associative_recall, position_perplexity, far_bigrams. Writes a file per "
-        "level; a run that was interrupted goes on where it stopped.",
+        "Runs tasks of lm-eval (an extra: pip install 'dsla-hf[eval]'), the groups dsla_paper (dsla_commonsense, dsla_longbench, "
+        "dsla_summarization, dsla_perplexity) and dsla_ruler, and long-context tasks that need no download: needle, needle_several, "
+        "needle_distractors, variable_tracking, associative_recall, position_perplexity, far_bigrams. Writes a file per level; a run that "
+        "was interrupted goes on where it stopped.",
         "dsla eval --model BASE --adapter ADAPTER --levels 0,4,50% --tasks needle,far_bigrams --output RESULTS",
         "dsla eval --model HYBRID --tasks piqa,arc_easy --output RESULTS --limit 100",
     )
@@ -202,12 +208,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question (default: the task's)")
     what.add_argument("--include-path", metavar="DIR", help="folder with task definitions (YAML) of your own")
+    what.add_argument("--data", metavar="DIR", help="folder with data sets as DIR/OWNER/NAME (default: from the hub)")
     long = evaluation.add_argument_group("long context")
     long.add_argument(
         "--lengths", type=lambda text: [_positive(part) for part in _listed(text)], metavar="N,N", help="tokens (default: 1024)"
     )
     long.add_argument("--haystack", metavar="FILE", help=".txt or .jsonl, also .xz (default: the help texts of Python)")
     long.add_argument("--seed", type=int, default=0, metavar="N", help="seed of names, numbers and places (default: %(default)s)")
+
+    report = _command(
+        commands,
+        "report",
+        "one page of quality and speed against level, from result files",
+        "Tables and figures of what `dsla eval` measured, beside the same of other adapters, and the paper's published numbers. RESULTS "
+        "are folders of `dsla eval`, or JSON files with `rows`; NAME=PATH names them.",
+        "dsla report RESULTS --out page.html",
+        "dsla report default=RESULTS control=OTHER --speed speed.json --out page.md",
+    )
+    report.add_argument("results", nargs="+", metavar="RESULTS", help="folder of `dsla eval`, or a JSON file with rows")
+    report.add_argument("--out", required=True, metavar="FILE", help="page to write: .html or .md")
+    report.add_argument("--speed", nargs="+", default=[], metavar="FILE", help="likewise, measurements of speed")
+    report.add_argument(
+        "--metrics", type=_listed, default=[], metavar="P,P", help='tasks and metrics to show, such as "needle*" (default: all)'
+    )
+    report.add_argument("--title", metavar="TEXT", help="title of the page")
 
     commands.add_parser(
         "env", help="versions, device, and which kernels run", description="What a bug report needs: versions, device, kernels."

@@ -11,7 +11,7 @@ import platform
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 from . import long_context
 from .commands import check_at_least_one, device, level_to_run_at, load_adapter, load_model, read_adapter_config
+from .local_datasets import local_datasets
+from .tasks import FOLDER as TASKS_FOLDER
 
 # Documents at a time where no batch size is given; halved when memory does not suffice.
 AUTO_BATCH = {"cuda": 64, "cpu": 8}
@@ -40,6 +42,7 @@ def evaluate(
     batch_size: int | None = None,
     num_fewshot: int | None = None,
     include_path: str | None = None,
+    data: str | None = None,
     dtype: str = "auto",
     lengths: Sequence[int] | None = None,
     haystack: str | None = None,
@@ -47,18 +50,20 @@ def evaluate(
 ) -> dict[int, dict[str, Any]]:
     """Measure tasks at levels, one result file `level-LL.json` each in `output`, print a table, and return the results by level.
 
-    A file that is there and was made with the same settings is kept. A hybrid has one level, a base without adapter level 0.
+    A file that is there and was made with the same settings is kept; of a level that was interrupted, what the model answered lm-eval is
+    kept. A hybrid has one level, a base without adapter level 0.
 
     Args:
         model: a base or a hybrid.
         adapter: a DSLA adapter of that base, or None.
         levels: numbers or shares such as "50%". None: the adapter's own level.
-        tasks: names of lm-eval (groups, tags and patterns too) and of `long_context.TASKS`.
+        tasks: names of lm-eval (groups, tags and patterns too), of the groups in `dsla_hf.tasks`, and of `long_context.TASKS`.
         output: folder of the result files.
         limit: documents per task, samples of a long-context task.
         batch_size: sequences at a time. None: as many as fit.
         num_fewshot: examples before each question of lm-eval's tasks.
         include_path: folder with task definitions (YAML) for lm-eval.
+        data: folder with data sets of lm-eval's tasks, as in `local_datasets`. Those that it has not come from the hub.
         dtype: of the weights; "auto" as they were saved.
         lengths: tokens of long-context tasks, and of lm-eval's tasks that take `max_seq_lengths`.
         haystack: text file for long-context tasks.
@@ -78,8 +83,9 @@ def evaluate(
     tasks = list(dict.fromkeys(tasks))
     if not tasks:
         raise ValueError(f"no task is named: give names of lm-eval, or out of {list(long_context.TASKS)}")
-    if include_path is not None and not Path(include_path).is_dir():
-        raise ValueError(f"{include_path} is not a folder: give the folder that holds the task definitions")
+    for folder, content in ((include_path, "the task definitions"), (data, "the data sets")):
+        if folder is not None and not Path(folder).is_dir():
+            raise ValueError(f"{folder} is not a folder: give the folder that holds {content}")
     if Path(output).is_file():
         raise ValueError(f"{output} is a file: give a folder for the results")
     own = [task for task in tasks if task in long_context.TASKS]
@@ -97,6 +103,8 @@ def evaluate(
     }
     if others:
         settings |= {"num_fewshot": num_fewshot, "include_path": include_path and _digest(sorted(Path(include_path).rglob("*.*")))}
+        if data is not None:
+            settings |= {"data": _digest(sorted(Path(data).rglob("*.*")))}
     if own:
         settings |= {"haystack": haystack and _digest([Path(haystack)]), "seed": seed}
     settings = json.loads(json.dumps(settings))  # as they are read from a file
@@ -108,7 +116,7 @@ def evaluate(
     if missing:
         tokenizer = AutoTokenizer.from_pretrained(model)
         prepared = long_context.prepare(tokenizer, own, lengths or LENGTHS, limit or SAMPLES, seed, haystack) if own else []
-        harness = _Harness(others, include_path, model, lengths) if others else None
+        harness = _Harness(others, include_path, data, model, lengths) if others else None
         network = load_model(model, dtype) if adapter is None else load_adapter(model, adapter, dtype)
         network = network.to(device()).eval()
         Path(output).mkdir(parents=True, exist_ok=True)
@@ -121,17 +129,20 @@ def evaluate(
             result: dict[str, Any] = {"level": level, "tasks": measured, "model": model, "adapter": adapter}
             if harness is not None:
                 size = batch_size or AUTO_BATCH.get(network.device.type, AUTO_BATCH["cpu"])
-                metrics, details = harness.run(network, size, limit, num_fewshot)
+                metrics, details = harness.run(network, size, limit, num_fewshot, _answers(output, level, plan[level]))
                 measured |= metrics
                 result |= details
             result |= {
                 "settings": plan[level],
-                "command": _command(model, adapter, level, settings, output, batch_size, include_path, haystack),
+                "command": _command(model, adapter, level, settings, output, batch_size, include_path, data, haystack),
                 "versions": {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES},
                 "device": network.device.type,
                 "seconds": round(time.perf_counter() - start, 1),
             }
             _write_whole(_result_file(output, level), result)
+            for file in Path(output).glob(f".level-{level:02d}-*"):
+                with suppress(OSError):  # where open files cannot be removed it stays, and is of no use
+                    file.unlink()
             results[level] = result
     results = {level: results[level] for level in plan}
     print(table({level: result["tasks"] for level, result in results.items()}))
@@ -164,15 +175,15 @@ class _Harness:
 
     Raises:
         ImportError: if lm-eval, or a package that a task needs, is missing.
-        ValueError: names the unknown tasks and those of similar names.
+        ValueError: names the unknown tasks and those of similar names, or says why a task cannot be loaded.
         OSError: if a data set cannot be had.
     """
 
-    def __init__(self, tasks: list[str], include_path: str | None, model: str, lengths: Sequence[int] | None):
+    def __init__(self, tasks: list[str], include_path: str | None, data: str | None, model: str, lengths: Sequence[int] | None):
         from .lm_eval import DSLALM
 
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # as the harness's own command does
-        self.model_class, self.model = DSLALM, model
+        self.model_class, self.model, self.data = DSLALM, model, data
         metadata: dict[str, Any] = {"pretrained": model} | ({} if lengths is None else {"max_seq_lengths": list(lengths)})
         self.manager = self._manager(tasks, include_path, metadata)
         self.tasks: list[str] = []
@@ -186,8 +197,9 @@ class _Harness:
                     f"unknown task {task!r}{', close are ' + str(close) if close else '; `lm_eval ls tasks` lists all'}{where}"
                 )
             self.tasks += [name for name in found if name not in self.tasks]
-        for task in self.tasks:
-            self._load(task)
+        with local_datasets(data):
+            for task in self.tasks:
+                self._load(task)
 
     @staticmethod
     def _manager(tasks: list[str], include_path: str | None, metadata: dict[str, Any]) -> Any:
@@ -197,37 +209,44 @@ class _Harness:
             manager = TaskManager(include_path=include_path, include_defaults=False, metadata=metadata)
             if set(tasks) <= set(manager.all_subtasks):
                 return manager
-        return TaskManager(include_path=include_path, metadata=metadata)
+        folders = [str(folder) for folder in (TASKS_FOLDER, include_path) if folder is not None]
+        return TaskManager(include_path=folders, metadata=metadata)
 
     def _load(self, task: str) -> None:
         """Load a task once before any weights are, so that its faults show at once; its data set is kept on disk."""
         try:
-            if hasattr(self.manager, "load"):
-                self.manager.load([task])
-            else:
-                self.manager.load_task_or_group([task])
+            self.manager.load([task])
         except ImportError as error:
             package = getattr(error, "name", None)
             hint = f": pip install {package}" if package else ""
             raise ImportError(f"task {task} needs a package that is not installed ({error}){hint}") from None
         except OSError as error:
-            raise OSError(f"task {task}: its data set cannot be had ({error}); it needs the hub once, or local files") from None
+            raise OSError(
+                f"task {task}: its data set cannot be had ({error}); it needs the hub once, or local files: --data DIR with DIR/OWNER/NAME"
+            ) from None
+        except Exception as error:  # definitions and data of others raise whatever they like
+            local = " (the files of --data need the columns and splits that the hub has)" if self.data else ""
+            raise ValueError(f"task {task} cannot be loaded: {type(error).__name__}: {error}{local}") from error
 
-    def run(self, network: Any, batch_size: int, limit: int | None, num_fewshot: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Metrics by task and group, and details."""
+    def run(
+        self, network: Any, batch_size: int, limit: int | None, num_fewshot: int | None, answers: str
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Metrics by task and group, and details. `answers` is where those of the model are kept, as the beginning of a file name."""
         from lm_eval import simple_evaluate
 
         with _quiet("lm_eval.models.huggingface"):  # it warns of a model that is loaded already
             harness_model = self.model_class(network, tokenizer=self.model, batch_size=batch_size)
-        found: Any = simple_evaluate(
-            model=harness_model,
-            tasks=self.tasks,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            log_samples=False,
-            bootstrap_iters=BOOTSTRAP_ITERATIONS,
-            task_manager=self.manager,
-        )
+        with local_datasets(self.data):
+            found: Any = simple_evaluate(
+                model=harness_model,
+                tasks=self.tasks,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                log_samples=False,
+                bootstrap_iters=BOOTSTRAP_ITERATIONS,
+                task_manager=self.manager,
+                use_cache=answers,
+            )
         metrics = {task: _plain(values) for task, values in {**found["results"], **found.get("groups", {})}.items()}
         details = {
             "batch_size": harness_model.batch_size,
@@ -251,11 +270,13 @@ def _quiet(name: str) -> Iterator[None]:
 
 
 def _plain(values: dict[str, Any]) -> dict[str, float]:
-    """The numbers among a task's results; "acc,none" becomes "acc"."""
+    """The numbers among a task's results; "acc,none" becomes "acc". RULER says -1 of a length that it did not measure."""
     return {
         name.removesuffix(",none"): float(value)
         for name, value in values.items()
-        if isinstance(value, (int, float)) and name not in ("name", "alias", "sample_len", "sample_count")
+        if isinstance(value, (int, float))
+        and name not in ("name", "alias", "sample_len", "sample_count")
+        and not (value == -1 and name.removesuffix(",none").isdecimal())
     }
 
 
@@ -304,6 +325,12 @@ def _result_file(output: str, level: int) -> Path:
     return Path(output) / f"level-{level:02d}.json"
 
 
+def _answers(output: str, level: int, settings: dict[str, Any]) -> str:
+    """The beginning of a file name for what the model answers at a level with these settings."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return str(Path(output) / f".level-{level:02d}-{digest}")
+
+
 def _finished(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """The results in a file made with these settings, None if there is no file.
 
@@ -340,6 +367,7 @@ def _command(
     output: str,
     batch_size: int | None,
     include_path: str | None,
+    data: str | None,
     haystack: str | None,
 ) -> str:
     """The command that makes this level's file."""
@@ -354,6 +382,7 @@ def _command(
         "batch-size": batch_size,
         "num-fewshot": settings.get("num_fewshot"),
         "include-path": include_path,
+        "data": data,
         "dtype": settings["dtype"],
         "lengths": lengths,
         "haystack": haystack,

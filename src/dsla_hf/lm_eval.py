@@ -1,7 +1,8 @@
 """DSLA in EleutherAI's evaluation harness, lm-eval.
 
 `python -m dsla_hf.lm_eval ...` is the harness's own command line, where `--model hf` knows hybrids (without `trust_remote_code`) and
-`--model dsla` runs a base with an adapter at a level. Importing this module registers the same for use from Python.
+`--model dsla` runs a base with an adapter at a level, and which finds our task groups unless `--include_path` names others. Importing
+this module registers the models for use from Python.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers import AutoConfig
 
 from .batching import halve_until_it_fits
 from .commands import level_to_run_at
+from .tasks import FOLDER
 
 NOT_INSTALLED = "lm-eval is not installed: pip install 'dsla-hf[eval]' (from a clone: pip install -e '.[eval]')"
 
@@ -108,6 +110,9 @@ def main() -> int:
     if any(re.search(r"(^|[,\s])level=[^,=]*,\s*\d[^=]*(,|$)", argument) for argument in sys.argv[1:]):
         print(f"dsla_hf.lm_eval: {SEVERAL_LEVELS}", file=sys.stderr)
         return 1
+    named = any(argument.startswith(("--include_path", "--config")) for argument in sys.argv)
+    if len(sys.argv) > 1 and not named:
+        sys.argv += ["--include_path", str(FOLDER)]
     # peft 0.21 asks transformers 5.23 by an old name.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     try:
