@@ -1,8 +1,8 @@
-"""Distillation on two processes: the same losses and levels as on one with the same global batch, and it goes on after a stop."""
+"""Distillation on two processes, with DDP and with FSDP2: the same losses and levels as on one with the same global batch, and a run
+that is killed goes on, on the same number of processes bit for bit, and on another."""
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -10,21 +10,26 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from dsla_hf.distillation import draw_level
 from dsla_hf.quickstart import train_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+CONFIGS = REPOSITORY / "examples" / "configs"
 OPTIONS = ["--length", "64", "--tokens", "2048", "--ranking_sequences", "2", "--window_size", "8", "--dtype", "float32"]
-OPTIONS += ["--logging_steps", "1", "--save_steps", "2", "--report_to", "none", "--use_cpu", "--disable_tqdm", "True"]
+OPTIONS += ["--logging_steps", "1", "--save_steps", "2", "--report_to", "none", "--disable_tqdm", "True"]
+# Half of the key-value weights fit no second process, whose parts of them are empty.
+OPTIONS += ["--hidden_weight", "0.5", "--half_life_gap_weight", "0.1"]
 
 
 @pytest.fixture
 def job(tiny_model, tmp_path):
+    """Options of a small distillation but for folder and batch."""
     texts = [" ".join(f"word{(i * j) % 23} of text" for j in range(300)) for i in range(1, 30)]
     tokenizer = train_tokenizer(texts, vocab_size=290)
-    base = tiny_model("llama")
+    base = tiny_model("llama", num_key_value_heads=1)
     base.resize_token_embeddings(len(tokenizer))
     base.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
@@ -32,18 +37,25 @@ def job(tiny_model, tmp_path):
     return ["--model", str(tmp_path / "base"), "--data", str(tmp_path / "text.txt"), *OPTIONS]
 
 
-def distill(options, processes):
-    """Run examples/distill.py in fresh processes: nothing that other tests left in this one reaches them."""
-    script = [str(REPOSITORY / "examples/distill.py"), *options]
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        config = ["--config_file", str(REPOSITORY / "examples/configs/cpu2.yaml"), "--main_process_port", port]
-        script = ["-m", "accelerate.commands.launch", *config, *script]
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def launch(config, folder, jobs):
+    """Run jobs (see tests/processes.py) through `accelerate launch` on two fresh processes."""
+    own, *ports = free_ports(len(jobs) + 1)
+    file = folder / "jobs.json"
+    file.write_text(json.dumps([job | {"port": port} for job, port in zip(jobs, ports, strict=True)]))
+    options = ["--config_file", str(CONFIGS / config), "--main_process_port", str(own), str(REPOSITORY / "tests/processes.py"), str(file)]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_", "MASTER_", "TORCH"))}
     done = subprocess.run(
-        [sys.executable, *script],
+        [sys.executable, "-m", "accelerate.commands.launch", *options],
         env={**inherited, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -53,32 +65,60 @@ def distill(options, processes):
     return done.stdout
 
 
-def history(output, stage, name):
-    state = json.loads((output / stage / "trainer_state.json").read_text())
-    return [entry[name] for entry in state["log_history"] if name in entry]
+def logs(output, stage):
+    """What was logged after each step, without times."""
+    history = json.loads((output / stage / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in history if "loss" in entry]
 
 
-def test_two_processes_equal_one_and_go_on_after_a_stop(job, tmp_path):
-    two, one = tmp_path / "two", tmp_path / "one"
-    options = [*job, "--output_dir", str(two), "--per_device_train_batch_size", "2"]
-    assert "processes 2" in distill(options, processes=2)
-    assert "processes 1" in distill([*job, "--output_dir", str(one), "--per_device_train_batch_size", "4"], processes=1)
-
+def assert_close(found, expected, **tolerance):
     for stage, term in (("alignment", "alignment/layer_2"), ("logits", "kl")):
-        for name in ("loss", term):
-            found, expected = history(two, stage, name), history(one, stage, name)
-            assert len(found) == len(expected) == 4
-            assert found == pytest.approx(expected, rel=1e-3)
-    # The mean over processes is a whole number, that of the pure function, only if all of them drew it.
-    assert history(two, "logits", "level") == [draw_level(42, step, 4) for step in range(4)]
-    assert json.loads((two / "ranking.json").read_text())["order"] == json.loads((one / "ranking.json").read_text())["order"]
+        for name in ("loss", "grad_norm", term):
+            one, other = ([entry[name] for entry in logs(output, stage)] for output in (found, expected))
+            assert len(one) == len(other) == 4
+            assert one == pytest.approx(other, rel=1e-4), (stage, name)
+    found, expected = (load_file(output / "adapter_model.safetensors") for output in (found, expected))
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
-    finished = load_file(two / "adapter_model.safetensors")
-    for path in (two / "adapter_config.json", two / "logits" / "adapter_config.json"):
-        path.unlink()
-    shutil.rmtree(two / "logits" / "checkpoint-4")
-    distill(options, processes=2)
-    again = load_file(two / "adapter_model.safetensors")
-    assert finished.keys() == again.keys()
-    for name, weight in finished.items():
-        torch.testing.assert_close(again[name], weight, rtol=1e-6, atol=1e-7, msg=name)
+
+@pytest.mark.parametrize("config", ["cpu2.yaml", "fsdp2.yaml"])
+def test_two_processes_equal_one_and_a_killed_run_goes_on_on_both(config, job, tmp_path):
+    def options(name, batch):
+        return {"options": [*job, "--output_dir", str(tmp_path / name), "--per_device_train_batch_size", str(batch)]}
+
+    def moved(name, batch):
+        """Go on from a copy of the run in which the second stage has come half way."""
+        target = tmp_path / f"{name}-moved"
+        unfinished = ("adapter_config.json", "logits/adapter_config.json", "logits/checkpoint-4")
+        changes = {"copy": [str(tmp_path / name), str(target)], "remove": [str(target / path) for path in unfinished]}
+        return options(target.name, batch) | changes
+
+    kills = [tmp_path / "parts" / stage for stage in ("alignment/checkpoint-2", "alignment/checkpoint-4", "logits/checkpoint-2")]
+    jobs = [options("two", 2), options("one", 4) | {"processes": 1}]
+    jobs += [options("parts", 2) | {"kill_at": str(path)} for path in kills]
+    jobs += [options("parts", 2), moved("two", 4) | {"processes": 1}, moved("one", 2)]
+    output = launch(config, tmp_path, jobs)
+    assert "processes 2" in output and "processes 1" in output
+    assert output.count("DistributedType.FSDP") == (6 if config == "fsdp2.yaml" else 0)  # twice in each of three runs to the end
+    two, one, parts = (tmp_path / name for name in ("two", "one", "parts"))
+
+    assert_close(two, one, rtol=0, atol=1e-4)
+    # The mean over processes is a whole number, that of the pure function, only if all of them drew it.
+    assert [entry["level"] for entry in logs(two, "logits")] == [draw_level(42, step, 4) for step in range(4)]
+    assert json.loads((two / "ranking.json").read_text())["order"] == json.loads((one / "ranking.json").read_text())["order"]
+    assert_close(parts, two, rtol=0, atol=0)
+    for stage in ("alignment", "logits"):
+        assert logs(parts, stage) == logs(two, stage)
+
+    # What two processes began one ends, and the other way round.
+    assert_close(tmp_path / "two-moved", two, rtol=0, atol=1e-4)
+    assert_close(tmp_path / "one-moved", one, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("config, kind", [("one_gpu.yaml", "NO"), ("ddp.yaml", "MULTI_GPU"), ("fsdp2.yaml", "FSDP")])
+def test_configs_are_of_their_kind_and_leave_dtypes_alone(config, kind):
+    content = yaml.safe_load((CONFIGS / config).read_text())
+    assert content["distributed_type"] == kind and content["mixed_precision"] == "no"
+    assert content["num_processes"] == (1 if kind == "NO" else 2)

@@ -22,13 +22,25 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import DynamicCache, Trainer, TrainerState, TrainingArguments
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from .adapter import DSLAModel, active_config, dsla_layers
-from .losses import alignment_loss, alignment_sums, half_life_gap_loss, kl_sums
+from .losses import alignment_sums, half_life_gap_loss, kl_sums
+from .modeling import decoder_layers, first_layers
 from .saving import check_adapter_directory
 from .sensitivity import LayerRanking, rank_layers
+from .sharding import (
+    is_sharded,
+    load_adapter_weights,
+    load_optimizer_state,
+    losses_inside,
+    whole,
+    whole_adapter,
+    whole_optimizer_state,
+    with_whole_weights,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -36,6 +48,9 @@ STAGES = ("alignment", "logits")
 METHODS = ("random", "chain")
 SETTINGS_FILE = "stage.json"
 NOT_FOR_THE_MODEL = ("labels", "loss_mask")
+# transformers 5.18 renamed it; where both names are, both hold the same.
+CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
+OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"
 STAGE_SETTINGS = (
     "seed",
     "learning_rate",
@@ -88,12 +103,15 @@ class DSLATrainingArguments(TrainingArguments):
         for name in ("gate_learning_rate_factor", "hidden_weight", "half_life_gap_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        _refuse_deepspeed(self.deepspeed)
         super().__post_init__()
+        if self.n_gpu > 1:  # transformers would copy the model to each at every step (DataParallel), and the losses stay in the copies
+            logger.warning(f"one of {self.n_gpu} GPUs is used; for all: accelerate launch --config_file examples/configs/ddp.yaml")
+            self._n_gpu = 1
         if getattr(self, "ddp_find_unused_parameters", None) is None:
             # Every trained weight gets a gradient at every step (see `_zero_of_idle_weights`), and alignment would confuse the search.
             self.ddp_find_unused_parameters = False
-        # transformers 5.18 renamed it; where both names are, both hold the same.
-        names = [name for name in ("activation_checkpointing", "gradient_checkpointing") if getattr(self, name, False)]
+        names = [name for name in CHECKPOINTING if getattr(self, name, False)]
         for name in names:
             options = dict(getattr(self, f"{name}_kwargs") or {})
             if options.setdefault("use_reentrant", False):
@@ -104,6 +122,15 @@ class DSLATrainingArguments(TrainingArguments):
             setattr(self, f"{name}_kwargs", options)
         if names and self.raise_share:
             raise ValueError(f"raise_share needs the cache, which {names[0]} turns off: use one of them")
+
+
+def _refuse_deepspeed(setting: Any) -> None:
+    """Raises ValueError where the Trainer or accelerate would start DeepSpeed."""
+    if setting or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
+        raise ValueError(
+            "DeepSpeed is not supported: two models run in one step here, teacher and student with the same weights, and that has not "
+            "been tried with ZeRO. FSDP2 cuts the weights the same way: accelerate launch --config_file examples/configs/fsdp2.yaml"
+        )
 
 
 def draw_level(seed: int, step: int, depth: int, draws: int = 1) -> int:
@@ -129,9 +156,11 @@ class DSLATrainer(Trainer):
     are logged.
 
     Raises:
-        ValueError: if the model has no DSLA adapter.
+        ValueError: if the model has no DSLA adapter, or FSDP is set up in another way than examples/configs/fsdp2.yaml has it.
         FloatingPointError: while training, if a loss is not finite; names the layer. No weight was changed by that step.
         OSError: while training, if a checkpoint cannot be written; names the last one that is whole.
+
+    With FSDP2, checkpoints are those of one process: any number of processes goes on from them, with FSDP2 or without.
     """
 
     # Our losses are means over a batch; the Trainer divides them by the accumulation steps.
@@ -147,6 +176,9 @@ class DSLATrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         self.model_accepts_loss_kwargs = False
         self._terms: dict[str, list[Tensor]] = defaultdict(list)
+        self._cut_parameters: list[list[nn.Parameter]] | None = None
+        self.add_callback(_NoInputGradients)
+        self._check_fsdp()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; `config.use_cache`, which it turns off, is the base's own and is put back."""
@@ -172,7 +204,17 @@ class DSLATrainer(Trainer):
             if own and factor != 1:
                 group["params"] = [p for p in group["params"] if id(p) not in cores]
                 optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * factor})
+        if is_sharded(self.model):  # by an earlier stage: nothing is left for accelerate to cut
+            self.accelerator.state.fsdp_plugin.auto_wrap_policy = None
+            self._cut_parameters = [list(group["params"]) for group in optimizer.param_groups]
         return optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. Comes right after accelerate has prepared the optimizer, for which it finds each weight again by its
+        address; of weights that an earlier stage has cut, the empty parts of small ones have none."""
+        for group, parameters in zip(self.optimizer.param_groups, self._cut_parameters or (), strict=False):
+            group["params"] = parameters
+        return super().create_scheduler(*args, **kwargs)
 
     # --- losses -------------------------------------------------------------------------------------------------
 
@@ -181,6 +223,9 @@ class DSLATrainer(Trainer):
         level = self.step_level()
         with self._at_level(level):
             loss = super().training_step(model, inputs, *args, **kwargs)
+            if is_sharded(self.model):
+                for parameter in self._idle_weights():  # as `_zero_of_idle_weights` does for whole ones
+                    parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             finite = self.accelerator.reduce(torch.isfinite(loss).float(), reduction="mean")
             if finite.item() < 1:
                 self._stop_for(self._prepare_inputs(inputs), level)
@@ -214,16 +259,33 @@ class DSLATrainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
     def _alignment(self, model: nn.Module, inputs: dict[str, Any], mask: Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:
+        base = self.accelerator.unwrap_model(model).get_base_model()
+        layers = {i: layer for i, layer in dsla_layers(base).items() if layer.adapter_name}
+        trained = {i: layer for i, layer in layers.items() if any(p.requires_grad for p in layer.parameters())}
+        chosen = trained or layers
+        recompute = self.model.training and any(getattr(self.args, name, False) for name in CHECKPOINTING)
+        losses: dict[int, Tensor] = {}
         sums: dict[str, tuple[Tensor, Tensor]] = {}
 
         def compare(layer: Any, args: tuple, kwargs: dict, output: Any) -> None:
             # Inside the wrapped forward, as DDP and FSDP need.
-            prediction = layer.dsla_attention()(*args, **kwargs)[0]
-            sums[f"alignment/layer_{layer.layer_idx}"] = alignment_sums(prediction, output[0], mask)
+            def student() -> tuple[Tensor, Tensor]:
+                return alignment_sums(layer.dsla_attention()(*args, **kwargs)[0], output[0], mask)
 
-        hooks = [layer.register_forward_hook(compare, with_kwargs=True) for layer in dsla_layers(model).values() if layer.adapter_name]
+            error, energy = checkpoint(student, use_reentrant=False) if recompute else student()
+            index = layer.layer_idx
+            losses[index] = error + losses[index] if index in losses else error
+            sums[f"alignment/layer_{index}"] = losses[index], energy
+
+        hooks = [layer.register_forward_hook(compare, with_kwargs=True) for layer in chosen.values()]
+        blocks = decoder_layers(base)
         try:
-            with self._teacher(model), _without_checkpointing(model):
+            with (
+                self._teacher(model),
+                _without_checkpointing(model),
+                first_layers(base, max(chosen) + 1),
+                losses_inside({i: blocks[i] for i in chosen}, losses),
+            ):
                 model(**inputs, use_cache=False, logits_to_keep=1)
         finally:
             for hook in hooks:
@@ -234,10 +296,16 @@ class DSLATrainer(Trainer):
         args: Any = self.args
         hidden = bool(args.hidden_weight)
         ids, real = inputs["input_ids"], inputs.get("attention_mask")
+        config = active_config(self.model)
+        level = config.level or 0
+        raised = draw_raise(args.seed, self.state.global_step, args.raise_share, level, ids.shape[1]) if self.model.training else None
         with torch.no_grad(), self._teacher(model):
             teacher = model(**inputs, use_cache=False, output_hidden_states=hidden)
-        level = active_config(self.model).level or 0
-        raised = draw_raise(args.seed, self.state.global_step, args.raise_share, level, ids.shape[1]) if self.model.training else None
+        # Blocks below the first DSLA layer give student and teacher the same (after a raise up to rounding, in pieces).
+        depth = len(decoder_layers(self.model.get_base_model()))
+        first = min(config.converted_layers, default=depth) if raised is None else 0
+        teacher_logits, teacher_states = teacher.logits, teacher.hidden_states[first + 1 :] if hidden else ()
+        del teacher
         if raised is None:
             cut = 0
             student = model(**inputs, use_cache=False, output_hidden_states=hidden)
@@ -250,14 +318,17 @@ class DSLATrainer(Trainer):
             rest = inputs | {"input_ids": ids[:, cut:]}  # a mask covers the beginning too
             student = model(**rest, past_key_values=cache, output_hidden_states=hidden)
         mask = None if mask is None else mask[:, cut:]
-        sums = {"kl": kl_sums(student.logits, teacher.logits[:, cut:], mask)}
+        sums = {"kl": kl_sums(student.logits, teacher_logits[:, cut:], mask, reuse_teacher=True)}
         if hidden:
-            pairs = zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True)
-            terms = [alignment_loss(s, t[:, cut:], mask) for s, t in pairs]
-            sums["hidden"] = torch.stack(terms).sum(), terms[0].new_tensor(len(terms))
+            pairs = zip(student.hidden_states[first + 1 :], teacher_states, strict=True)
+            measured = [alignment_sums(s, t[:, cut:], mask) for s, t in pairs]
+            zero = sums["kl"][1].new_zeros(())
+            errors = torch.stack([zero] * first + [error for error, _ in measured])
+            energies = torch.stack([zero + 1] * first + [energy for _, energy in measured])
+            sums["hidden"] = (errors / self.accelerator.reduce(energies, reduction="mean")).sum(), zero + len(errors)
         if args.half_life_gap_weight:
             active = [layer for layer in dsla_layers(self.model).values() if layer.converted]
-            gaps = [half_life_gap_loss(layer.dsla_core[layer.adapter_name].bias_half_lives()) for layer in active]
+            gaps = [half_life_gap_loss(with_whole_weights(layer.dsla_core[layer.adapter_name]).bias_half_lives()) for layer in active]
             sums["half_life_gap"] = torch.stack(gaps).sum(), gaps[0].new_tensor(len(gaps))
         return sums
 
@@ -268,7 +339,7 @@ class DSLATrainer(Trainer):
         bad = [
             f"the weights of layer {i}"
             for i, layer in layers.items()
-            if any(p.requires_grad and not p.isfinite().all() for p in layer.parameters())
+            if not all([whole(p).isfinite().all() for p in layer.parameters() if p.requires_grad])  # noqa: C419, all of them: FSDP gathers
         ]
         if not bad:
             found: list[int] = []
@@ -281,9 +352,10 @@ class DSLATrainer(Trainer):
                     self.model(
                         **{name: x for name, x in inputs.items() if name not in NOT_FOR_THE_MODEL}, use_cache=False, logits_to_keep=1
                     )
-                if found:
+                anywhere = self.accelerator.reduce(torch.tensor(float(len(found)), device=self.args.device))
+                if anywhere.item():  # all processes stop here: FSDP would wait for those that do not
                     what = "the original model's attention" if hooked_level == 0 else "the output"
-                    bad = [f"{what} in layer {found[0]}"]
+                    bad = [f"{what} in layer {found[0]}" if found else f"{what} of a layer on another process"]
                     break
             for hook in hooks:
                 hook.remove()
@@ -296,11 +368,13 @@ class DSLATrainer(Trainer):
     def _zero_of_idle_weights(self) -> Tensor | float:
         """Zero, but a function of the trained weights of layers that are not DSLA at this level: their gradient is zero, not
         missing, alike on one process and many (DDP waits for every gradient)."""
+        return 0.0 if is_sharded(self.model) else sum(((p * 0).sum() for p in self._idle_weights()), start=0.0)
+
+    def _idle_weights(self) -> list[nn.Parameter]:
         args: Any = self.args
         if args.stage == "alignment":
-            return 0.0
-        idle = [p for layer in dsla_layers(self.model).values() if not layer.converted for p in layer.parameters() if p.requires_grad]
-        return sum(((p * 0).sum() for p in idle), start=0.0)
+            return []
+        return [p for layer in dsla_layers(self.model).values() if not layer.converted for p in layer.parameters() if p.requires_grad]
 
     @contextmanager
     def _at_level(self, level: int) -> Any:
@@ -321,6 +395,66 @@ class DSLATrainer(Trainer):
         with torch.no_grad():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not is_sharded(self.model):
+            super().save_model(output_dir, _internal_call)
+            return
+        weights = whole_adapter(self.model)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=weights)
+        PartialState().wait_for_everyone()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not is_sharded(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = whole_optimizer_state(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, os.path.join(output_dir, OPTIMIZER_FILE))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_FILE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not is_sharded(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        peft_model: Any = self.model
+        load_adapter_weights(peft_model, _saved_stage(Path(resume_from_checkpoint), peft_model), peft_model.active_adapter)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not os.path.exists(os.path.join(checkpoint, OPTIMIZER_FILE)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        # Not onto the device of each process: transformers 5.17 calls the CPU of the second one "cpu:1", which torch cannot read.
+        content = torch.load(os.path.join(checkpoint, OPTIMIZER_FILE), map_location="cpu", weights_only=True)
+        load_optimizer_state(self.optimizer, content)
+        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_FILE), weights_only=True))
+
+    def _load_best_model(self) -> None:
+        if not is_sharded(self.model):
+            super()._load_best_model()
+            return
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+    def _check_fsdp(self) -> None:
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None:
+            if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+                logger.warning_once("accelerate knows FSDP on accelerators only: on the CPU every process holds the whole model")
+            return
+        if getattr(plugin, "fsdp_version", 1) != 2:
+            raise ValueError("fsdp_version 1 wants the weights of a block all trained or all frozen, in one dtype: set fsdp_version: 2")
+        if self.accelerator.mixed_precision != "no":
+            raise ValueError(
+                f"mixed precision {self.accelerator.mixed_precision} with FSDP would round the gates, which are float32: leave it out, "
+                "the base computes in its own dtype (--dtype bfloat16)"
+            )
+        if plugin.activation_checkpointing:
+            raise ValueError(
+                "fsdp_activation_checkpointing would run alignment's losses twice: set it to false and give --gradient_checkpointing true"
+            )
+
     # --- logs ---------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -332,6 +466,15 @@ class DSLATrainer(Trainer):
             self._terms.clear()
             logs.update(half_lives(self.model))
         super().log(logs, start_time)
+
+
+class _NoInputGradients(TrainerCallback):
+    """Takes back what transformers does to the embeddings for activation checkpointing. That is needed with `use_reentrant=True`
+    only; the backward pass would go on below the first DSLA layer, and through the teacher of the alignment, for nothing."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if any(getattr(args, name, False) for name in CHECKPOINTING):
+            model.get_base_model().disable_input_require_grads()
 
 
 @contextmanager
@@ -352,7 +495,7 @@ def half_lives(model: nn.Module) -> dict[str, float]:
     lives = {}
     for index, layer in dsla_layers(model).items():
         if layer.adapter_name is not None:
-            means = layer.dsla_core[layer.adapter_name].bias_half_lives().detach().log().mean((0, 2)).exp()
+            means = with_whole_weights(layer.dsla_core[layer.adapter_name]).bias_half_lives().detach().log().mean((0, 2)).exp()
             for name, life in zip(("history", "recency"), means.tolist(), strict=True):
                 lives[f"half_life/{name}/layer_{index}"] = life
     return lives
@@ -444,8 +587,9 @@ def distill(
         _run_stage(model, train_dataset, args, output / "logits", {"stage": "logits", "max_steps": logits_steps}, trainer_options)
     elif logits_steps:
         _run_chain(model, train_dataset, args, output / "logits", logits_steps, trainer_options)
+    weights = {"state_dict": whole_adapter(model)} if is_sharded(model) else {}
     if args.process_index == 0:
-        model.save_pretrained(str(output))
+        model.save_pretrained(str(output), **weights)
     PartialState().wait_for_everyone()  # the adapter is there when any process returns
     return ranking
 
@@ -488,12 +632,12 @@ def _run_stage(
     saved = _saved_stage(directory, model)
     if (saved / "adapter_config.json").exists():
         logger.warning(f"{directory} is finished: its weights are read from {saved}")
-        model.load_adapter(str(saved), adapter, is_trainable=True)
+        load_adapter_weights(model, saved, adapter)
         return
     checkpoint = _last_whole_checkpoint(str(directory))
     if checkpoint is not None and TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step >= steps:
         # Stopped between the last step and the end; the Trainer would take one step more.
-        model.load_adapter(str(_saved_stage(Path(checkpoint), model)), adapter, is_trainable=True)
+        load_adapter_weights(model, _saved_stage(Path(checkpoint), model), adapter)
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_state()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 TOKENS_PER_CHUNK = 1024
 
@@ -58,14 +58,44 @@ def kl_loss(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None 
     return total / tokens
 
 
-def kl_sums(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Numerator and denominator of `kl_loss`, so that several processes can share one denominator."""
+def kl_sums(
+    student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None, reuse_teacher: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Numerator and denominator of `kl_loss`, so that several processes can share one denominator.
+
+    With `reuse_teacher` the backward pass writes the student's gradient over the teacher's logits, which saves as much memory.
+    """
     student, teacher = student_logits.flatten(0, -2), teacher_logits.detach().flatten(0, -2)
     weights = torch.ones_like(student[:, 0], dtype=torch.float32) if mask is None else mask.flatten().float()
-    total = student.new_zeros((), dtype=torch.float32)
-    for s, t, w in zip(*(x.split(TOKENS_PER_CHUNK) for x in (student, teacher, weights)), strict=True):
-        total = total + checkpoint(_weighted_kl, s, t, w, use_reentrant=False)
-    return total, weights.sum().clamp_min(1)
+    return _ChunkedKL.apply(student, teacher, weights, reuse_teacher), weights.sum().clamp_min(1)
+
+
+class _ChunkedKL(torch.autograd.Function):
+    """Sum of weight * KL over tokens. Beside the logits, only one chunk at a time is held; for the gradient each is computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, weights: Tensor, reuse_teacher: bool) -> Tensor:
+        ctx.save_for_backward(student, teacher, weights)
+        ctx.reuse_teacher = reuse_teacher and teacher.dtype == student.dtype
+        total = student.new_zeros((), dtype=torch.float32)
+        for s, t, w in _chunks(student, teacher, weights):
+            total = total + _weighted_kl(s, t, w)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        student, teacher, weights = ctx.saved_tensors
+        result = teacher if ctx.reuse_teacher else torch.empty_like(student)
+        for s, t, w, r in _chunks(student, teacher, weights, result):
+            with torch.enable_grad():
+                s = s.detach().requires_grad_()
+                loss = _weighted_kl(s, t, w)
+            r.copy_(*torch.autograd.grad(loss, s, gradients[0]))
+        return result, None, None, None
+
+
+def _chunks(*tensors: Tensor) -> Any:
+    return zip(*(x.split(TOKENS_PER_CHUNK) for x in tensors), strict=True)
 
 
 def _weighted_kl(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
