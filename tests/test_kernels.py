@@ -14,17 +14,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1 for Triton's interpreter", allow_module_level=True)
 pytest.importorskip("triton")
-if INTERPRETED:
-    from triton.runtime import interpreter
-
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patch_tensor_for_new_numpy(tensor, scope):
-        """NumPy 2.4 no longer takes an array of one element for an integer, as Triton 3.6 does with a loop's bounds."""
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patch_tensor_for_new_numpy
 
 from dsla_hf.attention import DualStateAttention  # noqa: E402 (after the choice of how kernels run)
 from dsla_kernels import chunk, decode, reference, states, window  # noqa: E402
@@ -282,11 +271,21 @@ def test_the_state_pass_refuses_to_drop_gradients():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "size, sinks, group, write, rank, softcap",
-    [(8, 2, 2, True, 16, None), (8, 2, 2, True, 16, 2.0), (40, 4, 1, False, 5, None), (0, 0, 8, True, 16, None)],
+    "size, sinks, group, write, rank, softcap, launch",
+    [
+        (8, 2, 2, True, 16, None, None),
+        (8, 2, 2, True, 16, 2.0, None),
+        (8, 2, 9, True, 16, None, (4, 16)),
+        (40, 4, 1, False, 5, None, (4, 16, 16)),
+        (0, 0, 8, True, 16, None, None),
+        (0, 0, 3, False, 16, None, (8, 16)),
+        (0, 0, 9, True, 16, None, (4, 16)),
+    ],
 )
-def test_decode_follows_the_layer(size, sinks, group, write, rank, softcap, dtype):
-    """With a cap on the scores there is also a logit that takes a share of the softmax."""
+def test_decode_follows_the_layer(size, sinks, group, write, rank, softcap, launch, dtype, monkeypatch):
+    """With a cap on the scores there is also a logit that takes a share of the softmax. launch: in place of the choice by shape,
+    states and ring in several parts."""
+    monkeypatch.setattr(decode, "tuned", launch and decode.Launch(*launch))
     batch, kv_heads, key_dim, value_dim = 2, 1, 32, 48
     layer = DualStateAttention(
         kv_heads * group, kv_heads, key_dim, value_dim, window_size=size, sink_tokens=sinks, write_gate=write, gate_rank=rank

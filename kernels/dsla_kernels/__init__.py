@@ -1,9 +1,9 @@
 """Kernels of dual-state linear attention: a plain PyTorch truth and what is fast on each device. Needs torch alone."""
 
 from .checks import SMALLEST_LOG_DECAY, check_lower_bound
-from .dispatch import block_states, dual_state_attention, dual_state_window_attention, kernel_path
+from .dispatch import dual_state_attention, final_state, fused_window_attention, kernel_path, uses_triton
 from .ragged import Rows, rows_from_cu_seqlens, rows_from_mask
-from .reference import join_window_and_states, log_decays
+from .reference import block_states, dual_state_window_attention, join_window_and_states, log_decays
 
 __all__ = [
     "SMALLEST_LOG_DECAY",
@@ -12,9 +12,12 @@ __all__ = [
     "check_lower_bound",
     "dual_state_attention",
     "dual_state_window_attention",
+    "final_state",
+    "fused_window_attention",
     "join_window_and_states",
     "kernel_path",
     "log_decays",
     "rows_from_cu_seqlens",
     "rows_from_mask",
+    "uses_triton",
 ]

@@ -1,10 +1,10 @@
-"""The pure layer in Triton: both states in one pass over q, k, v and the raw gates, segments of a row side by side.
+"""The pure layer in Triton: both states in one pass over q, k, v and their decay factors, segments of a row side by side.
 
 A state pass (`states.py`) gives the states on entry of each segment. Then one program a segment and value tile goes through the
 segment's chunks with both states in registers: what came before the chunk, what the chunk adds for its own queries, and the
-update. All exponents refer to the middle m of the chunk's cumulative log-decays b: with Q = q exp(b - m), K = k exp(m - b) and
-S~ = exp(m) S the output is Q S~ + tril(Q K^T) v and the next state exp(m) (S~ + K^T v), so one decayed copy of q and of k
-serves all four products and no factor passes exp(40).
+update. All exponents refer to the middle m of the chunk's cumulative log-decays b (`decays.py`): with Q = q exp(b - m),
+K = k exp(m - b) and S~ = exp(m) S the output is Q S~ + tril(Q K^T) v and the next state exp(m) (S~ + K^T v), so one decayed copy
+of q and of k serves all four products.
 """
 
 import torch
@@ -14,20 +14,16 @@ from torch import Tensor
 
 from ._ops import add_op_namespace_prefix, ops
 from .common import (
+    TUNE,
     as_bytes,
+    channel_columns,
     check_kernel_inputs,
     largest_tile,
-    load_log_decay,
-    load_mask,
     load_rows,
-    load_states,
-    load_write_gate,
     make_heads,
     make_tiling,
     on_its_device,
     row_span,
-    store_rows,
-    store_states,
     unit_stride,
 )
 from .ragged import rows_from_cu_seqlens
@@ -35,198 +31,76 @@ from .states import StateInputs, entering_states, value_tile
 
 
 @triton.jit
-def _from_middle(log_decay):
-    """exp(b - m) `[C, KH]` and exp(m) `[KH]` of a chunk's cumulative log-decays b with middle m."""
-    middle = tl.sum(log_decay, 0) * 0.5
-    return tl.exp(tl.cumsum(log_decay, 0) - middle[None, :]), tl.exp(middle)
-
-
-@triton.jit
-def _chunk_part(q_half, k_half, v_t, e, m, write, share, state, scores, output, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """All that half of the channels of one state do in a chunk for a single query head: the scores and the output with their
-    share, and the state after the chunk."""
-    query = (q_half.to(tl.float32) * (e * share)).to(DOT)
-    key = (k_half.to(tl.float32) * (write[:, None] / e)).to(DOT)
-    state *= m[None, :]
-    scores = tl.dot(query, tl.trans(key), acc=scores, input_precision=PRECISION)
-    output = tl.dot(query, tl.trans(state.to(DOT)), acc=output, input_precision=PRECISION)
-    state = tl.dot(v_t, key, acc=state, input_precision=PRECISION) * m[None, :]
-    return scores, output, state
-
-
-@triton.jit
 def _chunk_kernel(
     q,
-    k,
     v,
-    gate_logits,
-    write_logits,
+    query_factors,
+    keys,
     mix,
-    mask,
     row_first,
     row_length,
-    entering,
+    states,  # exp(m) S `[N, tiles + 1, Hkv, 2, K, V]`
     o,
-    final,
     q_b,
     q_t,
     q_h,
-    k_b,
-    k_t,
-    k_h,
     v_b,
     v_t,
     v_h,
     T,
     length,
     tiles,
-    segments,
     scale,
-    inverse_normalizer,
-    bound,
     HKV: tl.constexpr,
     R: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
-    KH: tl.constexpr,
-    BKH: tl.constexpr,
+    G: tl.constexpr,
+    BK: tl.constexpr,
     BV: tl.constexpr,
-    SHARED: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     C: tl.constexpr,
-    PER_SEGMENT: tl.constexpr,
+    HEADS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    value_tile, segment, row_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # HEADS query heads of a group one below the other in one tile; those of the whole group side by side: they share keys, values,
+    # factors and states.
+    SPLIT: tl.constexpr = R // HEADS
+    tile, value_tile, row_head = tl.program_id(0) // SPLIT, tl.program_id(1), tl.program_id(2)
     row, kv_head = row_head // HKV, row_head % HKV
     batch, first, flat, length = row_span(row, T, length, row_first, row_length)
-    G: tl.constexpr = KH if SHARED else K
-    gate_t: tl.constexpr = HKV * 2 * G
-    k += batch * k_b + first * k_t + kv_head * k_h
-    v += batch * v_b + first * v_t + kv_head * v_h
-    q += batch * q_b + first * q_t + kv_head * R * q_h
-    o += (flat * HKV + kv_head) * R * V
-    gate_logits += (flat * HKV + kv_head) * 2 * G
-    write_offset = (flat * HKV + kv_head) * 2
-
-    low = tl.arange(0, BKH)
-    high = KH + low
-    low_ok = low < KH
-    high_ok = high < K
+    if tile * C >= length:
+        return
+    row = row.to(tl.int64)
+    rows = tl.arange(0, HEADS * C)
+    tokens = tile * C + rows % C
+    heads = kv_head * R + tl.program_id(0) % SPLIT * HEADS + rows // C
+    token_ok = tokens < length
+    keys_at = tile * C + tl.arange(0, C)
+    channels, channel_ok, gates = channel_columns(K, G, BK)
     values = value_tile * BV + tl.arange(0, BV)
     value_ok = values < V
-    s1l = tl.zeros([BV, BKH], tl.float32)
-    s1h = tl.zeros([BV, BKH], tl.float32)
-    s2l = tl.zeros([BV, BKH], tl.float32)
-    s2h = tl.zeros([BV, BKH], tl.float32)
-    if entering is not None:
-        s1l, s1h, s2l, s2h = load_states(
-            entering + ((row.to(tl.int64) * segments + segment) * HKV + kv_head) * 2 * K * V,
-            low,
-            low_ok,
-            high,
-            high_ok,
-            values,
-            value_ok,
-            K,
-            V,
-        )
-
-    causal = tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]
-    for tile in range(segment * PER_SEGMENT, min(segment * PER_SEGMENT + PER_SEGMENT, tl.cdiv(length, C))):
-        tokens = tile * C + tl.arange(0, C)
-        in_row = tokens < length
-        token_ok = load_mask(mask, flat, tokens, in_row)
-        k_low = load_rows(k, tokens, token_ok, k_t, low, low_ok)
-        k_high = load_rows(k, tokens, token_ok, k_t, high, high_ok)
-        v_tile = load_rows(v, tokens, token_ok, v_t, values, value_ok).to(DOT)
-        v_t_tile = tl.trans(v_tile)
-        write1 = load_write_gate(write_logits, write_offset, tokens, token_ok, HKV * 2)
-        write2 = load_write_gate(write_logits, write_offset + 1, tokens, token_ok, HKV * 2)
-        if R == 1:
-            # One state and half after the other: few tiles are alive at a time.
-            mix1 = tl.load(mix + kv_head * 2).to(tl.float32) * scale
-            mix2 = tl.load(mix + kv_head * 2 + 1).to(tl.float32) * scale
-            q_low = load_rows(q, tokens, token_ok, q_t, low, low_ok)
-            q_high = load_rows(q, tokens, token_ok, q_t, high, high_ok)
-            scores = tl.zeros([C, C], tl.float32)
-            output = tl.zeros([C, BV], tl.float32)
-            e, m = _from_middle(load_log_decay(gate_logits, tokens, token_ok, gate_t, low, low_ok, inverse_normalizer, bound))
-            scores, output, s1l = _chunk_part(q_low, k_low, v_t_tile, e, m, write1, mix1, s1l, scores, output, DOT, PRECISION)
-            if not SHARED:
-                e, m = _from_middle(load_log_decay(gate_logits, tokens, token_ok, gate_t, high, high_ok, inverse_normalizer, bound))
-            scores, output, s1h = _chunk_part(q_high, k_high, v_t_tile, e, m, write1, mix1, s1h, scores, output, DOT, PRECISION)
-            e, m = _from_middle(load_log_decay(gate_logits + G, tokens, token_ok, gate_t, low, low_ok, inverse_normalizer, bound))
-            scores, output, s2l = _chunk_part(q_low, k_low, v_t_tile, e, m, write2, mix2, s2l, scores, output, DOT, PRECISION)
-            if not SHARED:
-                e, m = _from_middle(load_log_decay(gate_logits + G, tokens, token_ok, gate_t, high, high_ok, inverse_normalizer, bound))
-            scores, output, s2h = _chunk_part(q_high, k_high, v_t_tile, e, m, write2, mix2, s2h, scores, output, DOT, PRECISION)
-            scores = tl.where(causal, scores, 0.0).to(DOT)
-            output = tl.dot(scores, v_tile, acc=output, input_precision=PRECISION)
-            store_rows(o, tokens, in_row, HKV * V, values, value_ok, output)
-        else:
-            decay1 = load_log_decay(gate_logits, tokens, token_ok, gate_t, low, low_ok, inverse_normalizer, bound)
-            decay2 = load_log_decay(gate_logits + G, tokens, token_ok, gate_t, low, low_ok, inverse_normalizer, bound)
-            e1l, m1l = _from_middle(decay1)
-            e2l, m2l = _from_middle(decay2)
-            e1h, m1h, e2h, m2h = e1l, m1l, e2l, m2l
-            if not SHARED:
-                decay1 = load_log_decay(gate_logits, tokens, token_ok, gate_t, high, high_ok, inverse_normalizer, bound)
-                decay2 = load_log_decay(gate_logits + G, tokens, token_ok, gate_t, high, high_ok, inverse_normalizer, bound)
-                e1h, m1h = _from_middle(decay1)
-                e2h, m2h = _from_middle(decay2)
-            k1l = (k_low.to(tl.float32) * (write1[:, None] / e1l)).to(DOT)
-            k1h = (k_high.to(tl.float32) * (write1[:, None] / e1h)).to(DOT)
-            k2l = (k_low.to(tl.float32) * (write2[:, None] / e2l)).to(DOT)
-            k2h = (k_high.to(tl.float32) * (write2[:, None] / e2h)).to(DOT)
-            s1l *= m1l[None, :]
-            s1h *= m1h[None, :]
-            s2l *= m2l[None, :]
-            s2h *= m2h[None, :]
-
-            for r in range(R):
-                mix1 = tl.load(mix + (kv_head * R + r) * 2).to(tl.float32) * scale
-                mix2 = tl.load(mix + (kv_head * R + r) * 2 + 1).to(tl.float32) * scale
-                q_low = load_rows(q + r * q_h, tokens, token_ok, q_t, low, low_ok).to(tl.float32)
-                q_high = load_rows(q + r * q_h, tokens, token_ok, q_t, high, high_ok).to(tl.float32)
-                q1l = (q_low * (e1l * mix1)).to(DOT)
-                q1h = (q_high * (e1h * mix1)).to(DOT)
-                q2l = (q_low * (e2l * mix2)).to(DOT)
-                q2h = (q_high * (e2h * mix2)).to(DOT)
-                scores = tl.dot(q1l, tl.trans(k1l), input_precision=PRECISION)
-                scores = tl.dot(q1h, tl.trans(k1h), acc=scores, input_precision=PRECISION)
-                scores = tl.dot(q2l, tl.trans(k2l), acc=scores, input_precision=PRECISION)
-                scores = tl.dot(q2h, tl.trans(k2h), acc=scores, input_precision=PRECISION)
-                output = tl.dot(q1l, tl.trans(s1l.to(DOT)), input_precision=PRECISION)
-                output = tl.dot(q1h, tl.trans(s1h.to(DOT)), acc=output, input_precision=PRECISION)
-                output = tl.dot(q2l, tl.trans(s2l.to(DOT)), acc=output, input_precision=PRECISION)
-                output = tl.dot(q2h, tl.trans(s2h.to(DOT)), acc=output, input_precision=PRECISION)
-                scores = tl.where(causal, scores, 0.0).to(DOT)
-                output = tl.dot(scores, v_tile, acc=output, input_precision=PRECISION)
-                store_rows(o + r * V, tokens, in_row, HKV * R * V, values, value_ok, output)
-
-            s1l = tl.dot(v_t_tile, k1l, acc=s1l, input_precision=PRECISION) * m1l[None, :]
-            s1h = tl.dot(v_t_tile, k1h, acc=s1h, input_precision=PRECISION) * m1h[None, :]
-            s2l = tl.dot(v_t_tile, k2l, acc=s2l, input_precision=PRECISION) * m2l[None, :]
-            s2h = tl.dot(v_t_tile, k2h, acc=s2h, input_precision=PRECISION) * m2h[None, :]
-
-    if final is not None:  # noqa: SIM102 (the first is decided at compile time)
-        if segment == segments - 1:
-            store_states(
-                final + (row.to(tl.int64) * HKV + kv_head) * 2 * K * V,
-                low,
-                low_ok,
-                high,
-                high_ok,
-                values,
-                value_ok,
-                K,
-                V,
-                s1l,
-                s1h,
-                s2l,
-                s2h,
-            )
+    query_factors += (flat * HKV + kv_head) * 2 * G
+    keys += (flat * HKV + kv_head) * 2 * K
+    states += ((row * (tiles + 1) + tile) * HKV + kv_head) * 2 * K * V
+    places = q + batch * q_b + first * q_t + tokens.to(tl.int64) * q_t + heads * q_h
+    q_tile = tl.load(places[:, None] + channels[None, :], mask=token_ok[:, None] & channel_ok[None, :], other=0.0).to(tl.float32)
+    scores = tl.zeros([HEADS * C, C], tl.float32)
+    output = tl.zeros([HEADS * C, BV], tl.float32)
+    for i in tl.range(0, 2, loop_unroll_factor=UNROLL):
+        factors = load_rows(query_factors + i * G, tokens, token_ok, HKV * 2 * G, gates, channel_ok).to(tl.float32)
+        key = load_rows(keys + i * K, keys_at, keys_at < length, HKV * 2 * K, channels, channel_ok)
+        state = load_rows(states + i * K * V, channels, channel_ok, V, values, value_ok)
+        share = tl.load(mix + heads * 2 + i).to(tl.float32) * scale
+        query = (q_tile * (factors * share[:, None])).to(DOT)
+        scores = tl.dot(query, tl.trans(key), acc=scores, input_precision=PRECISION)
+        output = tl.dot(query, state, acc=output, input_precision=PRECISION)
+    v_tile = load_rows(v + batch * v_b + first * v_t + kv_head * v_h, keys_at, keys_at < length, v_t, values, value_ok).to(DOT)
+    scores = tl.where(tokens[:, None] >= keys_at[None, :], scores, 0.0).to(DOT)
+    output = tl.dot(scores, v_tile, acc=output, input_precision=PRECISION)
+    places = o + (flat + tokens.to(tl.int64)) * HKV * R * V + heads * V
+    tl.store(places[:, None] + values[None, :], output.to(o.dtype.element_ty), mask=token_ok[:, None] & value_ok[None, :])
 
 
 class ChunkLayer:
@@ -236,14 +110,24 @@ class ChunkLayer:
         self, q, k, v, gate_logits, write_logits, mask, row_first, row_length, longest, gate_normalizer, lower_bound, segment_blocks
     ):
         self.inputs = StateInputs(k, v, gate_logits, write_logits, mask, row_first, row_length, longest, gate_normalizer, lower_bound)
-        self.heads = make_heads(q, v, gate_logits, value_tile(k, v))
-        self.value_tiles = triton.cdiv(self.heads.V, self.heads.BV)
         self.programs = self.inputs.rows * self.inputs.kv_heads
-        chunk = largest_tile(q, v)
-        self.tiling = make_tiling(longest, chunk, self.programs * self.value_tiles, q.device, segment_blocks or None, chunk)
+        self.state_heads = make_heads(q, v, gate_logits, value_tile(k, v, self.programs))
+        self.heads = make_heads(q, v, gate_logits, TUNE.get("chunk_values") or (128 if q.dtype == torch.bfloat16 else 64))
+        self.value_tiles = triton.cdiv(self.heads.V, self.heads.BV)
+        chunk = TUNE.get("C") or largest_tile(q, v)
+        programs = self.programs * 2 * triton.cdiv(self.heads.V, self.state_heads.BV)
+        self.tiling = make_tiling(longest, chunk, programs, q.device, segment_blocks or None, chunk)
         self.group = q.shape[2] // k.shape[2]
-        self.warps = 8 if self.heads.BKH * self.heads.BV >= 32 * 64 else 4
-        self.state_dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+        self.warps = 4
+        self.together = 2 if self.group % 2 == 0 and q.dtype == torch.bfloat16 and not TUNE.get("apart") else 1
+
+    def states(self, decayed, initial_state, final=None):
+        """exp(m) S on entry of every chunk."""
+        inputs, tiling = self.inputs, self.tiling
+        states = inputs.state_buffer(inputs.rows, tiling.tiles + 1, dtype=inputs.dtype)
+        entering = entering_states(inputs, tiling, self.state_heads, decayed, initial_state)
+        inputs.launch(tiling, self.state_heads, decayed, entering, states=states, final=final, at_middle=True)
+        return states
 
 
 @torch.library.custom_op(add_op_namespace_prefix("chunk_forward"), mutates_args=())
@@ -273,36 +157,30 @@ def chunk_forward(
     o = q.new_empty(*q.shape[:3], v.shape[-1])
     final = layer.inputs.state_buffer(layer.inputs.rows) if output_final_state else None
     tiling, heads = layer.tiling, layer.heads
-    _chunk_kernel[(layer.value_tiles, tiling.segments, layer.programs)](
+    decayed = layer.inputs.decayed(tiling)
+    states = layer.states(decayed, initial_state, final)
+    _chunk_kernel[(tiling.tiles * layer.group // layer.together, layer.value_tiles, layer.programs)](
         q,
-        k,
         v,
-        gate_logits,
-        write_logits,
+        decayed.query_factors,
+        decayed.keys,
         mix,
-        mask,
         row_first,
         row_length,
-        entering_states(layer.inputs, tiling, heads, initial_state),
+        states,
         o,
-        final,
         *q.stride()[:3],
-        *k.stride()[:3],
         *v.stride()[:3],
         q.shape[1],
         longest,
         tiling.tiles,
-        tiling.segments,
         scale,
-        1.0 / gate_normalizer,
-        lower_bound,
         HKV=layer.inputs.kv_heads,
         R=layer.group,
         **heads._asdict(),
         C=tiling.tile,
-        PER_SEGMENT=tiling.per_segment,
-        num_warps=layer.warps,
-        num_stages=2 if tiling.tile == 64 else 1,
+        HEADS=layer.together,
+        **({"num_warps": layer.warps * layer.together, "num_stages": 1, "UNROLL": 1} | TUNE.get("chunk", {})),
     )
     return o, o.new_empty(0, dtype=torch.float32) if final is None else final
 

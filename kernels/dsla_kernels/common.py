@@ -1,9 +1,4 @@
-"""What the Triton kernels share: the gate, tiles of tokens and their launch-time checks.
-
-Head channels are cut in two halves, tiles of their own: channel i and i + KH with KH = K / 2, a rotary pair. With one decay
-per pair its logsigmoid and exponentials are computed once for both. States lie transposed in registers, `[V tile, KH]`: their
-products then have the value size as the long side, which tensor cores want at 64 or more.
-"""
+"""What the Triton kernels share: the gate, tiles of tokens and states, and their launch-time checks."""
 
 import functools
 from typing import NamedTuple
@@ -17,10 +12,32 @@ from .checks import check_inputs
 
 TILE = 64  # tokens a tile at most; the bound on the decay is chosen for it
 LARGEST_HEAD = 256
+TUNE: dict = {}
 INTERPRETED = triton.knobs.runtime.interpret
 
 
 # --- device side ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def fast_exp2(x):
+    """2^x as the hardware has it: results below fp32's normal numbers are 0."""
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def fast_log2(x):
+    """log2 as the hardware has it, to an absolute error of 2^-22."""
+    return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def inverse(x, EXACT: tl.constexpr):
+    """1 / x, unless EXACT as the hardware has it."""
+    if EXACT:
+        return 1 / x
+    else:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -61,50 +78,27 @@ def store_rows(base, rows, row_ok, stride, columns, column_ok, x):
 
 
 @triton.jit
-def _load_state(base, columns, column_ok, values, value_ok, V: tl.constexpr):
-    mask = value_ok[:, None] & column_ok[None, :]
-    return tl.load(base + columns[None, :] * V + values[:, None], mask=mask, other=0.0).to(tl.float32)
+def channel_columns(K: tl.constexpr, G: tl.constexpr, BK: tl.constexpr):
+    """Channels of a tile, which of them exist, and the numbers of their gates. With a gate for channels i and i + G these lie
+    BK / 2 apart, so that sums over a pair are sums over halves."""
+    columns = tl.arange(0, BK)
+    if G == K:
+        return columns, columns < K, columns
+    elif 2 * G == BK:
+        return columns, columns < K, columns % G
+    else:
+        gates = columns % (BK // 2)
+        channels = columns // (BK // 2) * G + gates
+        return channels, (gates < G) & (channels < K), gates
 
 
 @triton.jit
-def _store_state(base, columns, column_ok, values, value_ok, V: tl.constexpr, x):
-    mask = value_ok[:, None] & column_ok[None, :]
-    tl.store(base + columns[None, :] * V + values[:, None], x.to(base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def load_states(base, low, low_ok, high, high_ok, values, value_ok, K: tl.constexpr, V: tl.constexpr):
-    """Both states `[2, K, V]` as transposed tiles `[values, half of the channels]`: first low, first high, second low, second high."""
-    first_low = _load_state(base, low, low_ok, values, value_ok, V)
-    first_high = _load_state(base, high, high_ok, values, value_ok, V)
-    second_low = _load_state(base + K * V, low, low_ok, values, value_ok, V)
-    second_high = _load_state(base + K * V, high, high_ok, values, value_ok, V)
-    return first_low, first_high, second_low, second_high
-
-
-@triton.jit
-def store_states(base, low, low_ok, high, high_ok, values, value_ok, K: tl.constexpr, V: tl.constexpr, s1l, s1h, s2l, s2h):
-    """The inverse of `load_states`."""
-    _store_state(base, low, low_ok, values, value_ok, V, s1l)
-    _store_state(base, high, high_ok, values, value_ok, V, s1h)
-    _store_state(base + K * V, low, low_ok, values, value_ok, V, s2l)
-    _store_state(base + K * V, high, high_ok, values, value_ok, V, s2h)
-
-
-@triton.jit
-def store_decays(base, low, low_ok, high, high_ok, K: tl.constexpr, d1l, d1h, d2l, d2h):
-    """Log-decays `[2, K]` of both states from their halves."""
-    tl.store(base + low, d1l, mask=low_ok)
-    tl.store(base + high, d1h, mask=high_ok)
-    tl.store(base + K + low, d2l, mask=low_ok)
-    tl.store(base + K + high, d2h, mask=high_ok)
-
-
-@triton.jit
-def load_log_decay(base, tokens, token_ok, stride, columns, column_ok, inverse_normalizer, bound):
-    """Log-decays of a tile `[C, KH]` from raw logits, zero (no decay) outside."""
-    logits = load_rows(base, tokens, token_ok, stride, columns, column_ok).to(tl.float32)
-    return tl.where(token_ok[:, None] & column_ok[None, :], bounded_log_decay(logits, inverse_normalizer, bound), 0.0)
+def sum_over_pairs(x, K: tl.constexpr, G: tl.constexpr):
+    """Of a tile `[C, BK]` a column for each gate."""
+    if G == K:
+        return x
+    else:
+        return tl.sum(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), 1)
 
 
 @triton.jit
@@ -180,17 +174,17 @@ def largest_tile(q: Tensor, v: Tensor) -> int:
 def make_tiling(
     tokens: int, size: int, programs: int, device: torch.device, segment_blocks: int | None = None, largest: int = TILE
 ) -> Tiling:
-    """Blocks of `size` tokens; segments such that `programs` programs for each of them fill the card about twice.
+    """Blocks of `size` tokens; where `programs` programs do not fill the card about twice, segments that do so three times.
 
-    segment_blocks: blocks a segment, a power of two, to overrule the choice. largest: tokens a tile at most.
+    segment_blocks: blocks a segment, to overrule the choice. largest: tokens a tile at most.
     """
     tile = min(largest, max(16, triton.next_power_of_2(size)))
     per_block = -(-size // tile)
     blocks = -(-tokens // size)
     if segment_blocks is None:
-        wanted = -(-2 * processors(device) // programs)
-        segment_blocks = max(blocks // wanted, 2)
-        segment_blocks = 1 << (segment_blocks.bit_length() - 1) if wanted > 1 else blocks
+        segment_blocks = blocks
+        if programs < 1.5 * processors(device):  # a second pass over keys and values is worth its while
+            segment_blocks = max(blocks * programs // (3 * processors(device)), 2)
     per_segment = min(segment_blocks, blocks) * per_block
     tiles = blocks * per_block
     return Tiling(size, tile, per_block, tiles, per_segment, -(-tiles // per_segment))
@@ -205,24 +199,26 @@ class Heads(NamedTuple):
 
     K: int
     V: int
-    KH: int  # channels of the first half
-    BKH: int  # of a half in registers
+    G: int  # gates of a state: K, or one for channels i and i + G
+    BK: int  # channels in registers, as `channel_columns` places them
     BV: int  # values of a tile
-    SHARED: bool  # one decay for both halves
     DOT: tl.dtype  # of the factors of matrix products
     PRECISION: str
 
 
+def padded(size: int) -> int:
+    """Size in registers: a power of two, at least 32, as Triton 3.6's products on Hopper's tensor cores go wrong with 16 columns."""
+    return max(32, triton.next_power_of_2(size))
+
+
 def make_heads(q: Tensor, v: Tensor, gate_logits: Tensor, value_tile: int) -> Heads:
-    key_dim, value_dim = q.shape[-1], v.shape[-1]
-    half = -(-key_dim // 2)
+    key_dim, value_dim, gates = q.shape[-1], v.shape[-1], gate_logits.shape[-1]
     return Heads(
         key_dim,
         value_dim,
-        half,
-        max(16, triton.next_power_of_2(half)),
-        min(max(16, triton.next_power_of_2(value_dim)), value_tile),
-        gate_logits.shape[-1] != key_dim,
+        gates,
+        padded(gates) * (1 if gates == key_dim else 2),
+        min(padded(value_dim), value_tile),
         *dot_type(q.dtype),
     )
 

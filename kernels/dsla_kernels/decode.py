@@ -1,8 +1,8 @@
 """One token in one kernel: gates, states, window, norm and the gate between them, in place and at fixed addresses.
 
-One program a row and KV head. Nothing is read back by the host and no buffer moves, so a step can be captured in a CUDA graph.
-With a window the states are only read, but for the one step in W / 2 that fills a block: that step takes the block before the
-last one from the ring into the states.
+One program a row and KV head; what counts are the bytes of its states and ring, and how many of them are on their way at a time.
+Nothing is read back by the host and no buffer moves, so a step can be captured in a CUDA graph. With a window the states are only
+read, but for the one step in W / 2 that fills a block: that step takes the block before the last one from the ring into the states.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._ops import add_op_namespace_prefix, ops
-from .common import LARGEST_HEAD, TILE, bounded_log_decay, dot_type, load_rows, on_its_device
+from .common import LARGEST_HEAD, bounded_log_decay, dot_type, largest_tile, load_rows, on_its_device, processors
 from .window import LN_2, LOG2_E, check_softcap, softmax_scores, softmax_step, state_gate
 
 
@@ -31,31 +31,218 @@ class GateWeights(NamedTuple):
     write_bias: Tensor | None = None
 
 
-@triton.jit
-def _hidden(v_tile, down, head, values, value_ok, rank, norm_eps, V: tl.constexpr, RANK: tl.constexpr):
-    """Normalised values `[C, BV]` and what the gates' first map makes of them `[C, BR]`, fp32."""
-    normalised = v_tile * tl.rsqrt(tl.sum(v_tile * v_tile, 1) / V + norm_eps)[:, None]
-    weight = load_rows(down + head * V * RANK, values, value_ok, RANK, rank, rank < RANK).to(tl.float32)
-    return normalised, tl.dot(normalised, weight, input_precision="ieee")
+FEW_HEADS = 8  # query heads a KV head that are multiplied one by one; more go through tensor cores
 
 
 @triton.jit
-def _write_gate(normalised, write_weight, write_bias, head, values, value_ok, state, V: tl.constexpr):
-    """Share of each token that a state takes in, `[C]`."""
-    if write_weight is None:
-        return tl.full([normalised.shape[0]], 1.0, tl.float32)
+def _decay_gate(logits, inverse_normalizer, bound, EXACT: tl.constexpr):
+    """`bounded_log_decay`, or a shorter form whose absolute error is fp32's rounding of 1: enough for tokens in bf16."""
+    if EXACT:
+        return bounded_log_decay(logits, inverse_normalizer, bound)
+    else:  # where exp2 overflows, the bound applies
+        return tl.maximum(tl.log2(1 + tl.exp2(logits * -LOG2_E)) * (-LN_2 * inverse_normalizer), bound)
+
+
+@triton.jit
+def _load_queries(q, part, group, group_ok, K: tl.constexpr, R: tl.constexpr, FEW: tl.constexpr):
+    """Channels `part` of the group's queries: vectors if they are few, else a tile."""
+    if FEW:
+        queries = ()
+        for r in tl.static_range(R):
+            queries = queries + (tl.load(q + r * K + part, mask=part < K, other=0.0),)  # type: ignore[assignment]
+        return queries
     else:
-        weight = tl.load(write_weight + (head * V + values) * 2 + state, mask=value_ok, other=0.0).to(tl.float32)
-        bias = tl.load(write_bias + head * 2 + state).to(tl.float32)
-        return tl.sigmoid(tl.sum(normalised * weight[None, :], 1) + bias)
+        return load_rows(q, group, group_ok, K, part, part < K)
 
 
 @triton.jit
-def _log_decay(hidden, up, bias, head, rank, gate, gate_ok, inverse_normalizer, bound, state, G: tl.constexpr, RANK: tl.constexpr):
-    """Log-decays `[C, channels]` of the channels whose gates are numbered `gate`."""
-    weight = load_rows(up + head * RANK * 2 * G + state * G, rank, rank < RANK, 2 * G, gate, gate_ok).to(tl.float32)
-    shift = tl.load(bias + (head * 2 + state) * G + gate, mask=gate_ok, other=0.0).to(tl.float32)
-    return bounded_log_decay(tl.dot(hidden, weight, input_precision="ieee") + shift[None, :], inverse_normalizer, bound)
+def _load_states(recurrent, part, values, value_ok, K: tl.constexpr, V: tl.constexpr):
+    """Channels `part` of both states, `[part, V]`."""
+    pointers = recurrent + part[:, None] * V + values[None, :]
+    mask = (part < K)[:, None] & value_ok[None, :]
+    return tl.load(pointers, mask=mask, other=0.0), tl.load(pointers + K * V, mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_mix(mix, group, group_ok, R: tl.constexpr, FEW: tl.constexpr):
+    """Weights of both states: scalars for every query head if they are few, else columns."""
+    if FEW:
+        mix1, mix2 = (), ()
+        for r in tl.static_range(R):
+            mix1 = mix1 + (tl.load(mix + r * 2),)  # type: ignore[assignment]
+            mix2 = mix2 + (tl.load(mix + r * 2 + 1),)  # type: ignore[assignment]
+        return mix1, mix2
+    else:
+        mix1 = tl.load(mix + group * 2, mask=group_ok, other=0.0)[:, None]
+        return mix1, tl.load(mix + group * 2 + 1, mask=group_ok, other=0.0)[:, None]
+
+
+@triton.jit
+def _no_sums(R: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr, FEW: tl.constexpr):
+    if FEW:
+        sums = ()
+        for _ in tl.static_range(R):
+            sums = sums + (tl.zeros([ROWS, BV], tl.float32),)  # type: ignore[assignment]
+    else:
+        sums = tl.zeros([BM, BV], tl.float32)
+    return sums
+
+
+@triton.jit
+def _add_products(
+    sums,
+    queries,
+    mix1,
+    mix2,
+    state1,
+    state2,
+    scale,
+    R: tl.constexpr,
+    ROWS: tl.constexpr,
+    FEW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds what the queries read of a part of both states.
+
+    A product of tiles would be padded to 16 rows and do up to 16 times the work, so few queries are multiplied one by one. Their
+    sums over channels stay apart in ROWS rows, as many as the program's threads hold at a time: each adds its own registers.
+    """
+    if FEW:
+        more = ()
+        for r in tl.static_range(R):
+            query = queries[r].to(tl.float32) * scale
+            product = (query * mix1[r].to(tl.float32))[:, None] * state1 + (query * mix2[r].to(tl.float32))[:, None] * state2
+            rows = tl.sum(tl.reshape(product, [product.shape[0] // ROWS, ROWS, product.shape[1]]), 0)
+            more = more + (sums[r] + rows,)  # type: ignore[assignment]
+        return more
+    else:
+        query = queries.to(tl.float32) * scale
+        sums = tl.dot(query * mix1.to(tl.float32), state1, acc=sums, input_precision=PRECISION)
+        return tl.dot(query * mix2.to(tl.float32), state2, acc=sums, input_precision=PRECISION)
+
+
+@triton.jit
+def _finished(sums, group, R: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr, FEW: tl.constexpr):
+    """The sums as a tile `[BM, BV]`."""
+    if FEW:
+        o = tl.zeros([BM, BV], tl.float32)
+        for r in tl.static_range(R):
+            o = tl.where(group[:, None] == r, tl.sum(sums[r], 0)[None, :], o)
+        return o
+    else:
+        return sums
+
+
+@triton.jit
+def _load_slots(
+    window_k,
+    window_v,
+    slot,
+    slot_ok,
+    columns,
+    column_ok,
+    values,
+    value_ok,
+    HKV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+):
+    k_tile = load_rows(window_k, slot, slot_ok, HKV * K, columns, column_ok)
+    return k_tile, load_rows(window_v, slot, slot_ok, HKV * V, values, value_ok)
+
+
+@triton.jit
+def _attend(
+    q_tile, k_tile, v_tile, visible, top, denominator, o, scale, softcap, DOT: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """One tile of slots; those that are not visible may hold anything. The compiler stages a factor of a product in shared memory
+    where it is made: made here, of tiles that were loaded before, no load waits for another."""
+    k_tile = tl.where(visible[:, None], k_tile, 0.0).to(DOT)
+    v_tile = tl.where(visible[:, None], v_tile, 0.0).to(DOT)
+    scores = softmax_scores(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), scale, softcap)
+    return softmax_step(scores, visible[None, :], v_tile, top, denominator, o, DOT, PRECISION)
+
+
+@triton.jit
+def _write_gates(x, inverse_rms, write_weight, write_bias, values, value_ok):
+    """Share of each token `[C]` that a state takes in, from values `[C, BV]`."""
+    weight = tl.load(write_weight + values * 2, mask=value_ok, other=0.0).to(tl.float32)
+    return tl.sigmoid(tl.sum(x * weight[None, :], 1) * inverse_rms + tl.load(write_bias).to(tl.float32))
+
+
+@triton.jit
+def _take_block(
+    recurrent,
+    window_k,
+    window_v,
+    first,
+    down,
+    up,
+    bias,
+    write_weight,
+    write_bias,
+    head,
+    values,
+    value_ok,
+    norm_eps,
+    inverse_normalizer,
+    bound,
+    HKV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    G: tl.constexpr,
+    RANK: tl.constexpr,
+    BR: tl.constexpr,
+    GC: tl.constexpr,  # gates at a time
+    S: tl.constexpr,
+    W: tl.constexpr,
+    SIZE: tl.constexpr,
+    C: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GATE_PRECISION: tl.constexpr,
+):
+    """Takes the SIZE tokens from `first` on out of the ring into the states."""
+    rank = tl.arange(0, BR)
+    inside = tl.arange(0, C)
+    behind = (inside[:, None] < inside[None, :]).to(tl.float32)  # a product with it sums over the tokens behind each one
+    for tile in range(PER_BLOCK):
+        token = first + tile * C + inside
+        taken = (tile * C + inside < SIZE) & (token >= S)
+        slots = S + token % W
+        v_tile = load_rows(window_v, slots, taken, HKV * V, values, value_ok)
+        down_weight = load_rows(down + head * V * RANK, values, value_ok, RANK, rank, rank < RANK).to(tl.float32)
+        x = v_tile.to(tl.float32)
+        inverse_rms = tl.rsqrt(tl.sum(x * x, 1) / V + norm_eps)
+        hidden = tl.dot(x, down_weight, input_precision="ieee") * inverse_rms[:, None]
+        write1 = taken.to(tl.float32)
+        write2 = write1
+        if write_weight is not None:
+            write1 *= _write_gates(x, inverse_rms, write_weight + head * V * 2, write_bias + head * 2, values, value_ok)
+            write2 *= _write_gates(x, inverse_rms, write_weight + head * V * 2 + 1, write_bias + head * 2 + 1, values, value_ok)
+        for state in range(2):
+            write = tl.where(state == 0, write1, write2)
+            for start in range(0, G, GC):
+                gate = start + tl.arange(0, GC)
+                gate_ok = gate < G
+                up_weight = load_rows(up + (head * RANK * 2 + state) * G, rank, rank < RANK, 2 * G, gate, gate_ok).to(tl.float32)
+                shift = tl.load(bias + (head * 2 + state) * G + gate, mask=gate_ok, other=0.0).to(tl.float32)
+                logits = tl.dot(hidden, up_weight, input_precision=GATE_PRECISION) + shift[None, :]
+                log_decay = tl.where(taken[:, None], _decay_gate(logits, inverse_normalizer, bound, GATE_PRECISION == "ieee"), 0.0)
+                decay = tl.exp(tl.sum(log_decay, 0))
+                to_end = write[:, None] * tl.exp(tl.dot(behind, log_decay, input_precision="ieee"))
+                for half in range(K // G):  # of a rotary pair: one decay
+                    part = half * G + gate
+                    k_part = load_rows(window_k, slots, taken, HKV * K, part, gate_ok).to(tl.float32)
+                    added = tl.trans((k_part * to_end).to(DOT))
+                    pointers = recurrent + (state * K + part)[:, None] * V + values[None, :]
+                    mask = gate_ok[:, None] & value_ok[None, :]
+                    old = tl.load(pointers, mask=mask, other=0.0)
+                    new = tl.dot(added, v_tile.to(DOT), acc=old * decay[:, None], input_precision=PRECISION)
+                    tl.store(pointers, new, mask=mask)
+        if PER_BLOCK > 1:
+            tl.debug_barrier()
 
 
 @triton.jit
@@ -94,25 +281,25 @@ def _window_decode_kernel(
     BR: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    KC: tl.constexpr,
+    KC: tl.constexpr,  # channels of the states at a time
+    ROWS: tl.constexpr,
+    FEW: tl.constexpr,
+    GATE_PRECISION: tl.constexpr,
     S: tl.constexpr,
     BS: tl.constexpr,
     W: tl.constexpr,
-    BN: tl.constexpr,
+    BN: tl.constexpr,  # slots at a time
     SIZE: tl.constexpr,
     C: tl.constexpr,
     PER_BLOCK: tl.constexpr,
+    GC: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
-    STATE_PRECISION: tl.constexpr,
 ):
     row, head = (tl.program_id(0) // HKV).to(tl.int64), tl.program_id(0) % HKV
-    length = tl.load(lengths + row).to(tl.int32)
-    is_real = True
-    if real is not None:
-        is_real = tl.load(real + row) != 0
     group = tl.arange(0, BM)
     group_ok = group < R
+    heads = head * R + group
     columns = tl.arange(0, BK)
     column_ok = columns < K
     values = tl.arange(0, BV)
@@ -122,66 +309,77 @@ def _window_decode_kernel(
     window_k += (row * (S + W) * HKV + head) * K
     window_v += (row * (S + W) * HKV + head) * V
 
-    q_tile = load_rows(q, group, group_ok, K, columns, column_ok).to(DOT)
+    # All first loads at once, none with a mask that another has to bring: a single row waits for memory once. The window comes
+    # before the states, as it is needed first; last those that the compiler moves to other threads as soon as they are there.
+    length = tl.load(lengths + row).to(tl.int32)
+    is_real = True
+    if real is not None:
+        is_real = tl.load(real + row) != 0
+    q_tile = load_rows(q, group, group_ok, K, columns, column_ok)
     k_new = tl.load(k + (row * HKV + head) * K + columns, mask=column_ok, other=0.0)
     v_new = tl.load(v + (row * HKV + head) * V + values, mask=value_ok, other=0.0)
+    mix1, mix2 = _load_mix(mix + head * R * 2, group, group_ok, R, FEW)
+    if S > 0:
+        sink = tl.arange(0, BS)
+        sink_k, sink_v = _load_slots(window_k, window_v, sink, sink < S, columns, column_ok, values, value_ok, HKV, K, V)
+    slot = tl.arange(0, BN)
+    k_tile, v_tile = _load_slots(window_k, window_v, S + slot, slot < W, columns, column_ok, values, value_ok, HKV, K, V)
+    queries = _load_queries(q, tl.arange(0, KC), group, group_ok, K, R, FEW)
+    next1, next2 = _load_states(recurrent, tl.arange(0, KC), values, value_ok, K, V)
+    gain = tl.load(state_gain + heads, mask=group_ok, other=0.0)
+    offset = tl.load(state_bias + heads, mask=group_ok, other=0.0)
+    weight = load_rows(norm_weight, heads, group_ok, V, values, value_ok)
 
     # The new token first, from registers: what its slot in the ring still holds has left the window.
-    top = tl.sum(q_tile.to(tl.float32) * k_new.to(tl.float32)[None, :], 1)
-    top = softmax_scores(top, scale, softcap)
+    q_tile = tl.where(group_ok[:, None], q_tile, 0.0).to(DOT)  # made here: see `_attend`
+    top = softmax_scores(tl.sum(q_tile.to(tl.float32) * k_new.to(tl.float32)[None, :], 1), scale, softcap)
     denominator = tl.full([BM], 1.0, tl.float32)
     o_window = tl.zeros([BM, BV], tl.float32) + v_new.to(tl.float32)[None, :]
     if sink_logits is not None:
-        logit = tl.load(sink_logits + head * R + group, mask=group_ok, other=0.0).to(tl.float32) * LOG2_E
+        logit = tl.load(sink_logits + heads, mask=group_ok, other=0.0).to(tl.float32) * LOG2_E
         new_top = tl.maximum(top, logit)
         weight_new = tl.exp2(top - new_top)
         denominator = weight_new + tl.exp2(logit - new_top)
         o_window *= weight_new[:, None]
         top = new_top
-    for slot_first in range(0, tl.minimum(W, length), BN):  # slots fill from the first
+    if S > 0:
+        sink_visible = (sink < S) & (sink <= length - W)
+        top, denominator, o_window = _attend(
+            q_tile, sink_k, sink_v, sink_visible, top, denominator, o_window, scale, softcap, DOT, PRECISION
+        )  # fmt: skip
+    for slot_first in range(0, W, BN):
         slot = slot_first + tl.arange(0, BN)
         token = length - (length - slot + W) % W
         visible = (slot < W) & (token >= 0) & (token < length)
-        k_tile = load_rows(window_k + S * HKV * K, slot, visible, HKV * K, columns, column_ok).to(DOT)
-        v_tile = load_rows(window_v + S * HKV * V, slot, visible, HKV * V, values, value_ok).to(DOT)
-        scores = softmax_scores(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), scale, softcap)
-        top, denominator, o_window = softmax_step(scores, visible[None, :], v_tile, top, denominator, o_window, DOT, PRECISION)
-    if S > 0:  # noqa: SIM102 (the first is decided at compile time)
-        if length >= W:
-            sink = tl.arange(0, BS)
-            visible = (sink < S) & (sink <= length - W)
-            k_tile = load_rows(window_k, sink, visible, HKV * K, columns, column_ok).to(DOT)
-            v_tile = load_rows(window_v, sink, visible, HKV * V, values, value_ok).to(DOT)
-            scores = softmax_scores(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), scale, softcap)
-            top, denominator, o_window = softmax_step(scores, visible[None, :], v_tile, top, denominator, o_window, DOT, PRECISION)
+        top, denominator, o_window = _attend(
+            q_tile, k_tile, v_tile, visible, top, denominator, o_window, scale, softcap, DOT, PRECISION
+        )  # fmt: skip
+        slot += BN
+        k_tile, v_tile = _load_slots(window_k, window_v, S + slot, slot < W, columns, column_ok, values, value_ok, HKV, K, V)
     o_window /= denominator[:, None]
     log_denominator = (top + tl.log2(denominator)) * LN_2
 
-    heads = head * R + group
-    mix1 = tl.load(mix + heads * 2, mask=group_ok, other=0.0).to(tl.float32)[:, None] * scale
-    mix2 = tl.load(mix + heads * 2 + 1, mask=group_ok, other=0.0).to(tl.float32)[:, None] * scale
-    o_state = tl.zeros([BM, BV], tl.float32)
-    if length >= SIZE + SIZE:  # a state holds a block once another whole one has followed it
-        for start in range(0, K, KC):
-            part = start + tl.arange(0, KC)
-            q_part = load_rows(q, group, group_ok, K, part, part < K).to(tl.float32)
-            state1 = load_rows(recurrent, part, part < K, V, values, value_ok)
-            state2 = load_rows(recurrent + K * V, part, part < K, V, values, value_ok)
-            o_state = tl.dot(q_part * mix1, state1, acc=o_state, input_precision=STATE_PRECISION)
-            o_state = tl.dot(q_part * mix2, state2, acc=o_state, input_precision=STATE_PRECISION)
-    gain = tl.load(state_gain + heads, mask=group_ok, other=0.0).to(tl.float32)
-    offset = tl.load(state_bias + heads, mask=group_ok, other=0.0).to(tl.float32)
-    rms, log_rms, alpha = state_gate(o_state, log_denominator, gain, offset, norm_eps, V)
-    weight = load_rows(norm_weight, heads, group_ok, V, values, value_ok).to(tl.float32)
-    result = o_window + alpha[:, None] * (o_state * weight / rms[:, None] - o_window)
+    sums = _no_sums(R, BM, BV, ROWS, FEW)
+    for start in tl.static_range(0, K, KC):
+        part = start + tl.arange(0, KC)
+        state1, state2 = next1, next2
+        if start + KC < K:
+            next1, next2 = _load_states(recurrent, part + KC, values, value_ok, K, V)
+        if start > 0:
+            queries = _load_queries(q, part, group, group_ok, K, R, FEW)
+        sums = _add_products(sums, queries, mix1, mix2, state1, state2, scale, R, ROWS, FEW, GATE_PRECISION)
+    # A state holds a block once another whole one has followed it.
+    o_state = tl.where(length >= SIZE + SIZE, _finished(sums, group, R, BM, BV, FEW), 0.0)
+    rms, log_rms, alpha = state_gate(o_state, log_denominator, gain.to(tl.float32), offset.to(tl.float32), norm_eps, V)
+    result = o_window + alpha[:, None] * (o_state * weight.to(tl.float32) / rms[:, None] - o_window)
     store_ok = group_ok[:, None] & value_ok[None, :]
     result = tl.where(is_real, result, 0.0)
     tl.store(o + (row * HKV * R + heads)[:, None] * V + values[None, :], result.to(o.dtype.element_ty), mask=store_ok)
 
     if is_real:
-        slot = (S + length % W) * HKV
-        tl.store(window_k + slot * K + columns, k_new, mask=column_ok)
-        tl.store(window_v + slot * V + values, v_new, mask=value_ok)
+        here = (S + length % W) * HKV
+        tl.store(window_k + here * K + columns, k_new, mask=column_ok)
+        tl.store(window_v + here * V + values, v_new, mask=value_ok)
         if length < S:
             tl.store(window_k + length * HKV * K + columns, k_new, mask=column_ok)
             tl.store(window_v + length * HKV * V + values, v_new, mask=value_ok)
@@ -189,33 +387,10 @@ def _window_decode_kernel(
         if (length % SIZE == 0) & (length >= W):
             # The older half of the ring: tokens length - W to length - W + SIZE - 1, none of them written above.
             tl.debug_barrier()  # every thread has read the states
-            rank = tl.arange(0, BR)
-            for tile in range(PER_BLOCK):
-                inside = tile * C + tl.arange(0, C)
-                token = length - W + inside
-                taken = (inside < SIZE) & (token >= S)
-                slots = S + token % W
-                v_tile = load_rows(window_v, slots, taken, HKV * V, values, value_ok)
-                normalised, hidden = _hidden(v_tile.to(tl.float32), down, head, values, value_ok, rank, norm_eps, V, RANK)
-                for state in range(2):
-                    write = tl.where(taken, _write_gate(normalised, write_weight, write_bias, head, values, value_ok, state, V), 0.0)
-                    for start in range(0, K, KC):
-                        part = start + tl.arange(0, KC)
-                        part_ok = part < K
-                        log_decay = _log_decay(
-                            hidden, up, bias, head, rank, part % G, part_ok, inverse_normalizer, bound, state, G, RANK
-                        )  # fmt: skip
-                        log_decay = tl.where(taken[:, None], log_decay, 0.0)
-                        total = tl.sum(log_decay, 0)
-                        k_part = load_rows(window_k, slots, taken, HKV * K, part, part_ok).to(tl.float32)
-                        to_end = k_part * (write[:, None] * tl.exp(total[None, :] - tl.cumsum(log_decay, 0)))
-                        pointers = recurrent + state * K * V + part[:, None] * V + values[None, :]
-                        mask = part_ok[:, None] & value_ok[None, :]
-                        old = tl.load(pointers, mask=mask, other=0.0) * tl.exp(total)[:, None]
-                        new = tl.dot(tl.trans(to_end).to(DOT), v_tile.to(DOT), acc=old, input_precision=PRECISION)
-                        tl.store(pointers, new, mask=mask)
-                if PER_BLOCK > 1:
-                    tl.debug_barrier()
+            _take_block(
+                recurrent, window_k, window_v, length - W, down, up, bias, write_weight, write_bias, head, values, value_ok, norm_eps,
+                inverse_normalizer, bound, HKV, K, V, G, RANK, BR, GC, S, W, SIZE, C, PER_BLOCK, DOT, PRECISION, GATE_PRECISION,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -245,60 +420,115 @@ def _pure_decode_kernel(
     G: tl.constexpr,
     RANK: tl.constexpr,
     BR: tl.constexpr,
+    BG: tl.constexpr,
     BV: tl.constexpr,
-    KC: tl.constexpr,
-    STATE_PRECISION: tl.constexpr,
+    KC: tl.constexpr,  # channels of the states at a time
+    ROWS: tl.constexpr,
+    FEW: tl.constexpr,
+    GATE_PRECISION: tl.constexpr,
 ):
     row, head = (tl.program_id(0) // HKV).to(tl.int64), tl.program_id(0) % HKV
-    is_real = True
-    if real is not None:
-        is_real = tl.load(real + row) != 0
     group = tl.arange(0, BM)
     group_ok = group < R
     heads = head * R + group
     values = tl.arange(0, BV)
     value_ok = values < V
+    rank = tl.arange(0, BR)
     q += (row * HKV + head) * R * K
+    k += (row * HKV + head) * K
     recurrent += (row * HKV + head) * 2 * K * V
 
-    v_new = tl.load(v + (row * HKV + head) * V + values, mask=value_ok, other=0.0).to(tl.float32)
-    normalised = v_new * tl.rsqrt(tl.sum(v_new * v_new, 0) / V + norm_eps)
-    rank = tl.arange(0, BR)
-    weight = load_rows(down + head * V * RANK, values, value_ok, RANK, rank, rank < RANK).to(tl.float32)
-    hidden = tl.sum(normalised[:, None] * weight, 0)
-    write1 = tl.max(_write_gate(normalised[None, :], write_weight, write_bias, head, values, value_ok, 0, V), 0)
-    write2 = tl.max(_write_gate(normalised[None, :], write_weight, write_bias, head, values, value_ok, 1, V), 0)
-    mix1 = tl.load(mix + heads * 2, mask=group_ok, other=0.0).to(tl.float32)[:, None] * scale
-    mix2 = tl.load(mix + heads * 2 + 1, mask=group_ok, other=0.0).to(tl.float32)[:, None] * scale
-    result = tl.zeros([BM, BV], tl.float32)
-    for start in range(0, K, KC):
+    # All first loads at once, what the gates need in front of the states: a single row waits for memory once.
+    is_real = True
+    if real is not None:
+        is_real = tl.load(real + row) != 0
+    v_new = tl.load(v + (row * HKV + head) * V + values, mask=value_ok, other=0.0)
+    down_weight = load_rows(down + head * V * RANK, values, value_ok, RANK, rank, rank < RANK)
+    gate = tl.arange(0, 2 * BG)  # of one state and of the other
+    gate_ok = gate < 2 * G
+    if BG > G:
+        gate_ok = gate % BG < G
+        gate = gate // BG * G + gate % BG
+    up_weight = load_rows(up + head * RANK * 2 * G, rank, rank < RANK, 2 * G, gate, gate_ok)
+    shift = tl.load(bias + head * 2 * G + gate, mask=gate_ok, other=0.0)
+    if write_weight is not None:
+        write_weight1 = tl.load(write_weight + (head * V + values) * 2, mask=value_ok, other=0.0)
+        write_weight2 = tl.load(write_weight + (head * V + values) * 2 + 1, mask=value_ok, other=0.0)
+        write1 = tl.load(write_bias + head * 2)
+        write2 = tl.load(write_bias + head * 2 + 1)
+    mix1, mix2 = _load_mix(mix + head * R * 2, group, group_ok, R, FEW)
+    weight = load_rows(norm_weight, heads, group_ok, V, values, value_ok)
+    part = tl.arange(0, KC)
+    k_part = tl.load(k + part, mask=part < K, other=0.0)
+    queries = _load_queries(q, part, group, group_ok, K, R, FEW)
+    next1, next2 = _load_states(recurrent, part, values, value_ok, K, V)
+
+    v_new = v_new.to(tl.float32)
+    inverse_rms = tl.rsqrt(tl.sum(v_new * v_new, 0) / V + norm_eps)
+    hidden = tl.sum(v_new[:, None] * down_weight.to(tl.float32), 0) * inverse_rms
+    logits = tl.sum(hidden[:, None] * up_weight.to(tl.float32), 0) + shift.to(tl.float32)
+    decays = tl.exp(bounded_log_decay(logits, inverse_normalizer, bound))
+    if write_weight is not None:
+        write1 = tl.sigmoid(tl.sum(v_new * write_weight1.to(tl.float32), 0) * inverse_rms + write1.to(tl.float32))
+        write2 = tl.sigmoid(tl.sum(v_new * write_weight2.to(tl.float32), 0) * inverse_rms + write2.to(tl.float32))
+    else:
+        write1, write2 = 1.0, 1.0
+
+    sums = _no_sums(R, BM, BV, ROWS, FEW)
+    for start in tl.static_range(0, K, KC):
         part = start + tl.arange(0, KC)
-        part_ok = part < K
+        state1, state2 = next1, next2
+        if start + KC < K:  # before this part is stored: a load does not pass a store that may be to the same place
+            next1, next2 = _load_states(recurrent, part + KC, values, value_ok, K, V)
+        if start > 0:
+            k_part = tl.load(k + part, mask=part < K, other=0.0)
+            queries = _load_queries(q, part, group, group_ok, K, R, FEW)
+        k_part = k_part.to(tl.float32)
+        state1 = state1 * tl.gather(decays, part % G, 0)[:, None] + (k_part * write1)[:, None] * v_new[None, :]
+        state2 = state2 * tl.gather(decays, BG + part % G, 0)[:, None] + (k_part * write2)[:, None] * v_new[None, :]
         pointers = recurrent + part[:, None] * V + values[None, :]
-        mask = part_ok[:, None] & value_ok[None, :]
-        state1 = tl.load(pointers, mask=mask, other=0.0)
-        state2 = tl.load(pointers + K * V, mask=mask, other=0.0)
-        k_part = tl.load(k + (row * HKV + head) * K + part, mask=part_ok, other=0.0).to(tl.float32)
-        q_part = load_rows(q, group, group_ok, K, part, part_ok).to(tl.float32)
-        gates = up + head * RANK * 2 * G
-        up1 = load_rows(gates, rank, rank < RANK, 2 * G, part % G, part_ok).to(tl.float32)
-        up2 = load_rows(gates + G, rank, rank < RANK, 2 * G, part % G, part_ok).to(tl.float32)
-        logits1 = tl.sum(hidden[:, None] * up1, 0) + tl.load(bias + head * 2 * G + part % G, mask=part_ok, other=0.0).to(tl.float32)
-        logits2 = tl.sum(hidden[:, None] * up2, 0) + tl.load(bias + (head * 2 + 1) * G + part % G, mask=part_ok, other=0.0).to(tl.float32)
-        decay1 = tl.exp(bounded_log_decay(logits1, inverse_normalizer, bound))
-        decay2 = tl.exp(bounded_log_decay(logits2, inverse_normalizer, bound))
-        state1 = state1 * decay1[:, None] + (k_part * write1)[:, None] * v_new[None, :]
-        state2 = state2 * decay2[:, None] + (k_part * write2)[:, None] * v_new[None, :]
-        if is_real:
-            tl.store(pointers, state1, mask=mask)
-            tl.store(pointers + K * V, state2, mask=mask)
-        result = tl.dot(q_part * mix1, state1, acc=result, input_precision=STATE_PRECISION)
-        result = tl.dot(q_part * mix2, state2, acc=result, input_precision=STATE_PRECISION)
+        mask = (part < K)[:, None] & value_ok[None, :] & is_real
+        tl.store(pointers, state1, mask=mask)
+        tl.store(pointers + K * V, state2, mask=mask)
+        sums = _add_products(sums, queries, mix1, mix2, state1, state2, scale, R, ROWS, FEW, GATE_PRECISION)
+    result = _finished(sums, group, R, BM, BV, FEW)
     rms = tl.sqrt(tl.sum(result * result, 1) / V + norm_eps)
-    result = result / rms[:, None] * load_rows(norm_weight, heads, group_ok, V, values, value_ok).to(tl.float32)
+    result = result / rms[:, None] * weight.to(tl.float32)
     result = tl.where(is_real, result, 0.0)
     store_ok = group_ok[:, None] & value_ok[None, :]
     tl.store(o + (row * HKV * R + heads)[:, None] * V + values[None, :], result.to(o.dtype.element_ty), mask=store_ok)
+
+
+class Launch(NamedTuple):
+    """How a program works through its head."""
+
+    warps: int
+    channels: int  # of both states in registers at a time, beside as many on their way
+    slots: int = 64  # of the ring at a time
+    registers: int | None = None  # a thread at most, so that more programs share a processor
+
+
+tuned: Launch | None = None  # overrules the choice, for measurements
+
+
+def choose_launch(programs: int, processors: int, key_dim: int, value_dim: int, slots: int, element_size: int) -> Launch:
+    """By shape: programs of one row and KV head each, padded head sizes, slots of the ring (0 without one).
+
+    A processor that has one program only gets all its bytes at once, as far as registers hold them: what counts is the latency.
+    With several programs each has parts of 32 KB on their way, and so few registers that two share a processor and one computes
+    while the other waits.
+    """
+    if tuned is not None:
+        chosen = tuned
+    elif slots and element_size > 2:  # tiles of the ring take twice the registers
+        chosen = Launch(8, max(16, 4096 // value_dim), 32)
+    elif programs > processors:
+        chosen = Launch(8, max(16, 4096 // value_dim), registers=128 if value_dim <= 128 else None)
+    elif key_dim * value_dim <= 16384:
+        chosen = Launch(min(8, max(4, key_dim * value_dim // 1024)), key_dim)
+    else:
+        chosen = Launch(8, 8192 // value_dim, 32)
+    return chosen._replace(channels=min(chosen.channels, key_dim), slots=min(chosen.slots, max(slots, 16)))
 
 
 @torch.library.custom_op(add_op_namespace_prefix("window_decode"), mutates_args=("recurrent", "window_k", "window_v"))
@@ -329,9 +559,10 @@ def _window_decode(
     norm_eps: float,
     softcap: float | None,
 ) -> Tensor:
-    sizes = _sizes(q, v, k.shape[2], down, bias)
     size, sinks = window_size // 2, window_k.shape[1] - window_size
-    tile = min(TILE, max(16, triton.next_power_of_2(size)))
+    block = max(16, triton.next_power_of_2(window_size))
+    launch, sizes = _sizes(q, v, k.shape[2], down, bias, block)
+    tile = min(largest_tile(q, v), max(16, triton.next_power_of_2(size)))
     dot, precision = dot_type(q.dtype)
     o = q.new_empty(*q.shape[:3], v.shape[-1])
     _window_decode_kernel[(q.shape[0] * k.shape[2],)](
@@ -359,19 +590,21 @@ def _window_decode(
         norm_eps,
         1.0 / gate_normalizer,
         lower_bound,
-        **sizes,
+        **sizes | {"BM": max(16, sizes["BM"])},  # rows of a product of tiles
         BK=max(16, triton.next_power_of_2(q.shape[-1])),
         S=sinks,
         BS=max(16, triton.next_power_of_2(sinks)),
         W=window_size,
-        BN=min(64, max(16, triton.next_power_of_2(window_size))),
+        BN=launch.slots,
         SIZE=size,
         C=tile,
         PER_BLOCK=triton.cdiv(size, tile),
+        GC=min(largest_tile(q, v), max(16, triton.next_power_of_2(bias.shape[-1]))),
         DOT=dot,
         PRECISION=precision,
-        num_warps=8 if sizes["BV"] >= 128 else 4,
-        num_stages=2,
+        num_warps=launch.warps,
+        maxnreg=launch.registers,
+        num_stages=1,
     )
     return o
 
@@ -396,7 +629,7 @@ def _pure_decode(
     scale: float,
     norm_eps: float,
 ) -> Tensor:
-    sizes = _sizes(q, v, k.shape[2], down, bias)
+    launch, sizes = _sizes(q, v, k.shape[2], down, bias)
     o = q.new_empty(*q.shape[:3], v.shape[-1])
     _pure_decode_kernel[(q.shape[0] * k.shape[2],)](
         q,
@@ -417,8 +650,10 @@ def _pure_decode(
         1.0 / gate_normalizer,
         lower_bound,
         **sizes,
-        num_warps=8 if sizes["BV"] >= 128 else 4,
-        num_stages=2,
+        BG=max(16, triton.next_power_of_2(bias.shape[-1])),
+        num_warps=launch.warps,
+        maxnreg=launch.registers,
+        num_stages=1,
     )
     return o
 
@@ -433,20 +668,26 @@ def _(q, k, v, *others):
     return q.new_empty(*q.shape[:3], v.shape[-1])
 
 
-def _sizes(q, v, kv_heads, down, bias):
+def _sizes(q, v, kv_heads, down, bias, slots=0):
     group, rank = q.shape[2] // kv_heads, down.shape[-1]
-    return {
+    few = group <= FEW_HEADS
+    block_key, block_value = (max(16, triton.next_power_of_2(x.shape[-1])) for x in (q, v))
+    launch = choose_launch(q.shape[0] * kv_heads, processors(q.device), block_key, block_value, slots, q.element_size())
+    return launch, {
         "HKV": kv_heads,
         "R": group,
-        "BM": max(16, triton.next_power_of_2(group)),
+        "BM": triton.next_power_of_2(group) if few else max(16, triton.next_power_of_2(group)),
         "K": q.shape[-1],
         "V": v.shape[-1],
         "G": bias.shape[-1],
         "RANK": rank,
         "BR": max(16, triton.next_power_of_2(rank)),
-        "BV": max(16, triton.next_power_of_2(v.shape[-1])),
-        "KC": 32 if q.shape[-1] > 16 else 16,
-        "STATE_PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "BV": block_value,
+        "KC": launch.channels,
+        # Threads load 4 values at a time.
+        "ROWS": min(launch.channels, max(1, 128 * launch.warps // block_value)),
+        "FEW": few,
+        "GATE_PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     }
 
 

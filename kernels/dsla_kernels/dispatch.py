@@ -1,31 +1,95 @@
-"""Which implementation runs: chosen from the device of the inputs, and told on request."""
+"""Which implementation runs: chosen from the inputs, told on request, never changed silently.
+
+On NVIDIA GPUs the Triton kernels run, elsewhere chunked PyTorch. The environment variable DSLA_KERNELS overrules: `pytorch`, or
+`triton` (which then raises where it cannot run, instead of falling back; on a CPU it needs TRITON_INTERPRET=1).
+"""
+
+import importlib.util
+import os
+import warnings
 
 import torch
 from torch import Tensor
 
 from . import reference
 
+VARIABLE = "DSLA_KERNELS"
+CHOICES = ("auto", "pytorch", "triton")
+LARGEST_HEAD = 256
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+choice = os.environ.get(VARIABLE, "auto")  # read once, so that compiled code can rely on it
+if choice not in CHOICES:
+    raise ValueError(f"{VARIABLE} must be one of {', '.join(CHOICES)}, got {choice!r}")
+
+
+def _obstacle(device_type: str) -> str | None:
+    """Why the Triton kernels cannot run on an accelerator, in words, or None."""
+    if not HAS_TRITON:
+        return "Triton is not installed; `pip install triton` makes this layer several times faster"
+    if device_type != "cuda" or torch.version.cuda is None:
+        return "the Triton kernels are written for NVIDIA GPUs"
+    return None
+
+
+def uses_triton(q: Tensor, v: Tensor) -> bool:
+    """Whether the Triton kernels take these heads `[..., D]`. That slow code runs on an accelerator is said once."""
+    if choice != "auto" or q.device.type == "cpu":
+        return choice == "triton"
+    obstacle, largest = _obstacle(q.device.type), max(q.shape[-1], v.shape[-1])
+    if obstacle is None and largest > LARGEST_HEAD:
+        obstacle = f"the Triton kernels take heads of up to {LARGEST_HEAD} channels, these have {largest}"
+    if obstacle is not None:
+        warnings.warn(f"chunked PyTorch runs on {q.device.type}: {obstacle}", stacklevel=4)  # shown once a place
+        return False
+    return q.dtype in (torch.bfloat16, torch.float16, torch.float32)
+
 
 def kernel_path(device: torch.device | str) -> str:
     """The implementation that runs on `device`, for people to read, e.g. by `dsla env`."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return "chunked PyTorch (the Triton kernels are not in use yet: no speed of theirs has been measured)"
-    return "chunked PyTorch"
+    kind = torch.device(device).type
+    if choice != "auto":
+        return f"{'chunked PyTorch' if choice == 'pytorch' else 'Triton'} ({VARIABLE}={choice})"
+    if kind == "cpu":
+        return "chunked PyTorch"
+    obstacle = _obstacle(kind)
+    return f"chunked PyTorch: {obstacle}" if obstacle else "Triton"
 
 
 def dual_state_attention(q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor, mix: Tensor, **options) -> tuple[Tensor, Tensor | None]:
-    """Dual-state linear attention by the fastest implementation for the device; see `reference.dual_state_attention`."""
+    """The layer without a window, see `reference.dual_state_attention`."""
+    if uses_triton(q, v):
+        from . import chunk
+
+        return chunk.dual_state_attention(q, k, v, gate_logits, mix, **options)
     return reference.dual_state_attention(q, k, v, gate_logits, mix, **options)
 
 
-def block_states(k: Tensor, v: Tensor, gate_logits: Tensor, block_size: int, **options) -> Tensor:
-    """States at block boundaries by the fastest implementation for the device; see `reference.block_states`."""
-    return reference.block_states(k, v, gate_logits, block_size, **options)
+def fused_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate_logits: Tensor,
+    mix: Tensor,
+    norm_weight: Tensor,
+    state_gain: Tensor,
+    state_bias: Tensor,
+    window_size: int,
+    **options,
+) -> tuple[Tensor, Tensor | None]:
+    """The layer with a softmax window, see `reference.fused_window_attention`."""
+    arguments = (q, k, v, gate_logits, mix, norm_weight, state_gain, state_bias, window_size)
+    if uses_triton(q, v):
+        from . import window
+
+        return window.fused_window_attention(*arguments, **options)
+    return reference.fused_window_attention(*arguments, **options)
 
 
-def dual_state_window_attention(
-    q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor, mix: Tensor, window_size: int, **options
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Window and states by the fastest implementation for the device; see `reference.dual_state_window_attention`."""
-    return reference.dual_state_window_attention(q, k, v, gate_logits, mix, window_size, **options)
+def final_state(k: Tensor, v: Tensor, gate_logits: Tensor, **options) -> Tensor:
+    """The states after rows of keys and values, `[B, Hkv, 2, K, V]`: the last entry of `reference.block_states`. On a GPU it has no
+    gradient."""
+    if uses_triton(k, v):
+        from . import states
+
+        return states.final_state(k, v, gate_logits, **options)
+    return reference.block_states(k, v, gate_logits, 64, **options)[:, -1].clone()  # not a view of all boundaries

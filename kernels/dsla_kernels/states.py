@@ -12,50 +12,55 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
+    TUNE,
     Heads,
     Tiling,
     as_bytes,
+    channel_columns,
     check_kernel_inputs,
     largest_tile,
-    load_log_decay,
-    load_mask,
     load_rows,
-    load_states,
-    load_write_gate,
     make_heads,
     make_tiling,
     on_its_device,
+    processors,
     row_span,
-    store_decays,
-    store_states,
+    store_rows,
     unit_stride,
 )
+from .decays import Decayed, decay_keys
 
 
 @triton.jit
-def _take_in(state, v_t, k, write, log_decay, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """A state tile `[BV, BKH]` after a tile of tokens; no exponent is positive."""
-    total = tl.sum(log_decay, 0)
-    to_end = k * (write[:, None] * tl.exp(total[None, :] - tl.cumsum(log_decay, 0)))
-    return tl.dot(v_t, to_end.to(DOT), acc=state * tl.exp(total)[None, :], input_precision=PRECISION)
+def load_middle(at_middle, tile, tile_ok, stride, gates, channel_ok):
+    """exp(m) of a tile `[BK]`; 1 for a tile that is not there."""
+    return tl.load(at_middle + tile * stride + gates, mask=channel_ok & tile_ok, other=1.0)
+
+
+@triton.jit
+def tile_products(states, gradients, channels, channel_ok, V: tl.constexpr, BV: tl.constexpr):
+    """Sums over the values of a state times its gradient, `[BK]`, a few values at a time: what the decay of a whole tile meets."""
+    total = tl.zeros([channels.shape[0]], tl.float32)
+    PART: tl.constexpr = min(BV, 32)
+    for start in range(0, V, PART):
+        values = start + tl.arange(0, PART)
+        state = load_rows(states, channels, channel_ok, V, values, values < V).to(tl.float32)
+        gradient = load_rows(gradients, channels, channel_ok, V, values, values < V).to(tl.float32)
+        total += tl.sum(state * gradient, 1)
+    return total
 
 
 @triton.jit
 def _state_kernel(
-    k,
     v,
-    gate_logits,
-    write_logits,
-    mask,  # uint8 [B, T] or None
+    keys,
+    at_middle,
     row_first,  # [N] or None: rows are the batch's
     row_length,  # [N] or None: `length` for all
     entering,  # fp32 [N, segments, Hkv, 2, K, V]; written by ADDITIONS; None: zeros
-    segment_decay,  # fp32 [N, segments, Hkv, 2, K], written by ADDITIONS
+    segment_decay,  # fp32 [N, segments, Hkv, 2, K]: factors, written by ADDITIONS
     states,  # [N, boundaries, Hkv, 2, K, V] or None
     final,  # fp32 [N, Hkv, 2, K, V] or None
-    k_b,
-    k_t,
-    k_h,
     v_b,
     v_t,
     v_h,
@@ -63,131 +68,84 @@ def _state_kernel(
     length,
     tiles,
     segments,
+    per_segment,  # tiles
     boundaries,
-    inverse_normalizer,
-    bound,
     HKV: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
-    KH: tl.constexpr,
-    BKH: tl.constexpr,
+    G: tl.constexpr,
+    BK: tl.constexpr,
     BV: tl.constexpr,
-    SHARED: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     SIZE: tl.constexpr,  # tokens of a block
     C: tl.constexpr,  # of a tile
     PER_BLOCK: tl.constexpr,  # tiles of a block
-    PER_SEGMENT: tl.constexpr,
     EVERY: tl.constexpr,  # tiles from one boundary that is written to the next
+    AT_MIDDLE: tl.constexpr,  # states are written at every tile, times exp(m): as its queries read them
     ADDITIONS: tl.constexpr,  # each segment from zero, its addition and decay written; otherwise from its entering state
 ):
-    value_tile, segment, row_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    row, head = row_head // HKV, row_head % HKV
+    # One of the two states: programs that wait for different memory fill a processor better than one with both.
+    value_tile, segment, row_head = tl.program_id(0) // 2, tl.program_id(1), tl.program_id(2)
+    row, head_state = row_head // HKV, row_head % HKV * 2 + tl.program_id(0) % 2
     batch, first, flat, length = row_span(row, T, length, row_first, row_length)
-    G: tl.constexpr = KH if SHARED else K
-    k += batch * k_b + first * k_t + head * k_h
-    v += batch * v_b + first * v_t + head * v_h
-    gate_logits += (flat * HKV + head) * 2 * G
-    write_offset = (flat * HKV + head) * 2
+    row = row.to(tl.int64)
+    gate_t: tl.constexpr = HKV * 2 * G
+    v += batch * v_b + first * v_t + head_state // 2 * v_h
+    keys += (flat * HKV * 2 + head_state) * K
+    at_middle += (row * tiles * HKV * 2 + head_state) * G
 
-    low = tl.arange(0, BKH)
-    high = KH + low
-    low_ok = low < KH
-    high_ok = high < K
+    channels, channel_ok, gates = channel_columns(K, G, BK)
     values = value_tile * BV + tl.arange(0, BV)
     value_ok = values < V
-    segment_offset = ((row.to(tl.int64) * segments + segment) * HKV + head) * 2
-
-    s1l = tl.zeros([BV, BKH], tl.float32)
-    s1h = tl.zeros([BV, BKH], tl.float32)
-    s2l = tl.zeros([BV, BKH], tl.float32)
-    s2h = tl.zeros([BV, BKH], tl.float32)
-    d1l = tl.zeros([BKH], tl.float32)
-    d1h = tl.zeros([BKH], tl.float32)
-    d2l = tl.zeros([BKH], tl.float32)
-    d2h = tl.zeros([BKH], tl.float32)
+    segment_place = (row * segments + segment) * HKV * 2 + head_state
+    state = tl.zeros([BK, BV], tl.float32)
+    decay = tl.full([BK], 1.0, tl.float32)
     if not ADDITIONS and entering is not None:
-        s1l, s1h, s2l, s2h = load_states(entering + segment_offset * K * V, low, low_ok, high, high_ok, values, value_ok, K, V)
+        state = load_rows(entering + segment_place * K * V, channels, channel_ok, V, values, value_ok)
 
-    tile_first = segment * PER_SEGMENT
+    tile_first = segment * per_segment
     row_end = tiles
     if row_length is not None:  # boundaries behind a row's end are left as they are
         row_end = min(row_end, (length + SIZE - 1) // SIZE * PER_BLOCK)
-    tile_end = min(tile_first + PER_SEGMENT, row_end)
+    tile_end = min(tile_first + per_segment, row_end)
+    middle = load_middle(at_middle, tile_first, tile_first < tile_end, gate_t, gates, channel_ok)
     for tile in range(tile_first, tile_end):
-        if states is not None:  # noqa: SIM102 (the first is decided at compile time)
+        next_middle = load_middle(at_middle, tile + 1, tile + 1 < tile_end, gate_t, gates, channel_ok)  # ahead of its use
+        if states is not None and not AT_MIDDLE:  # noqa: SIM102 (the first is decided at compile time)
             if tile % EVERY == 0:
-                store_states(
-                    states + ((row.to(tl.int64) * boundaries + tile // EVERY) * HKV + head) * 2 * K * V,
-                    low,
-                    low_ok,
-                    high,
-                    high_ok,
-                    values,
-                    value_ok,
-                    K,
-                    V,
-                    s1l,
-                    s1h,
-                    s2l,
-                    s2h,
-                )
+                boundary = (row * boundaries + tile // EVERY) * HKV * 2 + head_state
+                store_rows(states + boundary * K * V, channels, channel_ok, V, values, value_ok, state)
         inside = tile % PER_BLOCK * C + tl.arange(0, C)
         tokens = tile // PER_BLOCK * SIZE + inside
-        token_ok = load_mask(mask, flat, tokens, (inside < SIZE) & (tokens < length))
-        k_low = load_rows(k, tokens, token_ok, k_t, low, low_ok).to(tl.float32)
-        k_high = load_rows(k, tokens, token_ok, k_t, high, high_ok).to(tl.float32)
-        v_tile = tl.trans(load_rows(v, tokens, token_ok, v_t, values, value_ok).to(DOT))
-        write1 = load_write_gate(write_logits, write_offset, tokens, token_ok, HKV * 2)
-        write2 = load_write_gate(write_logits, write_offset + 1, tokens, token_ok, HKV * 2)
-        g1l = load_log_decay(gate_logits, tokens, token_ok, HKV * 2 * G, low, low_ok, inverse_normalizer, bound)
-        g2l = load_log_decay(gate_logits + G, tokens, token_ok, HKV * 2 * G, low, low_ok, inverse_normalizer, bound)
-        g1h = g1l
-        g2h = g2l
-        if not SHARED:
-            g1h = load_log_decay(gate_logits, tokens, token_ok, HKV * 2 * G, high, high_ok, inverse_normalizer, bound)
-            g2h = load_log_decay(gate_logits + G, tokens, token_ok, HKV * 2 * G, high, high_ok, inverse_normalizer, bound)
-        s1l = _take_in(s1l, v_tile, k_low, write1, g1l, DOT, PRECISION)
-        s1h = _take_in(s1h, v_tile, k_high, write1, g1h, DOT, PRECISION)
-        s2l = _take_in(s2l, v_tile, k_low, write2, g2l, DOT, PRECISION)
-        s2h = _take_in(s2h, v_tile, k_high, write2, g2h, DOT, PRECISION)
+        token_ok = (inside < SIZE) & (tokens < length)
+        v_tile = load_rows(v, tokens, token_ok, v_t, values, value_ok).to(DOT)
+        key = load_rows(keys, tokens, token_ok, HKV * 2 * K, channels, channel_ok)
+        state *= middle[:, None]
+        if AT_MIDDLE:
+            boundary = (row * boundaries + tile) * HKV * 2 + head_state
+            store_rows(states + boundary * K * V, channels, channel_ok, V, values, value_ok, state)
+        state = tl.dot(tl.trans(key), v_tile, acc=state, input_precision=PRECISION) * middle[:, None]
         if ADDITIONS:
-            d1l += tl.sum(g1l, 0)
-            d1h += tl.sum(g1h, 0)
-            d2l += tl.sum(g2l, 0)
-            d2h += tl.sum(g2h, 0)
+            decay *= middle * middle
+        middle = next_middle
 
     if ADDITIONS:
-        store_states(entering + segment_offset * K * V, low, low_ok, high, high_ok, values, value_ok, K, V, s1l, s1h, s2l, s2h)
+        store_rows(entering + segment_place * K * V, channels, channel_ok, V, values, value_ok, state)
         if value_tile == 0:
-            store_decays(segment_decay + segment_offset * K, low, low_ok, high, high_ok, K, d1l, d1h, d2l, d2h)
+            tl.store(segment_decay + segment_place * K + channels, decay, mask=channel_ok)
     elif (tile_end == row_end) & ((tile_first < row_end) | (segment == 0)):
         if states is not None:
-            store_states(
-                states + ((row.to(tl.int64) * boundaries + row_end // EVERY) * HKV + head) * 2 * K * V,
-                low,
-                low_ok,
-                high,
-                high_ok,
-                values,
-                value_ok,
-                K,
-                V,
-                s1l,
-                s1h,
-                s2l,
-                s2h,
-            )
+            boundary = (row * boundaries + row_end // EVERY) * HKV * 2 + head_state
+            store_rows(states + boundary * K * V, channels, channel_ok, V, values, value_ok, state)
         if final is not None:
-            offset = (row.to(tl.int64) * HKV + head) * 2 * K * V
-            store_states(final + offset, low, low_ok, high, high_ok, values, value_ok, K, V, s1l, s1h, s2l, s2h)
+            store_rows(final + (row * HKV * 2 + head_state) * K * V, channels, channel_ok, V, values, value_ok, state)
 
 
 @triton.jit
 def _scan_kernel(
     additions,  # fp32 [N, segments, heads, K, V], replaced by the states on entry of each segment
-    segment_decay,  # fp32 [N, segments, heads, K]
+    segment_decay,  # fp32 [N, segments, heads, K], factors
     initial,  # [N, heads, K, V] or None
     final,  # fp32 [N, heads, K, V] or None
     segments,
@@ -205,14 +163,19 @@ def _scan_kernel(
     state = tl.zeros([BLOCK], tl.float32)
     if initial is not None:
         state = tl.load(initial + end, mask=ok, other=0.0).to(tl.float32)
+    ahead = (row.to(tl.int64) * segments + (segments - 1 if REVERSE else 0)) * heads + head
+    step_offset = -heads if REVERSE else heads
+    added = tl.load(additions + ahead * K * V + element, mask=ok & (element * 0 < steps), other=0.0)
+    decay = tl.load(segment_decay + ahead * K + element // V, mask=ok & (element * 0 < steps), other=0.0)
     for step in range(segments):
-        segment = segments - 1 - step if REVERSE else step
-        wanted = ok & (element * 0 + step < steps)  # a tile, which the interpreter takes as a mask too
-        offset = (row.to(tl.int64) * segments + segment) * heads + head
-        added = tl.load(additions + offset * K * V + element, mask=wanted, other=0.0)
-        decay = tl.load(segment_decay + offset * K + element // V, mask=wanted, other=0.0)
+        offset = ahead
+        ahead += step_offset
+        wanted = ok & (element * 0 + step + 1 < steps)  # a tile, which the interpreter takes as a mask too
+        next_added = tl.load(additions + ahead * K * V + element, mask=wanted, other=0.0)  # before the store, which might alias
+        next_decay = tl.load(segment_decay + ahead * K + element // V, mask=wanted, other=0.0)
         tl.store(additions + offset * K * V + element, state, mask=ok)
-        state = state * tl.exp(decay) + added
+        state = state * decay + added
+        added, decay = next_added, next_decay
     if final is not None:
         tl.store(final + end, state, mask=ok)
 
@@ -220,7 +183,7 @@ def _scan_kernel(
 def scan_segments(additions: Tensor, segment_decay: Tensor, initial: Tensor | None, final: Tensor | None, reverse: bool = False) -> None:
     """Replaces the segments' additions `[N, segments, Hkv, 2, K, V]` by the states on entry, in place; from the end if `reverse`."""
     rows, segments, kv_heads, _, key_dim, value_dim = additions.shape
-    block = 1024
+    block = 512
     steps = segments - (final is None)
     grid = (triton.cdiv(key_dim * value_dim, block), rows * kv_heads * 2)
     _scan_kernel[grid](
@@ -249,70 +212,99 @@ class StateInputs:
     def __init__(self, k, v, gate_logits, write_logits, mask, row_first, row_length, length, gate_normalizer, lower_bound):
         self.k, self.v, self.gate_logits, self.write_logits, self.mask = k, v, gate_logits, write_logits, mask
         self.row_first, self.row_length, self.length = row_first, row_length, length
-        self.inverse_normalizer, self.bound = 1.0 / gate_normalizer, lower_bound
+        self.gate_normalizer, self.lower_bound = gate_normalizer, lower_bound
         self.rows = k.shape[0] if row_first is None else row_first.shape[0]
         self.kv_heads = k.shape[2]
+        self.dtype = torch.bfloat16 if k.dtype == torch.bfloat16 else torch.float32  # of what is not accumulated
 
     def state_buffer(self, *leading: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Uninitialised `[*leading, Hkv, 2, K, V]`."""
         return self.k.new_empty(*leading, self.kv_heads, 2, self.k.shape[-1], self.v.shape[-1], dtype=dtype)
 
-    def launch(self, tiling: Tiling, heads: Heads, entering=None, segment_decay=None, states=None, final=None, every=1, additions=False):
-        # Where the end is not asked for, nobody reads what the last segment adds.
-        segments = tiling.segments - (additions and final is None)
-        grid = (triton.cdiv(heads.V, heads.BV), segments, self.rows * self.kv_heads)
-        _state_kernel[grid](
+    def decayed(self, tiling: Tiling) -> Decayed:
+        """Keys and query factors of all tiles."""
+        return decay_keys(
             self.k,
-            self.v,
             self.gate_logits,
             self.write_logits,
+            tiling,
+            self.dtype,
             self.mask,
+            self.row_first,
+            self.row_length,
+            self.length,
+            self.gate_normalizer,
+            self.lower_bound,
+        )
+
+    def launch(
+        self,
+        tiling: Tiling,
+        heads: Heads,
+        decayed: Decayed,
+        entering=None,
+        segment_decay=None,
+        states=None,
+        final=None,
+        every=1,
+        at_middle=False,
+        additions=False,
+    ):
+        # Where the end is not asked for, nobody reads what the last segment adds.
+        segments = tiling.segments - (additions and final is None)
+        grid = (2 * triton.cdiv(heads.V, heads.BV), segments, self.rows * self.kv_heads)
+        _state_kernel[grid](
+            self.v,
+            decayed.keys,
+            decayed.at_middle,
             self.row_first,
             self.row_length,
             entering,
             segment_decay,
             states,
             final,
-            *self.k.stride()[:3],
             *self.v.stride()[:3],
             self.k.shape[1],
             self.length,
             tiling.tiles,
             tiling.segments,
+            tiling.per_segment,
             0 if states is None else states.shape[1],
-            self.inverse_normalizer,
-            self.bound,
             HKV=self.kv_heads,
             **heads._asdict(),
             SIZE=tiling.size,
             C=tiling.tile,
             PER_BLOCK=tiling.per_block,
-            PER_SEGMENT=tiling.per_segment,
             EVERY=every,
+            AT_MIDDLE=at_middle,
             ADDITIONS=additions,
-            num_warps=4 if heads.BKH * heads.BV <= 32 * 64 else 8,
-            num_stages=2,
+            **({"num_warps": 4 if heads.BK * heads.BV <= 32 * 64 else 8, "num_stages": 3} | TUNE.get("state", {})),
         )
 
 
 def entering_states(
-    inputs: StateInputs, tiling: Tiling, heads: Heads, initial: Tensor | None, final: Tensor | None = None
+    inputs: StateInputs, tiling: Tiling, heads: Heads, decayed: Decayed, initial: Tensor | None, final: Tensor | None = None
 ) -> Tensor | None:
     """States on entry of each segment, fp32 `[N, segments, Hkv, 2, K, V]` (None: zeros), and, in `final`, after the last one."""
     if tiling.segments == 1 and final is None:
         return None if initial is None else initial.float()[:, None].contiguous()
     entering = inputs.state_buffer(inputs.rows, tiling.segments)
     segment_decay = entering.new_empty(entering.shape[:-1])
-    inputs.launch(tiling, heads, entering, segment_decay, final=final, additions=True)
+    inputs.launch(tiling, heads, decayed, entering, segment_decay, final=final, additions=True)
     scan_segments(entering, segment_decay, initial, final)
     return entering
 
 
-def value_tile(k: Tensor, v: Tensor) -> int:
-    """Values a program. The gates' work is done again for each tile of values, so all of them where registers allow."""
-    if k.dtype == torch.bfloat16 and k.shape[-1] <= 128:
-        return 128
-    return 64 if v.shape[-1] > 32 else 32
+def value_tile(k: Tensor, v: Tensor, programs: int) -> int:
+    """Values a program of the state pass, one for each of two states of `programs` rows and heads: few where they then fill the card
+    without segments, which cost a second pass; otherwise as many as registers allow."""
+    if TUNE.get("state_values"):
+        return TUNE["state_values"]
+    most = 64 if v.shape[-1] > 32 and k.shape[-1] * k.element_size() <= 256 else 32
+    for tile in (64, 32):
+        if tile <= most and 2 * programs * triton.cdiv(v.shape[-1], tile) >= 1.5 * processors(k.device):
+            return tile
+    return 32
 
 
 @on_its_device
@@ -341,8 +333,9 @@ def block_states(
     )
     boundaries = tiling.tiles // tiling.per_block + 1
     states = inputs.state_buffer(inputs.rows, boundaries)
-    entering = entering_states(inputs, tiling, heads, initial_state)
-    inputs.launch(tiling, heads, entering, states=states, every=tiling.per_block)
+    decayed = inputs.decayed(tiling)
+    entering = entering_states(inputs, tiling, heads, decayed, initial_state)
+    inputs.launch(tiling, heads, decayed, entering, states=states, every=tiling.per_block)
     return states
 
 
@@ -367,10 +360,11 @@ def final_state(
         k, v, gate_logits, 64, write_logits, gate_normalizer, lower_bound, padding_mask, initial_state, segment_blocks
     )
     final = inputs.state_buffer(inputs.rows)
+    decayed = inputs.decayed(tiling)
     if tiling.segments == 1:
-        inputs.launch(tiling, heads, entering_states(inputs, tiling, heads, initial_state), final=final)
+        inputs.launch(tiling, heads, decayed, entering_states(inputs, tiling, heads, decayed, initial_state), final=final)
     else:
-        entering_states(inputs, tiling, heads, initial_state, final)
+        entering_states(inputs, tiling, heads, decayed, initial_state, final)
     return final
 
 
@@ -385,6 +379,6 @@ def _prepare(k, v, gate_logits, size, write_logits, gate_normalizer, lower_bound
     k, v, gate_logits = unit_stride(k), unit_stride(v), gate_logits.contiguous()
     write_logits = None if write_logits is None else write_logits.contiguous()
     inputs = StateInputs(k, v, gate_logits, write_logits, as_bytes(padding_mask), None, None, k.shape[1], gate_normalizer, lower_bound)
-    heads = make_heads(k, v, gate_logits, value_tile(k, v))
-    programs = inputs.rows * inputs.kv_heads * triton.cdiv(heads.V, heads.BV)
+    heads = make_heads(k, v, gate_logits, value_tile(k, v, k.shape[0] * k.shape[2]))
+    programs = inputs.rows * inputs.kv_heads * 2 * triton.cdiv(heads.V, heads.BV)
     return inputs, make_tiling(k.shape[1], size, programs, k.device, segment_blocks, largest_tile(k, v)), heads

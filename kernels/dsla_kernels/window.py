@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ._ops import add_op_namespace_prefix, ops
 from .common import (
+    TUNE,
     Tiling,
     as_bytes,
     check_kernel_inputs,
@@ -19,9 +20,11 @@ from .common import (
     make_heads,
     make_tiling,
     on_its_device,
+    padded,
     store_rows,
     unit_stride,
 )
+from .decays import Decayed
 from .states import StateInputs, entering_states, value_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -261,20 +264,19 @@ class WindowLayer:
         self.inputs = StateInputs(
             k, v, gate_logits, write_logits, state_mask, None, state_length, self.state_tokens, gate_normalizer, lower_bound
         )
-        self.state_dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
-        self.state_heads = make_heads(q, v, gate_logits, value_tile(k, v))
+        self.state_heads = make_heads(q, v, gate_logits, value_tile(k, v, k.shape[0] * k.shape[2]))
         self.value_tiles = triton.cdiv(self.state_heads.V, self.state_heads.BV)
         self.tiling = make_tiling(self.tokens, self.size, 1, q.device, None, self.largest_tile)
         sinks = 0 if sink_k is None else sink_k.shape[1]
         key_dim, value_dim = q.shape[-1], v.shape[-1]
-        block_key = max(16, triton.next_power_of_2(key_dim))
+        block_key = padded(key_dim)
         self.sizes = {
             "HKV": self.kv_heads,
             "R": self.heads // self.kv_heads,
             "K": key_dim,
             "V": value_dim,
             "BK": block_key,
-            "BV": max(16, triton.next_power_of_2(value_dim)),
+            "BV": padded(value_dim),
             "KC": min(block_key, 64),
             "S": sinks,
             "BS": max(16, triton.next_power_of_2(sinks)),
@@ -289,7 +291,7 @@ class WindowLayer:
 
     def state_tiling(self, segment_blocks: int, tokens: int | None = None) -> Tiling:
         """Segments of the states' tokens (or of the first `tokens` tokens), `segment_blocks` blocks each if that is not 0."""
-        programs = self.batch * self.kv_heads * self.value_tiles
+        programs = self.batch * self.kv_heads * 2 * self.value_tiles
         return make_tiling(
             self.state_tokens if tokens is None else tokens,
             self.size,
@@ -299,19 +301,23 @@ class WindowLayer:
             self.largest_tile,
         )
 
-    def states(self, initial_state, final, segment_blocks: int, every_tile: bool = False) -> Tensor | None:
+    def decayed(self) -> Decayed | None:
+        """Keys of all tokens that the states take in; None for none."""
+        return self.inputs.decayed(self.state_tiling(0)) if self.state_tokens else None
+
+    def states(self, decayed, initial_state, final, segment_blocks: int, every_tile: bool = False) -> Tensor | None:
         """States at block (or tile) boundaries `[B, boundaries, Hkv, 2, K, V]`, None where all are empty; the last into `final`."""
         if not self.state_tokens:
             if final is not None:
                 final.zero_() if initial_state is None else final.copy_(initial_state)
-            return None if initial_state is None else initial_state.to(self.state_dtype)[:, None].contiguous()
+            return None if initial_state is None else initial_state.to(self.inputs.dtype)[:, None].contiguous()
         tiling = self.state_tiling(segment_blocks)
-        entering = entering_states(self.inputs, tiling, self.state_heads, initial_state)
+        entering = entering_states(self.inputs, tiling, self.state_heads, decayed, initial_state)
         every = 1 if every_tile else tiling.per_block
-        states = self.inputs.state_buffer(self.batch, tiling.tiles // every + 1, dtype=self.state_dtype)
+        states = self.inputs.state_buffer(self.batch, tiling.tiles // every + 1, dtype=self.inputs.dtype)
         if self.row_length is not None:
             states.zero_()  # what lies behind a short row's last boundary is read, and multiplied by zero
-        self.inputs.launch(tiling, self.state_heads, entering, states=states, final=final, every=every)
+        self.inputs.launch(tiling, self.state_heads, decayed, entering, states=states, final=final, every=every)
         return states
 
 
@@ -348,7 +354,7 @@ def window_forward(
     o = q.new_empty(layer.batch, layer.tokens, layer.heads, v.shape[-1])
     log_denominators = q.new_empty(o.shape[:3], dtype=torch.float32)
     final = layer.inputs.state_buffer(layer.batch) if output_final_state else None
-    states = layer.states(initial_state, final, segment_blocks)
+    states = layer.states(layer.decayed(), initial_state, final, segment_blocks)
     _window_kernel[(layer.tiling.tiles * layer.sizes["R"], layer.batch * layer.kv_heads)](
         q,
         k,
@@ -375,8 +381,7 @@ def window_forward(
         norm_eps,
         **layer.sizes,
         FIRST_STATE=2 if initial_state is None else 0,
-        num_warps=4 if layer.sizes["BV"] <= 128 else 8,
-        num_stages=2,
+        **({"num_warps": 4 if layer.sizes["BV"] <= 128 else 8, "num_stages": 2} | TUNE.get("window", {})),
     )
     return o, log_denominators, o.new_empty(0, dtype=torch.float32) if final is None else final
 

@@ -17,18 +17,19 @@ from torch import Tensor
 
 from ._ops import add_op_namespace_prefix, ops
 from .common import (
-    load_log_decay,
+    TUNE,
+    channel_columns,
+    inverse,
     load_mask,
     load_rows,
-    load_states,
     load_write_gate,
     log_decay_slope,
     on_its_device,
-    store_decays,
     store_rows,
-    store_states,
+    sum_over_pairs,
 )
-from .states import scan_segments
+from .decays import cumulative
+from .states import load_middle, scan_segments, tile_products
 from .window import LOG2_E, WindowLayer, score_slope, softmax_scores, state_gate, window_forward
 
 
@@ -227,10 +228,8 @@ def _query_kernel(
 def _state_gradient_kernel(
     q,
     u,  # [B, T, Hq, V]
-    gate_logits,
-    mask,
+    at_middle,
     row_length,
-    state_length,
     mix,
     entering,  # fp32 [B, segments, Hkv, 2, K, V]: gradient at each segment's end; written by ADDITIONS; None: zeros
     segment_decay,
@@ -240,99 +239,60 @@ def _state_gradient_kernel(
     q_t,
     q_h,
     T,
-    taken,  # tokens that the states take in where state_length is None
+    state_tiles,  # tiles that decay the states; behind them only queries follow
     tiles,
     segments,
+    per_segment,
     scale,
-    inverse_normalizer,
-    bound,
     HKV: tl.constexpr,
     R: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
-    KH: tl.constexpr,
-    BKH: tl.constexpr,
+    G: tl.constexpr,
+    BK: tl.constexpr,
     BV: tl.constexpr,
-    SHARED: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     SIZE: tl.constexpr,
     C: tl.constexpr,
     PER_BLOCK: tl.constexpr,
-    PER_SEGMENT: tl.constexpr,
     FIRST_STATE: tl.constexpr,
     ADDITIONS: tl.constexpr,
 ):
-    value_tile, segment, row_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    value_tile, segment, row_head = tl.program_id(0) // 2, tl.program_id(1), tl.program_id(2)
     row, kv_head = (row_head // HKV).to(tl.int64), row_head % HKV
+    i = tl.program_id(0) % 2
     length = T
     if row_length is not None:
         length = tl.load(row_length + row).to(tl.int32)
-        taken = tl.load(state_length + row).to(tl.int32)
-    G: tl.constexpr = KH if SHARED else K
     HQ: tl.constexpr = HKV * R
+    gate_t: tl.constexpr = HKV * 2 * G
     q += row * q_b + kv_head * R * q_h
     u += (row * T * HQ + kv_head * R) * V
-    gate_logits += (row * T * HKV + kv_head) * 2 * G
-    low = tl.arange(0, BKH)
-    high = KH + low
-    low_ok = low < KH
-    high_ok = high < K
+    if at_middle is not None:
+        at_middle += ((row * state_tiles * HKV + kv_head) * 2 + i) * G
+    channels, channel_ok, gates = channel_columns(K, G, BK)
     values = value_tile * BV + tl.arange(0, BV)
     value_ok = values < V
-    segment_offset = ((row * segments + segment) * HKV + kv_head) * 2
-
-    d1l = tl.zeros([BV, BKH], tl.float32)
-    d1h = tl.zeros([BV, BKH], tl.float32)
-    d2l = tl.zeros([BV, BKH], tl.float32)
-    d2h = tl.zeros([BV, BKH], tl.float32)
-    t1l = tl.zeros([BKH], tl.float32)
-    t1h = tl.zeros([BKH], tl.float32)
-    t2l = tl.zeros([BKH], tl.float32)
-    t2h = tl.zeros([BKH], tl.float32)
+    segment_place = ((row * segments + segment) * HKV + kv_head) * 2 + i
+    gradient = tl.zeros([BK, BV], tl.float32)
+    decay = tl.full([BK], 1.0, tl.float32)
     if not ADDITIONS and entering is not None:
-        d1l, d1h, d2l, d2h = load_states(entering + segment_offset * K * V, low, low_ok, high, high_ok, values, value_ok, K, V)
+        gradient = load_rows(entering + segment_place * K * V, channels, channel_ok, V, values, value_ok)
 
-    first_tile = segment * PER_SEGMENT
-    end_tile = min(first_tile + PER_SEGMENT, tiles)
+    first_tile = segment * per_segment
+    end_tile = min(first_tile + per_segment, tiles)
     for step in range(end_tile - first_tile):
         tile = end_tile - 1 - step
+        middle = tl.full([BK], 1.0, tl.float32)
+        if at_middle is not None:
+            middle = load_middle(at_middle, tile, tile < state_tiles, gate_t, gates, channel_ok)
         if not ADDITIONS:
-            store_states(
-                gradients + ((row * tiles + tile) * HKV + kv_head) * 2 * K * V,
-                low,
-                low_ok,
-                high,
-                high_ok,
-                values,
-                value_ok,
-                K,
-                V,
-                d1l,
-                d1h,
-                d2l,
-                d2h,
-            )
-        inside = tile % PER_BLOCK * C + tl.arange(0, C)
-        tokens = tile // PER_BLOCK * SIZE + inside
-        token_ok = load_mask(mask, row * T, tokens, (inside < SIZE) & (tokens < taken))
-        gate_t: tl.constexpr = HKV * 2 * G
-        g1l = tl.sum(load_log_decay(gate_logits, tokens, token_ok, gate_t, low, low_ok, inverse_normalizer, bound), 0)
-        g2l = tl.sum(load_log_decay(gate_logits + G, tokens, token_ok, gate_t, low, low_ok, inverse_normalizer, bound), 0)
-        g1h = g1l
-        g2h = g2l
-        if not SHARED:
-            g1h = tl.sum(load_log_decay(gate_logits, tokens, token_ok, gate_t, high, high_ok, inverse_normalizer, bound), 0)
-            g2h = tl.sum(load_log_decay(gate_logits + G, tokens, token_ok, gate_t, high, high_ok, inverse_normalizer, bound), 0)
-        d1l *= tl.exp(g1l)[None, :]
-        d1h *= tl.exp(g1h)[None, :]
-        d2l *= tl.exp(g2l)[None, :]
-        d2h *= tl.exp(g2h)[None, :]
+            place = ((row * tiles + tile) * HKV + kv_head) * 2 + i
+            store_rows(gradients + place * K * V, channels, channel_ok, V, values, value_ok, gradient)
+        gradient *= (middle * middle)[:, None]
         if ADDITIONS:
-            t1l += g1l
-            t1h += g1h
-            t2l += g2l
-            t2h += g2h
+            decay *= middle * middle
         if tile % PER_BLOCK == 0:
             # The states here are read by the block after the next boundary; those before the row also by its first block.
             boundary = tile // PER_BLOCK
@@ -346,49 +306,110 @@ def _state_gradient_kernel(
                 within = index // R % PER_BLOCK * C + tl.arange(0, C)
                 query = first + index // R // PER_BLOCK * SIZE + within
                 query_ok = (within < SIZE) & (query < length)
-                u_t = tl.trans(load_rows(u + r * V, query, query_ok, HQ * V, values, value_ok).to(DOT))
-                q_low = load_rows(q + r * q_h, query, query_ok, q_t, low, low_ok).to(DOT)
-                q_high = load_rows(q + r * q_h, query, query_ok, q_t, high, high_ok).to(DOT)
-                mix1 = tl.load(mix + (kv_head * R + r) * 2).to(tl.float32) * scale
-                mix2 = tl.load(mix + (kv_head * R + r) * 2 + 1).to(tl.float32) * scale
-                read_low = tl.dot(u_t, q_low, input_precision=PRECISION)
-                read_high = tl.dot(u_t, q_high, input_precision=PRECISION)
-                d1l += mix1 * read_low
-                d1h += mix1 * read_high
-                d2l += mix2 * read_low
-                d2h += mix2 * read_high
+                u_tile = load_rows(u + r * V, query, query_ok, HQ * V, values, value_ok).to(DOT)
+                q_tile = load_rows(q + r * q_h, query, query_ok, q_t, channels, channel_ok).to(tl.float32)
+                share = tl.load(mix + (kv_head * R + r) * 2 + i).to(tl.float32) * scale
+                gradient = tl.dot(tl.trans((q_tile * share).to(DOT)), u_tile, acc=gradient, input_precision=PRECISION)
 
     if ADDITIONS:
-        store_states(entering + segment_offset * K * V, low, low_ok, high, high_ok, values, value_ok, K, V, d1l, d1h, d2l, d2h)
+        store_rows(entering + segment_place * K * V, channels, channel_ok, V, values, value_ok, gradient)
         if value_tile == 0:
-            store_decays(segment_decay + segment_offset * K, low, low_ok, high, high_ok, K, t1l, t1h, t2l, t2h)
+            tl.store(segment_decay + segment_place * K + channels, decay, mask=channel_ok)
     elif d_initial is not None:  # noqa: SIM102 (the first is decided at compile time)
         if segment == 0:
-            offset = (row * HKV + kv_head) * 2 * K * V
-            store_states(d_initial + offset, low, low_ok, high, high_ok, values, value_ok, K, V, d1l, d1h, d2l, d2h)
+            place = (row * HKV + kv_head) * 2 + i
+            store_rows(d_initial + place * K * V, channels, channel_ok, V, values, value_ok, gradient)
 
 
 @triton.jit
-def _gate_part(
-    k_part, v_tile, dv, state, gradient, logits, write, token_ok, channels, channel_ok, values, value_ok,
-    inverse_normalizer, bound, V: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Of one half of the channels of one state: dv with its share, the part's dk, the gradient of the write gate's product with
-    k `[C]`, and of the log-decays `[C, BKH]`."""
-    log_decay = tl.where(token_ok[:, None] & channel_ok[None, :], logits, 0.0)
-    total = tl.sum(log_decay, 0)
-    to_end = tl.exp(total[None, :] - tl.cumsum(log_decay, 0))
-    before = load_rows(state, channels, channel_ok, V, values, value_ok)
-    after = load_rows(gradient, channels, channel_ok, V, values, value_ok)
-    kept = tl.sum(before.to(tl.float32) * after.to(tl.float32), 1) * tl.exp(total)
-    after = after.to(DOT)
-    d_k_to_end = tl.dot(v_tile, tl.trans(after), input_precision=PRECISION) * to_end
-    k_to_end = k_part * (write[:, None] * to_end)
-    dv = tl.dot(k_to_end.to(DOT), after, acc=dv, input_precision=PRECISION)
-    d_write = tl.sum(d_k_to_end * k_part, 1)
-    dk = d_k_to_end * write[:, None]
-    product = dk * k_part
-    return dv, dk, d_write, tl.cumsum(product, 0) - product + kept[None, :]
+def _state_key_kernel(
+    k,
+    v,
+    states,  # [B, boundaries, Hkv, 2, K, V]: at the start of each tile
+    gradients,
+    gate_logits,
+    write_logits,
+    mask,
+    query_factors,
+    keys,
+    at_middle,
+    state_length,
+    dk,
+    dv,
+    d_gate_logits,
+    d_write_logits,
+    k_b,
+    k_t,
+    k_h,
+    v_b,
+    v_t,
+    v_h,
+    T,
+    taken,  # tokens that the states take in where state_length is None
+    boundaries,
+    state_tiles,
+    gradient_tiles,
+    inverse_normalizer,
+    bound,
+    HKV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    G: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SIZE: tl.constexpr,
+    C: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+):
+    tile, row_head = tl.program_id(0), tl.program_id(1)
+    row, kv_head = (row_head // HKV).to(tl.int64), row_head % HKV
+    inside = tile % PER_BLOCK * C + tl.arange(0, C)
+    tokens = tile // PER_BLOCK * SIZE + inside
+    if state_length is not None:
+        taken = tl.load(state_length + row).to(tl.int32)
+    written = (inside < SIZE) & (tokens < T)
+    token_ok = load_mask(mask, row * T, tokens, written & (tokens < taken))
+    EXACT: tl.constexpr = tl.float32 == DOT
+    gate_t: tl.constexpr = HKV * 2 * G
+    channels, channel_ok, gates = channel_columns(K, G, BK)
+    BG: tl.constexpr = BK if G == K else BK // 2
+    gate = tl.arange(0, BG)
+    values = tl.arange(0, BV)
+    value_ok = values < V
+    kv_flat = row * T * HKV + kv_head
+    v_tile = load_rows(v + row * v_b + kv_head * v_h, tokens, token_ok, v_t, values, value_ok).to(DOT)
+    dk_tile = tl.zeros([C, BK], tl.float32)
+    dv_tile = tl.zeros([C, BV], tl.float32)
+    for i in tl.range(0, 2, loop_unroll_factor=1, num_stages=1):
+        place = kv_flat * 2 + i
+        state = states + (((row * boundaries + tile) * HKV + kv_head) * 2 + i) * K * V
+        gradient = gradients + (((row * gradient_tiles + tile) * HKV + kv_head) * 2 + i) * K * V
+        middle = tl.load(at_middle + (((row * state_tiles + tile) * HKV + kv_head) * 2 + i) * G + gates, mask=channel_ok, other=0.0)
+        after = (load_rows(gradient, channels, channel_ok, V, values, value_ok).to(tl.float32) * middle[:, None]).to(DOT)
+        key = load_rows(keys + place * K, tokens, token_ok, HKV * 2 * K, channels, channel_ok)
+        dk_scaled = tl.dot(v_tile, tl.trans(after), input_precision=PRECISION)
+        dv_tile = tl.dot(key, after, acc=dv_tile, input_precision=PRECISION)
+        passing = sum_over_pairs(key.to(tl.float32) * dk_scaled, K, G)
+        whole = tile_products(state, gradient, channels, channel_ok, V, BV) * middle * middle
+        d_decay = tl.sum(sum_over_pairs(whole[None, :], K, G), 0)[None, :] + cumulative(passing, EXACT) - passing
+        logits = load_rows(gate_logits + place * G, tokens, token_ok, gate_t, gate, gate < G).to(tl.float32)
+        d_logits = tl.where(token_ok[:, None], d_decay * log_decay_slope(logits, inverse_normalizer, bound), 0.0)
+        store_rows(d_gate_logits + place * G, tokens, written, gate_t, gate, gate < G, d_logits)
+        factors = load_rows(query_factors + place * G, tokens, token_ok, gate_t, gates, channel_ok).to(tl.float32)
+        d_written = tl.where(token_ok[:, None] & channel_ok[None, :], dk_scaled * inverse(factors, EXACT), 0.0)
+        if write_logits is None:
+            dk_tile += d_written
+        else:
+            write = load_write_gate(write_logits, place, tokens, token_ok, HKV * 2)
+            dk_tile += d_written * write[:, None]
+            k_tile = load_rows(k + row * k_b + kv_head * k_h, tokens, token_ok, k_t, channels, channel_ok)
+            d_write = tl.sum(d_written * k_tile.to(tl.float32), 1) * write * (1 - write)
+            pointers = d_write_logits + place + tokens * HKV * 2
+            tl.store(pointers, d_write.to(d_write_logits.dtype.element_ty), mask=written)
+    store_rows(dk + kv_flat * K, tokens, written, HKV * K, channels, channel_ok, dk_tile)
+    store_rows(dv + kv_flat * V, tokens, written, HKV * V, values, value_ok, dv_tile)
 
 
 @triton.jit
@@ -400,17 +421,9 @@ def _key_kernel(
     log_denominators,
     alphas,
     deltas,
-    states,
-    gradients,
-    gate_logits,
-    write_logits,
-    mask,
     row_length,
-    state_length,
-    dk,
+    dk,  # what the states' gradients gave is there for the first `state_tiles` tiles, and is added to
     dv,
-    d_gate_logits,
-    d_write_logits,
     q_b,
     q_t,
     q_h,
@@ -421,22 +434,15 @@ def _key_kernel(
     v_t,
     v_h,
     T,
-    taken,
-    boundaries,
     state_tiles,
-    gradient_tiles,
     scale,
     softcap,
-    inverse_normalizer,
-    bound,
     HKV: tl.constexpr,
     R: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
-    KH: tl.constexpr,
-    BKH: tl.constexpr,
+    BK: tl.constexpr,
     BV: tl.constexpr,
-    SHARED: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     W: tl.constexpr,
@@ -453,119 +459,62 @@ def _key_kernel(
     length = T
     if row_length is not None:
         length = tl.load(row_length + row).to(tl.int32)
-        taken = tl.load(state_length + row).to(tl.int32)
     written = (inside < SIZE) & (tokens < T)
     token_ok = (inside < SIZE) & (tokens < length)
-    G: tl.constexpr = KH if SHARED else K
     HQ: tl.constexpr = HKV * R
-    low = tl.arange(0, BKH)
-    high = KH + low
-    low_ok = low < KH
-    high_ok = high < K
+    columns = tl.arange(0, BK)
+    column_ok = columns < K
     values = tl.arange(0, BV)
     value_ok = values < V
     q += row * q_b + kv_head * R * q_h
-    k += row * k_b + kv_head * k_h
-    v += row * v_b + kv_head * v_h
     flat = row * T * HQ + kv_head * R
     kv_flat = row * T * HKV + kv_head
-
-    k_low = load_rows(k, tokens, token_ok, k_t, low, low_ok)
-    k_high = load_rows(k, tokens, token_ok, k_t, high, high_ok)
-    v_tile = load_rows(v, tokens, token_ok, v_t, values, value_ok).to(DOT)
-    dk_low = tl.zeros([C, BKH], tl.float32)
-    dk_high = tl.zeros([C, BKH], tl.float32)
+    k_tile = load_rows(k + row * k_b + kv_head * k_h, tokens, token_ok, k_t, columns, column_ok).to(DOT)
+    v_tile = load_rows(v + row * v_b + kv_head * v_h, tokens, token_ok, v_t, values, value_ok).to(DOT)
+    dk_tile = tl.zeros([C, BK], tl.float32)
     dv_tile = tl.zeros([C, BV], tl.float32)
     last = tl.minimum(tl.minimum(first + C, tile // PER_BLOCK * SIZE + SIZE) + W - 1, length)
     for index in range(tl.maximum(tl.cdiv(last - first, BN), 0) * R):
         r = index % R
         query = first + index // R * BN + tl.arange(0, BN)
         query_ok = query < length
-        q_low = load_rows(q + r * q_h, query, query_ok, q_t, low, low_ok).to(DOT)
-        q_high = load_rows(q + r * q_h, query, query_ok, q_t, high, high_ok).to(DOT)
-        do_tile = load_rows(do + (flat + r) * V, query, query_ok, HQ * V, values, value_ok).to(tl.float32)
+        q_tile = load_rows(q + r * q_h, query, query_ok, q_t, columns, column_ok).to(DOT)
+        do_tile = load_rows(do + (flat + r) * V, query, query_ok, HQ * V, values, value_ok).to(DOT)
         offset = flat + r + query * HQ
         log_denominator = tl.load(log_denominators + offset, mask=query_ok, other=0.0)
-        alpha = tl.load(alphas + offset, mask=query_ok, other=0.0)
+        kept = 1 - tl.load(alphas + offset, mask=query_ok, other=0.0)
         delta = tl.load(deltas + offset, mask=query_ok, other=0.0)
-        d_window = (do_tile * (1 - alpha)[:, None]).to(DOT)
-        scores = tl.dot(k_low.to(DOT), tl.trans(q_low), input_precision=PRECISION)
-        scores = tl.dot(k_high.to(DOT), tl.trans(q_high), acc=scores, input_precision=PRECISION)
-        scores = softmax_scores(scores, scale, softcap)
+        scores = softmax_scores(tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION), scale, softcap)
         visible = (tokens[:, None] <= query[None, :]) & (tokens[:, None] > query[None, :] - W) & query_ok[None, :] & token_ok[:, None]
         weights = tl.where(visible, tl.exp2(scores - log_denominator[None, :] * LOG2_E), 0.0)
-        d_weights = tl.dot(v_tile, tl.trans(d_window), input_precision=PRECISION)
-        dv_tile = tl.dot(weights.to(DOT), d_window, acc=dv_tile, input_precision=PRECISION)
+        # The window's share of do goes with the weights: do itself then serves both products as it is.
+        dv_tile = tl.dot((weights * kept[None, :]).to(DOT), do_tile, acc=dv_tile, input_precision=PRECISION)
+        d_weights = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION) * kept[None, :]
         d_scores = weights * (d_weights - delta[None, :])
         if softcap is not None:
             d_scores *= score_slope(scores, softcap)
-        d_scores = d_scores.to(DOT)
-        dk_low = tl.dot(d_scores, q_low, acc=dk_low, input_precision=PRECISION)
-        dk_high = tl.dot(d_scores, q_high, acc=dk_high, input_precision=PRECISION)
-    dk_low *= scale
-    dk_high *= scale
-
-    if gradients is not None:  # noqa: SIM102 (the first is decided at compile time)
-        if tile < state_tiles:
-            taken_in = load_mask(mask, row * T, tokens, token_ok & (tokens < taken))
-            state = states + ((row * boundaries + tile) * HKV + kv_head) * 2 * K * V
-            gradient = gradients + ((row * gradient_tiles + tile) * HKV + kv_head) * 2 * K * V
-            gate_t: tl.constexpr = HKV * 2 * G
-            kf_low = tl.where(taken_in[:, None], k_low.to(tl.float32), 0.0)
-            kf_high = tl.where(taken_in[:, None], k_high.to(tl.float32), 0.0)
-            for i in range(2):
-                write = load_write_gate(write_logits, kv_flat * 2 + i, tokens, taken_in, HKV * 2)
-                gates = gate_logits + kv_flat * 2 * G + i * G
-                d_gates = d_gate_logits + kv_flat * 2 * G + i * G
-                raw = load_rows(gates, tokens, taken_in, gate_t, low, low_ok).to(tl.float32)
-                decay = load_log_decay(gates, tokens, taken_in, gate_t, low, low_ok, inverse_normalizer, bound)
-                dv_tile, part, d_write, d_decay = _gate_part(
-                    kf_low, v_tile, dv_tile, state + i * K * V, gradient + i * K * V, decay, write, taken_in, low, low_ok, values,
-                    value_ok, inverse_normalizer, bound, V, DOT, PRECISION,
-                )  # fmt: skip
-                dk_low += part
-                if not SHARED:
-                    d_raw = tl.where(taken_in[:, None], d_decay * log_decay_slope(raw, inverse_normalizer, bound), 0.0)
-                    store_rows(d_gates, tokens, written, gate_t, low, low_ok, d_raw)
-                    raw = load_rows(gates, tokens, taken_in, gate_t, high, high_ok).to(tl.float32)
-                    decay = load_log_decay(gates, tokens, taken_in, gate_t, high, high_ok, inverse_normalizer, bound)
-                dv_tile, part, d_write_high, d_decay_high = _gate_part(
-                    kf_high, v_tile, dv_tile, state + i * K * V, gradient + i * K * V, decay, write, taken_in, high, high_ok, values,
-                    value_ok, inverse_normalizer, bound, V, DOT, PRECISION,
-                )  # fmt: skip
-                dk_high += part
-                slope = log_decay_slope(raw, inverse_normalizer, bound)
-                if SHARED:
-                    d_raw = tl.where(taken_in[:, None], (d_decay + d_decay_high) * slope, 0.0)
-                    store_rows(d_gates, tokens, written, gate_t, low, low_ok, d_raw)
-                else:
-                    d_raw = tl.where(taken_in[:, None], d_decay_high * slope, 0.0)
-                    store_rows(d_gates, tokens, written, gate_t, high, high_ok, d_raw)
-                if write_logits is not None:
-                    d_logit = tl.where(taken_in, (d_write + d_write_high) * write * (1 - write), 0.0)
-                    pointers = d_write_logits + kv_flat * 2 + i + tokens * HKV * 2
-                    tl.store(pointers, d_logit.to(d_write_logits.dtype.element_ty), mask=written)
-    store_rows(dk + kv_flat * K, tokens, written, HKV * K, low, low_ok, dk_low)
-    store_rows(dk + kv_flat * K, tokens, written, HKV * K, high, high_ok, dk_high)
+        dk_tile = tl.dot(d_scores.to(DOT), q_tile, acc=dk_tile, input_precision=PRECISION)
+    before = written & (tile < state_tiles)
+    dk_tile = dk_tile * scale + load_rows(dk + kv_flat * K, tokens, before, HKV * K, columns, column_ok).to(tl.float32)
+    dv_tile += load_rows(dv + kv_flat * V, tokens, before, HKV * V, values, value_ok).to(tl.float32)
+    store_rows(dk + kv_flat * K, tokens, written, HKV * K, columns, column_ok, dk_tile)
     store_rows(dv + kv_flat * V, tokens, written, HKV * V, values, value_ok, dv_tile)
 
 
-def _state_gradients(layer: WindowLayer, q, u, mix, row_length, d_final, scale, first_state, with_initial, segment_blocks):
+def _state_gradients(layer: WindowLayer, decayed, q, u, mix, row_length, d_final, scale, first_state, with_initial, segment_blocks):
     """Gradient of the states at the end of every tile `[B, tiles, Hkv, 2, K, V]` and at the start of the rows (or None)."""
     inputs, heads = layer.inputs, layer.state_heads
     # One tile more than the states take in: at its start lies the last boundary that queries read.
     tiling = layer.state_tiling(segment_blocks, layer.state_tokens + 1)
-    gradients = inputs.state_buffer(layer.batch, tiling.tiles, dtype=layer.state_dtype)
+    gradients = inputs.state_buffer(layer.batch, tiling.tiles, dtype=layer.inputs.dtype)
     d_initial = inputs.state_buffer(layer.batch) if with_initial else None
 
     def launch(entering, segment_decay, additions):
-        _state_gradient_kernel[(layer.value_tiles, tiling.segments, layer.batch * layer.kv_heads)](
+        _state_gradient_kernel[(2 * layer.value_tiles, tiling.segments, layer.batch * layer.kv_heads)](
             q,
             u,
-            inputs.gate_logits,
-            inputs.mask,
+            None if decayed is None else decayed.at_middle,
             row_length,
-            inputs.row_length,
             mix,
             entering,
             segment_decay,
@@ -573,23 +522,20 @@ def _state_gradients(layer: WindowLayer, q, u, mix, row_length, d_final, scale, 
             d_initial,
             *q.stride()[:3],
             layer.tokens,
-            layer.state_tokens,
+            layer.state_tokens // layer.size * layer.tiling.per_block,
             tiling.tiles,
             tiling.segments,
+            tiling.per_segment,
             scale,
-            inputs.inverse_normalizer,
-            inputs.bound,
             HKV=layer.kv_heads,
             R=layer.sizes["R"],
             **heads._asdict(),
             SIZE=tiling.size,
             C=tiling.tile,
             PER_BLOCK=tiling.per_block,
-            PER_SEGMENT=tiling.per_segment,
             FIRST_STATE=first_state,
             ADDITIONS=additions,
-            num_warps=4 if heads.BKH * heads.BV <= 32 * 64 else 8,
-            num_stages=2,
+            **({"num_warps": 4 if heads.BK * heads.BV <= 32 * 64 else 8, "num_stages": 2} | TUNE.get("state_gradient", {})),
         )
 
     if tiling.segments == 1:
@@ -638,11 +584,12 @@ def _window_backward(
     layer = WindowLayer(q, k, v, gate_logits, write_logits, state_mask, row_length, sink_k, window_size, gate_normalizer, lower_bound)
     inputs, sizes, heads = layer.inputs, layer.sizes, layer.state_heads
     tiles, single = layer.tiling.tiles, torch.float32
-    states = layer.states(initial_state, None, segment_blocks, every_tile=True)
+    decayed = layer.decayed()
+    states = layer.states(decayed, initial_state, None, segment_blocks, every_tile=True)
     first_state = 2 if initial_state is None else 0
 
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    u = None if states is None else torch.empty(o.shape, dtype=layer.state_dtype, device=o.device)
+    u = None if states is None else torch.empty(o.shape, dtype=layer.inputs.dtype, device=o.device)
     alphas, deltas = torch.empty_like(log_denominators), torch.empty_like(log_denominators)
     d_norm = q.new_empty(layer.batch, tiles, *norm_weight.shape, dtype=single)
     d_scalars = q.new_empty(layer.batch, tiles, layer.heads, 4, dtype=single)
@@ -687,19 +634,48 @@ def _window_backward(
         norm_eps,
         **sizes,
         FIRST_STATE=first_state,
-        num_warps=warps,
-        num_stages=1,
+        **({"num_warps": warps, "num_stages": 1} | TUNE.get("query", {})),
     )
     gradients = d_initial = None
     if states is not None:
         gradients, d_initial = _state_gradients(
-            layer, q, u, mix, row_length, d_final, scale, first_state, initial_state is not None, segment_blocks
+            layer, decayed, q, u, mix, row_length, d_final, scale, first_state, initial_state is not None, segment_blocks
         )
     d_gate_logits = torch.empty_like(gate_logits)
     d_write_logits = None if write_logits is None else torch.empty_like(write_logits)
     for x in (d_gate_logits, d_write_logits):
         if x is not None:
             x[:, layer.state_tokens :].zero_()
+    tile_sizes = {name: sizes[name] for name in ("SIZE", "C", "PER_BLOCK")}
+    state_tiles = layer.state_tokens // layer.size * layer.tiling.per_block
+    if decayed is not None:
+        _state_key_kernel[(state_tiles, layer.batch * layer.kv_heads)](
+            k,
+            v,
+            states,
+            gradients,
+            gate_logits,
+            write_logits,
+            state_mask,
+            *decayed,
+            inputs.row_length,
+            dk,
+            dv,
+            d_gate_logits,
+            d_write_logits,
+            *strides[3:],
+            layer.tokens,
+            layer.state_tokens,
+            states.shape[1],
+            state_tiles,
+            gradients.shape[1],
+            1.0 / gate_normalizer,
+            lower_bound,
+            HKV=layer.kv_heads,
+            **heads._asdict() | {"BV": sizes["BV"]},
+            **tile_sizes,
+            **({"num_warps": 8 if sizes["BV"] >= 64 else 4, "num_stages": 1} | TUNE.get("state_key", {})),
+        )
     _key_kernel[(tiles, layer.batch * layer.kv_heads)](
         q,
         k,
@@ -708,44 +684,16 @@ def _window_backward(
         log_denominators,
         alphas,
         deltas,
-        states,
-        gradients,
-        gate_logits,
-        write_logits,
-        state_mask,
         row_length,
-        inputs.row_length,
         dk,
         dv,
-        d_gate_logits,
-        d_write_logits,
         *strides,
         layer.tokens,
-        layer.state_tokens,
-        1 if states is None else states.shape[1],
-        layer.state_tokens // layer.size * layer.tiling.per_block,
-        1 if gradients is None else gradients.shape[1],
+        state_tiles,
         scale,
         softcap,
-        inputs.inverse_normalizer,
-        inputs.bound,
-        HKV=layer.kv_heads,
-        R=sizes["R"],
-        K=heads.K,
-        V=heads.V,
-        KH=heads.KH,
-        BKH=heads.BKH,
-        BV=sizes["BV"],
-        SHARED=heads.SHARED,
-        DOT=heads.DOT,
-        PRECISION=heads.PRECISION,
-        W=window_size,
-        SIZE=layer.size,
-        C=layer.tiling.tile,
-        BN=sizes["BN"],
-        PER_BLOCK=layer.tiling.per_block,
-        num_warps=8 if sizes["BV"] >= 64 else 4,
-        num_stages=1,
+        **{name: size for name, size in sizes.items() if name not in ("KC", "S", "BS")},
+        **({"num_warps": 8 if sizes["BV"] >= 64 else 4, "num_stages": 2} | TUNE.get("key", {})),
     )
     d_scalars = d_scalars.sum((0, 1))
     d_sinks = [

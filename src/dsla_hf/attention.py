@@ -5,21 +5,22 @@ size, W window size, S sink tokens.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsla_kernels import (
-    block_states,
     check_lower_bound,
     dual_state_attention,
-    dual_state_window_attention,
+    final_state,
+    fused_window_attention,
     join_window_and_states,
     log_decays,
     rows_from_cu_seqlens,
     rows_from_mask,
+    uses_triton,
 )
 
 # Keeps the RMS of an empty state above zero: its logarithm is part of the gate between window and states.
@@ -148,6 +149,7 @@ class DualStateAttention(nn.Module):
         output_state: bool = False,
         softcap: float | None = None,
         sink_logits: Tensor | None = None,
+        in_place: bool = False,
     ) -> tuple[Tensor, DualState | None]:
         """Attend, after `state` if one is given.
 
@@ -158,6 +160,7 @@ class DualStateAttention(nn.Module):
             state: of the tokens before these.
             output_state: also return the state after these tokens.
             softcap, sink_logits: of the window's softmax, see `dual_state_window_attention`; of no effect without a window.
+            in_place: nobody needs `state` afterwards: a kernel may write the new one over it.
 
         Returns:
             o `[B, T, Hq, V]` in q's dtype, zero at padding; and the new state or None.
@@ -169,6 +172,8 @@ class DualStateAttention(nn.Module):
             )
         if state is not None and state.lengths.shape[0] != q.shape[0]:
             raise ValueError(f"the state holds {state.lengths.shape[0]} sequences, the input {q.shape[0]}")
+        if state is not None and q.shape[1] == 1 and self._decodes_in_kernel(q, v):
+            return self._kernel_step(q, k, v, padding_mask, state if in_place else clone_state(state), softcap, sink_logits)
         if not self.window_size:
             return self._pure(q, k, v, padding_mask, cu_seqlens, state, output_state)
         if state is not None and q.shape[1] == 1:
@@ -183,13 +188,15 @@ class DualStateAttention(nn.Module):
         """
         recurrent = None if state is None else state.recurrent
         if not self.window_size:
-            states = self._block_states(k, v, padding_mask, recurrent)
-            return self._state_without_window(states[:, -1], k, v, padding_mask, state)
+            return self._state_without_window(self._final_state(k, v, padding_mask, recurrent), k, v, padding_mask, state)
         if state is not None:
             k, v, padding_mask = self._after_window(state, k, v, padding_mask)
         k, v, valid = _to_rows(padding_mask, None, k, v)[1:]
-        taken_in = self._taken_in(k, valid, state)
-        return self._state_after(k, v, valid, self._block_states(k, v, taken_in, recurrent), state)
+        tokens = torch.full((k.shape[0],), k.shape[1], device=k.device) if valid is None else valid.sum(1)
+        blocks = (tokens // self._block_size - 1).clamp_min(0)  # whole blocks that another whole block follows
+        taken_in = torch.arange(k.shape[1], device=k.device) < (blocks * self._block_size)[:, None]
+        masked = self._taken_in(k, None, state)
+        return self._state_after(k, v, valid, self._final_state(k, v, taken_in if masked is None else taken_in & masked, recurrent), state)
 
     def gate_logits(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
         """Raw gates `[B, T, Hkv, 2, K/2]` and raw write gates `[B, T, Hkv, 2]` (or None), fp32 (fp64 for fp64 inputs), from
@@ -217,11 +224,10 @@ class DualStateAttention(nn.Module):
 
     def _pure(self, q, k, v, padding_mask, cu_seqlens, state, output_state):
         gate_logits, write_logits = self.gate_logits(v)
-        dtype = gate_logits.dtype
         o, recurrent = dual_state_attention(
-            q.to(dtype),
-            k.to(dtype),
-            v.to(dtype),
+            q,
+            k,
+            v,
             gate_logits,
             self.mix(),
             write_logits=write_logits,
@@ -233,7 +239,8 @@ class DualStateAttention(nn.Module):
             initial_state=None if state is None else state.recurrent,
             output_final_state=output_state,
         )
-        o = self._normalise(o, self._rms(o)).to(q.dtype)
+        o = o.to(gate_logits.dtype)
+        o = (o * (o.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt() * self.norm_weight.to(o.dtype)).to(q.dtype)
         return o, self._state_without_window(recurrent, k, v, padding_mask, state) if output_state else None
 
     def _state_without_window(self, recurrent, k, v, padding_mask, state):
@@ -254,29 +261,73 @@ class DualStateAttention(nn.Module):
         rows, k, v, valid = _to_rows(padding_mask, cu_seqlens, k, v)
         sink_k, sink_v = self._sinks(k, v, state)
         gate_logits, write_logits = self.gate_logits(v)
-        o_window, log_denominator, o_state, states = dual_state_window_attention(
+        o, recurrent = fused_window_attention(
             q if rows is None else rows.gather(q),
             k,
             v,
             gate_logits,
             self.mix(),
+            self.norm_weight,
+            self.state_gain,
+            self.state_bias,
             self.window_size,
             write_logits=write_logits,
             gate_normalizer=self.gate_normalizer,
             lower_bound=self.gate_lower_bound,
             scale=self.scale,
+            norm_eps=NORM_EPS,
             padding_mask=valid,
             state_mask=self._taken_in(k, None, state),
             sinks=(sink_k, sink_v) if self.sink_tokens else None,
             row_start=None if state is None else self._row_start(state),
             initial_state=None if state is None else state.recurrent,
+            output_final_state=output_state,
             softcap=softcap,
             sink_logits=sink_logits,
         )
-        o = self._combine(o_window, log_denominator, o_state).to(q.dtype)
-        if rows is not None:
-            o = rows.scatter(o, q.shape[:2])[:, past:]
-        return o, self._state_after(k, v, valid, states, state) if output_state else None
+        o = o[:, past:] if rows is None else rows.scatter(o, q.shape[:2])[:, past:]
+        return o, self._state_after(k, v, valid, recurrent, state) if output_state else None
+
+    # --- one token --------------------------------------------------------------------------------------------------
+
+    def _decodes_in_kernel(self, q: Tensor, v: Tensor) -> bool:
+        """Whether a kernel takes a token: where Triton runs, and no gradient is asked for."""
+        needs_gradient = torch.is_grad_enabled() and (q.requires_grad or v.requires_grad or self.mix_logits.requires_grad)
+        return uses_triton(q, v) and not needs_gradient
+
+    def _kernel_step(self, q, k, v, padding_mask, state, softcap, sink_logits):
+        """One token a row in one kernel, which writes the new state over `state`."""
+        from dsla_kernels.decode import GateWeights, pure_decode, window_decode  # imports Triton
+
+        write = (self.write_weight, self.write_bias) if self.write_gate else (None, None)
+        gates = GateWeights(self.gate_down, self.gate_up, self.gate_bias, *write)
+        options: dict[str, Any] = {
+            "gate_normalizer": self.gate_normalizer,
+            "lower_bound": self.gate_lower_bound,
+            "scale": self.scale,
+            "norm_eps": NORM_EPS,
+            "padding_mask": padding_mask,
+        }
+        if not self.window_size:
+            o = pure_decode(q, k, v, state.recurrent, gates, self.mix(), self.norm_weight, **options)
+            state.lengths.add_(1 if padding_mask is None else padding_mask[:, -1])
+            return o, state
+        o = window_decode(
+            q,
+            k,
+            v,
+            *state,
+            gates,
+            self.mix(),
+            self.norm_weight,
+            self.state_gain,
+            self.state_bias,
+            self.window_size,
+            softcap=softcap,
+            sink_logits=sink_logits,
+            **options,
+        )
+        return o, state
 
     def _window_step(self, q, k, v, padding_mask, state, softcap=None, sink_logits=None):
         """One token a row, written into the window; a block that another has followed goes into the states."""
@@ -302,7 +353,15 @@ class DualStateAttention(nn.Module):
         o_window = torch.einsum("bhrs,bshv->bhrv", weights, window_v).to(dtype)
         mix = self.mix().to(dtype).unflatten(0, (self.num_kv_heads, -1))
         o_state = torch.einsum("bhrk,hri,bhikv->bhrv", q_h.to(dtype), mix, state.recurrent)
-        o = self._combine(*(x.flatten(1, 2) for x in (o_window, log_denominator, o_state)))[:, None].to(q.dtype)
+        o = join_window_and_states(
+            o_window.flatten(1, 2),
+            log_denominator.flatten(1, 2),
+            o_state.flatten(1, 2),
+            self.norm_weight,
+            self.state_gain,
+            self.state_bias,
+            norm_eps=NORM_EPS,
+        )[:, None].to(q.dtype)
         o = o.masked_fill(~real[:, None, None, None], 0)
 
         length = length + real
@@ -312,33 +371,21 @@ class DualStateAttention(nn.Module):
             second_half = ((length // size) % 2 == 1)[:, None, None, None]  # where the block before the last one lies
             old_k, old_v = (torch.where(second_half, w[:, sinks + size :], w[:, sinks : sinks + size]) for w in (window_k, window_v))
             taken_in = (length - window)[:, None] + torch.arange(size, device=device) >= sinks
-            folded = self._block_states(old_k, old_v, taken_in, recurrent)[:, -1]
+            folded = self._final_state(old_k, old_v, taken_in, recurrent)
             recurrent = torch.where(full[:, None, None, None, None], folded, recurrent)
         return o, DualState(recurrent, window_k, window_v, length)
-
-    def _combine(self, o_window: Tensor, log_denominator: Tensor, o_state: Tensor) -> Tensor:
-        return join_window_and_states(
-            o_window, log_denominator, o_state, self.norm_weight, self.state_gain, self.state_bias, norm_eps=NORM_EPS
-        )
-
-    def _rms(self, o: Tensor) -> Tensor:
-        return (o.square().mean(-1, keepdim=True) + NORM_EPS).sqrt()
-
-    def _normalise(self, o: Tensor, rms: Tensor) -> Tensor:
-        return o / rms * self.norm_weight.to(o.dtype)
 
     @property
     def _block_size(self) -> int:
         """Tokens that go into the states at a time."""
         return self.window_size // 2
 
-    def _block_states(self, k, v, padding_mask, initial_state=None):
+    def _final_state(self, k, v, padding_mask, initial_state=None):
         gate_logits, write_logits = self.gate_logits(v)
-        return block_states(
+        return final_state(
             k,
             v,
             gate_logits,
-            self._block_size or 64,
             write_logits=write_logits,
             gate_normalizer=self.gate_normalizer,
             lower_bound=self.gate_lower_bound,
@@ -385,13 +432,11 @@ class DualStateAttention(nn.Module):
             taken_in = (position >= held[:, None]) & (position >= self.sink_tokens)  # a row that starts later skips a whole block
         return taken_in if valid is None else taken_in & valid
 
-    def _state_after(self, k: Tensor, v: Tensor, valid: Tensor | None, states: Tensor, state: DualState | None) -> DualState:
+    def _state_after(self, k: Tensor, v: Tensor, valid: Tensor | None, recurrent: Tensor, state: DualState | None) -> DualState:
         """The state after rows `[B, L]` that begin at a block boundary (those of `_after_window`, if `state` is given)."""
         batch, length, window, device = k.shape[0], k.shape[1], self.window_size, k.device
         tokens = torch.full((batch,), length, device=device) if valid is None else valid.sum(1)
         start = torch.zeros_like(tokens) if state is None else self._row_start(state)
-        blocks = (tokens // self._block_size - 1).clamp_min(0)  # whole blocks that another whole block follows
-        recurrent = states[torch.arange(batch, device=device), blocks]
         last = (start + tokens)[:, None] - 1
         token = last - (last - torch.arange(window, device=device)) % window  # the newest of each slot
         position = (token - start[:, None]).clamp(0, length - 1)[..., None, None]  # before the first: anything, hidden by the count
@@ -400,6 +445,10 @@ class DualStateAttention(nn.Module):
             for sink, x in zip(self._sinks(k, v, state), (k, v), strict=True)
         )
         return DualState(recurrent, window_k, window_v, start + tokens)
+
+
+def clone_state(state: DualState) -> DualState:
+    return DualState(*(x.clone() for x in state))
 
 
 def check_window(window_size: int, sink_tokens: int) -> None:

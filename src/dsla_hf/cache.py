@@ -194,7 +194,8 @@ class StaticDSLACacheLayer(DSLACacheLayer):
                     torch._dynamo.mark_static_address(x)
         else:
             for old, new in zip(self.state, state, strict=True):
-                old.copy_(new)
+                if old is not new:  # a kernel has written it already
+                    old.copy_(new)
         self.tokens.add_(k.shape[1])  # type: ignore[union-attr]
 
     def activate_past_recording(self) -> None:
