@@ -75,7 +75,7 @@ def gap_table(rows: list[dict]) -> str:
     """(control - default) / (control - teacher), of the loss of novels and code, paired by document and seed."""
     table = []
     teacher = next(row for row in rows if row["arm"] == "default" and row["level"] == 0)
-    for control in [arm for arm in arms_of(rows) if "window" in arm]:
+    for control in [arm for arm in arms_of(rows) if arm.startswith("window")]:
         entry: dict[str, Any] = {"control": control}
         for kind in ("novels", "code"):
             key = f"{kind}_by_document"

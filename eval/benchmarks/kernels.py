@@ -253,7 +253,7 @@ def decode_call(x: Shape, layers: int = 1, folds: bool = False) -> Call:
     return run
 
 
-def sdpa(what: str, x: Shape) -> Call:
+def sdpa(what: str, x: Shape, backend: str = "FLASH_ATTENTION") -> Call:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     queries = 1 if what == "decode" else x.tokens
@@ -261,7 +261,7 @@ def sdpa(what: str, x: Shape) -> Call:
     k, v = (_random(x.batch, x.kv_heads, x.tokens, x.size) for _ in range(2))
 
     def forward() -> Tensor:
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        with sdpa_kernel(getattr(SDPBackend, backend)):
             return F.scaled_dot_product_attention(q, k, v, is_causal=what != "decode", enable_gqa=x.heads != x.kv_heads)
 
     if what != "training":
@@ -294,6 +294,7 @@ FORMS: dict[str, Callable[[str, Shape], Call]] = {
     "ours, 32 layers in a graph": lambda what, x: in_graph(decode_call(x, LAYERS)),
     "ours, the token that fills a block": lambda what, x: decode_call(x, folds=True),
     "SDPA": sdpa,
+    "SDPA, cuDNN": lambda what, x: sdpa(what, x, "CUDNN_ATTENTION"),
     "fla": fla,
     "fla twice": lambda what, x: fla(what, x, 2),
 }
@@ -329,7 +330,7 @@ class Case:
 
 
 def cases(parts: list[str], quick: bool, with_fla: bool) -> Iterator[Case]:
-    others = ["SDPA"] + (["fla", "fla twice"] if with_fla else [])
+    others = ["SDPA", "SDPA, cuDNN"] + (["fla", "fla twice"] if with_fla else [])
 
     def compared(part: str, what: str, *shapes: Shape) -> Iterator[Case]:
         """Ours for all shapes, others once for all layers of equal sizes."""
@@ -339,7 +340,7 @@ def cases(parts: list[str], quick: bool, with_fla: bool) -> Iterator[Case]:
             if what == "decode":
                 yield Case(part, what, "SDPA", replace(x, tokens=CACHE_TOKENS))
             for form in others:
-                if not (form.startswith("fla") and x.heads != x.kv_heads) and not (form == "SDPA" and what == "decode"):
+                if not (form.startswith("fla") and x.heads != x.kv_heads) and not (form.startswith("SDPA") and what == "decode"):
                     yield Case(part, what, form, x)
 
     if "forward" in parts:
