@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ._ops import add_op_namespace_prefix, ops
 from .common import (
-    TUNE,
     as_bytes,
     channel_columns,
     check_kernel_inputs,
@@ -112,14 +111,13 @@ class ChunkLayer:
         self.inputs = StateInputs(k, v, gate_logits, write_logits, mask, row_first, row_length, longest, gate_normalizer, lower_bound)
         self.programs = self.inputs.rows * self.inputs.kv_heads
         self.state_heads = make_heads(q, v, gate_logits, value_tile(k, v, self.programs))
-        self.heads = make_heads(q, v, gate_logits, TUNE.get("chunk_values") or (128 if q.dtype == torch.bfloat16 else 64))
+        self.heads = make_heads(q, v, gate_logits, 128 if q.dtype == torch.bfloat16 else 64)
         self.value_tiles = triton.cdiv(self.heads.V, self.heads.BV)
-        chunk = TUNE.get("C") or largest_tile(q, v)
+        chunk = largest_tile(q, v)
         programs = self.programs * 2 * triton.cdiv(self.heads.V, self.state_heads.BV)
         self.tiling = make_tiling(longest, chunk, programs, q.device, segment_blocks or None, chunk)
         self.group = q.shape[2] // k.shape[2]
-        self.warps = 4
-        self.together = 2 if self.group % 2 == 0 and q.dtype == torch.bfloat16 and not TUNE.get("apart") else 1
+        self.together = 2 if self.group % 2 == 0 and q.dtype == torch.bfloat16 else 1
 
     def states(self, decayed, initial_state, final=None):
         """exp(m) S on entry of every chunk."""
@@ -180,7 +178,9 @@ def chunk_forward(
         **heads._asdict(),
         C=tiling.tile,
         HEADS=layer.together,
-        **({"num_warps": layer.warps * layer.together, "num_stages": 1, "UNROLL": 1} | TUNE.get("chunk", {})),
+        UNROLL=layer.together,  # with two heads there are warps enough to hold both states on their way
+        num_warps=4 * layer.together,
+        num_stages=1,
     )
     return o, o.new_empty(0, dtype=torch.float32) if final is None else final
 

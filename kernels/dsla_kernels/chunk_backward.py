@@ -18,7 +18,6 @@ from torch import Tensor
 from ._ops import add_op_namespace_prefix, ops
 from .chunk import ChunkLayer, chunk_forward
 from .common import (
-    TUNE,
     channel_columns,
     inverse,
     load_mask,
@@ -401,7 +400,8 @@ def _state_gradients(layer: ChunkLayer, decayed, q, do, mix, d_final, scale, wit
             **heads._asdict(),
             C=tiling.tile,
             ADDITIONS=additions,
-            **({"num_warps": 8, "num_stages": 3} | TUNE.get("state_gradient", {})),
+            num_warps=8,
+            num_stages=3,
         )
 
     if tiling.segments == 1:
@@ -474,7 +474,8 @@ def _chunk_backward(
         R=layer.group,
         **sizes,
         C=tiling.tile,
-        **({"num_warps": 4, "num_stages": 1} | TUNE.get("query", {})),
+        num_warps=4,
+        num_stages=1,
     )
     _value_kernel[(tiling.tiles, layer.programs)](
         q,
@@ -495,7 +496,8 @@ def _chunk_backward(
         R=layer.group,
         **sizes,
         C=tiling.tile,
-        **({"num_warps": 4, "num_stages": 1} | TUNE.get("value", {})),
+        num_warps=4,
+        num_stages=1,
     )
     _key_kernel[(tiling.tiles, layer.programs)](
         q,
@@ -528,7 +530,8 @@ def _chunk_backward(
         R=layer.group,
         **sizes,
         C=tiling.tile,
-        **({"num_warps": 8 if sizes["BV"] >= 64 else 4, "num_stages": 1} | TUNE.get("key", {})),
+        num_warps=4,
+        num_stages=1,
     )
     pairs = (
         (dq, q),

@@ -12,7 +12,6 @@ from .checks import check_inputs
 
 TILE = 64  # tokens a tile at most; the bound on the decay is chosen for it
 LARGEST_HEAD = 256
-TUNE: dict = {}
 INTERPRETED = triton.knobs.runtime.interpret
 
 
@@ -206,9 +205,10 @@ class Heads(NamedTuple):
     PRECISION: str
 
 
-def padded(size: int) -> int:
-    """Size in registers: a power of two, at least 32, as Triton 3.6's products on Hopper's tensor cores go wrong with 16 columns."""
-    return max(32, triton.next_power_of_2(size))
+def padded(size: int, least: int = 64) -> int:
+    """Size in registers, a power of two. At least 64 by default: seen on an H200 with Triton 3.6, products of 64 rows by 32 columns or
+    fewer with a factor in registers were now and then wrong in bf16."""
+    return max(least, triton.next_power_of_2(size))
 
 
 def make_heads(q: Tensor, v: Tensor, gate_logits: Tensor, value_tile: int) -> Heads:
@@ -217,7 +217,7 @@ def make_heads(q: Tensor, v: Tensor, gate_logits: Tensor, value_tile: int) -> He
         key_dim,
         value_dim,
         gates,
-        padded(gates) * (1 if gates == key_dim else 2),
+        padded(key_dim) if gates == key_dim else 2 * padded(gates, 32),
         min(padded(value_dim), value_tile),
         *dot_type(q.dtype),
     )

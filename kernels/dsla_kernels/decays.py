@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
-    TUNE,
     Tiling,
     bounded_log_decay,
     fast_exp2,
@@ -141,7 +140,7 @@ def decay_keys(
     query_factors = torch.empty(gate_logits.shape, dtype=dtype, device=k.device)
     keys = torch.empty(*gate_logits.shape[:-1], key_dim, dtype=dtype, device=k.device)
     at_middle = torch.empty(rows, tiling.tiles, kv_heads, 2, gates, dtype=torch.float32, device=k.device)
-    block = min(TUNE.get("gates", 64), padded(gates))
+    block = min(64, padded(gates, 32))
     _decay_kernel[(kv_heads * 2 * triton.cdiv(gates, block), tiling.tiles, rows)](
         k,
         gate_logits,
@@ -166,6 +165,6 @@ def decay_keys(
         C=tiling.tile,
         PER_BLOCK=tiling.per_block,
         EXACT=dtype == torch.float32,
-        **({"num_warps": 4} | TUNE.get("factor", {})),
+        num_warps=4,
     )
     return Decayed(query_factors, keys, at_middle)

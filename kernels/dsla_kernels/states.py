@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
-    TUNE,
     Heads,
     Tiling,
     as_bytes,
@@ -278,7 +277,8 @@ class StateInputs:
             EVERY=every,
             AT_MIDDLE=at_middle,
             ADDITIONS=additions,
-            **({"num_warps": 4 if heads.BK * heads.BV <= 32 * 64 else 8, "num_stages": 3} | TUNE.get("state", {})),
+            num_warps=4 if heads.BK * heads.BV <= 32 * 64 else 8,
+            num_stages=3,
         )
 
 
@@ -298,8 +298,6 @@ def entering_states(
 def value_tile(k: Tensor, v: Tensor, programs: int) -> int:
     """Values a program of the state pass, one for each of two states of `programs` rows and heads: few where they then fill the card
     without segments, which cost a second pass; otherwise as many as registers allow."""
-    if TUNE.get("state_values"):
-        return TUNE["state_values"]
     most = 64 if v.shape[-1] > 32 and k.shape[-1] * k.element_size() <= 256 else 32
     for tile in (64, 32):
         if tile <= most and 2 * programs * triton.cdiv(v.shape[-1], tile) >= 1.5 * processors(k.device):

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ._ops import add_op_namespace_prefix, ops
 from .common import (
-    TUNE,
     Tiling,
     as_bytes,
     check_kernel_inputs,
@@ -381,7 +380,8 @@ def window_forward(
         norm_eps,
         **layer.sizes,
         FIRST_STATE=2 if initial_state is None else 0,
-        **({"num_warps": 4 if layer.sizes["BV"] <= 128 else 8, "num_stages": 2} | TUNE.get("window", {})),
+        num_warps=4 if layer.sizes["BV"] <= 128 else 8,
+        num_stages=1,
     )
     return o, log_denominators, o.new_empty(0, dtype=torch.float32) if final is None else final
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ._ops import add_op_namespace_prefix, ops
 from .common import (
-    TUNE,
     channel_columns,
     inverse,
     load_mask,
@@ -535,7 +534,8 @@ def _state_gradients(layer: WindowLayer, decayed, q, u, mix, row_length, d_final
             PER_BLOCK=tiling.per_block,
             FIRST_STATE=first_state,
             ADDITIONS=additions,
-            **({"num_warps": 4 if heads.BK * heads.BV <= 32 * 64 else 8, "num_stages": 2} | TUNE.get("state_gradient", {})),
+            num_warps=4 if heads.BK * heads.BV <= 32 * 64 else 8,
+            num_stages=2,
         )
 
     if tiling.segments == 1:
@@ -634,7 +634,8 @@ def _window_backward(
         norm_eps,
         **sizes,
         FIRST_STATE=first_state,
-        **({"num_warps": warps, "num_stages": 1} | TUNE.get("query", {})),
+        num_warps=warps,
+        num_stages=1,
     )
     gradients = d_initial = None
     if states is not None:
@@ -648,7 +649,7 @@ def _window_backward(
             x[:, layer.state_tokens :].zero_()
     tile_sizes = {name: sizes[name] for name in ("SIZE", "C", "PER_BLOCK")}
     state_tiles = layer.state_tokens // layer.size * layer.tiling.per_block
-    if decayed is not None:
+    if decayed is not None and states is not None and gradients is not None:
         _state_key_kernel[(state_tiles, layer.batch * layer.kv_heads)](
             k,
             v,
@@ -674,7 +675,8 @@ def _window_backward(
             HKV=layer.kv_heads,
             **heads._asdict() | {"BV": sizes["BV"]},
             **tile_sizes,
-            **({"num_warps": 8 if sizes["BV"] >= 64 else 4, "num_stages": 1} | TUNE.get("state_key", {})),
+            num_warps=8,
+            num_stages=1,
         )
     _key_kernel[(tiles, layer.batch * layer.kv_heads)](
         q,
@@ -693,7 +695,8 @@ def _window_backward(
         scale,
         softcap,
         **{name: size for name, size in sizes.items() if name not in ("KC", "S", "BS")},
-        **({"num_warps": 8 if sizes["BV"] >= 64 else 4, "num_stages": 2} | TUNE.get("key", {})),
+        num_warps=4,
+        num_stages=2,
     )
     d_scalars = d_scalars.sum((0, 1))
     d_sinks = [
