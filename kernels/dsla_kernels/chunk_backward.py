@@ -272,7 +272,7 @@ def _key_kernel(
     states,  # exp(m) S `[N, tiles + 1, Hkv, 2, K, V]`
     gradients,  # exp(m) D `[N, tiles, Hkv, 2, K, V]`
     crossings,
-    dk,
+    dk_parts,  # [B, T, Hkv, 2, K]: by state
     d_gate_logits,
     d_write_logits,
     q_b,
@@ -301,7 +301,7 @@ def _key_kernel(
     PRECISION: tl.constexpr,
     C: tl.constexpr,
 ):
-    tile, row_head = tl.program_id(0), tl.program_id(1)
+    tile, i, row_head = tl.program_id(0) // 2, tl.program_id(0) % 2, tl.program_id(1)  # one state: both need too many registers
     row, kv_head = row_head // HKV, row_head % HKV
     batch, first, flat, length = row_span(row, T, length, row_first, row_length)
     row = row.to(tl.int64)
@@ -327,45 +327,42 @@ def _key_kernel(
     token_ok = load_mask(mask, flat, tokens, in_row)
     seen = tl.arange(0, C)[:, None] <= tl.arange(0, C)[None, :]  # keys by queries
     v_tile = load_rows(v + batch * v_b + first * v_t + kv_head * v_h, tokens, token_ok, v_t, values, value_ok).to(DOT)
-    dk_tile = tl.zeros([C, BK], tl.float32)
-    # One state after the other, in a loop that is not unrolled: registers hold the tiles of one at a time.
-    for i in tl.range(0, 2, loop_unroll_factor=1, num_stages=1):
-        factors_at = query_factors + (kv_flat * 2 + i) * G
-        dk_scaled = tl.zeros([C, BK], tl.float32)
-        d_decay = tl.zeros([C, BG], tl.float32)
-        for r in tl.range(0, R, num_stages=1):
-            factors = load_rows(factors_at, tokens, in_row, gate_t, gates, channel_ok).to(tl.float32)
-            share = tl.load(mix + (kv_head * R + r) * 2 + i).to(tl.float32) * scale
-            q_tile = load_rows(q + r * q_h, tokens, in_row, q_t, channels, channel_ok).to(tl.float32)
-            do_tile = load_rows(do + r * V, tokens, in_row, HQ * V, values, value_ok).to(DOT)
-            d_scores = tl.where(seen, tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION), 0.0).to(DOT)
-            dk_scaled = tl.dot(d_scores, (q_tile * (factors * share)).to(DOT), acc=dk_scaled, input_precision=PRECISION)
-            d_decay += load_rows(crossings + (r * 2 + i) * G, tokens, in_row, HQ * 2 * G, gate, gate_ok).to(tl.float32)
-        # What queries read, less what keys gave inside the chunk, meets the tokens before; what keys leave behind, those after.
-        key = load_rows(keys + (kv_flat * 2 + i) * K, tokens, in_row, HKV * 2 * K, channels, channel_ok)
-        d_decay -= sum_over_pairs(key.to(tl.float32) * dk_scaled, K, G)
-        gradient = load_rows(gradients + i * K * V, channels, channel_ok, V, values, value_ok)
-        dk_after = tl.dot(v_tile, tl.trans(gradient), input_precision=PRECISION)
-        passing = sum_over_pairs(key.to(tl.float32) * dk_after, K, G)
-        whole = tile_products(states + i * K * V, gradients + i * K * V, channels, channel_ok, V, BV)
-        meeting = tl.sum(d_decay, 0) + tl.sum(sum_over_pairs(whole[None, :], K, G), 0)
-        d_decay = meeting[None, :] + d_decay - passing + cumulative(passing - d_decay, EXACT)
-        logits = load_rows(gate_logits + (kv_flat * 2 + i) * G, tokens, token_ok, gate_t, gate, gate_ok).to(tl.float32)
-        d_logits = tl.where(token_ok[:, None], d_decay * log_decay_slope(logits, inverse_normalizer, bound), 0.0)
-        store_rows(d_gate_logits + (kv_flat * 2 + i) * G, tokens, in_row, gate_t, gate, gate_ok, d_logits)
-        # Loaded again rather than held.
+    factors_at = query_factors + (kv_flat * 2 + i) * G
+    dk_scaled = tl.zeros([C, BK], tl.float32)
+    d_decay = tl.zeros([C, BG], tl.float32)
+    for r in tl.range(0, R, num_stages=1):
         factors = load_rows(factors_at, tokens, in_row, gate_t, gates, channel_ok).to(tl.float32)
-        d_written = tl.where(token_ok[:, None] & channel_ok[None, :], (dk_scaled + dk_after) * inverse(factors, EXACT), 0.0)
-        if write_logits is None:
-            dk_tile += d_written
-        else:
-            write = load_write_gate(write_logits, kv_flat * 2 + i, tokens, token_ok, HKV * 2)
-            dk_tile += d_written * write[:, None]
-            k_tile = load_rows(k + batch * k_b + first * k_t + kv_head * k_h, tokens, token_ok, k_t, channels, channel_ok)
-            d_write = tl.sum(d_written * k_tile.to(tl.float32), 1) * write * (1 - write)
-            pointers = d_write_logits + kv_flat * 2 + i + tokens * HKV * 2
-            tl.store(pointers, d_write.to(d_write_logits.dtype.element_ty), mask=in_row)
-    store_rows(dk + kv_flat * K, tokens, in_row, HKV * K, channels, channel_ok, dk_tile)
+        share = tl.load(mix + (kv_head * R + r) * 2 + i).to(tl.float32) * scale
+        q_tile = load_rows(q + r * q_h, tokens, in_row, q_t, channels, channel_ok).to(tl.float32)
+        do_tile = load_rows(do + r * V, tokens, in_row, HQ * V, values, value_ok).to(DOT)
+        d_scores = tl.where(seen, tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION), 0.0).to(DOT)
+        dk_scaled = tl.dot(d_scores, (q_tile * (factors * share)).to(DOT), acc=dk_scaled, input_precision=PRECISION)
+        d_decay += load_rows(crossings + (r * 2 + i) * G, tokens, in_row, HQ * 2 * G, gate, gate_ok).to(tl.float32)
+    # What queries read, less what keys gave inside the chunk, meets the tokens before; what keys leave behind, those after.
+    key = load_rows(keys + (kv_flat * 2 + i) * K, tokens, in_row, HKV * 2 * K, channels, channel_ok)
+    d_decay -= sum_over_pairs(key.to(tl.float32) * dk_scaled, K, G)
+    gradient = load_rows(gradients + i * K * V, channels, channel_ok, V, values, value_ok)
+    dk_after = tl.dot(v_tile, tl.trans(gradient), input_precision=PRECISION)
+    passing = sum_over_pairs(key.to(tl.float32) * dk_after, K, G)
+    whole = tile_products(states + i * K * V, gradients + i * K * V, channels, channel_ok, V, BV)
+    meeting = tl.sum(d_decay, 0) + tl.sum(sum_over_pairs(whole[None, :], K, G), 0)
+    d_decay = meeting[None, :] + d_decay - passing + cumulative(passing - d_decay, EXACT)
+    logits = load_rows(gate_logits + (kv_flat * 2 + i) * G, tokens, token_ok, gate_t, gate, gate_ok).to(tl.float32)
+    d_logits = tl.where(token_ok[:, None], d_decay * log_decay_slope(logits, inverse_normalizer, bound), 0.0)
+    store_rows(d_gate_logits + (kv_flat * 2 + i) * G, tokens, in_row, gate_t, gate, gate_ok, d_logits)
+    # Loaded again rather than held.
+    factors = load_rows(factors_at, tokens, in_row, gate_t, gates, channel_ok).to(tl.float32)
+    d_written = tl.where(token_ok[:, None] & channel_ok[None, :], (dk_scaled + dk_after) * inverse(factors, EXACT), 0.0)
+    if write_logits is None:
+        d_key = d_written
+    else:
+        write = load_write_gate(write_logits, kv_flat * 2 + i, tokens, token_ok, HKV * 2)
+        d_key = d_written * write[:, None]
+        k_tile = load_rows(k + batch * k_b + first * k_t + kv_head * k_h, tokens, token_ok, k_t, channels, channel_ok)
+        d_write = tl.sum(d_written * k_tile.to(tl.float32), 1) * write * (1 - write)
+        pointers = d_write_logits + kv_flat * 2 + i + tokens * HKV * 2
+        tl.store(pointers, d_write.to(d_write_logits.dtype.element_ty), mask=in_row)
+    store_rows(dk_parts + (kv_flat * 2 + i) * K, tokens, in_row, HKV * 2 * K, channels, channel_ok, d_key)
 
 
 def _state_gradients(layer: ChunkLayer, decayed, q, do, mix, d_final, scale, with_initial):
@@ -444,7 +441,7 @@ def _chunk_backward(
     decayed = inputs.decayed(tiling)
     states = layer.states(decayed, initial_state)
     gradients, d_initial = _state_gradients(layer, decayed, q, do, mix, d_final, scale, initial_state is not None)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, v))
     d_gate_logits = torch.empty_like(gate_logits)
     d_write_logits = None if write_logits is None else torch.empty_like(write_logits)
     d_mix = q.new_zeros(inputs.rows, tiling.tiles, q.shape[2], 2, dtype=torch.float32)
@@ -499,7 +496,8 @@ def _chunk_backward(
         num_warps=4,
         num_stages=1,
     )
-    _key_kernel[(tiling.tiles, layer.programs)](
+    dk_parts = k.new_empty(*k.shape[:3], 2, k.shape[3])
+    _key_kernel[(2 * tiling.tiles, layer.programs)](
         q,
         k,
         v,
@@ -515,7 +513,7 @@ def _chunk_backward(
         states,
         gradients,
         crossings,
-        dk,
+        dk_parts,
         d_gate_logits,
         d_write_logits,
         *q.stride()[:3],
@@ -535,7 +533,7 @@ def _chunk_backward(
     )
     pairs = (
         (dq, q),
-        (dk, k),
+        (dk_parts.sum(3), k),
         (dv, v),
         (d_gate_logits, gate_logits),
         (d_mix.sum((0, 1)), mix),

@@ -140,28 +140,20 @@ def _query_kernel(
     dq_tile = tl.zeros([C, BK], tl.float32)
     u = tl.zeros([C, BV], tl.float32)
     d_weight = tl.zeros([BV], tl.float32)
-    d_mix1 = 0.0
-    d_mix2 = 0.0
     d_gain = 0.0
     d_bias = 0.0
     if states is not None:
         if (block >= FIRST_STATE) & (first < length):
             states += ((row * boundaries + tl.maximum(block - 1, 0) * PER_BLOCK) * HKV + kv_head) * 2 * K * V
-            mix1 = tl.load(mix + head * 2).to(tl.float32)
-            mix2 = tl.load(mix + head * 2 + 1).to(tl.float32)
             gain = tl.load(state_gain + head).to(tl.float32)
             bias = tl.load(state_bias + head).to(tl.float32)
             weight = tl.load(norm_weight + head * V + values, mask=value_ok, other=0.0).to(tl.float32)
-            read1 = tl.zeros([C, BV], tl.float32)
-            read2 = tl.zeros([C, BV], tl.float32)
-            for start in range(0, K, KC):
-                part = start + tl.arange(0, KC)
-                q_part = (load_rows(q, tokens, token_ok, q_t, part, part < K).to(tl.float32) * scale).to(DOT)
-                state1 = load_rows(states, part, part < K, V, values, value_ok).to(DOT)
-                state2 = load_rows(states + K * V, part, part < K, V, values, value_ok).to(DOT)
-                read1 = tl.dot(q_part, state1, acc=read1, input_precision=PRECISION)
-                read2 = tl.dot(q_part, state2, acc=read2, input_precision=PRECISION)
-            o_state = mix1 * read1 + mix2 * read2
+            q_scaled = load_rows(q, tokens, token_ok, q_t, columns, column_ok).to(tl.float32) * scale
+            o_state = tl.zeros([C, BV], tl.float32)
+            for i in tl.range(0, 2, loop_unroll_factor=1, num_stages=1):
+                state = load_rows(states + i * K * V, columns, column_ok, V, values, value_ok).to(DOT)
+                query = (q_scaled * tl.load(mix + head * 2 + i).to(tl.float32)).to(DOT)
+                o_state = tl.dot(query, state, acc=o_state, input_precision=PRECISION)
             rms, log_rms, alpha = state_gate(o_state, log_denominator, gain, bias, norm_eps, V)
             normalised = o_state / rms[:, None]
             # With n = weight * normalised, o = (1 - alpha) o_window + alpha n: the gate's gradient needs no o_window,
@@ -175,18 +167,16 @@ def _query_kernel(
             d_weight = tl.sum(do_tile * alpha[:, None] * normalised, 0)
             d_gain = tl.sum(d_gate * log_rms, 0)
             d_bias = tl.sum(d_gate, 0)
-            d_mix1 = tl.sum(tl.sum(read1 * u, 1), 0)
-            d_mix2 = tl.sum(tl.sum(read2 * u, 1), 0)
-            state1 = load_rows(states, columns, column_ok, V, values, value_ok).to(DOT)
-            dq_tile = tl.dot((u * mix1).to(DOT), tl.trans(state1), acc=dq_tile, input_precision=PRECISION)
-            state2 = load_rows(states + K * V, columns, column_ok, V, values, value_ok).to(DOT)
-            dq_tile = tl.dot((u * mix2).to(DOT), tl.trans(state2), acc=dq_tile, input_precision=PRECISION)
+            u_factor = u.to(DOT)
+            for i in tl.range(0, 2, loop_unroll_factor=1, num_stages=1):
+                state = load_rows(states + i * K * V, columns, column_ok, V, values, value_ok).to(DOT)
+                d_query = tl.dot(u_factor, tl.trans(state), input_precision=PRECISION)
+                tl.store(d_scalars + part_offset * 4 + i, tl.sum(tl.sum(d_query * q_scaled, 1), 0))
+                dq_tile += d_query * tl.load(mix + head * 2 + i).to(tl.float32)
         store_rows(d_state_output + flat * V, tokens, written, HQ * V, values, value_ok, u)
     tl.store(alphas + flat + tokens * HQ, alpha, mask=written)
     tl.store(deltas + flat + tokens * HQ, delta, mask=written)
     tl.store(d_norm + part_offset * V + values, d_weight, mask=value_ok)
-    tl.store(d_scalars + part_offset * 4, d_mix1)
-    tl.store(d_scalars + part_offset * 4 + 1, d_mix2)
     tl.store(d_scalars + part_offset * 4 + 2, d_gain)
     tl.store(d_scalars + part_offset * 4 + 3, d_bias)
     if sink_logits is not None:
@@ -333,8 +323,8 @@ def _state_key_kernel(
     keys,
     at_middle,
     state_length,
-    dk,
-    dv,
+    dk_parts,  # [B, T, Hkv, 2, K]: by state
+    dv_parts,
     d_gate_logits,
     d_write_logits,
     k_b,
@@ -362,7 +352,7 @@ def _state_key_kernel(
     C: tl.constexpr,
     PER_BLOCK: tl.constexpr,
 ):
-    tile, row_head = tl.program_id(0), tl.program_id(1)
+    tile, i, row_head = tl.program_id(0) // 2, tl.program_id(0) % 2, tl.program_id(1)  # one state: both need too many registers
     row, kv_head = (row_head // HKV).to(tl.int64), row_head % HKV
     inside = tile % PER_BLOCK * C + tl.arange(0, C)
     tokens = tile // PER_BLOCK * SIZE + inside
@@ -379,36 +369,33 @@ def _state_key_kernel(
     value_ok = values < V
     kv_flat = row * T * HKV + kv_head
     v_tile = load_rows(v + row * v_b + kv_head * v_h, tokens, token_ok, v_t, values, value_ok).to(DOT)
-    dk_tile = tl.zeros([C, BK], tl.float32)
-    dv_tile = tl.zeros([C, BV], tl.float32)
-    for i in tl.range(0, 2, loop_unroll_factor=1, num_stages=1):
-        place = kv_flat * 2 + i
-        state = states + (((row * boundaries + tile) * HKV + kv_head) * 2 + i) * K * V
-        gradient = gradients + (((row * gradient_tiles + tile) * HKV + kv_head) * 2 + i) * K * V
-        middle = tl.load(at_middle + (((row * state_tiles + tile) * HKV + kv_head) * 2 + i) * G + gates, mask=channel_ok, other=0.0)
-        after = (load_rows(gradient, channels, channel_ok, V, values, value_ok).to(tl.float32) * middle[:, None]).to(DOT)
-        key = load_rows(keys + place * K, tokens, token_ok, HKV * 2 * K, channels, channel_ok)
-        dk_scaled = tl.dot(v_tile, tl.trans(after), input_precision=PRECISION)
-        dv_tile = tl.dot(key, after, acc=dv_tile, input_precision=PRECISION)
-        passing = sum_over_pairs(key.to(tl.float32) * dk_scaled, K, G)
-        whole = tile_products(state, gradient, channels, channel_ok, V, BV) * middle * middle
-        d_decay = tl.sum(sum_over_pairs(whole[None, :], K, G), 0)[None, :] + cumulative(passing, EXACT) - passing
-        logits = load_rows(gate_logits + place * G, tokens, token_ok, gate_t, gate, gate < G).to(tl.float32)
-        d_logits = tl.where(token_ok[:, None], d_decay * log_decay_slope(logits, inverse_normalizer, bound), 0.0)
-        store_rows(d_gate_logits + place * G, tokens, written, gate_t, gate, gate < G, d_logits)
-        factors = load_rows(query_factors + place * G, tokens, token_ok, gate_t, gates, channel_ok).to(tl.float32)
-        d_written = tl.where(token_ok[:, None] & channel_ok[None, :], dk_scaled * inverse(factors, EXACT), 0.0)
-        if write_logits is None:
-            dk_tile += d_written
-        else:
-            write = load_write_gate(write_logits, place, tokens, token_ok, HKV * 2)
-            dk_tile += d_written * write[:, None]
-            k_tile = load_rows(k + row * k_b + kv_head * k_h, tokens, token_ok, k_t, channels, channel_ok)
-            d_write = tl.sum(d_written * k_tile.to(tl.float32), 1) * write * (1 - write)
-            pointers = d_write_logits + place + tokens * HKV * 2
-            tl.store(pointers, d_write.to(d_write_logits.dtype.element_ty), mask=written)
-    store_rows(dk + kv_flat * K, tokens, written, HKV * K, channels, channel_ok, dk_tile)
-    store_rows(dv + kv_flat * V, tokens, written, HKV * V, values, value_ok, dv_tile)
+    place = kv_flat * 2 + i
+    state = states + (((row * boundaries + tile) * HKV + kv_head) * 2 + i) * K * V
+    gradient = gradients + (((row * gradient_tiles + tile) * HKV + kv_head) * 2 + i) * K * V
+    middle = tl.load(at_middle + (((row * state_tiles + tile) * HKV + kv_head) * 2 + i) * G + gates, mask=channel_ok, other=0.0)
+    after = (load_rows(gradient, channels, channel_ok, V, values, value_ok).to(tl.float32) * middle[:, None]).to(DOT)
+    key = load_rows(keys + place * K, tokens, token_ok, HKV * 2 * K, channels, channel_ok)
+    dk_scaled = tl.dot(v_tile, tl.trans(after), input_precision=PRECISION)
+    d_value = tl.dot(key, after, input_precision=PRECISION)
+    store_rows(dv_parts + place * V, tokens, written, HKV * 2 * V, values, value_ok, d_value)
+    passing = sum_over_pairs(key.to(tl.float32) * dk_scaled, K, G)
+    whole = tile_products(state, gradient, channels, channel_ok, V, BV) * middle * middle
+    d_decay = tl.sum(sum_over_pairs(whole[None, :], K, G), 0)[None, :] + cumulative(passing, EXACT) - passing
+    logits = load_rows(gate_logits + place * G, tokens, token_ok, gate_t, gate, gate < G).to(tl.float32)
+    d_logits = tl.where(token_ok[:, None], d_decay * log_decay_slope(logits, inverse_normalizer, bound), 0.0)
+    store_rows(d_gate_logits + place * G, tokens, written, gate_t, gate, gate < G, d_logits)
+    factors = load_rows(query_factors + place * G, tokens, token_ok, gate_t, gates, channel_ok).to(tl.float32)
+    d_written = tl.where(token_ok[:, None] & channel_ok[None, :], dk_scaled * inverse(factors, EXACT), 0.0)
+    if write_logits is None:
+        d_key = d_written
+    else:
+        write = load_write_gate(write_logits, place, tokens, token_ok, HKV * 2)
+        d_key = d_written * write[:, None]
+        k_tile = load_rows(k + row * k_b + kv_head * k_h, tokens, token_ok, k_t, channels, channel_ok)
+        d_write = tl.sum(d_written * k_tile.to(tl.float32), 1) * write * (1 - write)
+        pointers = d_write_logits + place + tokens * HKV * 2
+        tl.store(pointers, d_write.to(d_write_logits.dtype.element_ty), mask=written)
+    store_rows(dk_parts + place * K, tokens, written, HKV * 2 * K, channels, channel_ok, d_key)
 
 
 @triton.jit
@@ -421,7 +408,9 @@ def _key_kernel(
     alphas,
     deltas,
     row_length,
-    dk,  # what the states' gradients gave is there for the first `state_tiles` tiles, and is added to
+    dk_parts,  # what the states' gradients gave, by state, for the first `state_tiles` tiles; None without states
+    dv_parts,
+    dk,
     dv,
     q_b,
     q_t,
@@ -493,9 +482,14 @@ def _key_kernel(
         if softcap is not None:
             d_scores *= score_slope(scores, softcap)
         dk_tile = tl.dot(d_scores.to(DOT), q_tile, acc=dk_tile, input_precision=PRECISION)
-    before = written & (tile < state_tiles)
-    dk_tile = dk_tile * scale + load_rows(dk + kv_flat * K, tokens, before, HKV * K, columns, column_ok).to(tl.float32)
-    dv_tile += load_rows(dv + kv_flat * V, tokens, before, HKV * V, values, value_ok).to(tl.float32)
+    dk_tile *= scale
+    if dk_parts is not None:
+        before = written & (tile < state_tiles)
+        for i in tl.static_range(2):
+            part = load_rows(dk_parts + (kv_flat * 2 + i) * K, tokens, before, HKV * 2 * K, columns, column_ok)
+            dk_tile += part.to(tl.float32)
+            part = load_rows(dv_parts + (kv_flat * 2 + i) * V, tokens, before, HKV * 2 * V, values, value_ok)
+            dv_tile += part.to(tl.float32)
     store_rows(dk + kv_flat * K, tokens, written, HKV * K, columns, column_ok, dk_tile)
     store_rows(dv + kv_flat * V, tokens, written, HKV * V, values, value_ok, dv_tile)
 
@@ -592,7 +586,7 @@ def _window_backward(
     u = None if states is None else torch.empty(o.shape, dtype=layer.inputs.dtype, device=o.device)
     alphas, deltas = torch.empty_like(log_denominators), torch.empty_like(log_denominators)
     d_norm = q.new_empty(layer.batch, tiles, *norm_weight.shape, dtype=single)
-    d_scalars = q.new_empty(layer.batch, tiles, layer.heads, 4, dtype=single)
+    d_scalars = q.new_zeros(layer.batch, tiles, layer.heads, 4, dtype=single)
     d_sink_k, d_sink_v = (
         None if x is None else q.new_empty(layer.batch, tiles, layer.heads, x.shape[1], x.shape[3], dtype=single) for x in (sink_k, sink_v)
     )
@@ -649,8 +643,10 @@ def _window_backward(
             x[:, layer.state_tokens :].zero_()
     tile_sizes = {name: sizes[name] for name in ("SIZE", "C", "PER_BLOCK")}
     state_tiles = layer.state_tokens // layer.size * layer.tiling.per_block
+    dk_parts = dv_parts = None
     if decayed is not None and states is not None and gradients is not None:
-        _state_key_kernel[(state_tiles, layer.batch * layer.kv_heads)](
+        dk_parts, dv_parts = (x.new_empty(*x.shape[:3], 2, x.shape[3]) for x in (k, v))
+        _state_key_kernel[(2 * state_tiles, layer.batch * layer.kv_heads)](
             k,
             v,
             states,
@@ -660,8 +656,8 @@ def _window_backward(
             state_mask,
             *decayed,
             inputs.row_length,
-            dk,
-            dv,
+            dk_parts,
+            dv_parts,
             d_gate_logits,
             d_write_logits,
             *strides[3:],
@@ -675,7 +671,7 @@ def _window_backward(
             HKV=layer.kv_heads,
             **heads._asdict() | {"BV": sizes["BV"]},
             **tile_sizes,
-            num_warps=8,
+            num_warps=4,
             num_stages=1,
         )
     _key_kernel[(tiles, layer.batch * layer.kv_heads)](
@@ -687,6 +683,8 @@ def _window_backward(
         alphas,
         deltas,
         row_length,
+        dk_parts,
+        dv_parts,
         dk,
         dv,
         *strides,
