@@ -62,7 +62,8 @@ class Arm:
     control: str = ""
     training: dict[str, Any] = field(default_factory=dict)
     distill: dict[str, Any] = field(default_factory=dict)
-    facts: bool = False  # a quarter of the text carries eight facts that are asked for later, instead of a tenth with one
+    recall: float = RECALL_SHARE  # share of the training text with a planted fact that is asked for later
+    facts: bool = False  # a quarter of the text carries eight such facts instead
 
 
 ARMS: dict[str, Arm] = {
@@ -87,6 +88,7 @@ ARMS: dict[str, Arm] = {
     "pure, k and v trained": Arm({"window_size": 0, "trained_projections": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
     # the way it is trained
     "high levels": Arm(training={"level_draws": 2}),
+    "no recall planted": Arm(recall=0.0),
     "more recall": Arm(facts=True),
     "more recall, high levels": Arm(training={"level_draws": 2}, facts=True),
     "more recall, window 192, 4 sinks": Arm({"window_size": 192}, "no states", facts=True),
@@ -140,14 +142,13 @@ def run_arm(name: str, teacher: str, data: Path, output: Path, seed: int) -> dic
         if arm.control:
             CONTROLS[arm.control](core)
     blocks = training_blocks(data, tokenizer, output.parent / "blocks.pt")
-    blocks = plant_facts(blocks, tokenizer, 0.25, seed) if arm.facts else plant_recall(blocks, tokenizer, RECALL_SHARE, seed)
+    blocks = plant_facts(blocks, tokenizer, 0.25, seed) if arm.facts else plant_recall(blocks, tokenizer, arm.recall, seed)
     ranking, train = blocks[:RANKING_BLOCKS], blocks[RANKING_BLOCKS:]
     # Half of the ranking text asks for something far back.
     ranking = torch.cat([ranking[::2], plant_recall(ranking[1::2], tokenizer, 1.0, seed + 1)])
     args = DSLATrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=BATCH,
-        warmup_steps=20,
         logging_steps=20,
         save_strategy="no",
         report_to=[],

@@ -953,7 +953,7 @@ def test_hidden_term_is_the_mean_alignment_after_each_block(llama, tmp_path):
 def test_half_life_gap_term_drives_the_states_apart(tiny_model, tmp_path):
     config = DSLAConfig(task_type="CAUSAL_LM", half_lives=(16.0, 16.0))
     model = get_peft_model(tiny_model("llama"), config)
-    trainer = train(model, tmp_path, max_steps=8, learning_rate=1e-2, train_level=4, half_life_gap_weight=10.0)
+    trainer = train(model, tmp_path, max_steps=8, warmup_steps=0, learning_rate=1e-2, train_level=4, half_life_gap_weight=10.0)
     gaps = logged(trainer, "half_life_gap")
     assert gaps[1] == pytest.approx(math.log(8) ** 2, rel=1e-3) and gaps[8] < 0.7 * gaps[1]
     lives = half_lives(model)

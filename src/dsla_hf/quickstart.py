@@ -109,7 +109,6 @@ def common_arguments(output: Path, seed: int) -> dict[str, Any]:
     return {
         "output_dir": str(output),
         "per_device_train_batch_size": 8,
-        "warmup_steps": 20,
         "logging_strategy": "no",
         "save_strategy": "no",
         "report_to": [],
