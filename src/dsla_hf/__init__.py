@@ -10,6 +10,7 @@ from .attention import DualState, DualStateAttention
 from .cache import DSLACacheLayer, cache_bytes, fold
 from .configuration import DSLAConfig
 from .generation import LevelProcessor, lower_level
+from .graph import GraphDecoder
 from .modeling import DSLAForCausalLM, DSLAHybridConfig
 from .policies import CacheMemory, FixedLevel, LatencyTarget, Load, PromptLength, Stats
 
@@ -26,6 +27,7 @@ __all__ = [
     "DualState",
     "DualStateAttention",
     "FixedLevel",
+    "GraphDecoder",
     "LatencyTarget",
     "LevelProcessor",
     "Load",

@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -326,6 +327,11 @@ class DSLAModel(BaseTuner):
             _check_finite(model)
         hybrid_class = None
         if config is not None and config.level:
+            if getattr(model, "hf_quantizer", None) is not None:
+                raise ValueError(
+                    "the base is quantised, and a hybrid is made of weights in full precision: load the base without "
+                    "quantization_config, merge and save; then load the hybrid with quantization_config"
+                )
             hybrid_class = hybrid_classes(config.base_model_type or "")[1]
             if not issubclass(hybrid_class, type(model)):
                 raise ValueError(f"only a causal LM becomes a hybrid, not {type(model).__name__}: wrap AutoModelForCausalLM")
@@ -357,8 +363,8 @@ def active_config(model: nn.Module) -> DSLAConfig:
     Raises:
         ValueError: if the model has none.
     """
-    for layer in dsla_layers(model).values():
-        if layer.adapter_name is not None:
+    for layer in model.modules():  # up to the first that tells: policies ask after every token, and all modules take milliseconds
+        if isinstance(layer, DSLALayer) and layer.adapter_name is not None:
             return layer.configs[layer.adapter_name]
     raise ValueError(f"{type(model).__name__} has no active DSLA adapter: make one with get_peft_model(model, DSLAConfig(...))")
 
@@ -404,15 +410,16 @@ def _own_projections(base: Any, own: dict[str, nn.Module]) -> dict[str, nn.Modul
 
 
 def _copy_linear(linear: nn.Linear, rows: slice) -> AdapterLinear:
-    """A trainable copy of some rows; on the meta device if the original is there, or where PEFT makes empty weights
-    (`low_cpu_mem_usage`)."""
+    """A trainable copy of some rows, in full precision if the original is quantised; on the meta device if the original is there,
+    or where PEFT makes empty weights (`low_cpu_mem_usage`)."""
     with align_module_device(linear):  # offloaded weights are brought in for as long as it takes
-        weight = linear.weight
+        weight = dequantize_module_weight(linear)
         device = "meta" if weight.device.type == "meta" else None
         size = len(range(*rows.indices(linear.out_features)))
         copy = AdapterLinear(linear.in_features, size, bias=linear.bias is not None, dtype=weight.dtype, device=device)
         if copy.weight.device.type != "meta":
-            copy.load_state_dict({name: p.detach()[rows] for name, p in linear.named_parameters(recurse=False)})
+            values = {"weight": weight} if linear.bias is None else {"weight": weight, "bias": linear.bias}
+            copy.load_state_dict({name: value.detach()[rows] for name, value in values.items()})
     return copy
 
 
@@ -498,6 +505,8 @@ def _record_base(config: DSLAConfig, model: Any) -> None:
 
 def _fingerprint(config: DSLAConfig, model: nn.Module) -> dict[str, float] | None:
     """Mean magnitude of the key and value weights of the planned layers; None where weights are not real or quantised."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        return None
     prints = {}
     for index in config.conversion_order or ():
         layer: Any = decoder_layers(model)[index]

@@ -286,7 +286,7 @@ class DualStateAttention(nn.Module):
             sink_logits=sink_logits,
         )
         o = o[:, past:] if rows is None else rows.scatter(o, q.shape[:2])[:, past:]
-        return o, self._state_after(k, v, valid, recurrent, state) if output_state else None
+        return o, None if recurrent is None else self._state_after(k, v, valid, recurrent, state)
 
     # --- one token --------------------------------------------------------------------------------------------------
 
@@ -316,7 +316,10 @@ class DualStateAttention(nn.Module):
             q,
             k,
             v,
-            *state,
+            state.recurrent,
+            state.window_k,
+            state.window_v,
+            state.lengths,
             gates,
             self.mix(),
             self.norm_weight,
@@ -367,7 +370,7 @@ class DualStateAttention(nn.Module):
         length = length + real
         full = real & (length % size == 0) & (length >= window)
         recurrent = state.recurrent
-        if torch.compiler.is_compiling() or bool(full.any()):  # a compiled step cannot branch on values: it always folds
+        if records_steps(q) or bool(full.any()):  # a recorded step cannot branch on values: it always folds
             second_half = ((length // size) % 2 == 1)[:, None, None, None]  # where the block before the last one lies
             old_k, old_v = (torch.where(second_half, w[:, sinks + size :], w[:, sinks : sinks + size]) for w in (window_k, window_v))
             taken_in = (length - window)[:, None] + torch.arange(size, device=device) >= sinks
@@ -445,6 +448,11 @@ class DualStateAttention(nn.Module):
             for sink, x in zip(self._sinks(k, v, state), (k, v), strict=True)
         )
         return DualState(recurrent, window_k, window_v, start + tokens)
+
+
+def records_steps(x: Tensor) -> bool:
+    """Whether what runs on `x` is recorded to run again, compiled or in a CUDA graph: the host then cannot look at values."""
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def clone_state(state: DualState) -> DualState:

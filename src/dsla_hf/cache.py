@@ -26,6 +26,8 @@ logger = logging.get_logger(__name__)
 
 # Attribute of a `Cache` whose DSLA layers shall record; transformers marks only layers that exist when it asks for it.
 RECORDS_PAST = "dsla_records_past"
+# Tokens of all rows that are folded at a time: their gates and decayed keys take many times the bytes that the cache has for them.
+FOLDED_AT_ONCE = 8192
 
 
 class DSLACacheLayer(CacheLayerMixin):
@@ -184,6 +186,18 @@ class StaticDSLACacheLayer(DSLACacheLayer):
         super().__init__()
         self.max_length = max_length
         self.tokens = torch.tensor(0)
+        self._empty = True  # what the host knows of `tokens`: a prompt after `reset` is read as the first one is
+
+    def current_state(self, attention: DualStateAttention) -> DualState | None:
+        return None if self._empty else self.state
+
+    def take(self, other: DSLACacheLayer) -> None:
+        """Copy what `other` remembers into this layer's own tensors (`other` and this one have been filled)."""
+        assert self.state is not None and other.state is not None
+        for mine, theirs in zip(self.state, other.state, strict=True):
+            mine.copy_(theirs)
+        self.tokens.copy_(torch.as_tensor(other.tokens))  # type: ignore[union-attr]
+        self._empty = False
 
     def advance(self, state: DualState, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> None:
         if self.state is None:
@@ -197,6 +211,7 @@ class StaticDSLACacheLayer(DSLACacheLayer):
                 if old is not new:  # a kernel has written it already
                     old.copy_(new)
         self.tokens.add_(k.shape[1])  # type: ignore[union-attr]
+        self._empty = False
 
     def activate_past_recording(self) -> None:
         raise NotImplementedError("a static cache cannot be rolled back: use a dynamic one for assisted decoding")
@@ -213,6 +228,23 @@ class StaticDSLACacheLayer(DSLACacheLayer):
     def reset(self) -> None:
         for x in (*(self.state or ()), self.tokens):
             x.zero_()
+        self._empty = True
+
+
+class VisibleStaticLayer(StaticLayer):
+    """Keys and values of a softmax layer at fixed addresses, of which attention is shown the first `visible` places only: a cache
+    made for a long text is then not read to its end while the text is short."""
+
+    def __init__(self, max_cache_len: int) -> None:
+        super().__init__(max_cache_len)
+        self.visible = max_cache_len
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        return keys[:, :, : self.visible], values[:, :, : self.visible]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.visible, 0
 
 
 def fold(
@@ -256,7 +288,13 @@ def fold(
             raise ValueError("position_ids restart inside a row: several texts in one row cannot be folded into one state")
     layer = DSLACacheLayer() if max_length is None else StaticDSLACacheLayer(max_length)
     k, v = keys.transpose(1, 2), values.transpose(1, 2)
-    layer.advance(attention.fold(k, v, mask), k, v)
+    piece = max(FOLDED_AT_ONCE // k.shape[0], 1)
+    masks = [None] * -(-k.shape[1] // piece) if mask is None else mask.split(piece, 1)
+    state = None
+    for k_part, v_part, mask_part in zip(k.split(piece, 1), v.split(piece, 1), masks, strict=True):
+        state = attention.fold(k_part, v_part, mask_part, state)
+    assert state is not None
+    layer.advance(state, k, v)
     return layer
 
 
@@ -280,7 +318,7 @@ def dsla_cache_layer(
     max_length = max(other.get_max_length() for other in cache.layers) if isinstance(layer, StaticLayer) else None
     if tokens == 0:
         new = DSLACacheLayer() if max_length is None else StaticDSLACacheLayer(max_length)
-    elif type(layer) in (DynamicLayer, StaticLayer, DynamicSlidingWindowLayer, StaticSlidingWindowLayer):
+    elif type(layer) in (DynamicLayer, StaticLayer, VisibleStaticLayer, DynamicSlidingWindowLayer, StaticSlidingWindowLayer):
         if not exact:
             logger.warning_once(
                 "a text goes on at a higher level with trained k_proj or v_proj: the states are folded from the original model's keys "

@@ -68,7 +68,7 @@ def read_layout(
     if isinstance(attention_mask, dict):
         attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values()), None))
     if attention_mask is None:
-        if position_ids is None or has_past or torch.compiler.is_compiling():
+        if position_ids is None or has_past or position_ids.shape[-1] == 1 or torch.compiler.is_compiling():
             return TokenLayout()
         return TokenLayout(cu_seqlens=_packed_boundaries(position_ids))
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim not in (2, 4):
@@ -81,7 +81,8 @@ def read_layout(
         seen = attention_mask[:, 0] if attention_mask.dtype == torch.bool else attention_mask[:, 0] == 0
         return TokenLayout(padding_mask=seen.any(1))
     mask = attention_mask.bool()
-    if not torch.compiler.is_compiling() and bool(mask.all()):
+    captured = mask.is_cuda and torch.cuda.is_current_stream_capturing()  # in a CUDA graph the host cannot look at values
+    if not captured and not torch.compiler.is_compiling() and bool(mask.all()):
         return TokenLayout()
     return TokenLayout(padding_mask=mask)
 
@@ -118,11 +119,13 @@ def remove_layout_hook(decoder: nn.Module) -> None:
 
 def _hand_over_layout(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     attention_mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-    past = kwargs.get("past_key_values")
+    past, positions = kwargs.get("past_key_values"), kwargs.get("position_ids")
+    # Asked only where it matters: the length of a static cache lies on the device.
+    asks = attention_mask is None and positions is not None and positions.shape[-1] > 1 and not torch.compiler.is_compiling()
     layout = read_layout(
         attention_mask,
-        kwargs.get("position_ids"),
+        positions,
         kwargs.get("cu_seq_lens_q"),
-        has_past=past is not None and not torch.compiler.is_compiling() and bool(past.get_seq_length() > 0),
+        has_past=asks and past is not None and bool(past.get_seq_length() > 0),
     )
     return args, {**kwargs, "dsla_layout": layout}

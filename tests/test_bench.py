@@ -1,0 +1,191 @@
+"""`dsla bench`: what it measures, what it predicts, and what it does where something does not run."""
+
+import json
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+import dsla_hf.bench
+from dsla_hf import DSLAConfig, cache_bytes
+from dsla_hf.bench import PRESETS, Case, Results, Runner, bench, largest, measure_largest, preset_config
+from dsla_hf.cli import main
+from dsla_hf.costs import costs_of
+from dsla_hf.graph import GraphDecoder, PlainRecording
+from dsla_hf.measurements import read_measurements
+
+
+@pytest.fixture
+def checkpoint(tiny_model, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_machine(monkeypatch):
+    monkeypatch.setattr(dsla_hf.bench, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(dsla_hf.bench, "matmul_rate", lambda device, dtype: 1e9)
+
+
+@pytest.fixture
+def graphs_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(dsla_hf.bench, "GraphDecoder", lambda model: GraphDecoder(model, record=PlainRecording))
+
+
+def test_a_base_with_and_without_adapter_and_a_hybrid(adapter_model, checkpoint, tmp_path, graphs_without_a_gpu, capsys):
+    adapter = adapter_model(AutoModelForCausalLM.from_pretrained(checkpoint), level=1)
+    adapter.save_pretrained(tmp_path / "adapter")
+    out = tmp_path / "out"
+    command = ["bench", "--model", checkpoint, "--adapter", str(tmp_path / "adapter"), "--levels", "50%,4", "--lengths", "20,30"]
+    command += ["--batches", "1,2", "--engines", "eager,graph", "--new-tokens", "6", "--output", str(out)]
+    assert main(command) == 0
+    content = json.loads((out / "bench.json").read_text())
+    assert {"command", "versions", "device", "rows"} <= content.keys()
+    rows = content["rows"]
+    assert [row["level"] for row in rows] == [0] * 8 + [2] * 8 + [4] * 8
+    for row in rows:
+        assert "error" not in row
+        assert row["prefill_seconds"] > 0 and row["seconds_per_token"] > 0
+        assert row["tokens_per_second"] == pytest.approx(row["batch_size"] / row["seconds_per_token"])
+        assert row["cache_bytes"] == row["predicted_cache_bytes"]
+        assert row["predicted_seconds_per_token"] == row["moved_bytes_per_token"] / 1e9
+        assert ("against_level_0" in row) == (row["level"] > 0)
+    assert (out / "bench.png").is_file()
+    assert "| graph | 4 | 30 | 2 |" in capsys.readouterr().out
+    found, _ = read_measurements(str(out / "bench.json"))
+    assert {(m.arm, m.metric) for m in found} >= {("base, graph", "seconds_per_token@30 batch 2")}
+
+    adapter.merge_and_unload().save_pretrained(tmp_path / "hybrid")
+    rows = bench(str(tmp_path / "hybrid"), lengths=[20], new_tokens=4, output=str(out))
+    assert [row["level"] for row in rows] == [0, 1] and not any("error" in row for row in rows)
+    with pytest.raises(ValueError, match="hybrid of one level"):
+        bench(str(tmp_path / "hybrid"), levels=["2"], output=str(out))
+
+    rows = bench(checkpoint, lengths=[20], new_tokens=4, output=str(out))
+    assert [row["level"] for row in rows] == [0, 2, 4]
+
+
+def test_the_stall_of_a_raise(checkpoint, tmp_path, graphs_without_a_gpu):
+    options = {"levels": ["4"], "lengths": [20], "new_tokens": 8, "output": str(tmp_path)}
+    rows = bench(checkpoint, engines=["eager", "graph"], raises=True, **options)
+    assert [row["raise_seconds"] is None for row in rows] == [True, True, False, False]
+    assert not any("error" in row for row in rows)
+    assert rows[3]["capture_seconds"] > 0
+
+
+def test_what_does_not_run_is_a_row_with_its_error(checkpoint, tmp_path, monkeypatch):
+    rows = bench(checkpoint, engines=["compiled", "graph"], levels=["1"], lengths=[20], new_tokens=4, output=str(tmp_path / "out"))
+    assert len(rows) == 4
+    assert "accelerators only" in rows[0]["error"] and "need a CUDA device" in rows[1]["error"]
+    assert (tmp_path / "out/bench.png").is_file()
+
+    written = []
+    run = Runner.run
+
+    def full(self, case, tokens, prompt=None, **more):
+        file = tmp_path / "out/bench.json"
+        written.append(len(json.loads(file.read_text())["rows"]))
+        if case.rows == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(self, case, tokens, prompt)
+
+    (tmp_path / "out/bench.json").write_text('{"rows": []}')
+    monkeypatch.setattr(Runner, "run", full)
+    rows = bench(checkpoint, levels=["1"], lengths=[20], batches=[1, 2, 3], new_tokens=4, output=str(tmp_path / "out"))
+    assert [row.get("error") for row in rows] == [None, "out of memory", None] * 2
+    assert written == [0, 0, 1, 2, 2, 3, 3, 4, 5, 5], "every row is in the file when the next one begins"
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 5, 16, 100, 999, 5000])
+def test_the_largest_batch_is_found_within_a_sixteenth(limit):
+    tried = []
+
+    def fits(rows):
+        tried.append(rows)
+        return rows <= limit
+
+    found = largest(fits)
+    most = min(limit, 4096)
+    assert found <= most and most - found <= most / 16
+    assert len(tried) < 20
+
+
+def test_the_largest_batch_is_measured(tiny_model, monkeypatch):
+    runner = Runner(tiny_model("llama"))
+    run = Runner.run
+
+    def up_to(self, case, tokens, prompt=None, **more):
+        if case.rows > (8 if prompt else 7):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(self, case, tokens, prompt)
+
+    monkeypatch.setattr(Runner, "run", up_to)
+    numbers = measure_largest(runner, Case("eager", 20, 0, 4))
+    assert numbers["batch_size"] == 7 and numbers["seconds_per_token"] > 0
+    assert "accelerators only" in measure_largest(runner, Case("compiled", 20, 0, 4))["error"]
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"engines": ["fast"]}, r"no engine \['fast'\]; there are eager, compiled, graph"),
+        ({"new_tokens": 2}, "must be 3 or more"),
+        ({"levels": ["9"]}, "above the plan"),
+        ({"largest_batch": True}, "leave --largest-batch out"),
+    ],
+)
+def test_options_that_cannot_be(checkpoint, tmp_path, options, words):
+    with pytest.raises(ValueError, match=words):
+        bench(checkpoint, output=str(tmp_path / "out"), **options)
+
+
+def test_a_long_prompt_is_read_in_forwards_of_bounded_size(tiny_model):
+    model = tiny_model("llama")
+    seen = []
+    model.register_forward_hook(lambda module, args, kwargs, output: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    Runner(model).run(Case("eager", 40, 2, 4, prefill_tokens=32), 4)
+    assert seen == [(2, 16), (2, 16), (2, 8)] + [(2, 1)] * 3
+
+
+def test_presets_are_the_shapes_that_their_names_say():
+    sizes = {"llama2-7b": 6_738_415_616, "llama3-8b": 8_030_261_248, "qwen3-1.7b": 1_720_574_976}
+    assert sizes.keys() == PRESETS.keys()
+    for name, size in sizes.items():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(preset_config(name), dtype=torch.bfloat16)
+        assert sum(p.numel() for p in model.parameters()) == size
+
+
+@pytest.mark.parametrize("window_size", [0, 8])
+def test_costs_follow_the_level(tiny_model, window_size):
+    base = tiny_model("llama")
+    plain = costs_of(base)
+    embedding = base.get_input_embeddings().weight  # tied: it is the output matrix too
+    assert plain.weight_bytes == sum(p.numel() * 4 for p in base.parameters())
+    assert plain.head_weights == embedding.numel()
+    assert plain.token_bytes(2, 10) == plain.weight_bytes + 2 * 4 * 11 * plain.bytes_per_token
+    model = get_peft_model(base, DSLAConfig(task_type="CAUSAL_LM", window_size=window_size))
+    model.set_level(0)
+    assert costs_of(model) == plain
+    for level in (1, 4):
+        model.set_level(level)
+        costs = costs_of(model)
+        own = sum(p.numel() for p in model.get_base_model().model.layers[0].self_attn.dsla_core.parameters())
+        assert costs.weight_bytes == plain.weight_bytes + level * own * 4
+        with torch.no_grad():
+            cache = model(torch.randint(3, 97, (2, 30)), use_cache=True).past_key_values
+        assert costs.cache_bytes(2, 30) == cache_bytes(cache)
+        core = costs.cores[0]
+        state = 2 * core.num_kv_heads * core.key_dim * core.value_dim * 4
+        read = 2 * state if window_size == 0 else state * 1.5 + (8 + 4 + 1) * costs.bytes_per_token
+        moved = costs.token_bytes(2, 30) - costs.weight_bytes - 2 * (4 - level) * 31 * costs.bytes_per_token
+        assert moved == pytest.approx(2 * level * read)
+        assert costs.prompt_operations(2, 30) == 2 * costs.prompt_operations(1, 30)
+    assert costs.prompt_operations(1, 10**6) < plain.prompt_operations(1, 10**6) / 10
+
+
+def test_rows_without_a_file_of_matplotlib(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    Results(tmp_path, 1e9).plot()
+    assert "needs matplotlib" in capsys.readouterr().out

@@ -1,0 +1,322 @@
+"""Decoding by replay: the text of `generate`, from steps that are recorded once and run at fixed addresses."""
+
+import copy
+import logging
+import re
+
+import pytest
+import torch
+from transformers import DynamicCache, LogitsProcessor, StaticCache, StoppingCriteria
+
+import dsla_hf.graph
+from dsla_hf import LevelProcessor, cache_bytes
+from dsla_hf.cache import DSLACacheLayer, StaticDSLACacheLayer, VisibleStaticLayer
+from dsla_hf.graph import GraphDecoder, PlainRecording
+
+IDS = torch.tensor([[5, 17, 31, 44, 9, 60, 61, 62, 3, 8, 12, 77], [9, 60, 5, 17, 31, 5, 60, 61, 62, 5, 17, 31]])
+MASK = torch.ones_like(IDS)
+MASK[0, :5] = 0
+
+
+def addresses(space):
+    tensors = [space.tokens, space.positions, space.mask, space.logits]
+    for layer in space.cache.layers:
+        tensors += [*layer.state, layer.tokens] if isinstance(layer, DSLACacheLayer) else [layer.keys, layer.values]
+    return [x.data_ptr() for x in tensors]
+
+
+@pytest.fixture
+def recorder():
+    """Records as a CUDA graph does, but runs the step: fails where a tensor of the cache or a buffer has moved."""
+
+    class Recorder:
+        def __init__(self):
+            self.recorded, self.replayed, self.decoder = 0, 0, None
+
+        def __call__(self, step, pool):
+            self.recorded += 1
+            space = self.decoder.workspace
+            places = addresses(space)
+            plain = PlainRecording(step)
+
+            class Recording:
+                def replay(_):
+                    self.replayed += 1
+                    assert addresses(space) == places, "a graph would read and write at the old place"
+                    plain.replay()
+
+            return Recording()
+
+        def decoder_of(self, model, **options):
+            self.decoder = GraphDecoder(model, record=self, **options)
+            return self.decoder
+
+    return Recorder()
+
+
+@pytest.fixture(autouse=True)
+def small_views(monkeypatch):
+    monkeypatch.setattr(dsla_hf.graph, "SMALLEST_VIEW", 16)
+
+
+@pytest.mark.parametrize("window_size", [0, 8])
+@pytest.mark.parametrize("level", [0, 2, 4])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_text_is_that_of_generate(tiny_model, adapter_model, base_kind, recorder, window_size, level, padded):
+    model = adapter_model(tiny_model(base_kind), window_size=window_size, level=level)
+    options = {"input_ids": IDS, "attention_mask": MASK if padded else torch.ones_like(MASK), "max_new_tokens": 60, "do_sample": False}
+    expected = model.generate(**options)
+    decoder = recorder.decoder_of(model)
+    for _ in range(2):
+        assert torch.equal(decoder.generate(**options), expected)
+    # Views of 16, 32, 64 and all 72 places: each step of the first text at a new view runs as it is.
+    assert recorder.recorded == 4
+    assert recorder.replayed == 2 * 59 - 4
+
+
+def test_hybrids_and_models_without_adapter(tiny_model, adapter_model, recorder):
+    adapter = adapter_model(tiny_model("llama"), level=2)
+    hybrid = copy.deepcopy(adapter).merge_and_unload().eval()
+    for model in (hybrid, tiny_model("llama")):
+        expected = model.generate(IDS, max_new_tokens=30, do_sample=False)
+        assert torch.equal(recorder.decoder_of(model).generate(IDS, max_new_tokens=30, do_sample=False), expected)
+
+
+def test_eager_attention_and_sampling(tiny_model, adapter_model, recorder):
+    model = adapter_model(tiny_model("llama"), level=2)
+    model.get_base_model().set_attn_implementation("eager")
+    options = {"attention_mask": MASK, "max_new_tokens": 40, "do_sample": True, "top_k": 20, "temperature": 0.7}
+    decoder = recorder.decoder_of(model)
+    torch.manual_seed(1)
+    expected = model.generate(IDS, **options)
+    torch.manual_seed(1)
+    assert torch.equal(decoder.generate(IDS, **options), expected)
+
+
+def test_rows_end_where_they_end_in_generate_and_streamers_see_each_token(tiny_model, recorder):
+    model = tiny_model("llama", eos_token_id=None)
+    text = model.generate(IDS, max_new_tokens=40, do_sample=False)
+    options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": [int(text[0, 20]), int(text[1, 25])], "pad_token_id": 0}
+    expected = model.generate(IDS, **options)
+    assert expected.shape[1] < text.shape[1]
+    assert torch.equal(recorder.decoder_of(model).generate(IDS, **options), expected)
+
+    class Streamer:
+        def __init__(self):
+            self.tokens, self.ended = [], False
+
+        def put(self, tokens):
+            self.tokens += tokens.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    streamer = Streamer()
+    found = recorder.decoder_of(model).generate(IDS[:1], max_new_tokens=5, do_sample=False, streamer=streamer)
+    assert streamer.tokens == found[0].tolist() and streamer.ended
+
+
+def test_processors_and_criteria_are_heard(tiny_model, recorder):
+    class Never(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores.index_fill(1, torch.tensor([input_ids[0, -1].item()]), float("-inf"))
+
+    class Enough(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.full((input_ids.shape[0],), input_ids.shape[1] >= 20)
+
+    model = tiny_model("llama")
+    options = {"max_new_tokens": 40, "do_sample": False, "logits_processor": [Never()], "stopping_criteria": [Enough()]}
+    expected = model.generate(IDS, **options)
+    assert expected.shape[1] == 20
+    assert torch.equal(recorder.decoder_of(model).generate(IDS, **options), expected)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+def test_levels_rise_in_mid_text_and_the_next_text_uses_the_same_graphs(tiny_model, adapter_model, base_kind, recorder, padded, keep):
+    model = adapter_model(tiny_model(base_kind), level=0)
+
+    def policy(stats):
+        return 0 if stats.tokens < 20 else 2 if stats.tokens < 28 else 4
+
+    mask = MASK if padded else torch.ones_like(MASK)
+    options = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False, "return_dict_in_generate": True}
+    expected = model.generate(IDS, level_policy=policy, **options)
+    decoder = recorder.decoder_of(model, keep=keep)
+    for text in range(2):
+        processor = LevelProcessor(model, policy)
+        found = decoder.generate(IDS, level_policy=processor, **options)
+        assert torch.equal(found.sequences, expected.sequences)
+        assert [level for _, level in processor.history] == [0, 2, 4]
+        assert all(isinstance(layer, StaticDSLACacheLayer) for layer in found.past_key_values.layers)
+        assert cache_bytes(found.past_key_values) == cache_bytes(expected.past_key_values)
+        if text == 0:
+            recorded = recorder.recorded
+            freed = not any(layer.is_initialized for layer in decoder.workspace.softmax.values())
+            assert freed == (not keep)
+    assert (recorder.recorded == recorded) == keep
+
+
+def test_prepared_levels_need_no_recording_in_the_text(tiny_model, adapter_model, recorder):
+    model = adapter_model(tiny_model("llama"), level=1)
+    decoder = recorder.decoder_of(model)
+    decoder.prepare([0, 2, 4], max_length=40, rows=2, padded=True)
+    assert model.get_level() == 1 and recorder.recorded == 3
+
+    def policy(stats):
+        return 0 if stats.tokens < 34 else 2 if stats.tokens < 37 else 4
+
+    ids = torch.randint(3, 97, (2, 32))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "level_policy": policy}
+    found = decoder.generate(ids, **options)
+    assert recorder.recorded == 3 and recorder.replayed == 3 + 7
+    assert torch.equal(found, model.generate(ids, **options))
+
+
+def test_a_text_goes_on_from_the_cache_that_was_returned(tiny_model, adapter_model, recorder):
+    model = adapter_model(tiny_model("llama"), level=1)
+    decoder = recorder.decoder_of(model, max_length=100)
+
+    def run(generate):
+        model.set_level(1)
+        first = generate(input_ids=IDS, attention_mask=MASK, max_new_tokens=10, do_sample=False, return_dict_in_generate=True)
+        model.set_level(3)
+        mask = torch.cat([MASK, torch.ones(2, first.sequences.shape[1] - MASK.shape[1], dtype=MASK.dtype)], 1)
+        cache = first.past_key_values
+        return generate(input_ids=first.sequences, attention_mask=mask, past_key_values=cache, max_new_tokens=20, do_sample=False)
+
+    assert torch.equal(run(decoder.generate), run(model.generate))
+    cache = decoder.workspace.cache
+    with pytest.raises(ValueError, match="room for 2 rows of 104 tokens, the text needs 2 of 512: give GraphDecoder a max_length"):
+        decoder.generate(input_ids=IDS, past_key_values=cache, max_new_tokens=500)
+    model.set_level(0)
+    with pytest.raises(RuntimeError, match="level was lowered"):
+        decoder.generate(input_ids=torch.cat([IDS] * 4, 1), past_key_values=cache, max_new_tokens=3, do_sample=False)
+
+
+def test_a_prompt_is_read_in_chunks(tiny_model, adapter_model, recorder):
+    model = adapter_model(tiny_model("llama"), level=2)
+    options = {"attention_mask": MASK, "max_new_tokens": 20, "do_sample": False}
+    found = recorder.decoder_of(model).generate(IDS, prefill_chunk_size=5, **options)
+    assert torch.equal(found, model.generate(IDS, **options))
+
+    seen = []
+    hook = model.get_base_model().register_forward_hook(lambda module, args, output: seen.append(tuple(output.logits.shape[:2])))
+    levels = LevelProcessor(model, lambda stats: 4 if stats.tokens > 6 else 1)
+    model.set_level(1)
+    recorder.decoder_of(model).generate(IDS, prefill_chunk_size=5, level_policy=levels, **options)
+    hook.remove()
+    assert seen[:3] == [(2, 1)] * 3, "one logit a chunk"
+
+
+def test_where_graphs_cannot_run_generate_does_and_says_why(tiny_model, adapter_model, caplog, monkeypatch):
+    model = adapter_model(tiny_model("llama"), level=2)
+    said = []
+    monkeypatch.setattr(dsla_hf.graph.logger, "warning_once", said.append)
+    found = GraphDecoder(model).generate(IDS, max_new_tokens=5, do_sample=False)
+    assert torch.equal(found, model.generate(IDS, max_new_tokens=5, do_sample=False))
+    assert said == ["no CUDA graphs: CUDA graphs need a CUDA device, and this model is on cpu. generate() runs as usual"]
+    with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="need a CUDA device"):
+        GraphDecoder(model).prepare([1], max_length=20)
+
+
+def test_a_step_that_cannot_be_captured_runs_as_it_is(tiny_model, monkeypatch):
+    def refuse(step, pool):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    said = []
+    monkeypatch.setattr(dsla_hf.graph.logger, "warning_once", said.append)
+    model = tiny_model("llama")
+    found = GraphDecoder(model, record=refuse).generate(IDS, max_new_tokens=20, do_sample=False)
+    assert torch.equal(found, model.generate(IDS, max_new_tokens=20, do_sample=False))
+    assert "(operation not permitted when stream is capturing)" in said[0]
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"num_beams": 2}, "beams"),
+        ({"prompt_lookup_num_tokens": 2}, "prompt lookup"),
+        ({"output_logits": True}, "output_logits"),
+        ({"use_cache": False}, "use_cache=False"),
+        ({"attention_mask": torch.ones(2, 1, 12, 12)}, r"attention_mask is \[2, 1, 12, 12\]"),
+        ({"past_key_values": DynamicCache()}, "DynamicCache of other making"),
+    ],
+)
+def test_what_a_recorded_step_cannot_do(tiny_model, options, words):
+    decoder = GraphDecoder(tiny_model("llama"), record=PlainRecording)
+    assert re.search(words, decoder.obstacle(input_ids=IDS, **options))
+    assert decoder.obstacle(input_ids=IDS) is None
+
+
+def test_models_whose_steps_look_at_the_length_are_left_alone(tiny_model):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    for model, words in (
+        (tiny_model("gemma3_text"), "StaticSlidingWindowLayer"),
+        (tiny_model("llama", rope_parameters=rope), "dynamic"),
+    ):
+        assert words in GraphDecoder(model, record=PlainRecording).obstacle()
+    spread = tiny_model("llama")
+    spread.hf_device_map = {"model": 0, "lm_head": "cpu"}
+    assert "spread over" in GraphDecoder(spread, record=PlainRecording).obstacle()
+
+
+def test_a_shown_part_of_a_static_cache_is_the_cache(tiny_model):
+    model = tiny_model("llama")
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    cache.layers = [VisibleStaticLayer(64) for _ in cache.layers]
+    with torch.no_grad():
+        for layer in cache.layers:
+            layer.visible = 12
+        assert torch.allclose(model(IDS, past_key_values=cache).logits, model(IDS).logits, atol=1e-5)
+    assert cache.layers[0].keys.shape[2] == 64 and cache.get_max_length() == 64
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("padded", [False, True])
+def test_captured_graphs_give_the_text_of_generate(tiny_model, adapter_model, padded):
+    model = adapter_model(tiny_model("llama", hidden_size=64, head_dim=16), level=0).cuda()
+    ids = torch.randint(3, 97, (2, 40), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0 if padded else 1
+
+    def policy(stats):
+        return 0 if stats.tokens < 60 else 2 if stats.tokens < 80 else 4
+
+    options = {"attention_mask": mask, "max_new_tokens": 80, "do_sample": False, "level_policy": policy}
+    expected = model.generate(ids, **options)
+    decoder = GraphDecoder(model)
+    assert decoder.obstacle(**options) is None
+    for _ in range(2):
+        assert torch.equal(decoder.generate(ids, **options), expected)
+    assert all(recording is not None for recording in decoder.workspace.recordings.values())
+
+
+@pytest.mark.parametrize("window_size", [0, 8])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_recorded_step_never_waits_for_a_value(tiny_model, adapter_model, base_kind, recorder, monkeypatch, window_size, padded):
+    """What a host reads of a tensor cannot be captured. `is_compiling` stands for the stream that captures."""
+
+    class NoValues(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = str(function)
+            assert "local_scalar" not in name and "nonzero" not in name and "masked_select" not in name, name
+            return function(*args, **(kwargs or {}))
+
+    class Recording:
+        def __init__(self, step, pool):
+            self.step = step
+
+        def replay(self):
+            with monkeypatch.context() as patch, NoValues():
+                patch.setattr(torch.compiler, "is_compiling", lambda: True)
+                self.step()
+
+    model = adapter_model(tiny_model(base_kind), window_size=window_size, level=2)
+    options = {"attention_mask": MASK if padded else torch.ones_like(MASK), "max_new_tokens": 40, "do_sample": False}
+    expected = model.generate(IDS, **options)
+    assert torch.equal(GraphDecoder(model, record=Recording).generate(IDS, **options), expected)

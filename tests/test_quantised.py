@@ -1,0 +1,101 @@
+"""Adapters over bases with quantised weights, as transformers loads them."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from dsla_hf import DSLAConfig
+from dsla_hf.costs import costs_of
+from dsla_hf.graph import GraphDecoder, PlainRecording
+
+IDS = torch.tensor([[5, 17, 31, 44, 9, 60, 61, 62, 3, 8, 12, 77]])
+# Worst relative error of logits against the base in full precision.
+TOLERANCE = {"int8": 0.05, "int4": 0.6}
+
+
+def quantisation(kind):
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+    from transformers import TorchAoConfig
+
+    # Int4WeightOnlyConfig needs a GPU.
+    return TorchAoConfig(
+        Int8WeightOnlyConfig() if kind == "int8" else IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+    )
+
+
+@pytest.fixture
+def saved(tiny_model, adapter_model, tmp_path):
+    """Folders of a base, an adapter on it and a hybrid; and the adapter in full precision."""
+    base = tiny_model("llama", hidden_size=64, intermediate_size=64, initializer_range=0.1)
+    base.save_pretrained(tmp_path / "base")
+    adapter = adapter_model(base)
+    adapter.save_pretrained(tmp_path / "adapter")
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    merged.set_level(2)
+    merged.merge_and_unload().save_pretrained(tmp_path / "hybrid")
+    return tmp_path, adapter
+
+
+def load(folder, kind, dtype):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=quantisation(kind)).eval()
+
+
+def off(found, expected):
+    return float((found.float() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_run_over_quantised_bases(saved, kind, dtype):
+    folder, exact = saved
+    base = load(folder / "base", kind, dtype)
+    with torch.no_grad():
+        plain = base(IDS).logits
+    model = PeftModel.from_pretrained(base, folder / "adapter").eval()
+    assert {p.dtype for name, p in model.named_parameters() if "dsla_" in name} == {dtype}
+    for level in (0, 2, 4):
+        model.set_level(level)
+        exact.set_level(level)
+        with torch.no_grad():
+            logits = model(IDS).logits
+            assert off(logits, exact(IDS).logits) < TOLERANCE[kind]
+        if level == 0:
+            torch.testing.assert_close(logits, plain)
+    model.set_level(1)
+    first = model.generate(IDS, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
+    model.set_level(4)
+    text = model.generate(input_ids=first.sequences, past_key_values=first.past_key_values, max_new_tokens=6, do_sample=False)
+    assert text.shape == (1, 24)
+    replayed = GraphDecoder(model, record=PlainRecording).generate(IDS, max_new_tokens=12, do_sample=False)
+    assert torch.equal(replayed, model.generate(IDS, max_new_tokens=12, do_sample=False))
+
+
+def test_a_new_adapter_starts_from_the_weights_that_the_base_stands_for(saved):
+    base = load(saved[0] / "base", "int8", torch.float32)
+    full = costs_of(saved[1].get_base_model()).weight_bytes
+    assert costs_of(base).weight_bytes < full / 2
+    weight = base.model.layers[0].self_attn.q_proj.weight.dequantize()
+    model = get_peft_model(base, DSLAConfig(task_type="CAUSAL_LM", window_size=8))
+    assert torch.equal(model.get_base_model().model.layers[0].self_attn.dsla_q_proj["default"].weight, weight)
+    assert model.peft_config["default"].base_fingerprint is None
+    model.train()(IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "dsla_" in name)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_hybrids_are_quantised_as_they_are_loaded(saved, kind):
+    folder, exact = saved
+    exact.set_level(2)
+    with torch.no_grad():
+        assert off(load(folder / "hybrid", kind, torch.float32)(IDS).logits, exact(IDS).logits) < TOLERANCE[kind]
+
+
+def test_a_merge_into_quantised_weights_is_refused(tiny_model, adapter_model):
+    model = adapter_model(tiny_model("llama"), level=2)
+    model.get_base_model().hf_quantizer = object()  # how transformers marks such models
+    with pytest.raises(ValueError, match=r"base is quantised.*load the base without quantization_config, merge and save"):
+        model.merge_and_unload()
+    model.set_level(0)
+    model.merge_and_unload()
