@@ -1,5 +1,6 @@
 """Argument checks shared by every implementation: a wrong input is named before anything runs."""
 
+import torch
 from torch import Tensor
 
 # A chunk of 64 tokens at this log-decay reaches exp(-80), which fp32 and bf16 still hold; the bound is part of the contract.
@@ -80,3 +81,59 @@ def check_window_inputs(
         raise ValueError(f"row_start must be whole numbers [{k.shape[0]}], got {row_start.dtype} {list(row_start.shape)}")
     if state_mask is not None and state_mask.shape != k.shape[:2]:
         raise ValueError(f"state_mask must be {list(k.shape[:2])}, got {list(state_mask.shape)}")
+
+
+def check_softmax_decode_inputs(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    window: int | None = None,
+    block_table: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> None:
+    """Raises ValueError that names the argument which does not fit the contract of `softmax_decode`."""
+    if q.ndim != 4 or q.shape[1] != 1:
+        raise ValueError(f"q must be [B, 1, Hq, D], one token a row, got {list(q.shape)}")
+    batch, _, heads, key_dim = q.shape
+    layout = "[B, Hkv, T, D]" if block_table is None else "[blocks, block_size, Hkv, D], as they have a block_table"
+    for name, x in (("keys", keys), ("values", values)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} must be {layout}, got {list(x.shape)}")
+    if keys.shape[-1] != key_dim or (block_table is None and keys.shape[0] != batch):
+        raise ValueError(f"keys must be {layout} with B = {batch} and D = {key_dim} to fit q {list(q.shape)}, got {list(keys.shape)}")
+    if values.shape[:3] != keys.shape[:3]:
+        raise ValueError(f"values must be {list(keys.shape[:3])} and their head size, to fit keys, got {list(values.shape)}")
+    kv_heads, room = (keys.shape[1], keys.shape[2]) if block_table is None else (keys.shape[2], keys.shape[1])
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"the {heads} query heads of q must be a multiple of the {kv_heads} key-value heads; keys must be {layout}")
+    if room == 0:
+        raise ValueError(f"keys hold no tokens: {list(keys.shape)} for {layout}")
+    if not (q.dtype == keys.dtype == values.dtype) or not q.is_floating_point():
+        raise ValueError(f"q, keys, values must share one floating-point dtype, got {q.dtype}, {keys.dtype}, {values.dtype}")
+    if lengths.shape != (batch,) or lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"lengths must be int32 or int64 [{batch}], got {lengths.dtype} {list(lengths.shape)}")
+    if block_table is not None:
+        if block_table.ndim != 2 or block_table.shape[0] != batch or block_table.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"block_table must be int32 or int64 [{batch}, most blocks], got {block_table.dtype} {list(block_table.shape)}"
+            )
+        if block_table.shape[1] == 0:
+            raise ValueError("block_table has no columns: a row needs room for a block at least")
+        if mask is not None:
+            raise ValueError("mask goes with keys [B, Hkv, T, D], not with a block_table: leave padding out of the blocks")
+    elif mask is not None and (mask.shape != (batch, room) or mask.dtype != torch.bool):
+        raise ValueError(f"mask must be bool [{batch}, {room}], True at tokens that are seen, got {mask.dtype} {list(mask.shape)}")
+    if sink_logits is not None and (sink_logits.shape != (heads,) or not sink_logits.is_floating_point()):
+        raise ValueError(
+            f"sink_logits must be floating-point [{heads}], one a query head, got {sink_logits.dtype} {list(sink_logits.shape)}"
+        )
+    for name, option in (("softcap", softcap), ("window", window)):
+        if option is not None and option <= 0:
+            raise ValueError(f"{name} must be positive, or None for attention without it, got {option}")
+    others = (("keys", keys), ("values", values), ("lengths", lengths), ("sink_logits", sink_logits), ("block_table", block_table))
+    for name, other in (*others, ("mask", mask)):
+        if other is not None and other.device != q.device:
+            raise ValueError(f"{name} must be on {q.device} as q is, got {other.device}")

@@ -93,3 +93,12 @@ def final_state(k: Tensor, v: Tensor, gate_logits: Tensor, **options) -> Tensor:
 
         return states.final_state(k, v, gate_logits, **options)
     return reference.block_states(k, v, gate_logits, 64, **options)[:, -1].clone()  # not a view of all boundaries
+
+
+def softmax_decode(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, **options) -> Tensor:
+    """Softmax attention of one token a row over its cache, see `reference.softmax_decode`. On a GPU it has no gradient."""
+    if uses_triton(q, values):
+        from . import softmax_decode as kernel
+
+        return kernel.softmax_decode(q, keys, values, lengths, **options)
+    return reference.softmax_decode(q, keys, values, lengths, **options)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_inputs, check_window_inputs
+from .checks import check_inputs, check_softmax_decode_inputs, check_window_inputs
 from .ragged import Rows, rows_from_cu_seqlens
 
 CHUNK_SIZE = 64
@@ -413,3 +413,61 @@ def fused_window_attention(
     batch, tokens = q.shape[:2]
     length = torch.full((batch,), tokens, device=q.device) if padding_mask is None else padding_mask.bool().sum(1)
     return o, states[torch.arange(batch, device=q.device), (length // (window_size // 2) - 1).clamp_min(0)]
+
+
+def softmax_decode(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    window: int | None = None,
+    block_table: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention of one token a row over its keys and values, of which its own are the last.
+
+    Args:
+        q: `[B, 1, Hq, K]`.
+        keys, values: `[B, Hkv, T, K]` and `[B, Hkv, T, V]`, a row's tokens from its start on; or, with a block table, a pool
+            `[blocks, block_size, Hkv, K]` and `[..., V]`.
+        lengths: int `[B]`, tokens of each row; what lies behind them is not read. A row without tokens gives zeros.
+        scale: of the scores; `K ** -0.5` when None.
+        softcap, sink_logits `[Hq]`: see `dual_state_window_attention`.
+        window: the query sees this many tokens, its own included; all if None.
+        block_table: int `[B, most blocks]`; token j of a row lies in block `block_table[row, j // block_size]`.
+        mask: bool `[B, T]`, False at tokens that nobody sees, such as padding on the left. Not with a block table.
+
+    Returns:
+        o `[B, 1, Hq, V]` in q's dtype; the sums are in fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: names the argument that does not fit.
+    """
+    check_softmax_decode_inputs(q, keys, values, lengths, softcap, sink_logits, window, block_table, mask)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if block_table is not None:
+        blocks = block_table.long().clamp(0, keys.shape[0] - 1)  # behind a row's length they may be anything
+        keys, values = (x[blocks].flatten(1, 2).transpose(1, 2) for x in (keys, values))
+    token = torch.arange(keys.shape[2], device=q.device)
+    visible = token < lengths[:, None]
+    if window is not None:
+        visible = visible & (token >= lengths[:, None] - window)
+    if mask is not None:
+        visible = visible & mask
+    visible = visible[:, None]  # [B, 1, T]
+    keys, values = (x.to(dtype).masked_fill(~visible[..., None], 0) for x in (keys, values))
+    q_grouped = q[:, 0].to(dtype).unflatten(1, (keys.shape[1], -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = torch.einsum("bhrk,bhtk->bhrt", q_grouped, keys)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    scores = scores.masked_fill(~visible[:, None], float("-inf"))
+    log_denominator = scores.logsumexp(-1)
+    if sink_logits is not None:
+        log_denominator = log_denominator.logaddexp(sink_logits.to(dtype).unflatten(0, (keys.shape[1], -1)))
+    # Of a row that sees nothing the denominator is zero, and so are all weights.
+    weights = (scores - log_denominator.masked_fill(log_denominator.isneginf(), 0)[..., None]).exp()
+    return torch.einsum("bhrt,bhtv->bhrv", weights, values).flatten(1, 2)[:, None].to(q.dtype)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import logging
+import os
 import platform
 import sys
 import textwrap
@@ -85,10 +88,34 @@ def _run(args: argparse.Namespace) -> None:
             haystack=args.haystack,
             seed=args.seed,
         )
+    elif args.command == "bench":
+        from .bench import bench
+
+        bench(
+            args.model,
+            args.adapter,
+            levels=args.levels,
+            lengths=args.lengths,
+            batches=args.batches,
+            engines=args.engines,
+            new_tokens=args.new_tokens,
+            prefill_tokens=args.prefill_tokens,
+            largest_batch=args.largest_batch,
+            raises=args.raises,
+            output=args.output,
+            dtype=args.dtype,
+        )
     elif args.command == "report":
         from .report import report
 
         report(args.results, args.out, speed=args.speed, metrics=args.metrics, title=args.title)
+    elif args.command == "serve":
+        _serve(args)
+    elif args.command == "replay":
+        _check_installed("httpx")
+        from .serving.replay import ReplayOptions, replay
+
+        replay(ReplayOptions(**{name: value for name, value in vars(args).items() if name != "command"}))
     else:
         from .commands import generate
 
@@ -104,6 +131,24 @@ def _run(args: argparse.Namespace) -> None:
             seed=args.seed,
             dtype=args.dtype,
         )
+
+
+def _check_installed(*packages: str) -> None:
+    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
+        raise ImportError(f"this needs {', '.join(missing)}: pip install 'dsla-hf[serve]'")
+
+
+def _serve(args: argparse.Namespace) -> None:
+    _check_installed("fastapi", "uvicorn", "prometheus_client")
+    from .serving.command import ServeOptions, serve
+
+    # The key also from the environment: a command line can be read by every user of a machine.
+    args.api_key = args.api_key or os.environ.get("DSLA_API_KEY")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("dsla_hf").setLevel(logging.INFO)
+    serve(
+        ServeOptions(**{name: value for name, value in vars(args).items() if name not in ("command", "host", "port")}), args.host, args.port
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -210,11 +255,40 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--include-path", metavar="DIR", help="folder with task definitions (YAML) of your own")
     what.add_argument("--data", metavar="DIR", help="folder with data sets as DIR/OWNER/NAME (default: from the hub)")
     long = evaluation.add_argument_group("long context")
-    long.add_argument(
-        "--lengths", type=lambda text: [_positive(part) for part in _listed(text)], metavar="N,N", help="tokens (default: 1024)"
-    )
+    long.add_argument("--lengths", type=_numbers, metavar="N,N", help="tokens (default: 1024)")
     long.add_argument("--haystack", metavar="FILE", help=".txt or .jsonl, also .xz (default: the help texts of Python)")
     long.add_argument("--seed", type=int, default=0, metavar="N", help="seed of names, numbers and places (default: %(default)s)")
+
+    benchmark = _command(
+        commands,
+        "bench",
+        "measure time and memory of generation, beside the unconverted model",
+        "Measures reading a prompt, time per token, throughput, peak memory and cache at several levels, prompt lengths and batch sizes. "
+        "The unconverted model, level 0, runs in the same call. Beside each number stands the floor by bytes and operations. MODEL may "
+        "also be llama2-7b, llama3-8b or qwen3-1.7b: that shape with random weights, nothing is downloaded. Without an adapter DSLA "
+        "layers get fresh weights: speed does not depend on their values.",
+        "dsla bench --model llama2-7b --lengths 2048,8192 --batches 1,16",
+        "dsla bench --model BASE --adapter ADAPTER --levels 25%,8 --output RESULTS",
+        "dsla bench --model llama3-8b --engines graph --lengths 8192 --largest-batch",
+    )
+    _checkpoint(benchmark, "original model, a hybrid, or the name of a shape", adapter_required=False)
+    cases = benchmark.add_argument_group("measurement")
+    cases.add_argument("--levels", type=_listed, metavar="L,L", help=f"beside level 0; each: {LEVEL} (default: 50%%,100%%)")
+    cases.add_argument("--lengths", type=_numbers, metavar="N,N", help="tokens of the prompt (default: 2048; 128 on a CPU)")
+    cases.add_argument("--batches", type=_numbers, metavar="N,N", help="rows (default: 1)")
+    cases.add_argument(
+        "--engines",
+        type=_listed,
+        metavar="E,E",
+        help="eager; compiled: static cache, as transformers compiles it; graph: CUDA graphs (default: eager,graph; eager on a CPU)",
+    )
+    cases.add_argument("--new-tokens", type=_positive, default=64, metavar="N", help="tokens to generate (default: %(default)s)")
+    cases.add_argument(
+        "--prefill-tokens", type=_positive, default=16384, metavar="N", help="of all rows, read in one forward (default: %(default)s)"
+    )
+    cases.add_argument("--largest-batch", action="store_true", help="instead of --batches: search the largest batch that fits")
+    cases.add_argument("--raises", action="store_true", help="measure also how long a raise from level 0 stalls a text")
+    cases.add_argument("--output", default="bench-output", metavar="DIR", help="folder for bench.json and plot (default: %(default)s)")
 
     report = _command(
         commands,
@@ -232,6 +306,82 @@ def _parser() -> argparse.ArgumentParser:
         "--metrics", type=_listed, default=[], metavar="P,P", help='tasks and metrics to show, such as "needle*" (default: all)'
     )
     report.add_argument("--title", metavar="TEXT", help="title of the page")
+
+    serve = _command(
+        commands,
+        "serve",
+        "an OpenAI-compatible server whose level follows the load",
+        "Serves /v1/completions, /v1/chat/completions, /v1/models, /health and /metrics, and a live page at /, for a model, alone or with "
+        "an adapter, or a hybrid. Needs the extra 'serve': pip install 'dsla-hf[serve]'.",
+        "dsla serve BASE --adapter ADAPTER --max-level 50%",
+        "dsla serve BASE --adapter ADAPTER --policy prompt-length --port 9000",
+    )
+    serve.add_argument("model", metavar="MODEL", help="original model, or a hybrid: a hub name or a folder")
+    serve.add_argument("--adapter", metavar="A", help="DSLA adapter of that model")
+    serve.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="dtype of the weights")
+    serve.add_argument("--name", metavar="N", help="what clients call the model (default: the last part of MODEL)")
+    level = serve.add_argument_group("level")
+    level.add_argument(
+        "--policy",
+        default="load",
+        metavar="P",
+        help="load, prompt-length, text-length, or a level such as 8 or 50%% (default: %(default)s)",
+    )
+    level.add_argument("--max-level", metavar="L", help="the level goes no higher: a number, or a share such as 50%% (default: the plan)")
+    level.add_argument("--queue-depth", type=_positive, metavar="N", help="load: waiting requests that raise it (default: 50)")
+    level.add_argument("--waiting-tokens", type=_positive, metavar="N", help="load: unread prompt tokens that raise it (default: none)")
+    level.add_argument("--first-token-target", type=float, metavar="S", help="load: seconds to the first token that raise it")
+    level.add_argument("--token-target", type=float, metavar="S", help="load: seconds per token that raise it")
+    level.add_argument("--cool-down", type=float, metavar="S", help="load: seconds between two changes (default: 60)")
+    sizes = serve.add_argument_group("sizes and limits")
+    sizes.add_argument("--slots", type=_positive, default=32, metavar="N", help="texts that run at a time (default: %(default)s)")
+    sizes.add_argument("--max-waiting", type=_positive, default=256, metavar="N", help="requests that may wait (default: %(default)s)")
+    sizes.add_argument("--max-tokens", type=_positive, metavar="N", help="longest text, prompt included (default: the model's)")
+    sizes.add_argument("--max-new-tokens", type=_positive, default=4096, metavar="N", help="most to generate (default: %(default)s)")
+    sizes.add_argument(
+        "--chunk", type=_positive, default=512, metavar="N", help="prompt tokens read between two tokens (default: %(default)s)"
+    )
+    sizes.add_argument("--kv-gib", type=float, metavar="X", help="GiB for keys and values (default: what a GPU has free; 0.5 on a CPU)")
+    sizes.add_argument("--graphs", action="store_true", help="replay steps of decoding from CUDA graphs (not measured yet)")
+    network = serve.add_argument_group("network")
+    network.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
+    network.add_argument("--port", type=_positive, default=8000, help="(default: %(default)s)")
+    network.add_argument("--api-key", metavar="KEY", help="that clients must give (default: $DSLA_API_KEY, else none)")
+    network.add_argument(
+        "--drain-seconds", type=float, default=30.0, metavar="S", help="for running requests at the end (default: %(default)s)"
+    )
+
+    replay = _command(
+        commands,
+        "replay",
+        "send the requests of a trace to a server, and measure",
+        "Replays a trace with the columns TIMESTAMP, ContextTokens and GeneratedTokens, as the Azure LLM inference traces have them, "
+        "against any OpenAI-compatible address: latency, time to the first token and per token (mean, P50, P95, P99), share of requests "
+        "within the objectives, throughput, level over time. Prompts are random token ids. Writes JSON, and plots with the extra 'plot'.",
+        "dsla replay trace.csv --url http://127.0.0.1:8000 --out RESULTS",
+        "dsla replay trace.csv --url http://127.0.0.1:8000 --out RESULTS --rate 2 --mix paper --requests 500",
+    )
+    replay.add_argument("trace", metavar="TRACE.csv", help="the trace")
+    replay.add_argument("--url", required=True, help="address of the server, without /v1")
+    replay.add_argument("--out", required=True, metavar="DIR", help="folder for replay.json and plots")
+    replay.add_argument("--model", metavar="M", help="what the server calls its model (default: its first one)")
+    replay.add_argument("--api-key", metavar="KEY", help="of the server (default: $DSLA_API_KEY, else none)")
+    requests = replay.add_argument_group("requests")
+    requests.add_argument("--requests", type=_positive, metavar="N", help="the first N of the trace (default: all)")
+    requests.add_argument("--rate", type=float, default=1.0, metavar="X", help="speed of arrival; 2: twice as fast (default: %(default)s)")
+    requests.add_argument("--length", type=float, default=1.0, metavar="X", help="factor of all lengths (default: %(default)s)")
+    requests.add_argument(
+        "--mix", choices=("trace", "paper"), default="trace", help="lengths as they are, or drawn to the DSLA paper's mix"
+    )
+    requests.add_argument("--max-length", type=_positive, metavar="N", help="cut prompts so that text and answer fit into so many tokens")
+    requests.add_argument(
+        "--vocab", type=_positive, default=1000, metavar="N", help="prompts are drawn from so many ids (default: %(default)s)"
+    )
+    requests.add_argument("--no-forced-lengths", action="store_false", dest="forced_lengths", help="let texts end before their length")
+    requests.add_argument("--seed", type=int, default=0, metavar="N", help="of prompts and mix (default: %(default)s)")
+    objectives = replay.add_argument_group("objectives")
+    objectives.add_argument("--slo-first", type=float, default=2.0, metavar="S", help="seconds to the first token (default: %(default)s)")
+    objectives.add_argument("--slo-token", type=float, default=0.1, metavar="S", help="seconds per token (default: %(default)s)")
 
     commands.add_parser(
         "env", help="versions, device, and which kernels run", description="What a bug report needs: versions, device, kernels."
@@ -258,6 +408,10 @@ def _positive(text: str) -> int:
 
 def _listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    return [_positive(part) for part in _listed(text)]
 
 
 def _checkpoint(parser: argparse.ArgumentParser, kind: str, adapter_required: bool) -> None:

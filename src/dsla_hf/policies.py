@@ -34,6 +34,9 @@ class Stats:
     seconds_since_change: float = float("inf")
     queue_depth: int = 0  # requests that wait
     longest_waiting_prompt: int = 0  # tokens
+    waiting_tokens: int = 0  # of all prompts that wait or are being read
+    free_share: float = 1.0  # of the memory for keys and values
+    seconds_to_first_token: float | None = None  # of a server's last requests, or what one without has waited
 
     def cache_bytes(self, level: int, tokens: int | None = None) -> int:
         """Bytes of the whole cache at a level, now or with that many tokens a row."""
@@ -122,25 +125,59 @@ class LatencyTarget:
 class Load:
     """A layer more while requests pile up or a long one waits, a layer less when the pile is gone, with hysteresis and cool-down.
 
-    The defaults are the numbers of the DSLA paper's released server. Below `release` of both thresholds the level falls; it changes
-    once per cool-down at most.
+    The defaults are the numbers of the DSLA paper's released server. The level rises when any figure is over its threshold, and falls
+    when all are below `release`; it changes once per cool-down at most. Further thresholds, None for none, are for a server that
+    knows them.
+
+    queue_depth: requests that wait. waiting_prompt: tokens of the longest of them. waiting_tokens: of all that are not read yet.
+    free_share: of the memory for keys and values; the level rises below it, and falls above twice as much.
+    seconds_to_first_token, seconds_per_token: of the last requests.
+    release: of queue_depth, and of all other thresholds.
+    step: layers at a time.
     """
 
     queue_depth: int = 50
-    waiting_prompt: int = 1024  # tokens
-    release: tuple[float, float] = (0.5, 0.8)  # of queue_depth, of waiting_prompt
+    waiting_prompt: int = 1024
+    release: tuple[float, float] = (0.5, 0.8)
     cool_down: float = 60.0  # seconds
     max_level: int | str = "75%"
+    waiting_tokens: int | None = None
+    free_share: float | None = None
+    seconds_to_first_token: float | None = None
+    seconds_per_token: float | None = None
+    step: int = 1
+
+    def __post_init__(self) -> None:
+        if self.step < 1:
+            raise ValueError(f"step must be 1 layer or more, got {self.step}")
 
     def __call__(self, stats: Stats) -> int:
         if stats.seconds_since_change < self.cool_down:
             return stats.level
-        if stats.queue_depth >= self.queue_depth or stats.longest_waiting_prompt >= self.waiting_prompt:
-            return max(stats.level, min(stats.level + 1, _levels(self.max_level, stats)))
-        calm = stats.queue_depth < self.release[0] * self.queue_depth
-        if calm and stats.longest_waiting_prompt < self.release[1] * self.waiting_prompt:
-            return max(stats.level - 1, 0)
+        if self.why(stats):
+            return max(stats.level, min(stats.level + self.step, _levels(self.max_level, stats)))
+        if self._calm(stats):
+            return max(stats.level - self.step, 0)
         return stats.level
+
+    def why(self, stats: Stats) -> str:
+        """The thresholds that are crossed, in words; empty if none is."""
+        over = [f"{name} {value:.6g} ≥ {limit:.6g}" for name, value, limit in self._figures(stats) if value >= limit]
+        if self.free_share is not None and stats.free_share < self.free_share:
+            over.append(f"free_share {stats.free_share:.3g} < {self.free_share:.3g}")
+        return ", ".join(over)
+
+    def _figures(self, stats: Stats) -> list[tuple[str, float, float]]:
+        """(name, value, threshold) of all that are known."""
+        names = ("queue_depth", "waiting_tokens", "seconds_to_first_token", "seconds_per_token")
+        pairs = [(name, getattr(stats, name), getattr(self, name)) for name in names]
+        pairs.insert(1, ("longest_waiting_prompt", stats.longest_waiting_prompt, self.waiting_prompt))
+        return [(name, value, limit) for name, value, limit in pairs if value is not None and limit is not None]
+
+    def _calm(self, stats: Stats) -> bool:
+        shares = {"queue_depth": self.release[0]}
+        below = all(value < shares.get(name, self.release[1]) * limit for name, value, limit in self._figures(stats))
+        return below and (self.free_share is None or stats.free_share >= min(2 * self.free_share, 1.0))
 
 
 NAMED: dict[str, Callable[[], Policy]] = {"prompt-length": PromptLength, "text-length": lambda: PromptLength(grow=True), "load": Load}

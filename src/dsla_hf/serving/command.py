@@ -1,0 +1,142 @@
+"""What `dsla serve` does: load, serve, and end without losing a request."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from transformers import AutoConfig, AutoTokenizer
+
+from ..commands import device, level_to_run_at, load_adapter, load_model, read_adapter_config
+from ..configuration import resolve_level
+from ..graph import CudaRecording
+from ..policies import Load, Policy, as_policy
+from .api import ApiOptions, build_app
+from .engine import Engine, EngineOptions
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What to serve, and how; sizes are those of `EngineOptions` and `ApiOptions`.
+
+    policy: a name or a level, see `as_policy`; "load" with the thresholds that are given. max_level: a number, or a share such as "50%".
+    kv_gib: GiB for keys and values. graphs: replay steps of decoding from CUDA graphs.
+    """
+
+    model: str
+    adapter: str | None = None
+    policy: str = "load"
+    max_level: int | str | None = None
+    queue_depth: int | None = None
+    waiting_tokens: int | None = None
+    first_token_target: float | None = None
+    token_target: float | None = None
+    cool_down: float | None = None
+    slots: int = 32
+    max_waiting: int = 256
+    max_tokens: int | None = None
+    max_new_tokens: int = 4096
+    chunk: int = 512
+    kv_gib: float | None = None
+    name: str | None = None
+    api_key: str | None = None
+    dtype: str = "auto"
+    drain_seconds: float = 30.0
+    graphs: bool = False
+
+
+def load_app(options: ServeOptions) -> FastAPI:
+    """The application for a checkpoint, with or without adapter, or a hybrid.
+
+    Raises:
+        ValueError: if the options contradict each other, or the adapter is not of this model.
+        OSError: if a file is missing.
+    """
+    base_config = AutoConfig.from_pretrained(options.model)
+    policy = policy_of(options)
+    level_to_run_at(options.model, base_config, options.adapter, None)
+    limit = None
+    if options.max_level is not None:
+        if options.adapter is None:
+            raise ValueError(f"--max-level needs --adapter: {options.model} alone has one level")
+        limit = resolve_level(options.max_level, read_adapter_config(options.adapter), base_config.num_hidden_layers)
+    if options.graphs and device() != "cuda":
+        raise ValueError("--graphs needs a CUDA device, and there is none: leave it out")
+    name = options.name or Path(options.model).name
+    api_options = ApiOptions(name, options.api_key, max_new_tokens=options.max_new_tokens, drain_seconds=options.drain_seconds)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = (
+        load_model(options.model, options.dtype) if options.adapter is None else load_adapter(options.model, options.adapter, options.dtype)
+    )
+    engine_options = EngineOptions(
+        slots=options.slots,
+        max_waiting=options.max_waiting,
+        max_tokens=options.max_tokens,
+        kv_bytes=None if options.kv_gib is None else int(options.kv_gib * 2**30),
+        chunk=options.chunk,
+        max_level=limit,
+    )
+    engine = Engine(model.to(device()).eval(), policy, engine_options, record=CudaRecording if options.graphs else None)
+    return build_app(engine, tokenizer, api_options)
+
+
+def policy_of(options: ServeOptions) -> Policy:
+    """The policy that the options name.
+
+    Raises:
+        ValueError: for a name that is none, or thresholds for another policy than "load".
+    """
+    thresholds: dict[str, Any] = {
+        "queue_depth": options.queue_depth,
+        "waiting_tokens": options.waiting_tokens,
+        "seconds_to_first_token": options.first_token_target,
+        "seconds_per_token": options.token_target,
+        "cool_down": options.cool_down,
+    }
+    given = {name: value for name, value in thresholds.items() if value is not None}
+    if options.policy == "load":
+        # Memory that runs out makes requests wait, so a server heeds it from the start.
+        return Load(free_share=0.1, max_level="100%" if options.max_level is not None else "75%", **given)
+    if given:
+        raise ValueError(f"{', '.join(given)} shape the policy 'load', not {options.policy!r}: leave them out, or give --policy load")
+    return as_policy(options.policy)
+
+
+class DrainingServer(uvicorn.Server):
+    """Answers newcomers with 503 from SIGTERM or SIGINT on, and ends when the running requests are served; at a second signal at once."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, drain_seconds: float):
+        super().__init__(config)
+        self.engine, self.drain_seconds = engine, drain_seconds
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        if self.engine.draining:
+            super().handle_exit(sig, frame)
+            return
+        # A thread: a signal handler may not wait, nor take the lock that the code it interrupts may hold.
+        threading.Thread(target=self._drain, args=(sig, frame), daemon=True).start()
+
+    def _drain(self, sig: int, frame: Any) -> None:
+        self.engine.drain()
+        logger.info("no more requests are taken; %d are still served", len(self.engine.scheduler.running))
+        deadline = time.monotonic() + self.drain_seconds
+        while self.engine.busy and time.monotonic() < deadline:
+            time.sleep(0.05)
+        super().handle_exit(sig, frame)
+
+
+def serve(options: ServeOptions, host: str = "127.0.0.1", port: int = 8000) -> None:
+    """Load and serve until a signal comes."""
+    app = load_app(options)
+    if host not in ("127.0.0.1", "localhost", "::1") and options.api_key is None:
+        logger.warning("serving on %s without an API key: whoever reaches this machine can use the model", host)
+    config = uvicorn.Config(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=int(options.drain_seconds) + 1)
+    DrainingServer(config, app.state.engine, options.drain_seconds).run()

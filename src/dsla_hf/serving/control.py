@@ -1,0 +1,95 @@
+"""The level that a server runs at: a policy asked at token boundaries, and a record of every change with its reason."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..policies import Policy, Stats
+
+logger = logging.getLogger(__name__)
+
+KEPT_CHANGES = 1000
+
+
+@dataclass(frozen=True)
+class Change:
+    """At `seconds` of the engine's clock the level went from `old` to `new`."""
+
+    seconds: float
+    old: int
+    new: int
+    reason: str
+
+
+class LevelControl:
+    """Turns what a policy asks for into changes of the level.
+
+    A raise is followed at once. A lower level must have been asked for without a break for `hold` seconds, and comes `cool_down`
+    seconds after the last change at the earliest: a level that swings costs folds, and a drain of the old cohort each time.
+
+    Attributes:
+        level: that newcomers get.
+        changes: the last ones, oldest first; count: of all.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        lowest: int,
+        highest: int,
+        hold: float = 1.0,
+        cool_down: float = 5.0,
+        clock: Callable[[], float],
+    ):
+        if hold < 0 or cool_down < 0:
+            raise ValueError(f"hold and cool_down must be 0 seconds or more, got {hold} and {cool_down}")
+        self.policy, self.lowest, self.highest, self.hold, self.cool_down, self.clock = policy, lowest, highest, hold, cool_down, clock
+        self.level = lowest
+        self.changed = float("-inf")
+        self.changes: deque[Change] = deque(maxlen=KEPT_CHANGES)
+        self.count = 0
+        self._lower_since: float | None = None
+
+    def wanted(self, stats: Stats) -> tuple[int, str]:
+        """The level to go to now, and why; the present one if nothing is to change.
+
+        Raises:
+            ValueError: if the policy asks for a level that there is not.
+        """
+        asked = self.policy(stats)
+        if not isinstance(asked, int) or not 0 <= asked <= stats.max_level:
+            raise ValueError(f"the policy {self.policy!r} asked for level {asked!r}; there are 0 to {stats.max_level}")
+        asked = min(max(asked, self.lowest), self.highest)
+        now = self.clock()
+        if asked >= self.level:
+            self._lower_since = None
+            return asked, self._reason(stats)
+        if self._lower_since is None:
+            self._lower_since = now
+        if now - self._lower_since >= self.hold and now - self.changed >= self.cool_down:
+            return asked, self._reason(stats)
+        return self.level, ""
+
+    def change(self, level: int, reason: str) -> None:
+        """The level is another one now."""
+        change = Change(self.clock(), self.level, level, reason)
+        self.level, self.changed, self._lower_since = level, change.seconds, None
+        self.changes.append(change)
+        self.count += 1
+        logger.info("level %d -> %d: %s", change.old, change.new, change.reason)
+
+    def _reason(self, stats: Stats) -> str:
+        why = getattr(self.policy, "why", None)
+        crossed = why(stats) if why is not None else ""
+        first = "unknown" if stats.seconds_to_first_token is None else f"{stats.seconds_to_first_token:.3g} s"
+        each = "unknown" if stats.seconds_per_token is None else f"{1000 * stats.seconds_per_token:.3g} ms"
+        figures = (
+            f"{stats.queue_depth} waiting, {stats.waiting_tokens} prompt tokens unread, longest prompt {stats.prompt_tokens}, "
+            f"{stats.rows} running, {stats.free_share:.0%} of blocks free, first token {first}, per token {each}"
+        )
+        name = getattr(self.policy, "__name__", type(self.policy).__name__)
+        return f"{name}: {crossed or 'asked for it'} ({figures})"

@@ -1,0 +1,65 @@
+"""What every request passes before a route sees it: the size of its body, and the key."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from .schema import error_body
+
+BODY_SECONDS = 60.0  # in which a body must have come
+
+
+class Guards:
+    """ASGI middleware.
+
+    Args:
+        max_body: bytes. api_key: that requests under /v1 must carry as bearer, None for none.
+    """
+
+    def __init__(self, app: Any, max_body: int, api_key: str | None):
+        self.app, self.max_body = app, max_body
+        self.api_key = None if api_key is None else api_key.encode()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        if self.api_key is not None and scope["path"].startswith("/v1") and not self._knows_key(headers.get(b"authorization", b"")):
+            refusal = error_body("give the server's key: Authorization: Bearer KEY", "authentication_error", "invalid_api_key")
+            await JSONResponse(refusal, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+            return
+        length = headers.get(b"content-length", b"0")
+        too_large = length.isdigit() and int(length) > self.max_body
+        body = b""
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                more = scope["method"] in ("POST", "PUT", "PATCH") and not too_large
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return
+                    body += message.get("body", b"")
+                    too_large = len(body) > self.max_body
+                    more = message.get("more_body", False) and not too_large
+        except TimeoutError:
+            await JSONResponse(error_body(f"the body did not come within {BODY_SECONDS:.0f} s"), 408)(scope, receive, send)
+            return
+        if too_large:
+            refusal = error_body(f"the body is larger than {self.max_body} bytes: send less")
+            await JSONResponse(refusal, 413, {"Connection": "close"})(scope, receive, send)
+            return
+        waiting: list[Any] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Any:
+            return waiting.pop() if waiting else await receive()
+
+        await self.app(scope, replay, send)
+
+    def _knows_key(self, header: bytes) -> bool:
+        kind, _, key = header.partition(b" ")
+        return hmac.compare_digest(key.strip(), self.api_key or b"") and kind.lower() == b"bearer"

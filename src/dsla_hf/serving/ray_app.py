@@ -1,0 +1,59 @@
+"""Beyond one machine: the server as a Ray Serve application, one engine a replica. Routing and autoscaling are Ray's.
+
+serve run dsla_hf.serving.ray_app:build model=BASE adapter=ADAPTER max_level=50% replicas=2
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+
+from .command import ServeOptions, load_app
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """A Ray Serve application builder.
+
+    Args:
+        args: `ServeOptions` by name; besides `replicas` (1; "auto" for Ray's autoscaling), `gpus` (of a replica: 1 if there is a GPU, a
+            part of one to share it) and `cpus` (1).
+
+    Raises:
+        ValueError: for an argument that there is not.
+    """
+    args = dict(args)
+    replicas = args.pop("replicas", 1)
+    actor = {"num_cpus": float(args.pop("cpus", 1)), "num_gpus": float(args.pop("gpus", _gpus()))}
+    known = ServeOptions.__dataclass_fields__
+    if unknown := sorted(set(args) - set(known)):
+        raise ValueError(f"there are no arguments {unknown}; known are replicas, gpus, cpus and {sorted(known)}")
+    if "model" not in args:
+        raise ValueError("an argument is missing: model=BASE")
+    options = ServeOptions(**{name: _read(str(known[name].type), value) for name, value in args.items()})
+    # Ray's own limit on requests of a replica is far above the engine's queue, which answers 503.
+    limit = 2 * (options.slots + options.max_waiting)
+    deployment: Any = serve.deployment(serve.ingress(lambda: load_app(options))())  # the model is loaded in each replica
+    return deployment.options(
+        name="dsla",
+        num_replicas=replicas if replicas == "auto" else int(replicas),
+        ray_actor_options=actor,
+        max_ongoing_requests=limit,
+        health_check_timeout_s=60,
+        graceful_shutdown_timeout_s=options.drain_seconds,
+    ).bind()
+
+
+def _gpus() -> int:
+    import torch
+
+    return int(torch.cuda.is_available())
+
+
+def _read(kind: str, value: Any) -> Any:
+    """A value of the command line, which knows text alone, as the kind that a field is annotated with."""
+    if not isinstance(value, str) or "str" in kind:
+        return value
+    if kind == "bool":
+        return value.lower() in ("1", "true", "yes")
+    return int(value) if "int" in kind else float(value)

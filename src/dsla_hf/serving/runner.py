@@ -1,0 +1,68 @@
+"""Model calls of the engine: a piece of one prompt, or the next token of many texts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .levels import Levels
+from .pool import Rows
+from .request import Request
+from .slots import SlotMemory
+
+
+class ModelRunner:
+    """Runs the model through its ordinary forward over a `SlotMemory`.
+
+    Whatever a step of decoding reads and writes beside its small inputs lies at fixed addresses (blocks, tables, states), and its
+    shapes follow from the number of rows and `past` alone: `GraphRunner` records it.
+    """
+
+    def __init__(self, levels: Levels, memory: SlotMemory):
+        self.levels, self.memory = levels, memory
+
+    @torch.no_grad()
+    def prefill(self, request: Request, tokens: int) -> Tensor:
+        """Read the next `tokens` of a text; logits `[V]` after them."""
+        device, cached, slot = self.levels.device, request.cached, request.slot
+        assert slot is not None
+        one = torch.ones(1, dtype=torch.bool, device=device)
+        rows = Rows(slice(slot, slot + 1), one, torch.tensor([cached], device=device), cached, fresh=cached == 0)
+        ids = torch.tensor([request.text[cached : cached + tokens]], device=device)
+        return self._call(request.level, ids, rows, None)[0]
+
+    @torch.no_grad()
+    def decode(self, level: int, requests: list[Request]) -> Tensor:
+        """The next step of texts of one level; logits `[len(requests), V]` in their order.
+
+        The batch spans all slots up to the highest in use: rows in between that do not take part are padding, and states are
+        written where they are.
+        """
+        slots = [request.slot for request in requests if request.slot is not None]
+        count = max(slots) + 1
+        ids, lengths, active = [0] * count, [0] * count, [False] * count
+        for request, slot in zip(requests, slots, strict=True):
+            ids[slot], lengths[slot], active[slot] = request.tokens[-1], request.cached, True
+        return self._run(level, ids, lengths, active)[slots]
+
+    def _run(self, level: int, ids: list[int], lengths: list[int], active: list[bool]) -> Tensor:
+        device = self.levels.device
+        tokens, read, takes_part = (torch.tensor(x, device=device) for x in (ids, lengths, active))
+        return self._step(level, tokens, read, takes_part, max(lengths))
+
+    def _step(self, level: int, ids: Tensor, lengths: Tensor, active: Tensor, past: int) -> Tensor:
+        """One token of every row; all inputs `[B]`, `past` at least the longest length. Reads no value on the host."""
+        rows = Rows(slice(0, len(ids)), active, lengths, past)
+        # Texts end at the right of the batch, as rows padded at the left do.
+        position = torch.arange(past + 1, device=ids.device)
+        mask = (position >= (past - lengths)[:, None]) & active[:, None]
+        return self._call(level, ids[:, None], rows, mask.long())
+
+    def _call(self, level: int, ids: Tensor, rows: Rows, mask: Tensor | None) -> Tensor:
+        self.levels.use(level)
+        positions = rows.lengths[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        cache = self.memory.cache(level, rows, ids.shape[1])
+        output = self.levels.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        return output.logits[:, -1]

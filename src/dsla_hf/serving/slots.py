@@ -1,0 +1,117 @@
+"""The memory of all running texts: blocks of keys and values, states per slot, and the transformers cache over both."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from ..attention import DualState, DualStateAttention
+from ..cache import DSLACacheLayer
+from .levels import Levels
+from .pool import BlockPool, PagedLayer, Rows
+
+
+class SlotStates(DSLACacheLayer):
+    """The states of one DSLA layer for every slot: tensors that keep their addresses and are written in place."""
+
+    def __init__(self, attention: DualStateAttention, num_slots: int, dtype: torch.dtype, device: torch.device | str):
+        super().__init__()
+        heads, key_dim, value_dim = attention.num_kv_heads, attention.key_dim, attention.value_dim
+        cached = attention.window_size + attention.sink_tokens
+        self.all_slots = DualState(
+            torch.zeros(num_slots, heads, 2, key_dim, value_dim, dtype=torch.float32, device=device),
+            torch.zeros(num_slots, cached, heads, key_dim, dtype=dtype, device=device),
+            torch.zeros(num_slots, cached, heads, value_dim, dtype=dtype, device=device),
+            torch.zeros(num_slots, dtype=torch.long, device=device),
+        )
+        self._target: DualState | None = None
+
+    def open(self, rows: Rows) -> None:
+        """The next model call works on these rows."""
+        self._target = self.at(rows.slots)
+        self.tokens = rows.past
+        self.state = None if rows.fresh else self._target
+
+    def at(self, slots: slice) -> DualState:
+        """A view of some slots."""
+        return DualState(*(x[slots] for x in self.all_slots))
+
+    def store(self, slot: int, state: DualState) -> None:
+        """Put the state of one text into its slot."""
+        for kept, new in zip(self.at(slice(slot, slot + 1)), state, strict=True):
+            kept.copy_(new)
+
+    def advance(self, state: DualState, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> None:
+        assert self._target is not None, "open() comes before a model call"
+        for kept, new in zip(self._target, state, strict=True):
+            if kept is not new:  # a kernel has written it already
+                kept.copy_(new)
+        self.tokens += k.shape[1]
+
+
+class SlotMemory:
+    """What the texts in `num_slots` slots remember, at any level.
+
+    Args:
+        levels: of the model.
+        num_slots: S, texts that can run at a time.
+        num_blocks, block_size: of the pool.
+        max_tokens: longest text.
+        max_level: states are kept ready for the layers of this level.
+    """
+
+    def __init__(self, levels: Levels, *, num_slots: int, num_blocks: int, block_size: int, max_tokens: int, max_level: int):
+        self.levels, self.num_slots = levels, num_slots
+        self.pool = BlockPool(
+            num_blocks,
+            block_size,
+            num_layers=levels.num_layers,
+            num_slots=num_slots,
+            max_tokens=max_tokens,
+            kv_heads=levels.kv_heads,
+            head_dim=levels.head_dim,
+            dtype=levels.dtype,
+            device=levels.device,
+        )
+        self._paged = [PagedLayer(self.pool, i) for i in range(levels.num_layers)]
+        self._states = {i: SlotStates(levels.cores[i], num_slots, levels.dtype, levels.device) for i in levels.converted(max_level)}
+
+    def cache(self, level: int, rows: Rows, tokens: int) -> Cache:
+        """The cache of a model call at a level that reads `tokens` more of each of `rows`."""
+        self.pool.open(rows, tokens)
+        converted = set(self.levels.converted(level))
+        layers = [self._states[i] if i in converted else self._paged[i] for i in range(self.levels.num_layers)]
+        for layer in layers:
+            layer.open(rows)
+        return Cache(layers=layers)
+
+    def softmax_layers(self, level: int) -> list[int]:
+        converted = set(self.levels.converted(level))
+        return [i for i in range(self.levels.num_layers) if i not in converted]
+
+    def blocks_for(self, tokens: int, level: int) -> int:
+        """Blocks that a text of so many tokens needs at a level."""
+        return self.pool.blocks_for(tokens) * len(self.softmax_layers(level))
+
+    def allocate(self, slot: int, tokens: int, level: int) -> None:
+        """Take all blocks that a text may come to need.
+
+        Raises:
+            OutOfBlocks: if they are not there; nothing has changed then.
+        """
+        self.pool.allocate(self.softmax_layers(level), slot, tokens)
+
+    def release(self, slot: int) -> None:
+        """The text in a slot is over."""
+        self.pool.release(range(self.levels.num_layers), slot)
+
+    @torch.no_grad()
+    def fold(self, slot: int, tokens: int, old: int, new: int) -> None:
+        """Raise the text in a slot, of which `tokens` are cached: layers that become DSLA fold their keys and values into states,
+        and their blocks are free."""
+        for layer in self.levels.converted(new)[old:]:
+            if tokens:
+                k, v = (x.transpose(1, 2) for x in self.pool.read(layer, slot, tokens))
+                self._states[layer].store(slot, self.levels.cores[layer].fold(k, v))
+            self.pool.release([layer], slot)

@@ -1,0 +1,517 @@
+"""The engine: every text is what `generate` alone gives, whatever else runs; nothing is lost and nothing leaks."""
+
+import random
+import threading
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from dsla_hf import DSLAConfig, Load
+from dsla_hf.graph import PlainRecording
+from dsla_hf.serving.engine import Draining, Engine, EngineOptions, ShedForMemory
+from dsla_hf.serving.request import Sampling
+from dsla_hf.serving.scheduler import QueueFull
+
+SMALL = EngineOptions(slots=4, block_size=4, chunk=8, kv_bytes=2**20, max_tokens=256, hold=0.0, cool_down=0.0)
+
+
+class Ear:
+    """Keeps what a request's listener hears."""
+
+    def __init__(self):
+        self.tokens, self.finish, self.error, self.done = [], None, None, threading.Event()
+
+    def __call__(self, event):
+        assert not self.done.is_set(), "nothing comes after the end"
+        if event.token is not None:
+            self.tokens.append(event.token)
+        if event.finish or event.error:
+            self.finish, self.error = event.finish, event.error
+            self.done.set()
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def options(**changes):
+    return EngineOptions(**{**SMALL.__dict__, **changes})
+
+
+def prompts(count, shortest=1, longest=40, seed=1):
+    numbers = random.Random(seed)
+    return [[numbers.randrange(2, 97) for _ in range(numbers.randint(shortest, longest))] for _ in range(count)]
+
+
+def alone(model, prompt, tokens, level=None, **generate):
+    if level is not None:
+        model.set_level(level)
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, **generate)
+    return out[0, len(prompt) :].tolist()
+
+
+def run(engine, limit=2000):
+    for _ in range(limit):
+        if not engine.step() and not engine.busy:
+            return
+    raise AssertionError("the engine does not come to rest")
+
+
+def ask(engine, wanted):
+    ears = []
+    for prompt, tokens in wanted:
+        ear = Ear()
+        ear.request = engine.submit(prompt, tokens, ear)
+        ears.append(ear)
+    return ears
+
+
+def assert_empty(engine):
+    assert engine.memory.pool.free_blocks == engine.memory.pool.num_blocks
+    assert sorted(engine.memory.pool._free) == list(range(1, engine.memory.pool.num_blocks + 1))
+    assert not engine.memory.pool.tables.any() and not engine.scheduler.running and not engine.busy
+
+
+@pytest.fixture
+def tuned(tiny_model, adapter_model):
+    return adapter_model(tiny_model("llama"))
+
+
+@pytest.mark.parametrize("level", [0, 2, 4])
+def test_texts_are_those_of_generate_alone(base_kind, tiny_model, adapter_model, level):
+    model = adapter_model(tiny_model(base_kind))
+    wanted = [(prompt, 3 + 5 * i % 17) for i, prompt in enumerate(prompts(9))]
+    engine = Engine(model, level, SMALL)
+    ears = ask(engine, wanted)
+    run(engine)
+    for (prompt, tokens), ear in zip(wanted, ears, strict=True):
+        assert ear.tokens == alone(model, prompt, tokens, level) and ear.finish == "length"
+        assert ear.request.levels == [(len(prompt), level)]
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "phi3", "gpt_oss", "cohere2", "mixtral"])
+def test_other_architectures(tiny_model, adapter_model, kind):
+    model = adapter_model(tiny_model(kind))
+    engine = Engine(model, 2, SMALL)
+    wanted = [(prompt, 8) for prompt in prompts(5, longest=30)]
+    ears = ask(engine, wanted)
+    run(engine)
+    assert [ear.tokens for ear in ears] == [alone(model, prompt, 8, 2) for prompt, _ in wanted]
+
+
+def test_layer_without_window(tiny_model, adapter_model):
+    model = adapter_model(tiny_model("llama"), window_size=0)
+    engine = Engine(model, 3, SMALL)
+    wanted = [(prompt, 8) for prompt in prompts(5)]
+    ears = ask(engine, wanted)
+    run(engine)
+    assert [ear.tokens for ear in ears] == [alone(model, prompt, 8, 3) for prompt, _ in wanted]
+
+
+def test_base_alone_and_hybrid(tiny_model, adapter_model):
+    base = tiny_model("llama")
+    wanted = [(prompt, 6) for prompt in prompts(5)]
+    engine = Engine(base, "load", SMALL)
+    ears = ask(engine, wanted)
+    run(engine)
+    assert engine.control.highest == 0
+    assert [ear.tokens for ear in ears] == [alone(base, prompt, 6) for prompt, _ in wanted]
+
+    model = adapter_model(base)
+    model.set_level(3)
+    hybrid = model.merge_and_unload().eval()
+    engine = Engine(hybrid, "load", SMALL)
+    ears = ask(engine, wanted)
+    run(engine)
+    assert engine.control.level == 3
+    assert [ear.tokens for ear in ears] == [alone(hybrid, prompt, 6) for prompt, _ in wanted]
+
+
+def test_texts_join_and_leave_at_token_boundaries(tuned):
+    engine = Engine(tuned, 2, SMALL)
+    first, second = prompts(2, 10, 10)
+    early = ask(engine, [(first, 30)])[0]
+    for _ in range(5):
+        engine.step()
+    late = ask(engine, [(second, 4)])[0]
+    run(engine)
+    assert early.tokens == alone(tuned, first, 30, 2) and late.tokens == alone(tuned, second, 4, 2)
+    assert late.request.finished < early.request.finished
+
+
+def test_a_long_prompt_does_not_stall_the_others(tuned):
+    engine = Engine(tuned, 0, SMALL)
+    short, long = [5, 6, 7], prompts(1, 120, 120)[0]
+    running = ask(engine, [(short, 100)])[0]
+    engine.step()
+    waiting = ask(engine, [(long, 3)])[0]
+    for step in range(15):  # 120 tokens in chunks of 8
+        before = len(running.tokens)
+        assert not waiting.tokens
+        engine.step()
+        assert len(running.tokens) == before + 1, step
+    assert waiting.tokens
+    run(engine)
+    assert waiting.tokens == alone(tuned, long, 3, 0) and running.tokens == alone(tuned, short, 100, 0)
+
+
+def test_cancelled_requests_free_their_place_at_once(tuned):
+    engine = Engine(tuned, 1, options(slots=1))
+    first, second = ask(engine, [([5, 6, 7], 50), ([8, 9], 3)])
+    for _ in range(4):
+        engine.step()
+    engine.cancel(first.request)
+    engine.step()
+    assert first.finish == "cancelled" and second.request.slot == 0
+    waiting = ask(engine, [([3], 3)])[0]
+    engine.cancel(waiting.request)
+    run(engine)
+    assert waiting.finish == "cancelled" and not waiting.tokens and second.tokens == alone(tuned, [8, 9], 3, 1)
+    assert_empty(engine)
+
+
+def test_a_text_ends_at_an_end_token_unless_told_otherwise(tuned):
+    prompt = [5, 6, 7]
+    text = alone(tuned, prompt, 12, 2)
+    engine = Engine(tuned, 2, SMALL, eos_tokens={text[4]})
+    stops, goes_on = Ear(), Ear()
+    engine.submit(prompt, 12, stops)
+    engine.submit(prompt, 12, goes_on, Sampling(ignore_eos=True))
+    run(engine)
+    assert stops.tokens == text[: text.index(text[4])] and stops.finish == "stop"
+    assert goes_on.tokens == text and goes_on.finish == "length"
+
+
+def test_draws_depend_on_the_seed_and_not_on_company(tuned):
+    sampling = Sampling(temperature=0.9, top_p=0.8, seed=3)
+    texts = []
+    for others in (0, 3):
+        engine = Engine(tuned, 2, SMALL)
+        ask(engine, [(prompt, 9) for prompt in prompts(others)])
+        ear = Ear()
+        engine.submit([5, 6, 7], 12, ear, sampling)
+        run(engine)
+        texts.append(ear.tokens)
+    assert texts[0] == texts[1] != alone(tuned, [5, 6, 7], 12, 2)
+
+
+# --- levels -----------------------------------------------------------------------------------------------------
+
+
+def test_a_raise_folds_running_texts_exactly_and_frees_their_blocks(tuned):
+    wanted = [(prompt, 20) for prompt in prompts(3, 10, 30)]
+    level = [0]
+    engine = Engine(tuned, lambda stats: level[0], SMALL)
+    ears = ask(engine, wanted)
+    for step in range(12):
+        engine.step()
+        if step == 3:  # the longest prompt is still being read
+            assert any(ear.request.unread > 1 for ear in ears)
+            before, level[0] = engine.memory.pool.free_blocks, 1
+        if step == 4:
+            assert engine.memory.pool.free_blocks > before
+    level[0] = 3
+    run(engine)
+    for (prompt, tokens), ear in zip(wanted, ears, strict=True):
+        (_, first), *raises = ear.request.levels
+        assert first == 0 and [to for _, to in raises] in ([1, 3], [1])
+
+        def policy(stats, raises=raises, prompt=prompt):
+            # As `generate` counts: a raise here came before the forward that makes token `at`.
+            return max([to for at, to in raises if at > len(prompt) and stats.tokens >= at], default=0)
+
+        if all(at > len(prompt) for at, _ in raises):
+            assert ear.tokens == alone(tuned, prompt, tokens, 0, level_policy=policy)
+    assert any(ear.request.levels[-1][0] > len(prompt) for (prompt, _), ear in zip(wanted, ears, strict=True))
+    assert_empty(engine)
+
+
+def test_a_raise_while_a_prompt_is_read(tuned):
+    """The states after folding half a prompt and reading on are those of `generate` with a chunked prefill raised in between."""
+    level, prompt = [0], prompts(1, 40, 40)[0]
+    engine = Engine(tuned, lambda stats: level[0], SMALL)
+    ear = ask(engine, [(prompt, 10)])[0]
+    engine.step(), engine.step()
+    level[0] = 4
+    run(engine)
+
+    def policy(stats):
+        return 4 if stats.tokens > 16 and asked[0] > 1 else 0
+
+    asked = [0]
+
+    def counted(stats):
+        asked[0] += 1
+        return policy(stats)
+
+    assert ear.tokens == alone(tuned, prompt, 10, 0, level_policy=counted, prefill_chunk_size=8)
+
+
+def test_a_lower_level_is_for_newcomers_and_waits_for_the_old_cohort(tuned):
+    level = [3]
+    engine = Engine(tuned, lambda stats: level[0], SMALL)
+    (old,) = ask(engine, [([5, 6, 7], 20)])
+    for _ in range(3):
+        engine.step()
+    level[0] = 1
+    (new,) = ask(engine, [([8, 9, 10], 40)])
+    engine.step()
+    assert engine.control.level == 1 and engine.old_level == 3
+    level[0] = 4  # not before the old cohort is gone
+    while old.finish is None:
+        engine.step()
+        assert engine.control.level == 1
+    engine.step()
+    assert engine.control.level == 4 and engine.old_level is None
+    run(engine)
+    assert old.tokens == alone(tuned, [5, 6, 7], 20, 3) and [to for _, to in new.request.levels] == [1, 4]
+    at = new.request.levels[1][0]
+    assert new.tokens == alone(tuned, [8, 9, 10], 40, 1, level_policy=lambda stats: 4 if stats.tokens >= at else 1)
+    assert [(change.old, change.new) for change in engine.control.changes] == [(0, 3), (3, 1), (1, 4)]
+    assert all(change.reason for change in engine.control.changes)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_whatever_comes_each_text_is_that_of_its_own_levels(tuned, seed):
+    """Requests that come, go and are cancelled while the level wanders: `generate` with the same raises gives the same text."""
+    numbers, level = random.Random(seed), [0]
+    engine = Engine(tuned, lambda stats: level[0], options(slots=6, chunk=24))
+    ears, compared = [], 0
+    for _ in range(150):
+        if numbers.random() < 0.25:
+            ears += ask(engine, [(prompts(1, 1, 50, seed=numbers.random())[0], numbers.randint(1, 25))])
+        if numbers.random() < 0.15:
+            level[0] = numbers.randint(0, 4)
+        if ears and numbers.random() < 0.05:
+            engine.cancel(numbers.choice(ears).request)
+        engine.step()
+    run(engine)
+    for ear in ears:
+        prompt, ((_, first), *raises) = ear.request.prompt, ear.request.levels or [(0, 0)]
+        if any(at <= len(prompt) for at, _ in raises):  # while the prompt was read
+            continue
+
+        def policy(stats, first=first, raises=raises):
+            return max([first, *(to for at, to in raises if stats.tokens >= at)])
+
+        text = alone(tuned, prompt, ear.request.max_tokens, first, level_policy=policy)
+        assert ear.tokens == text[: len(ear.tokens)] and ear.finish in ("length", "cancelled")
+        assert ear.finish == "cancelled" or ear.tokens == text
+        compared += bool(raises)
+    assert compared >= 3 and len(engine.control.changes) > 5 and engine.finished["error"] == 0
+    assert_empty(engine)
+
+
+def test_trained_keys_are_not_folded(tiny_model):
+    model = get_peft_model(
+        tiny_model("llama"),
+        DSLAConfig(task_type="CAUSAL_LM", window_size=8, level=0, trained_projections=["q_proj", "k_proj", "v_proj", "o_proj"]),
+    ).eval()
+    level = [0]
+    engine = Engine(model, lambda stats: level[0], SMALL)
+    (old,) = ask(engine, [([5, 6, 7], 9)])
+    engine.step(), engine.step()
+    level[0] = 2
+    (new,) = ask(engine, [([5, 6], 9)])
+    run(engine)
+    assert old.request.levels == [(3, 0)] and new.request.levels == [(2, 2)]
+
+
+def test_a_request_that_does_not_fit_raises_the_level_of_an_empty_engine(tuned):
+    engine = Engine(tuned, Load(), options(kv_bytes=4 * 40 * 128))  # 40 tokens of all four layers
+    assert engine.memory.pool.num_blocks == 40
+    (ear,) = ask(engine, [(prompts(1, 60, 60)[0], 4)])
+    run(engine)
+    assert ear.finish == "length" and ear.request.level == 2 and "memory" in engine.control.changes[-1].reason
+    with pytest.raises(ValueError, match="blocks of memory"):
+        Engine(tuned, 0, options(kv_bytes=4 * 40 * 128)).submit([5] * 60, 4, Ear())
+
+
+def test_a_policy_that_fails_leaves_the_level(tuned, caplog):
+    engine = Engine(tuned, 0, SMALL)
+    engine.control.policy, engine.control.highest = lambda stats: 1 / 0, 4
+    (ear,) = ask(engine, [([5, 6], 4)])
+    run(engine)
+    assert ear.tokens == alone(tuned, [5, 6], 4, 0) and caplog.text.count("the policy failed") == 1
+
+
+def test_a_fold_without_memory_reads_the_text_again(tuned, monkeypatch):
+    level = [0]
+    engine = Engine(tuned, lambda stats: level[0], SMALL)
+    (ear,) = ask(engine, [([5, 6, 7], 9)])
+    for _ in range(4):
+        engine.step()
+    level[0] = 2
+    core = engine.levels.cores[0]
+    monkeypatch.setattr(type(core), "fold", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+    run(engine)
+    assert ear.finish == "length" and len(ear.tokens) == 9 and engine.control.level == 2
+    assert_empty(engine)
+
+
+# --- recorded steps ---------------------------------------------------------------------------------------------
+
+
+def test_recorded_steps_give_the_same_texts(tuned, monkeypatch):
+    monkeypatch.setattr("dsla_hf.serving.graphs.SMALLEST_PAST", 8)
+    level = [0]
+    engine = Engine(tuned, lambda stats: level[0], SMALL, record=PlainRecording)
+    wanted = [(prompt, 6 + 5 * i) for i, prompt in enumerate(prompts(6, 1, 8))]
+    ears = ask(engine, wanted)
+    for _ in range(9):
+        engine.step()
+    level[0] = 2
+    run(engine)
+    for (prompt, tokens), ear in zip(wanted, ears, strict=True):
+        (_, first), *raises = ear.request.levels
+        if all(at > len(prompt) for at, _ in raises):
+
+            def policy(stats, first=first, raises=raises):
+                return max([first, *(to for at, to in raises if stats.tokens >= at)])
+
+            assert ear.tokens == alone(tuned, prompt, tokens, first, level_policy=policy)
+    recorded = [key for key, recording in engine.runner.recordings.items() if recording is not None]
+    assert {key[0] for key in recorded} == {0, 2} and {key[1] for key in recorded} <= {1, 2, 4} and len({key[2] for key in recorded}) > 1
+    assert_empty(engine)
+
+
+def test_steps_that_cannot_be_recorded_run_as_they_are(tuned, caplog):
+    def refuse(step, pool):
+        raise RuntimeError("no graphs here")
+
+    engine = Engine(tuned, 1, SMALL, record=refuse)
+    (ear,) = ask(engine, [([5, 6], 9)])
+    run(engine)
+    assert ear.tokens == alone(tuned, [5, 6], 9, 1) and caplog.text.count("cannot be recorded") == 1
+
+
+# --- limits and faults ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prompt, tokens, words", [([], 3, "empty"), ([5], 0, "max_tokens"), ([97], 3, "0 to 96"), ([-1], 3, "0 to 96"), ([5] * 250, 7, "256")]
+)
+def test_requests_that_can_never_be_served_are_refused(tuned, prompt, tokens, words):
+    with pytest.raises(ValueError, match=words):
+        Engine(tuned, 0, SMALL).submit(prompt, tokens, Ear())
+
+
+def test_a_full_queue_and_a_draining_engine_refuse(tuned):
+    engine = Engine(tuned, 0, options(max_waiting=2))
+    ears = ask(engine, [([5], 2)] * 2)
+    with pytest.raises(QueueFull, match="2 requests"):
+        engine.submit([5], 2, Ear())
+    engine.drain()
+    with pytest.raises(Draining):
+        engine.submit([5], 2, Ear())
+    run(engine)
+    assert all(ear.finish == "length" for ear in ears)
+
+
+def test_an_error_in_a_step_ends_its_batch_and_nothing_else(tuned, monkeypatch):
+    engine = Engine(tuned, 1, SMALL)
+    ears = ask(engine, [([5, 6], 9), ([7, 8], 9)])
+    engine.step()
+    (waiting,) = ask(engine, [([3, 4], 5)])
+    decode = engine.runner.decode
+
+    def fail(*args):
+        monkeypatch.setattr(engine.runner, "decode", decode)
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(engine.runner, "decode", fail)
+    engine.step()
+    assert [str(ear.error) for ear in ears] == ["broken", "broken"]
+    run(engine)
+    assert waiting.error is not None or waiting.tokens == alone(tuned, [3, 4], 5, 1)
+    (after,) = ask(engine, [([3, 4], 5)])
+    run(engine)
+    assert after.tokens == alone(tuned, [3, 4], 5, 1)
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("call", ["prefill", "decode"])
+def test_without_memory_the_newest_is_shed_and_the_level_rises(tuned, monkeypatch, call):
+    engine = Engine(tuned, Load(cool_down=1e6), options(chunk=64))
+    engine.control.changed = engine.clock()
+    wanted = [([5, 6], 9), ([7, 8], 9)]
+    ears = ask(engine, wanted)
+    real = getattr(engine.runner, call)
+    calls = [0]
+
+    def fail_at_the_second(*args):
+        logits = real(*args)  # the states have been written already
+        calls[0] += 1
+        if calls[0] == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return logits
+
+    monkeypatch.setattr(engine.runner, call, fail_at_the_second)
+    run(engine)
+    assert isinstance(ears[1].error, ShedForMemory) and engine.chunk == 32
+    assert engine.control.level == 1 and engine.control.changes[-1].reason == "out of memory"
+    assert ears[0].finish == "length" and len(ears[0].tokens) == 9
+    assert_empty(engine)
+
+
+def test_an_error_outside_the_model_ends_all_requests_and_not_the_server(tuned, monkeypatch):
+    engine = Engine(tuned, 1, SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_admit", lambda: 1 / 0)
+        engine.start()
+        (ear,) = ask(engine, [([5, 6], 9)])
+        assert ear.done.wait(10) and isinstance(ear.error, ZeroDivisionError)
+    (ear,) = ask(engine, [([5, 6], 9)])
+    assert ear.done.wait(10) and ear.finish == "length"
+    engine.stop()
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1e-300, 1.0, 1), Sampling(1.0, 1e-300, 1), Sampling(0.0, 0.5)])
+def test_the_smallest_temperature_and_top_p_take_the_likeliest(tuned, sampling):
+    engine = Engine(tuned, 1, SMALL)
+    ear = Ear()
+    engine.submit([5, 6], 9, ear, sampling)
+    run(engine)
+    assert ear.tokens == alone(tuned, [5, 6], 9, 1)
+
+
+def test_a_listener_that_fails_ends_its_request_alone(tuned):
+    engine = Engine(tuned, 1, SMALL)
+
+    def deaf(event):
+        raise OSError("gone")
+
+    engine.submit([5, 6], 9, deaf)
+    (ear,) = ask(engine, [([7, 8], 9)])
+    run(engine)
+    assert ear.tokens == alone(tuned, [7, 8], 9, 1) and engine.finished["cancelled"] == 1
+    assert_empty(engine)
+
+
+def test_two_hundred_requests_with_cancellations_in_a_thread(tuned):
+    """Each answer is that of `generate` alone, nothing leaks, none is lost without an error."""
+    different = prompts(12, 1, 60)
+    wanted = [(different[i % 12], 2 + 3 * (i % 7)) for i in range(200)]
+    engine = Engine(tuned, 2, options(slots=16, chunk=128))
+    engine.start()
+    ears = ask(engine, wanted)
+    for ear in ears[5::10]:
+        while not (ear.tokens or ear.done.is_set()):
+            ear.done.wait(0.001)
+        engine.cancel(ear.request)
+    assert all(ear.done.wait(60) for ear in ears)
+    engine.stop()
+    texts = {tuple(prompt): alone(tuned, prompt, 20, 2) for prompt in different}
+    for (prompt, tokens), ear in zip(wanted, ears, strict=True):
+        assert ear.finish in ("length", "cancelled")
+        assert ear.tokens == texts[tuple(prompt)][: len(ear.tokens)] and (ear.finish == "cancelled" or len(ear.tokens) == tokens)
+    assert 0 < engine.finished["cancelled"] <= 20 and sum(engine.finished.values()) == 200
+    assert_empty(engine)

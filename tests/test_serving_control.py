@@ -1,0 +1,81 @@
+"""The level of a server: raises at once, lowers with hysteresis and cool-down, every change with its reason."""
+
+import logging
+
+import pytest
+
+from dsla_hf import Load, Stats
+from dsla_hf.serving.control import LevelControl
+
+QUIET = {"prompt_tokens": 10, "tokens": 20, "rows": 2, "max_level": 8, "num_layers": 8}
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def follow(control, asked, seconds, clock, step=0.5):
+    """Ask every half second for so long; the level at the end."""
+    for _ in range(round(seconds / step)):
+        clock.now += step
+        level, reason = control.wanted(Stats(level=control.level, **QUIET))
+        if level != control.level:
+            control.change(level, reason)
+    return control.level
+
+
+def test_raises_come_at_once_and_lower_levels_late():
+    clock, asked = Clock(), [4]
+    control = LevelControl(lambda stats: asked[0], lowest=0, highest=6, hold=2.0, cool_down=5.0, clock=clock)
+    assert follow(control, asked, 0.5, clock) == 4
+    asked[0] = 1
+    assert follow(control, asked, 4.5, clock) == 4, "cool-down"
+    asked[0] = 4
+    follow(control, asked, 0.5, clock)
+    asked[0] = 1
+    assert follow(control, asked, 2.0, clock) == 4, "not without a break"
+    assert follow(control, asked, 0.5, clock) == 1
+    asked[0] = 8
+    assert follow(control, asked, 0.5, clock) == 6, "not above the highest"
+
+
+def test_changes_are_logged_with_their_reason(caplog):
+    clock = Clock()
+    control = LevelControl(Load(queue_depth=4), lowest=0, highest=8, clock=clock)
+    with caplog.at_level(logging.INFO, logger="dsla_hf"):
+        level, reason = control.wanted(Stats(level=0, queue_depth=5, seconds_to_first_token=1.5, **QUIET))
+        control.change(level, reason)
+    assert level == 1 and "queue_depth 5 ≥ 4" in reason and "first token 1.5 s" in reason
+    assert reason in caplog.text and control.changes[-1].reason == reason
+
+
+def test_levels_that_there_are_not_are_an_error():
+    control = LevelControl(lambda stats: 9, lowest=0, highest=8, clock=Clock())
+    with pytest.raises(ValueError, match="asked for level 9"):
+        control.wanted(Stats(level=0, **QUIET))
+    with pytest.raises(ValueError, match="hold"):
+        LevelControl(lambda stats: 0, lowest=0, highest=8, hold=-1, clock=Clock())
+
+
+@pytest.mark.parametrize(
+    "figure, threshold",
+    [
+        ({"waiting_tokens": 9000}, {"waiting_tokens": 8192}),
+        ({"free_share": 0.05}, {"free_share": 0.1}),
+        ({"seconds_to_first_token": 2.5}, {"seconds_to_first_token": 2.0}),
+        ({"seconds_per_token": 0.2}, {"seconds_per_token": 0.1}),
+    ],
+    ids=lambda value: next(iter(value)),
+)
+def test_load_heeds_what_a_server_measures(figure, threshold):
+    policy = Load(**threshold, step=2)
+    loaded = Stats(level=3, **figure, **QUIET)
+    assert policy(loaded) == 5 and next(iter(figure)) in policy.why(loaded)
+    assert Load()(loaded) == 2, "no threshold, no raise"
+    (name, limit), *_ = threshold.items()
+    close = Stats(level=3, **{name: limit * (1.5 if name == "free_share" else 0.9)}, **QUIET)
+    assert policy(close) == 3, "neither over the threshold nor below the release"
+    assert policy(Stats(level=3, **QUIET)) == 1
