@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MambaConfig, PreTrainedTokenizerFast
 
-import dsla_hf.tasks
+import dsla_hf.tasks.documents
 from dsla_hf.cli import main
 from dsla_hf.evaluate_job import evaluate
 from dsla_hf.local_datasets import local_datasets

@@ -110,7 +110,9 @@ def check_softmax_decode_inputs(
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"the {heads} query heads of q must be a multiple of the {kv_heads} key-value heads; keys must be {layout}")
     if room == 0:
-        raise ValueError(f"keys hold no tokens: {list(keys.shape)} for {layout}")
+        raise ValueError(f"keys must have room for a token at least, got {list(keys.shape)} for {layout}")
+    if batch == 0:
+        raise ValueError("q holds no rows (B = 0)")
     if not (q.dtype == keys.dtype == values.dtype) or not q.is_floating_point():
         raise ValueError(f"q, keys, values must share one floating-point dtype, got {q.dtype}, {keys.dtype}, {values.dtype}")
     if lengths.shape != (batch,) or lengths.dtype not in (torch.int32, torch.int64):
