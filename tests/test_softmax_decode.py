@@ -251,7 +251,7 @@ WRONG = {
     "tokens": ({"values": lambda x: x[:, :, :5]}, "values must be"),
     "no room": ({"keys": lambda x: x[:, :, :0], "values": lambda x: x[:, :, :0]}, "room"),
     "a dtype each": ({"keys": lambda x: x.half()}, "one floating-point dtype"),
-    "fp64": ({name: torch.Tensor.double for name in ("q", "keys", "values")}, "fp32, bf16 and fp16"),
+    "fp64": (dict.fromkeys(("q", "keys", "values"), torch.Tensor.double), "fp32, bf16 and fp16"),
     "columns": ({"keys": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)}, "keys must be dense.*contiguous"),
     "lengths": ({"lengths": lambda x: x.float()}, "lengths must be int32 or int64"),
     "lengths of others": ({"lengths": lambda x: x[:1]}, r"lengths must be int32 or int64 \[2\]"),

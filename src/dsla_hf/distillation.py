@@ -92,7 +92,9 @@ class DSLATrainingArguments(TrainingArguments):
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Keep `loss_mask`, which no model takes."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule, as in transformers."})
-    warmup_steps: float = field(default=20, metadata={"help": "Steps of linear warm-up, at most a fifth of a stage; below 1 a share of it."})
+    warmup_steps: float = field(
+        default=20, metadata={"help": "Steps of linear warm-up, at most a fifth of a stage; below 1 a share of it."}
+    )
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
