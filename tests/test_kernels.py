@@ -29,6 +29,8 @@ DTYPES = [
 OUTPUT_BOUND = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 2e-3}
 GRADIENT_BOUND = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 5e-3}
 RESULTS = ("o", "final_state")
+# Sums over all tokens of terms of both signs: on a short text little is left of them, and the error of a term is not small beside it.
+SUMS = ("mix", "norm_weight", "state_gain", "state_bias", "sink_logits")
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +50,7 @@ def relative_error(found, expected):
 def assert_close(found, expected, dtype):
     """Every result within its bound; NaN and inf fail."""
     errors = {name: relative_error(found[name], x) for name, x in expected.items()}
-    bounds = {name: (OUTPUT_BOUND if name in RESULTS else GRADIENT_BOUND)[dtype] for name in errors}
+    bounds = {name: (OUTPUT_BOUND if name in RESULTS else GRADIENT_BOUND)[dtype] * (3 if name in SUMS else 1) for name in errors}
     beyond = {name: error for name, error in errors.items() if not error <= bounds[name]}
     assert not beyond, beyond
 

@@ -179,18 +179,15 @@ def test_large_scores_and_equal_ones():
 
 
 def test_parts_fill_the_card():
-    """A card of 132 processors that hold two programs each."""
-    chosen = {
-        (programs, tokens): softmax_decode.choose_splits(programs, tokens, 264)
-        for programs in (1, 8, 32, 256, 288, 512)
-        for tokens in (100, 1024, 8192, 131072)
-    }
-    for (programs, tokens), splits in chosen.items():
-        waves = programs * splits / 264
-        assert 1 <= splits <= max(1, tokens // softmax_decode.LEAST_TOKENS)
-        if tokens >= 128 * 264 / programs:
-            assert waves / -(-waves // 1) >= 0.8
-    assert chosen[32, 8192] == 8 and chosen[512, 8192] == 1 and chosen[8, 8192] >= 30 and chosen[1, 100] == 1
+    """A card of 132 processors that hold two programs each, tiles of 64 tokens."""
+    for programs in (1, 8, 32, 100, 160, 256, 288, 320, 512, 5000):
+        for tiles in (1, 2, 16, 128, 2048):
+            splits = softmax_decode.choose_splits(programs, tiles, 2, 264)
+            assert 1 <= splits <= max(1, tiles // 2)
+            if tiles // 2 * programs >= 8 * 264:  # then it is no more than a quarter off a card that is always full
+                assert -(-programs * splits // 264) * -(-tiles // splits) <= 1.25 * programs * tiles / 264
+    chosen = [softmax_decode.choose_splits(programs, 128, 2, 264) for programs in (32, 8, 512, 128)]
+    assert chosen == [8, 32, 1, 2]  # one row and sixteen, 32 and 8 heads, at 8,192 tokens
 
 
 def test_the_choice_of_how_kernels_run(monkeypatch):

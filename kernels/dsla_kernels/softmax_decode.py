@@ -6,7 +6,6 @@ the parts. The cut is made on the device, of the length that a row has and not o
 length, nor does a short text in a large cache leave processors idle. Grid and addresses stay, so a step can be captured in a CUDA graph.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -37,6 +36,12 @@ def _cut(lengths, row, room, window, parts, least, BN: tl.constexpr):
     first = seen // BN
     tiles = (length + BN - 1) // BN - first
     return length, seen, first, tiles, tl.maximum((tiles + parts - 1) // parts, least)
+
+
+@triton.jit
+def _load_mask(mask, tile, length, BN: tl.constexpr):
+    token = tile * BN + tl.arange(0, BN)
+    return tl.load(mask + token, mask=token < length, other=0)
 
 
 @triton.jit
@@ -112,11 +117,17 @@ def _softmax_decode_kernel(
         top = tl.maximum(top, logit)
         denominator = tl.exp2(logit - top)
     result = tl.zeros([BM, BV], tl.float32)
+    if mask is not None:
+        # A tile ahead: nothing waits for it, and the compiler, which looks for the narrowest load behind a product within a turn
+        # of the loop, does not take the products for ones of bytes.
+        mask += row * mask_row
+        shown = _load_mask(mask, begin, length, BN)
     for tile in range(begin, end):
         token = tile * BN + tl.arange(0, BN)
         visible = (token >= seen) & (token < length)
         if mask is not None:
-            visible = visible & (tl.load(mask + row * mask_row + token, mask=visible, other=0) != 0)
+            visible = visible & (shown != 0)
+            shown = _load_mask(mask, tile + 1, length, BN)
         if block_table is None:
             block, inside = row, token
         elif BLOCK % BN == 0:  # a tile lies in one block
@@ -205,21 +216,15 @@ def choose_launch(row_bytes: int) -> Launch:
     return Launch(max(16, min(64, 16384 // row_bytes)))
 
 
-def choose_splits(programs: int, tokens: int, slots: int) -> int:
-    """Parts a row: the fewest that leave less than a tenth of the card idle, or the best there is.
+def choose_splits(programs: int, tiles: int, least: int, slots: int) -> int:
+    """Parts a row: the fewest that take at most a tenth longer than the best number would.
 
-    programs: with one part. tokens: of a row at most. slots: programs that the card holds at a time. Those of a last, nearly empty
-    wave would take as long as a full one.
+    programs: with one part. tiles: of a row at most. least: tiles a part. slots: programs that the card holds at a time. What counts
+    is how often it is filled, a last time with few programs perhaps, times the tiles of a part.
     """
-    best, most_full = 1, 0.0
-    for splits in range(1, min(tokens // LEAST_TOKENS, max(slots // programs, 8)) + 1):
-        waves = programs * splits / slots
-        full = waves / math.ceil(waves)
-        if full > most_full:
-            best, most_full = splits, full
-        if full >= 0.9:
-            break
-    return best
+    most = max(1, min(tiles // least, max(slots // programs, 8)))
+    times = [-(-programs * splits // slots) * -(-tiles // splits) for splits in range(1, most + 1)]
+    return next(splits for splits, time in enumerate(times, 1) if time <= 1.1 * min(times))
 
 
 @torch.library.custom_op(add_op_namespace_prefix("softmax_decode"), mutates_args=())
@@ -247,11 +252,13 @@ def _softmax_decode(
         block, room = room, room * block_table.shape[1]
     block_key, block_value = (max(16, triton.next_power_of_2(size)) for size in (key_dim, value_dim))
     launch = tuned or choose_launch(max(block_key, block_value) * q.element_size())
-    tiles = triton.cdiv(room, launch.tokens)
+    tiles = triton.cdiv(room if window is None else min(room, window), launch.tokens)
     programs = batch * kv_heads * triton.cdiv(heads // kv_heads, GROUP_TILE)
     least = 1 if splits else triton.cdiv(LEAST_TOKENS, launch.tokens)
-    seen = room if window is None else min(room, window)
-    parts = min(splits, tiles) if splits else choose_splits(programs, seen, 2 * processors(q.device))
+    if splits:
+        parts = min(splits, tiles)
+    else:
+        parts = choose_splits(programs, tiles, least, 2 * processors(q.device))
     overlap = parts > 1 and _can_overlap(q.device)
 
     o = q.new_empty(batch, 1, heads, value_dim)
