@@ -176,6 +176,9 @@ def test_large_scores_and_equal_ones():
     for scale in (200.0, 0.0):
         for splits in (1, 2):
             check(q, keys, values, lengths, splits, scale=scale)
+    opposite = -q.unflatten(2, (1, 2))[:, :, :, 0].transpose(1, 2) - 0.1 * keys  # of the first head, whose scores are all far below 0
+    for splits in (1, 3):
+        check(q, opposite, values, lengths, splits, scale=20.0)
 
 
 def test_parts_fill_the_card():
