@@ -33,7 +33,9 @@ from .decays import Decayed, decay_keys
 @triton.jit
 def load_middle(at_middle, tile, tile_ok, stride, gates, channel_ok):
     """exp(m) of a tile `[BK]`; 1 for a tile that is not there."""
-    return tl.load(at_middle + tile * stride + gates, mask=channel_ok & tile_ok, other=1.0)
+    return tl.load(
+        at_middle + tile * stride + gates, mask=channel_ok & (gates * 0 + tile_ok > 0), other=1.0
+    )  # a tile as mask, for the interpreter
 
 
 @triton.jit
