@@ -5,6 +5,7 @@ from torch import Tensor
 
 # A chunk of 64 tokens at this log-decay reaches exp(-80), which fp32 and bf16 still hold; the bound is part of the contract.
 SMALLEST_LOG_DECAY = -1.25
+LARGEST_HEAD = 256  # channels that the Triton kernels take
 
 
 def check_lower_bound(lower_bound: float) -> None:

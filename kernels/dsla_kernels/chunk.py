@@ -1,10 +1,9 @@
-"""The pure layer in Triton: both states in one pass over q, k, v and their decay factors, segments of a row side by side.
+"""The pure layer in Triton: the states at every chunk, then all chunks side by side.
 
-A state pass (`states.py`) gives the states on entry of each segment. Then one program a segment and value tile goes through the
-segment's chunks with both states in registers: what came before the chunk, what the chunk adds for its own queries, and the
-update. All exponents refer to the middle m of the chunk's cumulative log-decays b (`decays.py`): with Q = q exp(b - m),
-K = k exp(m - b) and S~ = exp(m) S the output is Q S~ + tril(Q K^T) v and the next state exp(m) (S~ + K^T v), so one decayed copy
-of q and of k serves all four products.
+A state pass (`states.py`) writes the states on entry of every chunk. Then one program a chunk and query head (or two of a group) gives
+the output. All exponents refer to the middle m of the chunk's cumulative log-decays b (`decays.py`): with Q = q exp(b - m),
+K = k exp(m - b) and S~ = exp(m) S, which is what the state pass writes, the output is Q S~ + tril(Q K^T) v, so one decayed copy of q
+and of k serves all products.
 """
 
 import torch
@@ -38,7 +37,7 @@ def _chunk_kernel(
     mix,
     row_first,
     row_length,
-    states,  # exp(m) S `[N, tiles + 1, Hkv, 2, K, V]`
+    states,  # exp(m) S `[N, tiles, Hkv, 2, K, V]`
     o,
     q_b,
     q_t,
@@ -61,7 +60,6 @@ def _chunk_kernel(
     PRECISION: tl.constexpr,
     C: tl.constexpr,
     HEADS: tl.constexpr,
-    UNROLL: tl.constexpr,
 ):
     # HEADS query heads of a group one below the other in one tile; those of the whole group side by side: they share keys, values,
     # factors and states.
@@ -82,12 +80,12 @@ def _chunk_kernel(
     value_ok = values < V
     query_factors += (flat * HKV + kv_head) * 2 * G
     keys += (flat * HKV + kv_head) * 2 * K
-    states += ((row * (tiles + 1) + tile) * HKV + kv_head) * 2 * K * V
+    states += ((row * tiles + tile) * HKV + kv_head) * 2 * K * V
     places = q + batch * q_b + first * q_t + tokens.to(tl.int64) * q_t + heads * q_h
     q_tile = tl.load(places[:, None] + channels[None, :], mask=token_ok[:, None] & channel_ok[None, :], other=0.0).to(tl.float32)
     scores = tl.zeros([HEADS * C, C], tl.float32)
     output = tl.zeros([HEADS * C, BV], tl.float32)
-    for i in tl.range(0, 2, loop_unroll_factor=UNROLL):
+    for i in tl.range(0, 2, loop_unroll_factor=HEADS):  # two heads have warps enough to hold both states on their way
         factors = load_rows(query_factors + i * G, tokens, token_ok, HKV * 2 * G, gates, channel_ok).to(tl.float32)
         key = load_rows(keys + i * K, keys_at, keys_at < length, HKV * 2 * K, channels, channel_ok)
         state = load_rows(states + i * K * V, channels, channel_ok, V, values, value_ok)
@@ -122,7 +120,7 @@ class ChunkLayer:
     def states(self, decayed, initial_state, final=None):
         """exp(m) S on entry of every chunk."""
         inputs, tiling = self.inputs, self.tiling
-        states = inputs.state_buffer(inputs.rows, tiling.tiles + 1, dtype=inputs.dtype)
+        states = inputs.state_buffer(inputs.rows, tiling.tiles, dtype=inputs.dtype)
         entering = entering_states(inputs, tiling, self.state_heads, decayed, initial_state)
         inputs.launch(tiling, self.state_heads, decayed, entering, states=states, final=final, at_middle=True)
         return states
@@ -178,7 +176,6 @@ def chunk_forward(
         **heads._asdict(),
         C=tiling.tile,
         HEADS=layer.together,
-        UNROLL=layer.together,  # with two heads there are warps enough to hold both states on their way
         num_warps=4 * layer.together,
         num_stages=1,
     )

@@ -131,7 +131,7 @@ def _query_kernel(
     row_first,
     row_length,
     mix,
-    states,  # exp(m) S `[N, tiles + 1, Hkv, 2, K, V]`
+    states,  # exp(m) S `[N, tiles, Hkv, 2, K, V]`
     dq,
     crossings,  # [B, T, Hq, 2, G]: Q dQ, summed over the channels of a gate
     d_mix,  # fp32 [N, tiles, Hq, 2]
@@ -173,7 +173,7 @@ def _query_kernel(
     value_ok = values < V
     query_factors += (flat * HKV + kv_head) * 2 * G
     keys += (flat * HKV + kv_head) * 2 * K
-    states += ((row * (tiles + 1) + tile) * HKV + kv_head) * 2 * K * V
+    states += ((row * tiles + tile) * HKV + kv_head) * 2 * K * V
     do_tile = load_rows(do + (flat * HQ + head) * V, tokens, in_row, HQ * V, values, value_ok).to(DOT)
     v_tile = load_rows(v + batch * v_b + first * v_t + kv_head * v_h, tokens, in_row, v_t, values, value_ok).to(DOT)
     q_tile = load_rows(q + batch * q_b + first * q_t + head * q_h, tokens, in_row, q_t, channels, channel_ok)
@@ -269,7 +269,7 @@ def _key_kernel(
     row_first,
     row_length,
     mix,
-    states,  # exp(m) S `[N, tiles + 1, Hkv, 2, K, V]`
+    states,  # exp(m) S `[N, tiles, Hkv, 2, K, V]`
     gradients,  # exp(m) D `[N, tiles, Hkv, 2, K, V]`
     crossings,
     dk_parts,  # [B, T, Hkv, 2, K]: by state
@@ -314,7 +314,7 @@ def _key_kernel(
     do += (flat * HQ + kv_head * R) * V
     crossings += (flat * HQ + kv_head * R) * 2 * G
     kv_flat = flat * HKV + kv_head
-    states += ((row * (tiles + 1) + tile) * HKV + kv_head) * 2 * K * V
+    states += ((row * tiles + tile) * HKV + kv_head) * 2 * K * V
     gradients += ((row * tiles + tile) * HKV + kv_head) * 2 * K * V
     channels, channel_ok, gates = channel_columns(K, G, BK)
     BG: tl.constexpr = BK if G == K else BK // 2

@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_inputs
+from .checks import LARGEST_HEAD, check_inputs
 
 TILE = 64  # tokens a tile at most; the bound on the decay is chosen for it
-LARGEST_HEAD = 256
+LOG2_E = tl.constexpr(1.4426950408889634)
 INTERPRETED = triton.knobs.runtime.interpret
 
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
+    LOG2_E,
     Tiling,
     bounded_log_decay,
     fast_exp2,
@@ -25,8 +26,6 @@ from .common import (
     row_span,
     store_rows,
 )
-
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class Decayed(NamedTuple):

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .checks import LARGEST_HEAD
 
 VARIABLE = "DSLA_KERNELS"
 CHOICES = ("auto", "pytorch", "triton")
-LARGEST_HEAD = 256
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 choice = os.environ.get(VARIABLE, "auto")  # read once, so that compiled code can rely on it
 if choice not in CHOICES:

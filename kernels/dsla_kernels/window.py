@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ._ops import add_op_namespace_prefix, ops
 from .common import (
+    LOG2_E,
     Tiling,
     as_bytes,
     check_kernel_inputs,
@@ -26,7 +27,6 @@ from .common import (
 from .decays import Decayed
 from .states import StateInputs, entering_states, value_tile
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 

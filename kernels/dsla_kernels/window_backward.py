@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ._ops import add_op_namespace_prefix, ops
 from .common import (
+    LOG2_E,
     channel_columns,
     inverse,
     load_mask,
@@ -29,7 +30,7 @@ from .common import (
 )
 from .decays import cumulative
 from .states import load_middle, scan_segments, tile_products
-from .window import LOG2_E, WindowLayer, score_slope, softmax_scores, state_gate, window_forward
+from .window import WindowLayer, score_slope, softmax_scores, state_gate, window_forward
 
 
 @triton.jit
