@@ -35,13 +35,15 @@ from measures import (
 )
 from needle import make_needles, needle_accuracy, plant_facts, plant_recall
 from peft import get_peft_model
+from released_layer import RELEASED_LAYER, become_released_layer
 from reporting import write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dsla_hf import DSLAConfig, DualStateAttention, losses, set_level
-from dsla_hf.adapter import dsla_layers
+from dsla_hf.adapter import DSLALayer, dsla_layers
 from dsla_hf.data import PackedTokens, read_texts
 from dsla_hf.distillation import DSLATrainingArguments, distill
+from dsla_kernels import kernel_path
 
 LENGTH, BATCH, LEVELS = 2048, 8, (4, 8, 12, 16)
 STAGE_TOKENS = 5_600_000
@@ -86,6 +88,7 @@ ARMS: dict[str, Arm] = {
     "pure": Arm({"window_size": 0}),
     "pure, no write gate": Arm({"window_size": 0, "write_gate": False}),
     "pure, k and v trained": Arm({"window_size": 0, "trained_projections": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
+    "released code's layer": Arm(RELEASED_LAYER, "released"),
     # the way it is trained
     "high levels": Arm(training={"level_draws": 2}),
     "no recall planted": Arm(recall=0.0),
@@ -100,19 +103,21 @@ ARMS: dict[str, Arm] = {
 }
 
 
-def close_states(core: DualStateAttention) -> None:
+def close_states(layer: DSLALayer) -> None:
     """The control without states: the same layer, its state branch shut and everything that belongs to it frozen."""
+    core: Any = layer.dsla_core["default"]
     core.state_bias.data.fill_(-1e4)
     core.requires_grad_(False)
 
 
-def keep_one_state(core: DualStateAttention) -> None:
+def keep_one_state(layer: DSLALayer) -> None:
     """The control with one state: the mix stays at the first."""
+    core: Any = layer.dsla_core["default"]
     core.mix_logits.data.copy_(torch.tensor([30.0, -30.0]).expand_as(core.mix_logits))
     core.mix_logits.requires_grad_(False)
 
 
-CONTROLS = {"no states": close_states, "one state": keep_one_state}
+CONTROLS = {"no states": close_states, "one state": keep_one_state, "released": become_released_layer}
 
 
 def training_blocks(data: Path, tokenizer: Any, cache: Path) -> torch.Tensor:
@@ -137,10 +142,9 @@ def run_arm(name: str, teacher: str, data: Path, output: Path, seed: int) -> dic
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.bfloat16).to(device)
     model = get_peft_model(model, DSLAConfig(task_type="CAUSAL_LM", **arm.layer))
-    cores = {i: layer.dsla_core["default"] for i, layer in dsla_layers(model).items()}
-    for core in cores.values():
-        if arm.control:
-            CONTROLS[arm.control](core)
+    if arm.control:
+        for layer in dsla_layers(model).values():
+            CONTROLS[arm.control](layer)
     blocks = training_blocks(data, tokenizer, output.parent / "blocks.pt")
     blocks = plant_facts(blocks, tokenizer, 0.25, seed) if arm.facts else plant_recall(blocks, tokenizer, arm.recall, seed)
     ranking, train = blocks[:RANKING_BLOCKS], blocks[RANKING_BLOCKS:]
@@ -158,10 +162,14 @@ def run_arm(name: str, teacher: str, data: Path, output: Path, seed: int) -> dic
     )
     steps = STAGE_TOKENS // (BATCH * LENGTH)
     plain = DualStateAttention._window, DualStateAttention._pure, losses._weighted_kl
-    # Not for chains, whose links each train another layer, nor for texts cut at a place of their own: they would compile anew each time.
+    # The same mathematics in fewer launches, where no kernel does it. Not for chains, whose links each train another layer, nor for texts
+    # cut at a place of their own: they would compile anew each time.
     if (
-        device == "cuda" and not arm.distill.get("method") and not arm.training.get("raise_share")
-    ):  # the same mathematics in fewer launches, by a factor of two to three
+        device == "cuda"
+        and not kernel_path(device).startswith("Triton")
+        and not arm.distill.get("method")
+        and not arm.training.get("raise_share")
+    ):
         DualStateAttention._window, DualStateAttention._pure, losses._weighted_kl = (torch.compile(f, dynamic=False) for f in plain)
     start = time.perf_counter()
     order = distill(
@@ -231,7 +239,8 @@ def evaluate(model: Any, tokenizer: Any, data: Path, name: str, arm: Arm) -> tup
         for kind in ("novels", "code"):
             blocks = texts[kind][0][:64]
             once[f"interventions_{kind}"] = {way: math.exp(intervened_losses(model, blocks, 256, way).mean()) for way in INTERVENTIONS}
-        once["state_reads"] = state_reads(model, cores, texts["novels"][0][:32])
+        if arm.control != "released":  # it takes the rotation back first
+            once["state_reads"] = state_reads(model, cores, texts["novels"][0][:32])
     once["raise"] = {}
     for kind, blocks in long.items():
         ways = {"raised": RAISE, "from the start": ((12, 4096),), "never": ((0, 4096),)}
