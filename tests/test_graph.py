@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import DynamicCache, LogitsProcessor, StaticCache, StoppingCriteria
 
+import dsla_hf.decode_attention
 import dsla_hf.graph
+import dsla_kernels.dispatch
 from dsla_hf import LevelProcessor, cache_bytes
 from dsla_hf.cache import DSLACacheLayer, StaticDSLACacheLayer, VisibleStaticLayer
 from dsla_hf.graph import GraphDecoder, PlainRecording
@@ -156,6 +158,27 @@ def test_levels_rise_in_mid_text_and_the_next_text_uses_the_same_graphs(tiny_mod
             freed = not any(layer.is_initialized for layer in decoder.workspace.softmax.values())
             assert freed == (not keep)
     assert (recorder.recorded == recorded) == keep
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_softmax_layers_read_the_cache_as_far_as_it_is_filled(tiny_model, adapter_model, base_kind, recorder, padded, monkeypatch):
+    """Through the kernel of softmax layers, one recording a level serves texts of every length."""
+    monkeypatch.setattr(dsla_kernels.dispatch, "choice", "triton")
+    model = adapter_model(tiny_model(base_kind), level=1)
+    options = {"input_ids": IDS, "attention_mask": MASK if padded else torch.ones_like(MASK), "max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(**options, level_policy=after_six_tokens)
+    model.set_level(1)
+    decoder = recorder.decoder_of(model, max_length=40)
+    calls = []
+    kernel = dsla_hf.decode_attention.softmax_decode
+    monkeypatch.setattr(dsla_hf.decode_attention, "softmax_decode", lambda *args, **kwargs: (calls.append(1), kernel(*args, **kwargs))[1])
+    assert torch.equal(decoder.generate(**options, level_policy=after_six_tokens), expected)
+    assert recorder.recorded == 2 and calls
+    assert model.get_base_model().config._attn_implementation == "sdpa"  # as it was
+
+
+def after_six_tokens(stats):
+    return 3 if stats.tokens >= 18 else 1
 
 
 def test_prepared_levels_need_no_recording_in_the_text(tiny_model, adapter_model, recorder):

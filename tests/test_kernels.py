@@ -47,10 +47,15 @@ def relative_error(found, expected):
     return float((found - expected).norm() / norm) if norm > 0 else float(found.norm())
 
 
+def slack(name, expected):
+    """The relative error of a few values scatters: of 64, four roundings to bf16 give 0.003 in the mean, 0.005 once in a hundred times."""
+    return 3 if name in SUMS else 2 if expected.numel() < 100 else 1
+
+
 def assert_close(found, expected, dtype):
     """Every result within its bound; NaN and inf fail."""
     errors = {name: relative_error(found[name], x) for name, x in expected.items()}
-    bounds = {name: (OUTPUT_BOUND if name in RESULTS else GRADIENT_BOUND)[dtype] * (3 if name in SUMS else 1) for name in errors}
+    bounds = {name: (OUTPUT_BOUND if name in RESULTS else GRADIENT_BOUND)[dtype] * slack(name, expected[name]) for name in errors}
     beyond = {name: error for name, error in errors.items() if not error <= bounds[name]}
     assert not beyond, beyond
 

@@ -14,7 +14,7 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1 for Triton's interpreter", allow_module_level=True)
 pytest.importorskip("triton")
 
-from dsla_kernels import dispatch, reference, softmax_decode  # noqa: E402 (after the choice of how kernels run)
+from dsla_kernels import dispatch, reference, split_kv  # noqa: E402 (after the choice of how kernels run)
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")]
@@ -64,7 +64,7 @@ def check(q, keys, values, lengths, splits=0, **options):
     """The kernels' output, after it was compared with the truth."""
     floating = {name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for name, x in options.items()}
     expected = reference.softmax_decode(q.double(), keys.double(), values.double(), lengths, **floating)
-    found = softmax_decode.softmax_decode(q, keys, values, lengths, splits=splits, **options)
+    found = split_kv.softmax_decode(q, keys, values, lengths, splits=splits, **options)
     assert found.dtype == q.dtype and found.shape == expected.shape
     error = float((found.double() - expected).norm() / expected.norm().clamp_min(1e-30))
     assert error <= BOUNDS[q.dtype]
@@ -167,7 +167,7 @@ def test_any_number_of_parts_gives_the_same():
         check(*inputs, splits)
     inputs[-1][0] = 1_000_000  # no more is read than there is room for
     inputs[1].nan_to_num_(), inputs[2].nan_to_num_()
-    found = softmax_decode.softmax_decode(*inputs, splits=2)
+    found = split_kv.softmax_decode(*inputs, splits=2)
     torch.testing.assert_close(found, check(*inputs[:3], inputs[3].clamp_max(320), 2))
 
 
@@ -185,26 +185,26 @@ def test_parts_fill_the_card():
     """A card of 132 processors that hold two programs each, tiles of 64 tokens."""
     for programs in (1, 8, 32, 100, 160, 256, 288, 320, 512, 5000):
         for tiles in (1, 2, 16, 128, 2048):
-            splits = softmax_decode.choose_splits(programs, tiles, 2, 264)
+            splits = split_kv.choose_splits(programs, tiles, 2, 264)
             assert 1 <= splits <= max(1, tiles // 2)
             if tiles // 2 * programs >= 8 * 264:  # then it is no more than a quarter off a card that is always full
                 assert -(-programs * splits // 264) * -(-tiles // splits) <= 1.25 * programs * tiles / 264
-    chosen = [softmax_decode.choose_splits(programs, 128, 2, 264) for programs in (32, 8, 512, 128)]
+    chosen = [split_kv.choose_splits(programs, 128, 2, 264) for programs in (32, 8, 512, 128)]
     assert chosen == [8, 32, 1, 2]  # one row and sixteen, 32 and 8 heads, at 8,192 tokens
 
 
 def test_the_choice_of_how_kernels_run(monkeypatch):
     inputs = make_inputs([70, 3], 80)
     launched = []
-    run = softmax_decode.softmax_decode
-    monkeypatch.setattr(softmax_decode, "softmax_decode", lambda *x, **options: launched.append(1) or run(*x, **options))
+    run = split_kv.softmax_decode
+    monkeypatch.setattr(split_kv, "softmax_decode", lambda *x, **options: launched.append(1) or run(*x, **options))
     outputs = []
     for choice in ("pytorch", "triton"):
         monkeypatch.setattr(dispatch, "choice", choice)
         outputs.append(dispatch.softmax_decode(*inputs, window=50))
     torch.testing.assert_close(*outputs)
     assert launched == [1]
-    monkeypatch.setattr(softmax_decode, "tuned", softmax_decode.Launch(32, 2, 2))
+    monkeypatch.setattr(split_kv, "tuned", split_kv.Launch(32, 2, 2))
     torch.testing.assert_close(run(*inputs, window=50), outputs[0])
 
 
@@ -213,7 +213,7 @@ def test_compiled_whole_graph(dynamic):
     inputs = make_inputs([70, 3], 80)
 
     def step(q, keys, values, lengths):
-        return softmax_decode.softmax_decode(q, keys, values, lengths, window=50, splits=2) * 2
+        return split_kv.softmax_decode(q, keys, values, lengths, window=50, splits=2) * 2
 
     found = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)(*inputs)
     assert torch.equal(found, step(*inputs))
@@ -228,11 +228,11 @@ def test_compiled_whole_graph(dynamic):
 @pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
 def test_a_cuda_graph_follows_lengths_and_cache():
     q, keys, values, lengths = make_inputs([500, 3], 2048, 128, dtype=torch.bfloat16)
-    softmax_decode.softmax_decode(q, keys, values, lengths)  # compiles
+    split_kv.softmax_decode(q, keys, values, lengths)  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        o = softmax_decode.softmax_decode(q, keys, values, lengths)
+        o = split_kv.softmax_decode(q, keys, values, lengths)
     for steps in ([501, 2048], [0, 64], [2000, 1]):
         for x in (q, keys, values):
             x.normal_()
@@ -279,9 +279,9 @@ def test_wrong_inputs_are_named_before_a_launch(case, monkeypatch):
         arguments |= {name: x.transpose(1, 2) for name, x in arguments.items() if name in ("keys", "values")}
     arguments |= {name: edit(arguments[name]) for name, edit in changes.items() if name in arguments}
     with pytest.raises(ValueError, match=message):
-        softmax_decode.softmax_decode(**arguments, **options)
+        split_kv.softmax_decode(**arguments, **options)
 
 
 def test_heads_beyond_what_the_kernels_take():
     with pytest.raises(ValueError, match="up to 256"):
-        softmax_decode.softmax_decode(*make_inputs([2], 3, 258))
+        split_kv.softmax_decode(*make_inputs([2], 3, 258))

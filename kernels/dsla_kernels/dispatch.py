@@ -98,7 +98,7 @@ def final_state(k: Tensor, v: Tensor, gate_logits: Tensor, **options) -> Tensor:
 def softmax_decode(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, **options) -> Tensor:
     """Softmax attention of one token a row over its cache, see `reference.softmax_decode`. On a GPU it has no gradient."""
     if uses_triton(q, values):
-        from . import softmax_decode as kernel
+        from . import split_kv
 
-        return kernel.softmax_decode(q, keys, values, lengths, **options)
+        return split_kv.softmax_decode(q, keys, values, lengths, **options)
     return reference.softmax_decode(q, keys, values, lengths, **options)

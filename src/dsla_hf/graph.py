@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,8 +20,11 @@ from transformers.cache_utils import StaticLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
+from dsla_kernels import uses_triton
+
 from .adapter import DSLALayer, dsla_layers
 from .cache import DSLACacheLayer, StaticDSLACacheLayer, VisibleStaticLayer, dsla_cache_layer
+from .decode_attention import CachedTokens, attends_where_cached, over_cache
 from .layout import TokenLayout
 from .modeling import DSLAAttentionMixin, decoder_layers
 
@@ -62,9 +66,11 @@ class Workspace:
     """A static cache and the inputs and outputs of a step, at addresses that stay; and what was recorded over them.
 
     tokens, positions: int64 `[B, 1]`, the inputs of the next step. mask: bool `[B, length]`, False at padding of the prompt.
+    lengths: int64 `[B]`, tokens in the cache after the next step.
     logits: fp32 `[B, vocabulary]`, the output of the last step.
     softmax, dsla: the cache layers of both kinds by layer number, as far as they have been in use.
     recordings: by (layers that are DSLA, padding, tokens shown); None after the first step there, which runs as it is.
+    by_length: whether the attention of a step knows how far the cache is filled, and needs not be shown a part of it.
     """
 
     cache: StaticCache
@@ -72,10 +78,12 @@ class Workspace:
     tokens: Tensor
     positions: Tensor
     mask: Tensor
+    lengths: Tensor
     logits: Tensor
     softmax: dict[int, StaticLayer]
     dsla: dict[int, StaticDSLACacheLayer] = field(default_factory=dict)
     recordings: dict[tuple[tuple[int, ...], bool, int], Recording | None] = field(default_factory=dict)
+    by_length: bool = False
     read: int = 0  # tokens in the cache
     padded: bool = False
     converted: tuple[int, ...] | None = None  # the layers that are DSLA in the cache, once a step has looked
@@ -121,6 +129,8 @@ class Workspace:
 
     def view(self) -> int:
         """How many places the next step needs to see, rounded up so that few recordings are needed."""
+        if self.by_length:
+            return self.length
         tokens = SMALLEST_VIEW
         while tokens <= self.read:
             tokens *= 2
@@ -162,6 +172,7 @@ class GraphDecoder:
         self.capture_seconds: list[float] = []
         self._wrapped = list(dsla_layers(base).values())
         self._pool: Any = None
+        self._own_attention = False
         self._seen: Any = None  # what `_converted` was computed from
         self._layers: tuple[int, ...] = ()
 
@@ -233,7 +244,7 @@ class GraphDecoder:
             mask = inputs.get("attention_mask")
             return self._decode(input_ids, mask, logits_processor, stopping_criteria, generation_config, streamer, goes_on)
 
-        with torch.no_grad():
+        with torch.no_grad(), self._attention():
             return self.model.generate(**options, custom_generate=decode)
 
     def _decode(
@@ -300,7 +311,7 @@ class GraphDecoder:
         space = self._space(rows, max_length, False)
         at = (space.length if tokens is None else tokens) - 1
         prompt = torch.zeros(rows, min(REHEARSAL, max(space.length - 2 * len(levels), 1)), dtype=torch.long, device=space.tokens.device)
-        with torch.no_grad():
+        with torch.no_grad(), self._attention():
             for number, level in enumerate(levels):
                 self.model.set_level(level)
                 if number == 0:
@@ -312,6 +323,13 @@ class GraphDecoder:
             space.begin(self._converted(anew=True), None)
 
     # --- one step -----------------------------------------------------------------------------------------------
+
+    def _attention(self) -> Any:
+        """Softmax layers read caches by the kernel for that, where it runs, and where the user has not asked for another attention."""
+        model = self.causal_lm
+        head = torch.empty(0, 1, device=model.device, dtype=model.dtype)
+        self._own_attention = model.config._attn_implementation == "sdpa" and uses_triton(head, head)
+        return attends_where_cached(model) if self._own_attention else nullcontext()
 
     def _space(self, rows: int, length: int, goes_on: bool) -> Workspace:
         """The workspace for so many rows and tokens: the one at hand if it fits, else a new one."""
@@ -336,6 +354,7 @@ class GraphDecoder:
             tokens=torch.zeros(rows, 1, dtype=torch.long, device=device),
             positions=torch.zeros(rows, 1, dtype=torch.long, device=device),
             mask=torch.ones(rows, length, dtype=torch.bool, device=device),
+            lengths=torch.zeros(rows, dtype=torch.long, device=device),
             logits=torch.zeros(rows, config.vocab_size, device=device),
             softmax=dict(enumerate(cache.layers)),
         )
@@ -362,6 +381,9 @@ class GraphDecoder:
             space.settle(self.keep)
         space.logits.copy_(logits[:, -1])
         space.positions.copy_(positions[:, -1:] + 1)
+        space.lengths.fill_(space.read + 1)
+        cached = [layer for layer in space.cache.layers if isinstance(layer, VisibleStaticLayer)]
+        space.by_length = self._own_attention and all(uses_triton(layer.keys, layer.values) for layer in cached)
 
     def _step(self, space: Workspace, token: Tensor, view_for: int | None = None) -> None:
         """The logits after `token` `[B]`, into `space.logits`. `view_for`: choose the recording for a text of so many tokens."""
@@ -375,15 +397,18 @@ class GraphDecoder:
 
         def step() -> None:
             space.show(view)
-            logits = self.causal_lm(
-                input_ids=space.tokens,
-                attention_mask=space.mask[:, :view] if space.padded else None,
-                position_ids=space.positions,
-                past_key_values=space.cache,
-                use_cache=True,
-            ).logits
+            mask = space.mask[:, :view] if space.padded else None
+            with over_cache(CachedTokens(space.lengths, mask)) if space.by_length else nullcontext():
+                logits = self.causal_lm(
+                    input_ids=space.tokens,
+                    attention_mask=mask,
+                    position_ids=space.positions,
+                    past_key_values=space.cache,
+                    use_cache=True,
+                ).logits
             space.logits.copy_(logits[:, -1])
-            space.positions.add_(1)
+            for count in (space.positions, space.lengths):
+                count.add_(1)
 
         if key not in space.recordings:
             _aside(step, token.device)
