@@ -122,3 +122,11 @@ def shared_dir():
     if not path.is_dir():
         pytest.skip("needs the folder 'shared' beside the repository (teacher model and text); it is not there")
     return path
+
+
+@pytest.fixture
+def interpreted_kernels(monkeypatch):
+    """Triton kernels wherever there is one, on the CPU, until `monkeypatch.undo` or the end."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs TRITON_INTERPRET=1: on a CPU Triton's kernels run in its interpreter")
+    monkeypatch.setattr("dsla_kernels.dispatch.choice", "triton")

@@ -10,7 +10,6 @@ from transformers import DynamicCache, LogitsProcessor, StaticCache, StoppingCri
 
 import dsla_hf.decode_attention
 import dsla_hf.graph
-import dsla_kernels.dispatch
 from dsla_hf import LevelProcessor, cache_bytes
 from dsla_hf.cache import DSLACacheLayer, StaticDSLACacheLayer, VisibleStaticLayer
 from dsla_hf.graph import GraphDecoder, PlainRecording
@@ -161,9 +160,10 @@ def test_levels_rise_in_mid_text_and_the_next_text_uses_the_same_graphs(tiny_mod
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_softmax_layers_read_the_cache_as_far_as_it_is_filled(tiny_model, adapter_model, base_kind, recorder, padded, monkeypatch):
+def test_softmax_layers_read_the_cache_as_far_as_it_is_filled(
+    tiny_model, adapter_model, base_kind, recorder, padded, interpreted_kernels, monkeypatch
+):
     """Through the kernel of softmax layers, one recording a level serves texts of every length."""
-    monkeypatch.setattr(dsla_kernels.dispatch, "choice", "triton")
     model = adapter_model(tiny_model(base_kind), level=1)
     options = {"input_ids": IDS, "attention_mask": MASK if padded else torch.ones_like(MASK), "max_new_tokens": 12, "do_sample": False}
     expected = model.generate(**options, level_policy=after_six_tokens)

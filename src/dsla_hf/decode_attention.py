@@ -13,12 +13,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dsla_kernels import softmax_decode
+from dsla_kernels import softmax_decode, uses_triton
 
 ATTENTION_FUNCTION = "dsla_decode"
 
@@ -41,9 +42,15 @@ class CachedTokens:
 _cached: ContextVar[CachedTokens | None] = ContextVar("cached tokens of this step", default=None)
 
 
+def can_attend_where_cached(model: Any) -> bool:
+    """Whether the kernel runs on the device of `model`, and the user has not asked for another attention than SDPA."""
+    head = torch.empty(0, 1, device=model.device, dtype=model.dtype)
+    return model.config._attn_implementation in ("sdpa", ATTENTION_FUNCTION) and uses_triton(head, head)
+
+
 @contextmanager
 def attends_where_cached(model: Any) -> Iterator[None]:
-    """Let `model`, which runs on SDPA, take this module's attention function for the time being."""
+    """Let `model` take this module's attention function for the time being."""
     before = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION_FUNCTION)
     try:

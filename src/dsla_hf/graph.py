@@ -24,7 +24,7 @@ from dsla_kernels import uses_triton
 
 from .adapter import DSLALayer, dsla_layers
 from .cache import DSLACacheLayer, StaticDSLACacheLayer, VisibleStaticLayer, dsla_cache_layer
-from .decode_attention import CachedTokens, attends_where_cached, over_cache
+from .decode_attention import CachedTokens, attends_where_cached, can_attend_where_cached, over_cache
 from .layout import TokenLayout
 from .modeling import DSLAAttentionMixin, decoder_layers
 
@@ -326,10 +326,8 @@ class GraphDecoder:
 
     def _attention(self) -> Any:
         """Softmax layers read caches by the kernel for that, where it runs, and where the user has not asked for another attention."""
-        model = self.causal_lm
-        head = torch.empty(0, 1, device=model.device, dtype=model.dtype)
-        self._own_attention = model.config._attn_implementation == "sdpa" and uses_triton(head, head)
-        return attends_where_cached(model) if self._own_attention else nullcontext()
+        self._own_attention = can_attend_where_cached(self.causal_lm)
+        return attends_where_cached(self.causal_lm) if self._own_attention else nullcontext()
 
     def _space(self, rows: int, length: int, goes_on: bool) -> Workspace:
         """The workspace for so many rows and tokens: the one at hand if it fits, else a new one."""

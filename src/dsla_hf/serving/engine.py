@@ -58,7 +58,7 @@ class EngineOptions:
     max_waiting: int = 256
     max_tokens: int | None = None
     kv_bytes: int | None = None
-    block_size: int = 16
+    block_size: int = 64
     chunk: int = 512
     max_level: int | None = None
     hold: float = 1.0

@@ -21,7 +21,8 @@ Record = Callable[[Callable[[], None], Any], Any]
 
 
 class GraphRunner(ModelRunner):
-    """A recording for each (level, rows, past) in use; rows and past are rounded up to powers of two, so that few are needed.
+    """A recording for each (level, rows, past) in use; rows and past are rounded up to powers of two, so that few are needed. Where
+    attention reads keys and values in their blocks, past is 0.
 
     The first step of a kind runs as it is, which compiles and warms up what it needs; the second is recorded.
 
@@ -41,7 +42,7 @@ class GraphRunner(ModelRunner):
 
     def _run(self, level: int, ids: list[int], lengths: list[int], active: list[bool]) -> Tensor:
         rows = min(_power_of_two(len(ids)), self.memory.num_slots)
-        past = _power_of_two(max(max(lengths), SMALLEST_PAST))
+        past = 0 if self.in_blocks else _power_of_two(max(max(lengths), SMALLEST_PAST))
         rest = rows - len(ids)
         for buffer, values in ((self.ids, ids + [0] * rest), (self.lengths, lengths + [0] * rest), (self.active, active + [False] * rest)):
             buffer[:rows].copy_(torch.tensor(values, dtype=buffer.dtype))

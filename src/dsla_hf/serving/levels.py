@@ -15,7 +15,7 @@ class Levels:
     """The levels of a causal LM.
 
     Attributes:
-        model: what is called.
+        model: what is called. causal_lm: the model of transformers in it.
         order: layers that can be DSLA, least harmful first; level L is the first L of them.
         lowest, highest: levels there are. A hybrid has one, a base alone has level 0.
         exact_fold: whether a running text may be raised without changing it.
@@ -36,7 +36,7 @@ class Levels:
             self.cores = {i: x.self_attn.dsla for i, x in enumerate(layers) if isinstance(x.self_attn, DSLAAttentionMixin)}
             self.order, self.lowest, self.exact_fold = list(self.cores), len(self.cores), True
         self.highest = len(self.order)
-        self._causal_lm = causal_lm
+        self.causal_lm = causal_lm
         attention: Any = layers[0].self_attn
         config = causal_lm.config
         self.kv_heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -52,7 +52,7 @@ class Levels:
     def use(self, level: int) -> None:
         """Run at this level from the next forward on."""
         if self._wrapped:
-            set_level(self._causal_lm, level)
+            set_level(self.causal_lm, level)
 
     def check(self, level: int, name: str) -> int:
         """`level`, if the model has it.

@@ -22,8 +22,9 @@ class Rows:
     slots: a run of slots, so that per-slot tensors are read and written in place.
     active: bool `[B]`, rows that take part; the others are padding, of no effect on their slots.
     lengths: int64 `[B]`, tokens in the cache; 0 where not active.
-    past: L, the longest of them.
+    past: L, the longest of them; 0 where keys and values are read in their blocks.
     fresh: whether nothing has been read yet.
+    in_blocks: whether attention reads keys and values in their blocks, each row to its own end. Otherwise they are copied out.
     """
 
     slots: slice
@@ -31,6 +32,7 @@ class Rows:
     lengths: Tensor
     past: int
     fresh: bool = False
+    in_blocks: bool = False
 
 
 class OutOfBlocks(RuntimeError):
@@ -66,7 +68,8 @@ class BlockPool:
         self.tables = torch.zeros(num_layers, num_slots, self.blocks_for(max_tokens), dtype=torch.long, device=device)
         self._free = list(range(num_blocks, 0, -1))
         self._owned: dict[tuple[int, int], list[int]] = {}  # (layer, slot) -> blocks
-        # Of the call that is open, for each layer: where all tokens of its rows lie `[B, L + T]`, and the new ones `[B, T]`.
+        # Of the call that is open, for each layer: where all tokens of its rows lie `[B, L + T]` (None: attention knows), and the new
+        # ones `[B, T]`.
         self._index: Tensor | None = None
         self._write: Tensor | None = None
 
@@ -108,18 +111,23 @@ class BlockPool:
 
     def open(self, rows: Rows, tokens: int) -> None:
         """The next model call reads `tokens` more of these rows: find their places, once for all layers."""
-        position = (rows.lengths[:, None] - rows.past + torch.arange(rows.past + tokens, device=self.tables.device)).clamp_min(0)
+        past = 0 if rows.in_blocks else rows.past
+        position = (rows.lengths[:, None] - past + torch.arange(past + tokens, device=self.tables.device)).clamp_min(0)
         block = (position // self.block_size).expand(self.tables.shape[0], -1, -1)
-        self._index = self.tables[:, rows.slots].gather(2, block) * self.block_size + position % self.block_size
-        self._write = torch.where(rows.active[:, None], self._index[:, :, rows.past :], 0)
+        index = self.tables[:, rows.slots].gather(2, block) * self.block_size + position % self.block_size
+        self._index = None if rows.in_blocks else index
+        self._write = torch.where(rows.active[:, None], index[:, :, past:], 0)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new keys and values `[B, Hkv, T, D]` behind those of their rows, and return all `[B, Hkv, L + T, D]`.
+        """Write new keys and values `[B, Hkv, T, D]` behind those of their rows, and return all `[B, Hkv, L + T, D]`; for a call that
+        reads them in their blocks the whole pool, `[N + 1, P, Hkv, D]`.
 
         Rows end at the right: what is shorter than L has padding before it, of any content.
         """
-        assert self._index is not None and self._write is not None, "open() comes before a model call"
+        assert self._write is not None, "open() comes before a model call"
         self.keys[self._write[layer]], self.values[self._write[layer]] = k.transpose(1, 2), v.transpose(1, 2)
+        if self._index is None:
+            return self.keys.unflatten(0, (-1, self.block_size)), self.values.unflatten(0, (-1, self.block_size))
         if self._index.shape == self._write.shape:  # nothing came before
             return k, v
         return self.keys[self._index[layer]].transpose(1, 2), self.values[self._index[layer]].transpose(1, 2)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsla_kernels import uses_triton
+
+from ..decode_attention import ATTENTION_FUNCTION, CachedTokens, can_attend_where_cached, over_cache
 from .levels import Levels
 from .pool import Rows
 from .request import Request
@@ -20,6 +23,11 @@ class ModelRunner:
 
     def __init__(self, levels: Levels, memory: SlotMemory):
         self.levels, self.memory = levels, memory
+        pool = memory.pool
+        # Steps then read keys and values where they lie, and need no `past`.
+        self.in_blocks = can_attend_where_cached(levels.causal_lm) and uses_triton(pool.keys, pool.values)
+        if self.in_blocks:
+            levels.causal_lm.set_attn_implementation(ATTENTION_FUNCTION)
 
     @torch.no_grad()
     def prefill(self, request: Request, tokens: int) -> Tensor:
@@ -52,6 +60,11 @@ class ModelRunner:
 
     def _step(self, level: int, ids: Tensor, lengths: Tensor, active: Tensor, past: int) -> Tensor:
         """One token of every row; all inputs `[B]`, `past` at least the longest length. Reads no value on the host."""
+        if self.in_blocks:
+            rows = Rows(slice(0, len(ids)), active, lengths, 0, in_blocks=True)
+            cached = CachedTokens(torch.where(active, lengths + 1, 0), block_tables=self.memory.pool.tables[:, rows.slots])
+            with over_cache(cached):
+                return self._call(level, ids[:, None], rows, active[:, None])
         rows = Rows(slice(0, len(ids)), active, lengths, past)
         # Texts end at the right of the batch, as rows padded at the left do.
         position = torch.arange(past + 1, device=ids.device)
