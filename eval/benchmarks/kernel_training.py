@@ -76,6 +76,12 @@ def make_plot(rows: list[dict[str, Any]]) -> None:
     figure.savefig(IMAGE, dpi=110)
 
 
+def start(layer: str, path: str, given: list[str]) -> subprocess.Popen[str]:
+    kernels, dtype = PATHS[path]
+    command = [sys.executable, __file__, *given, "--run", layer, dtype]
+    return subprocess.Popen(command, env={**os.environ, "DSLA_KERNELS": kernels}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True, help="checkpoint to convert")
@@ -91,15 +97,15 @@ def main(arguments: list[str] | None = None) -> None:
         return
     given = sys.argv[1:] if arguments is None else arguments
     rows = []
-    for layer in LAYERS:
-        for path, (kernels, dtype) in PATHS.items():
-            command = [sys.executable, __file__, *given, "--run", layer, dtype]
-            done = subprocess.run(command, env={**os.environ, "DSLA_KERNELS": kernels}, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(f"{path}, {layer}: {done.stderr[-2000:]}")
-            rows.append({"layer": layer, "path": path, "losses": json.loads(done.stdout.splitlines()[-1])})
-            truth = rows[-1]["losses"]
-            print(layer, path, f"{truth[0]:.4f} to {truth[-1]:.4f}", flush=True)
+    runs = [(layer, path) for layer in LAYERS for path in PATHS]
+    processes = [start(layer, path, given) for layer, path in runs]  # side by side: nothing is timed
+    for (layer, path), process in zip(runs, processes, strict=True):
+        output, errors = process.communicate()
+        if process.returncode:
+            sys.exit(f"{path}, {layer}: {errors[-2000:]}")
+        losses = json.loads(output.splitlines()[-1])
+        rows.append({"layer": layer, "path": path, "losses": losses})
+        print(layer, path, f"{losses[0]:.4f} to {losses[-1]:.4f}", flush=True)
     for row in rows:  # beside the same layer in PyTorch and bf16
         other = next(r["losses"] for r in rows if r["layer"] == row["layer"] and r["path"] == "PyTorch")
         row["mean distance"] = sum(abs(a - b) / b for a, b in zip(row["losses"], other, strict=True)) / len(other)

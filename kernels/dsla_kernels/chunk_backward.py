@@ -528,7 +528,7 @@ def _chunk_backward(
         R=layer.group,
         **sizes,
         C=tiling.tile,
-        num_warps=4,
+        num_warps=8 if sizes["G"] == sizes["K"] else 4,
         num_stages=1,
     )
     pairs = (
