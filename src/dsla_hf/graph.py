@@ -25,6 +25,7 @@ from dsla_kernels import uses_triton
 from .adapter import DSLALayer, dsla_layers
 from .cache import DSLACacheLayer, StaticDSLACacheLayer, VisibleStaticLayer, dsla_cache_layer
 from .decode_attention import CachedTokens, attends_where_cached, can_attend_where_cached, over_cache
+from .fused_steps import can_compile, fused
 from .layout import TokenLayout
 from .modeling import DSLAAttentionMixin, decoder_layers
 
@@ -151,6 +152,7 @@ class GraphDecoder:
         model: a model of transformers, a `PeftModel` with a DSLA adapter, or a hybrid.
         max_length: the longest text, prompt included, to make room for; None: as long as each call asks for.
         keep: hold the keys and values of layers that were raised, so that the next text begins without new captures. False frees them.
+        fuse: compile norms, MLPs and rotations, each into one kernel (`fused_steps`); takes seconds, once for a kind of model.
         record: what records a step; for tests.
 
     Attributes:
@@ -163,6 +165,7 @@ class GraphDecoder:
         *,
         max_length: int | None = None,
         keep: bool = True,
+        fuse: bool = True,
         record: Callable[[Step, Any], Recording] = CudaRecording,
     ):
         self.model, self.max_length, self.keep, self.record = model, max_length, keep, record
@@ -173,6 +176,7 @@ class GraphDecoder:
         self._wrapped = list(dsla_layers(base).values())
         self._pool: Any = None
         self._own_attention = False
+        self._fuse = fuse and record is CudaRecording
         self._seen: Any = None  # what `_converted` was computed from
         self._layers: tuple[int, ...] = ()
 
@@ -329,6 +333,12 @@ class GraphDecoder:
         self._own_attention = can_attend_where_cached(self.causal_lm)
         return attends_where_cached(self.causal_lm) if self._own_attention else nullcontext()
 
+    def _fused(self) -> Any:
+        if self._fuse and not can_compile(self.causal_lm.device):
+            self._fuse = False
+            logger.warning_once("torch.compile does not work here (dsla_hf.fused_steps): steps have more launches, and take longer")
+        return fused(self.causal_lm) if self._fuse else nullcontext()
+
     def _space(self, rows: int, length: int, goes_on: bool) -> Workspace:
         """The workspace for so many rows and tokens: the one at hand if it fits, else a new one."""
         space = self.workspace
@@ -409,7 +419,8 @@ class GraphDecoder:
                 count.add_(1)
 
         if key not in space.recordings:
-            _aside(step, token.device)
+            with self._fused():
+                _aside(step, token.device)
             space.settle(self.keep)  # a layer that was converted in the very first forward
             space.recordings[key] = None
             return
@@ -421,7 +432,8 @@ class GraphDecoder:
     def _record(self, step: Step) -> Recording:
         start = time.perf_counter()
         try:
-            return self.record(step, self._pool)
+            with self._fused():
+                return self.record(step, self._pool)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # e.g. experts that the host chooses
