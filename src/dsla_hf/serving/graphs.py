@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..fused_steps import can_compile, fused
 from .levels import Levels
 from .runner import ModelRunner
 from .slots import SlotMemory
@@ -56,17 +58,23 @@ class GraphRunner(ModelRunner):
         key = (level, rows, past)
         if key in self.recordings and self.recordings[key] is None and self.record is not None:
             try:
-                self.recordings[key] = self.record(step, self._pool)
+                with self._fused():
+                    self.recordings[key] = self.record(step, self._pool)
             except Exception:  # nothing has run yet: go on without
                 logger.exception("a step cannot be recorded: from now on steps run as they are")
                 self.record = None
         recording = self.recordings.setdefault(key, None)
         if recording is None:
-            step()
+            with self._fused() if self.record is not None else nullcontext():
+                step()
         else:
             recording.replay()
         assert self._logits is not None
         return self._logits
+
+    def _fused(self) -> Any:
+        model = self.levels.causal_lm
+        return fused(model) if model.device.type == "cuda" and can_compile(model.device) else nullcontext()
 
 
 def _power_of_two(number: int) -> int:
