@@ -2,9 +2,10 @@
 
     python eval/distillation.py --teacher ../shared/teacher --data ../shared/data --seeds 0 1 2
 
-runs every arm for every seed (about a minute each on one GPU) and writes eval/results/distillation.json, the tables of
-docs/recipe.md and its plots. The data folder holds `distill.txt.xz` (training) and `novels_val.jsonl.xz`, `code_val.jsonl.xz`,
-`peps_val.jsonl.xz` (held out). Interrupted runs go on. `--tables` makes tables and plots again from the result file.
+runs every arm for every seed (about a minute each on one GPU) and writes them into eval/results/distillation.json, beside runs that are
+there already; `eval/recipe_page.py` makes the tables of docs/recipe.md and its plots. The data folder holds `distill.txt.xz` (training)
+and `novels_val.jsonl.xz`, `code_val.jsonl.xz`, `peps_val.jsonl.xz` (held out). Interrupted runs go on. `--tables` makes tables and
+plots again from the result file.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from measures import (
 from needle import make_needles, needle_accuracy, plant_facts, plant_recall
 from peft import get_peft_model
 from released_layer import RELEASED_LAYER, become_released_layer
-from reporting import write_results
+from reporting import RESULTS, write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dsla_hf import DSLAConfig, DualStateAttention, losses, set_level
@@ -187,6 +188,7 @@ def run_arm(name: str, teacher: str, data: Path, output: Path, seed: int) -> dic
     assert order is not None
     about = {"arm": name, "seed": seed, "training_seconds": round(seconds, 1)}
     rows, once = evaluate(model.eval(), tokenizer, data, name, arm)
+    once["layer"] = kernel_path(device)
     ranked = {"order": order.order, "order_metric": order.metric, "order_passes": order.passes, "order_tokens": order.tokens}
     return {"rows": [{**about, **row} for row in rows], "once": {**about, **ranked, **once}}
 
@@ -300,7 +302,24 @@ def main() -> None:
             if process.returncode:
                 raise SystemExit("a run failed; its error is above. Run the same command again to go on")
     results = [json.loads((folder(*run) / "result.json").read_text()) for run in runs if (folder(*run) / "result.json").exists()]
-    write_results("distillation", [row for result in results for row in result["rows"]], runs=[result["once"] for result in results])
+    save(results)
+
+
+def save(results: list[dict[str, Any]]) -> None:
+    """Write the result file; runs that it holds and that were not made now stay in it."""
+    path = RESULTS / "distillation.json"
+    before = json.loads(path.read_text()) if path.exists() else {"runs": [], "rows": []}
+    made = {(result["once"]["arm"], result["once"]["seed"]) for result in results}
+
+    def kept(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [entry for entry in entries if (entry["arm"], entry["seed"]) not in made]
+
+    def place(entry: dict[str, Any]) -> tuple[int, int]:
+        return list(ARMS).index(entry["arm"]), entry["seed"]
+
+    rows = kept(before["rows"]) + [row for result in results for row in result["rows"]]
+    runs = kept(before["runs"]) + [result["once"] for result in results]
+    write_results("distillation", sorted(rows, key=place), runs=sorted(runs, key=place))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from reporting import RESULTS, markdown_table
 PAGE = Path(__file__).parent.parent / "docs" / "recipe.md"
 IMAGES = PAGE.parent / "images"
 LEVELS = (4, 8, 12, 16)
+# Of the arms, those in the plot of quality: our layers and their controls.
+PLOTTED = ("default", "one state", "states beside a window of 256", "chain", "pure", "pure, k and v trained")
 # What the layer's own arms are judged against, and where each layer's error is shown.
 ALIGNMENT_COLUMNS = ["arm", "novels", "code", "recall"]
 
@@ -153,7 +155,7 @@ def make_plots(rows: list[dict], runs: list[dict]) -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
     teacher = over_seeds(rows, "default", 0, "novels")[0]
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
-    for i, arm in enumerate(arms_of(rows)):
+    for i, arm in enumerate(arm for arm in arms_of(rows) if arm in PLOTTED or arm.startswith("window")):
         style = {"marker": "osD^vPX*"[i % 8], "linestyle": ("-", "--", ":", "-.")[i % 4], "label": arm, "alpha": 0.8}
         axes[0].plot(LEVELS, [100 * (mean(over_seeds(rows, arm, level, "novels")) / teacher - 1) for level in LEVELS], **style)
         at_16 = [row["novels_by_position"] for row in rows if row["arm"] == arm and row["level"] == 16]
