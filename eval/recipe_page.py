@@ -163,7 +163,8 @@ def make_plots(rows: list[dict], runs: list[dict]) -> None:
         places = list(base)
         axes[1].plot([int(p) for p in places], [100 * (mean(r[p] for r in at_16) / base[p] - 1) for p in places], **style)
     axes[0].set(xlabel="level (layers converted of 16)", ylabel="perplexity of novels above the teacher's, %", yscale="log", xticks=LEVELS)
-    axes[1].set(xlabel="position in the text, up to", ylabel="the same by position, level 16, %", xscale="log", yscale="log")
+    axes[1].set(xlabel="position in the text, up to", ylabel="the same by position, level 16, %", xscale="log")
+    axes[1].set_yscale("symlog", linthresh=1)
     axes[0].legend(fontsize=7)
     _save(figure, axes, "recipe-quality.png")
 
