@@ -1,7 +1,7 @@
 """Kernels of dual-state linear attention: a plain PyTorch truth and what is fast on each device. Needs torch alone."""
 
 from .checks import SMALLEST_LOG_DECAY, check_lower_bound
-from .dispatch import dual_state_attention, final_state, fused_window_attention, kernel_path, softmax_decode, uses_triton
+from .dispatch import dual_state_attention, final_state, fused_window_attention, gate_logits, kernel_path, softmax_decode, uses_triton
 from .ragged import Rows, rows_from_cu_seqlens, rows_from_mask
 from .reference import block_states, dual_state_window_attention, join_window_and_states, log_decays
 
@@ -14,6 +14,7 @@ __all__ = [
     "dual_state_window_attention",
     "final_state",
     "fused_window_attention",
+    "gate_logits",
     "join_window_and_states",
     "kernel_path",
     "log_decays",

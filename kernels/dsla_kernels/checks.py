@@ -6,6 +6,7 @@ from torch import Tensor
 # A chunk of 64 tokens at this log-decay reaches exp(-80), which fp32 and bf16 still hold; the bound is part of the contract.
 SMALLEST_LOG_DECAY = -1.25
 LARGEST_HEAD = 256  # channels that the Triton kernels take
+LARGEST_RANK = 64  # of the map from values to gates
 
 
 def check_lower_bound(lower_bound: float) -> None:
@@ -140,3 +141,36 @@ def check_softmax_decode_inputs(
     for name, other in (*others, ("mask", mask)):
         if other is not None and other.device != q.device:
             raise ValueError(f"{name} must be on {q.device} as q is, got {other.device}")
+
+
+def check_gate_inputs(
+    v: Tensor,
+    gate_down: Tensor,
+    gate_up: Tensor,
+    gate_bias: Tensor,
+    write_weight: Tensor | None = None,
+    write_bias: Tensor | None = None,
+) -> None:
+    """Raises ValueError that names the argument which does not fit the contract of `gate_logits`."""
+    if v.ndim != 4 or not v.is_floating_point():
+        raise ValueError(f"v must be floating-point [B, T, Hkv, V], got {v.dtype} {list(v.shape)}")
+    kv_heads, value_dim = v.shape[2:]
+    if gate_down.ndim != 3 or gate_down.shape[:2] != (kv_heads, value_dim):
+        raise ValueError(f"gate_down must be [{kv_heads}, {value_dim}, rank] to fit v {list(v.shape)}, got {list(gate_down.shape)}")
+    if gate_bias.ndim != 3 or gate_bias.shape[:2] != (kv_heads, 2):
+        raise ValueError(f"gate_bias must be [{kv_heads}, 2, G] (KV heads, states, decays a state), got {list(gate_bias.shape)}")
+    if (write_weight is None) != (write_bias is None):
+        raise ValueError("write_weight and write_bias must be given together, or neither for a layer without write gates")
+    rank, decays = gate_down.shape[-1], gate_bias.shape[-1]
+    for name, x, shape in (
+        ("gate_down", gate_down, (kv_heads, value_dim, rank)),
+        ("gate_up", gate_up, (kv_heads, rank, 2 * decays)),
+        ("gate_bias", gate_bias, (kv_heads, 2, decays)),
+        ("write_weight", write_weight, (kv_heads, value_dim, 2)),
+        ("write_bias", write_bias, (kv_heads, 2)),
+    ):
+        if x is not None and (x.shape != shape or not x.is_floating_point() or x.device != v.device):
+            raise ValueError(
+                f"{name} must be floating-point {list(shape)} on {v.device}, as v, gate_down and gate_bias have it, "
+                f"got {x.dtype} {list(x.shape)} on {x.device}"
+            )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .checks import LARGEST_HEAD
+from .checks import LARGEST_HEAD, LARGEST_RANK
 
 VARIABLE = "DSLA_KERNELS"
 CHOICES = ("auto", "pytorch", "triton")
@@ -31,15 +31,16 @@ def _obstacle(device_type: str) -> str | None:
     return None
 
 
-def uses_triton(q: Tensor, v: Tensor) -> bool:
-    """Whether the Triton kernels take these heads `[..., D]`. That slow code runs on an accelerator is said once."""
+def uses_triton(q: Tensor, v: Tensor, quiet: bool = False) -> bool:
+    """Whether the Triton kernels take these heads `[..., D]`. That slow code runs on an accelerator is said once, unless `quiet`."""
     if choice != "auto" or q.device.type == "cpu":
         return choice == "triton"
     obstacle, largest = _obstacle(q.device.type), max(q.shape[-1], v.shape[-1])
     if obstacle is None and largest > LARGEST_HEAD:
         obstacle = f"the Triton kernels take heads of up to {LARGEST_HEAD} channels, these have {largest}"
     if obstacle is not None:
-        warnings.warn(f"chunked PyTorch runs on {q.device.type}: {obstacle}", stacklevel=4)  # shown once a place
+        if not quiet:
+            warnings.warn(f"chunked PyTorch runs on {q.device.type}: {obstacle}", stacklevel=4)  # shown once a place
         return False
     return q.dtype in (torch.bfloat16, torch.float16, torch.float32)
 
@@ -53,6 +54,26 @@ def kernel_path(device: torch.device | str) -> str:
         return "chunked PyTorch"
     obstacle = _obstacle(kind)
     return f"chunked PyTorch: {obstacle}" if obstacle else "Triton"
+
+
+def gate_logits(
+    v: Tensor,
+    gate_down: Tensor,
+    gate_up: Tensor,
+    gate_bias: Tensor,
+    write_weight: Tensor | None = None,
+    write_bias: Tensor | None = None,
+    *,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Raw gates and raw write gates from values, see `reference.gate_logits`, which runs for fp64 and for ranks above 64 everywhere.
+    Quiet: the attention that reads the gates says where slow code runs."""
+    weights = (gate_down, gate_up, gate_bias, write_weight, write_bias)
+    if v.dtype != torch.float64 and gate_down.shape[-1] <= LARGEST_RANK and uses_triton(v, v, quiet=True):
+        from . import gates
+
+        return gates.gate_logits(v, *weights, norm_eps=norm_eps)
+    return reference.gate_logits(v, *weights, norm_eps=norm_eps)
 
 
 def dual_state_attention(q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor, mix: Tensor, **options) -> tuple[Tensor, Tensor | None]:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_inputs, check_softmax_decode_inputs, check_window_inputs
+from .checks import check_gate_inputs, check_inputs, check_softmax_decode_inputs, check_window_inputs
 from .ragged import Rows, rows_from_cu_seqlens
 
 CHUNK_SIZE = 64
@@ -32,6 +32,47 @@ def log_decays(gate_logits: Tensor, key_dim: int, gate_normalizer: float = 16.0,
     logits = gate_logits if gate_logits.dtype == torch.float64 else gate_logits.float()
     log_decay = (F.logsigmoid(logits) / gate_normalizer).clamp_min(lower_bound)
     return log_decay if log_decay.shape[-1] == key_dim else torch.cat([log_decay, log_decay], dim=-1)
+
+
+def gate_logits(
+    v: Tensor,
+    gate_down: Tensor,
+    gate_up: Tensor,
+    gate_bias: Tensor,
+    write_weight: Tensor | None = None,
+    write_bias: Tensor | None = None,
+    *,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Raw gates and raw write gates of every KV head, from its value vectors.
+
+        n            = v / sqrt(mean(v²) + norm_eps)
+        gate_logits  = n gate_down gate_up + gate_bias
+        write_logits = n write_weight + write_bias
+
+    Args:
+        v: values `[B, T, Hkv, V]`.
+        gate_down: `[Hkv, V, rank]`.
+        gate_up: `[Hkv, rank, 2 G]`, the gates of the history state before those of the recency state.
+        gate_bias: `[Hkv, 2, G]`.
+        write_weight, write_bias: `[Hkv, V, 2]` and `[Hkv, 2]`; None for a layer without write gates.
+        norm_eps: keeps the norm of a value vector of zeros finite.
+
+    Returns:
+        gate_logits `[B, T, Hkv, 2, G]`, and write_logits `[B, T, Hkv, 2]` or None; fp32 (fp64 for fp64 values), as all sums are.
+
+    Raises:
+        ValueError: names the argument whose shape, dtype or device does not fit.
+    """
+    check_gate_inputs(v, gate_down, gate_up, gate_bias, write_weight, write_bias)
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    # Normalised: value vectors differ in size between layers, their direction is what the gate should read.
+    v = F.rms_norm(v.to(dtype), v.shape[-1:], eps=norm_eps)
+    logits = torch.einsum("bthv,hvr,hrg->bthg", v, gate_down.to(dtype), gate_up.to(dtype))
+    logits = logits.unflatten(-1, (2, -1)) + gate_bias.to(dtype)
+    if write_weight is None or write_bias is None:
+        return logits, None
+    return logits, torch.einsum("bthv,hvi->bthi", v, write_weight.to(dtype)) + write_bias.to(dtype)
 
 
 def dual_state_attention_recurrent(

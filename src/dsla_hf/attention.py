@@ -16,6 +16,7 @@ from dsla_kernels import (
     dual_state_attention,
     final_state,
     fused_window_attention,
+    gate_logits,
     join_window_and_states,
     log_decays,
     rows_from_cu_seqlens,
@@ -201,14 +202,8 @@ class DualStateAttention(nn.Module):
     def gate_logits(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
         """Raw gates `[B, T, Hkv, 2, K/2]` and raw write gates `[B, T, Hkv, 2]` (or None), fp32 (fp64 for fp64 inputs), from
         values `[B, T, Hkv, V]`."""
-        dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-        # Normalised: value vectors differ in size between layers, their direction is what the gate should read.
-        v = F.rms_norm(v.to(dtype), (self.value_dim,), eps=NORM_EPS)
-        logits = torch.einsum("bthv,hvr,hrg->bthg", v, self.gate_down.to(dtype), self.gate_up.to(dtype))
-        logits = logits.unflatten(-1, (2, -1)) + self.gate_bias.to(dtype)
-        if not self.write_gate:
-            return logits, None
-        return logits, torch.einsum("bthv,hvi->bthi", v, self.write_weight.to(dtype)) + self.write_bias.to(dtype)
+        write = (self.write_weight, self.write_bias) if self.write_gate else ()
+        return gate_logits(v, self.gate_down, self.gate_up, self.gate_bias, *write, norm_eps=NORM_EPS)
 
     def mix(self) -> Tensor:
         """Weights of the two states `[Hq, 2]`, fp32 (fp64 for fp64 parameters)."""
