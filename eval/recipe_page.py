@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import re
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from reporting import RESULTS, markdown_table
+from reporting import RESULTS, fill_page, markdown_table
 
 PAGE = Path(__file__).parent.parent / "docs" / "recipe.md"
 IMAGES = PAGE.parent / "images"
@@ -218,15 +216,7 @@ def make_page() -> None:
         "correlations": correlations_table(runs),
         "alignment": alignment_table(load("distillation-layers")["rows"]),
     }
-    page = PAGE.read_text()
-    for name, table in tables.items():
-        mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if len(mark.findall(page)) != 1:
-            raise ValueError(f"{PAGE} must hold one place for the table {name!r}")
-        page = mark.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", page)
-    partial = PAGE.with_suffix(".partial")
-    partial.write_text(page)
-    os.replace(partial, PAGE)
+    fill_page(PAGE, tables)
     make_plots(rows, runs)
 
 

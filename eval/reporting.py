@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +34,23 @@ def write_results(name: str, rows: list[dict[str, Any]], command: str | None = N
     partial.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(partial, path)
     return path
+
+
+def fill_page(page: Path, parts: dict[str, str]) -> None:
+    """Put each part between its marks in a Markdown page, `<!-- NAME -->` and `<!-- end -->`; all of them or none.
+
+    Raises:
+        ValueError: if the page does not have a mark exactly once.
+    """
+    text = page.read_text()
+    for name, content in parts.items():
+        mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if len(mark.findall(text)) != 1:
+            raise ValueError(f"{page} must hold one place for {name!r}: <!-- {name} --> and <!-- end -->")
+        text = mark.sub(lambda found, content=content: f"{found[1]}{content}\n{found[2]}", text)  # type: ignore[misc]
+    partial = page.with_suffix(".partial")
+    partial.write_text(text)
+    os.replace(partial, page)
 
 
 def markdown_table(rows: list[dict[str, Any]], columns: list[str]) -> str:

@@ -6,8 +6,6 @@ the share of the floor that the 8B shape reached in a row of eval/results/scale.
 
 from __future__ import annotations
 
-import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from operations import (
     logits_operations,
     trained_weights,
 )
-from reporting import markdown_table
+from reporting import fill_page, markdown_table
 
 PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
 BF16, FP32, ADAM = 2, 4, 8  # bytes of a weight, and of Adam's two moments of it
@@ -153,15 +151,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def write_page(rows: list[dict[str, Any]], bandwidth: float, page: Path = PAGE) -> str:
     """Fill the tables of docs/scale.md, draw its plot if there are rows, and return the plan."""
     planned = markdown_table(plan(rows, bandwidth), ["what", "value"])
-    text = page.read_text()
     measured = measured_table(rows)
     if rows:
         draw(rows, page.parent / "images" / "scale.png")
         measured += "\n\n![speed, share of the floor and memory](images/scale.png)"
-    for mark, content in (("measured", measured), ("plan", planned)):
-        pattern = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text = pattern.sub(lambda found, content=content: f"{found[1]}{content}\n{found[2]}", text)  # type: ignore[misc]
-    partial = page.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, page)
+    fill_page(page, {"measured": measured, "plan": planned})
     return planned
