@@ -339,8 +339,8 @@ def networks(model: str, adapter: str | None, levels: list[str] | None, dtype: s
         if adapter is not None or levels:
             raise ValueError(f"{model} is a hybrid of one level: leave adapter and levels out")
         base = AutoConfig.for_model(config.base_model_type, **{k: v for k, v in config.to_dict().items() if k not in _NOT_SHAPE})
-        yield _ready(random_model(base, config.dtype or torch.float32, where), where), 0
-        hybrid = _ready(load_model(model, dtype), where)
+        yield ready(random_model(base, config.dtype or torch.float32, where), where), 0
+        hybrid = ready(load_model(model, dtype), where)
         yield hybrid, hybrid.get_level()
         return
     plan = DSLAConfig(task_type="CAUSAL_LM") if adapter is None else read_adapter_config(adapter)
@@ -350,7 +350,7 @@ def networks(model: str, adapter: str | None, levels: list[str] | None, dtype: s
         network = random_model(config, kinds[dtype], where)
     else:
         network = load_model(model, dtype)
-    network = _ready(network, where)
+    network = ready(network, where)
     yield network, 0
     if not wanted:
         return
@@ -361,7 +361,7 @@ def networks(model: str, adapter: str | None, levels: list[str] | None, dtype: s
         del network
         _collect()
         network = load_adapter(model, adapter, dtype)
-    network = _ready(network, where)
+    network = ready(network, where)
     for level in wanted:
         network.set_level(level)
         yield network, level
@@ -384,7 +384,7 @@ def random_model(config: Any, dtype: torch.dtype, where: torch.device) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def _ready(network: Any, where: torch.device) -> Any:
+def ready(network: Any, where: torch.device) -> Any:
     """On its device, and with texts that end only when they are long enough."""
     network = network.to(where).eval()
     network.generation_config.eos_token_id = None
