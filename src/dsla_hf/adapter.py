@@ -31,6 +31,8 @@ from .modeling import (
     layer_bytes,
     new_dual_state_attention,
 )
+from .sharding import whole
+from .tensor_parallel import MERGE_FIRST, check_heads, cut_adapter_core, cut_adapter_linear, cuts_heads, is_tensor_parallel
 
 
 class AdapterLinear(nn.Linear):
@@ -127,14 +129,17 @@ class DSLALayer(nn.Module, BaseTunerLayer):
         view.training = self.training
         return view
 
-    def update_layer(self, adapter_name: str, config: DSLAConfig, inference_mode: bool = False) -> None:
-        """Add the weights of an adapter: projections copied from the base, the rest new."""
+    def update_layer(self, adapter_name: str, config: DSLAConfig, inference_mode: bool = False, model: Any = None, key: str = "") -> None:
+        """Add the weights of an adapter: projections copied from the base, the rest new. Both are cut as the model is in which this
+        layer has the name `key`."""
         if adapter_name in self.configs:
             return
         self.configs[adapter_name] = config
-        self.dsla_core[adapter_name] = new_dual_state_attention(self.base_layer, config)
+        core = self.dsla_core[adapter_name] = new_dual_state_attention(self.base_layer, config)
+        cut_adapter_core(model, core)
         for name in config.trained_projections:
-            getattr(self, f"dsla_{name}")[adapter_name] = _copy_linear(*projection(self.base_layer, name))
+            linear = getattr(self, f"dsla_{name}")[adapter_name] = _copy_linear(*projection(self.base_layer, name))
+            cut_adapter_linear(model, linear, f"{key}.{fused_into(self.base_layer, name)[0]}")
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters or [adapter_name], inference_mode=inference_mode)
 
@@ -291,7 +296,7 @@ class DSLAModel(BaseTuner):
         self, peft_config: DSLAConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str
     ) -> None:
         layer = target if isinstance(target, DSLALayer) else DSLALayer(target)
-        layer.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
+        layer.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode, model=self.model, key=current_key)
         if layer is not target:
             layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
             self._replace_module(parent, target_name, layer, target)
@@ -327,6 +332,8 @@ class DSLAModel(BaseTuner):
             _check_finite(model)
         hybrid_class = None
         if config is not None and config.level:
+            if is_tensor_parallel(model):
+                raise ValueError(f"each process holds a part of base and adapter, which are merged whole: {MERGE_FIRST}")
             if getattr(model, "hf_quantizer", None) is not None:
                 raise ValueError(
                     "the base is quantised, and a hybrid is made of weights in full precision: load the base without "
@@ -419,7 +426,7 @@ def _copy_linear(linear: nn.Linear, rows: slice) -> AdapterLinear:
         copy = AdapterLinear(linear.in_features, size, bias=linear.bias is not None, dtype=weight.dtype, device=device)
         if copy.weight.device.type != "meta":
             values = {"weight": weight} if linear.bias is None else {"weight": weight, "bias": linear.bias}
-            copy.load_state_dict({name: value.detach()[rows] for name, value in values.items()})
+            copy.load_state_dict({name: whole(value.detach())[rows] for name, value in values.items()})
     return copy
 
 
@@ -461,6 +468,8 @@ def _check_base(model: Any) -> None:
             "the base has layers on disk, over which PEFT cannot load an adapter that wraps whole attention modules: load the base in "
             "memory, or save a hybrid (merge_and_unload) and load that with the same device_map"
         )
+    if cuts_heads(model):
+        check_heads(getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads, model.tp_size)
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and not isinstance(module, DSLALayer):
             raise ValueError(
@@ -515,7 +524,7 @@ def _fingerprint(config: DSLAConfig, model: nn.Module) -> dict[str, float] | Non
             weight = getattr(linear, "weight", None)
             if weight is None or not weight.is_floating_point() or weight.device.type == "meta":
                 return None
-            prints[f"layers.{index}.{name}"] = float(f"{weight.detach()[rows].float().abs().mean().item():.8g}")
+            prints[f"layers.{index}.{name}"] = float(f"{whole(weight.detach())[rows].float().abs().mean().item():.8g}")
     return prints
 
 

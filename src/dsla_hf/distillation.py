@@ -41,6 +41,7 @@ from .sharding import (
     whole_optimizer_state,
     with_whole_weights,
 )
+from .tensor_parallel import is_tensor_parallel
 
 logger = logging.get_logger(__name__)
 
@@ -159,7 +160,7 @@ class DSLATrainer(Trainer):
     are logged.
 
     Raises:
-        ValueError: if the model has no DSLA adapter, or FSDP is set up in another way than examples/configs/fsdp2.yaml has it.
+        ValueError: if the model has no DSLA adapter, was loaded with a tp_plan, or FSDP is set up in another way than examples/configs/fsdp2.yaml has it.
         FloatingPointError: while training, if a loss is not finite; names the layer. No weight was changed by that step.
         OSError: while training, if a checkpoint cannot be written; names the last one that is whole.
 
@@ -172,6 +173,11 @@ class DSLATrainer(Trainer):
     def __init__(self, model: PeftModel, args: DSLATrainingArguments, **kwargs: Any):
         if not isinstance(getattr(model, "base_model", None), DSLAModel):
             raise ValueError("DSLATrainer trains a DSLA adapter: give it get_peft_model(model, DSLAConfig(...))")
+        if is_tensor_parallel(model):
+            raise ValueError(
+                "training under tensor parallelism is not supported: load the base without tp_plan, and train with FSDP2 "
+                "(examples/configs/fsdp2.yaml) if it does not fit on one device"
+            )
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()

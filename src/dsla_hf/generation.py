@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from .cache import with_recording_cache
 from .policies import Policy, Stats, as_policy
+from .tensor_parallel import agreed_level
 
 logger = logging.get_logger(__name__)
 
@@ -130,7 +131,7 @@ class LevelProcessor(StoppingCriteria):
         wanted = self.policy(stats)
         if not isinstance(wanted, int) or not 0 <= wanted <= stats.max_level:
             raise ValueError(f"the policy {self.policy!r} asked for level {wanted!r}; the plan has 0 to {stats.max_level}")
-        wanted = max(wanted, stats.min_level)
+        wanted = agreed_level(self.model, max(wanted, stats.min_level))
         if wanted > stats.level or (may_fall and wanted < stats.level):
             self.model.set_level(wanted)
             self._changed = (self.clock(), tokens)

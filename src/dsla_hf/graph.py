@@ -28,6 +28,7 @@ from .decode_attention import CachedTokens, attends_where_cached, can_attend_whe
 from .fused_steps import can_compile, fused
 from .layout import TokenLayout
 from .modeling import DSLAAttentionMixin, decoder_layers
+from .tensor_parallel import is_tensor_parallel
 
 logger = logging.get_logger(__name__)
 
@@ -188,6 +189,8 @@ class GraphDecoder:
         config = model.config.get_text_config(decoder=True)
         if self.record is CudaRecording and model.device.type != "cuda":
             return f"CUDA graphs need a CUDA device, and this model is on {model.device.type}"
+        if is_tensor_parallel(model):
+            return "tensor parallel: processes exchange activations in every layer"
         places = set(map(str, getattr(model, "hf_device_map", {}).values()))
         if len(places) > 1 or places & {"cpu", "disk"}:
             return f"the model is spread over {sorted(places)}; a graph needs all weights on one GPU"

@@ -39,6 +39,7 @@ from .configuration import DSLAConfig, check_order
 from .generation import generate_with_levels
 from .layout import TokenLayout, install_layout_hook, read_layout
 from .saving import push_saved, save_hybrid
+from .tensor_parallel import DSLA, HEADS, hybrid_plan
 
 ATTENTION_FUNCTION = "dsla"
 
@@ -74,6 +75,11 @@ def dsla_attention_function(
     """The attention function of converted layers, in transformers' interface: q, k, v `[B, H, T, D]`, output `[B, T, H, D]`."""
     layout = dsla_layout or TokenLayout()
     dsla: Any = module.dsla
+    if key.shape[1] != dsla.num_kv_heads:
+        raise ValueError(
+            f"this process has the keys of {key.shape[1]} heads and the DSLA weights of {dsla.num_kv_heads}: a tp_plan of your own that "
+            f"cuts the projections must cut these, too: {{'model.{DSLA}': '{HEADS}'}}; tp_plan=\"auto\" does"
+        )
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     padding_mask = layout.new_mask(0 if dsla_layer is None else dsla_layer.tokens, q.shape[1])
     o, state = dsla(
@@ -353,6 +359,7 @@ def hybrid_classes(base_model_type: str) -> tuple[type[PreTrainedConfig], type[P
     base_config = CONFIG_MAPPING[base_model_type]
     base_model = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
     names = {"model_type": "dsla", "base_model_type": base_model_type, "__module__": __name__, "__annotations__": {}}
+    names["base_model_tp_plan"] = hybrid_plan(base_config.base_model_tp_plan)
     config_class: Any = type(f"DSLA{base_config.__name__}", (DSLAHybridConfig, base_config), names)
     names = {"config_class": config_class, "base_model_class": base_model, "__module__": __name__}
     model_class: Any = type(f"DSLA{base_model.__name__}", (DSLAHybridMixin, base_model), names)

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from huggingface_hub import HfApi
 from peft import PeftModel
 
 from .cards import adapter_card, hybrid_card
 from .configuration import DSLAConfig, same_magnitude
 from .peft_type import DSLA
+from .tensor_parallel import is_tensor_parallel, wait_for_first
 
 SHIM_NAME = "modeling_dsla_hf"
 SHIM = '''"""Lets transformers load this checkpoint with trust_remote_code=True. Needs the package: pip install dsla-hf."""
@@ -44,11 +46,16 @@ def save_hybrid(model: Any, save: Callable[..., None], save_directory: Any, *arg
     _check_hybrid_directory(directory, model.config)
     push_to_hub = kwargs.pop("push_to_hub", False)
     model.config.auto_map = AUTO_MAP
+    if is_tensor_parallel(model) and dist.get_rank():  # hands its part to the first process, which writes
+        with tempfile.TemporaryDirectory() as unused:
+            save(unused, *args, **kwargs)
+        return wait_for_first(model)
     if kwargs.get("is_main_process", args[0] if args else True):
         with written_whole(directory, WEIGHT_FILES) as temporary:
             save(temporary, *args, **kwargs)
             (temporary / f"{SHIM_NAME}.py").write_text(SHIM)
             (temporary / "README.md").write_text(hybrid_card(model.config, dsla_config))
+    wait_for_first(model)
     if push_to_hub:
         options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         push_folder(directory, kwargs.get("repo_id") or directory.name, **options)
@@ -59,6 +66,8 @@ def push_saved(model: Any, repo_id: str, **options: Any) -> Any:
 
     Options: `commit_message`, `private`, `token`, `revision`, `create_pr`; others go to `save_pretrained`.
     """
+    if is_tensor_parallel(model):
+        raise ValueError("the model is shared among processes: save_pretrained it, and upload the folder from one of them")
     hub_options = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, **{name: value for name, value in options.items() if value is not None})
@@ -163,6 +172,11 @@ def _wrap_save_pretrained(original: Callable[..., None]) -> Callable[..., None]:
         configs = {name: c for name, c in self.peft_config.items() if isinstance(c, DSLAConfig) and name in selected}
         if not configs:
             return original(self, save_directory, *args, **kwargs)
+        if is_tensor_parallel(self):
+            raise ValueError(
+                "each process holds a part of this adapter, and nothing of it was trained: copy the folder that it was loaded from, or "
+                "load base and adapter without tp_plan"
+            )
         if not kwargs.get("safe_serialization", args[0] if args else True):
             raise ValueError("DSLA adapters are saved as safetensors only: leave safe_serialization out")
         directory = Path(save_directory)
