@@ -31,16 +31,15 @@ def _obstacle(device_type: str) -> str | None:
     return None
 
 
-def uses_triton(q: Tensor, v: Tensor, quiet: bool = False) -> bool:
-    """Whether the Triton kernels take these heads `[..., D]`. That slow code runs on an accelerator is said once, unless `quiet`."""
+def uses_triton(q: Tensor, v: Tensor) -> bool:
+    """Whether the Triton kernels take these heads `[..., D]`. That slow code runs on an accelerator is said once."""
     if choice != "auto" or q.device.type == "cpu":
         return choice == "triton"
     obstacle, largest = _obstacle(q.device.type), max(q.shape[-1], v.shape[-1])
     if obstacle is None and largest > LARGEST_HEAD:
         obstacle = f"the Triton kernels take heads of up to {LARGEST_HEAD} channels, these have {largest}"
     if obstacle is not None:
-        if not quiet:
-            warnings.warn(f"chunked PyTorch runs on {q.device.type}: {obstacle}", stacklevel=4)  # shown once a place
+        warnings.warn(f"chunked PyTorch runs on {q.device.type}: {obstacle}", stacklevel=4)  # shown once a place
         return False
     return q.dtype in (torch.bfloat16, torch.float16, torch.float32)
 
@@ -67,9 +66,9 @@ def gate_logits(
     norm_eps: float,
 ) -> tuple[Tensor, Tensor | None]:
     """Raw gates and raw write gates from values, see `reference.gate_logits`, which runs for fp64 and for ranks above 64 everywhere.
-    Quiet: the attention that reads the gates says where slow code runs."""
+    The kernel has not run on a GPU yet: until it has, it runs where DSLA_KERNELS=triton asks for it."""
     weights = (gate_down, gate_up, gate_bias, write_weight, write_bias)
-    if v.dtype != torch.float64 and gate_down.shape[-1] <= LARGEST_RANK and uses_triton(v, v, quiet=True):
+    if choice == "triton" and v.dtype != torch.float64 and gate_down.shape[-1] <= LARGEST_RANK:
         from . import gates
 
         return gates.gate_logits(v, *weights, norm_eps=norm_eps)
