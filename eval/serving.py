@@ -222,7 +222,7 @@ def begin_anew(engine: Engine, policy: Policy, highest: int) -> None:
         time.sleep(0.01)
     options = engine.options
     engine.control = LevelControl(policy, lowest=0, highest=highest, hold=options.hold, cool_down=options.cool_down, clock=engine.clock)
-    for times in (engine._first_tokens, engine._token_times):
+    for times in (engine.first_tokens, engine.token_times):
         times.clear()
     engine.chunk = options.chunk
 

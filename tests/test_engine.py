@@ -10,6 +10,7 @@ from peft import get_peft_model
 from dsla_hf import DSLAConfig, Load
 from dsla_hf.graph import PlainRecording
 from dsla_hf.serving.engine import Draining, Engine, EngineOptions, ShedForMemory
+from dsla_hf.serving.recent import RecentMean
 from dsla_hf.serving.request import Sampling
 from dsla_hf.serving.scheduler import QueueFull
 
@@ -442,6 +443,40 @@ def test_an_error_in_a_step_ends_its_batch_and_nothing_else(tuned, monkeypatch):
     run(engine)
     assert after.tokens == alone(tuned, [3, 4], 5, 1)
     assert_empty(engine)
+
+
+def test_chunks_grow_again_after_a_lack_of_memory(tuned, monkeypatch):
+    clock = Clock()
+    engine = Engine(tuned, 0, options(chunk=64), clock=clock)
+    real, failures = engine.runner.prefill, [2]
+
+    def fail_twice(*args):
+        if failures[0]:
+            failures[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args)
+
+    monkeypatch.setattr(engine.runner, "prefill", fail_twice)
+    ask(engine, [([5, 6], 3)] * 3)
+    run(engine)
+    assert engine.chunk == 16
+    for wait, chunk in ((59, 16), (1, 32), (59, 32), (1, 64), (1000, 64)):
+        clock.now += wait
+        engine.step()
+        assert engine.chunk == chunk
+
+
+def test_a_recent_mean_forgets():
+    times = RecentMean(10.0, most=3)
+    assert times.mean(0) is None
+    for when, value in ((0, 1.0), (5, 2.0), (6, 6.0)):
+        times.add(when, value)
+    assert times.mean(10) == 3.0
+    assert times.mean(11) == 4.0  # the first is older than ten seconds
+    times.add(11, 1.0)
+    times.add(11, 2.0)
+    assert times.mean(11) == 3.0  # of the last three
+    assert times.mean(22) is None
 
 
 @pytest.mark.parametrize("call", ["prefill", "decode"])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from ..policies import FixedLevel, Policy, Stats, as_policy
 from .control import LevelControl
 from .graphs import GraphRunner, Record
 from .levels import Levels
+from .recent import RecentMean
 from .request import Event, Request, Sampling, draw
 from .runner import ModelRunner
 from .scheduler import QueueFull, Scheduler
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 MEASURED_SECONDS, MEASURED = 10.0, 2048
 IDLE_SECONDS = 0.25  # how often an idle engine asks for the level
 MIN_CHUNK = 16
+CHUNK_RECOVERY_SECONDS = 60.0  # after a lack of memory, until chunks are twice as long again
 
 
 class Draining(RuntimeError):
@@ -129,8 +130,8 @@ class Engine:
         self.finished: dict[str, int] = {"stop": 0, "length": 0, "cancelled": 0, "error": 0}
         self.generated_tokens = self.read_tokens = 0
         self.tokens_at_level = [0] * (highest + 1)  # generated, by the level they were generated at
-        self._first_tokens: deque[tuple[float, float]] = deque(maxlen=MEASURED)  # (when, seconds)
-        self._token_times: deque[tuple[float, float]] = deque(maxlen=MEASURED)
+        self.first_tokens, self.token_times = (RecentMean(MEASURED_SECONDS, MEASURED) for _ in range(2))
+        self._chunk_changed = 0.0
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)
         self._inbox: list[Request] = []
@@ -240,8 +241,8 @@ class Engine:
             "waiting_tokens": sum(len(request.prompt) for request in list(self.scheduler.waiting)),
             "free_blocks": pool.free_blocks,
             "blocks": pool.num_blocks,
-            "seconds_to_first_token": self._recent(self._first_tokens),
-            "seconds_per_token": self._recent(self._token_times),
+            "seconds_to_first_token": self.first_tokens.mean(self.clock()),
+            "seconds_per_token": self.token_times.mean(self.clock()),
             "read_tokens": self.read_tokens,
             "generated_tokens": self.generated_tokens,
             "tokens_at_level": list(self.tokens_at_level),
@@ -278,7 +279,7 @@ class Engine:
         now, levels = self.clock(), self.levels
         # Averages come late when nothing moves: who waits for a first token counts with what it has waited.
         first = [now - request.arrived for request in here if request.first_token is None]
-        if (recent := self._recent(self._first_tokens)) is not None:
+        if (recent := self.first_tokens.mean(self.clock())) is not None:
             first.append(recent)
         return Stats(
             prompt_tokens=max((len(request.prompt) for request in here), default=0),
@@ -287,7 +288,7 @@ class Engine:
             level=self.control.level,
             min_level=self.control.lowest,
             softmax_bytes_per_token=2 * levels.kv_heads * levels.head_dim * levels.dtype.itemsize,
-            seconds_per_token=self._recent(self._token_times),
+            seconds_per_token=self.token_times.mean(self.clock()),
             seconds_since_change=now - self.control.changed,
             queue_depth=len(waiting),
             longest_waiting_prompt=max((len(request.prompt) for request in waiting), default=0),
@@ -371,6 +372,8 @@ class Engine:
 
     def _read_prompts(self) -> bool:
         """Read up to a chunk of prompt tokens, oldest requests first, so that running texts wait for no more than that."""
+        if self.chunk < self.options.chunk and self.clock() - self._chunk_changed >= CHUNK_RECOVERY_SECONDS:
+            self._set_chunk(self.chunk * 2)
         budget = self.chunk
         for request in self.scheduler.to_read():
             if budget == 0:
@@ -406,9 +409,9 @@ class Engine:
         now = self.clock()
         if request.first_token is None:
             request.first_token = now
-            self._first_tokens.append((now, now - request.arrived))
+            self.first_tokens.add(now, now - request.arrived)
         else:
-            self._token_times.append((now, now - request.last_token))
+            self.token_times.add(now, now - request.last_token)
         request.last_token = now
         if token in self.eos_tokens and not request.sampling.ignore_eos:
             self._end(request, "stop")
@@ -426,7 +429,7 @@ class Engine:
         """A model call went wrong. What it had begun to write is worthless: texts begin anew, or end.
 
         After any error but a lack of memory they end. Without memory the newest is given up, the level rises if it can, and prompts
-        are read in smaller pieces from then on.
+        are read in smaller pieces, which grow again in time.
         """
         if not out_of_memory(error):
             logger.error("a step with %d requests failed", len(requests), exc_info=error)
@@ -435,7 +438,7 @@ class Engine:
             return
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self.chunk = max(self.chunk // 2, MIN_CHUNK)
+        self._set_chunk(self.chunk // 2)
         newest = max(requests, key=lambda request: request.number)
         logger.warning("out of memory with %d requests: request %d is given up", len(requests), newest.number)
         for request in requests:
@@ -443,6 +446,10 @@ class Engine:
         self._end(newest, error=ShedForMemory("memory does not suffice for this request now: try again later, or with fewer tokens"))
         if self.control.level < self.control.highest and self.old_level is None:
             self._change_level(self.control.level + 1, "out of memory")
+
+    def _set_chunk(self, tokens: int) -> None:
+        self.chunk = min(max(tokens, MIN_CHUNK), self.options.chunk)
+        self._chunk_changed = self.clock()
 
     def _end(self, request: Request, finish: str | None = None, error: Exception | None = None) -> None:
         """A request is over: its slot and blocks are free at once."""
@@ -478,9 +485,3 @@ class Engine:
         if blocks < 1:
             raise ValueError(f"kv_bytes {room} hold no block of {bytes_per_block} bytes: give more memory for keys and values")
         return blocks
-
-    def _recent(self, times: deque[tuple[float, float]]) -> float | None:
-        """The average of the last seconds, None if nothing was measured in them."""
-        oldest = self.clock() - MEASURED_SECONDS
-        kept = [seconds for when, seconds in list(times) if when >= oldest]
-        return sum(kept) / len(kept) if kept else None

@@ -119,9 +119,10 @@ async def _send_all(trace: list[TracedRequest], options: ReplayOptions) -> tuple
     limits, timeout = httpx.Limits(max_connections=None), httpx.Timeout(None, connect=30)
     async with httpx.AsyncClient(base_url=options.url.rstrip("/"), headers=headers, limits=limits, timeout=timeout) as client:
         model = options.model or await _first_model(client)
+        prompts = [_prompt(request, n, options) for n, request in enumerate(trace)]  # before the clock runs: drawing takes time
         start, looks = time.perf_counter(), list[dict[str, Any]]()
         looking = asyncio.create_task(_look_on(client, start, looks))
-        outcomes = await asyncio.gather(*(_send(client, request, n, model, start, options) for n, request in enumerate(trace)))
+        outcomes = await asyncio.gather(*(_send(client, *sent, model, start, options) for sent in zip(trace, prompts, strict=True)))
         looking.cancel()
         if looks and (last := await _look(client, start)) is not None:
             looks.append(last)
@@ -153,11 +154,14 @@ async def _look_on(client: httpx.AsyncClient, start: float, looks: list[dict[str
         await asyncio.sleep(LOOK_SECONDS)
 
 
-async def _send(
-    client: httpx.AsyncClient, request: TracedRequest, number: int, model: str, start: float, options: ReplayOptions
-) -> Outcome:
+def _prompt(request: TracedRequest, number: int, options: ReplayOptions) -> list[int]:
     draws = random.Random(options.seed * 1_000_003 + number)
-    prompt = [draws.randrange(options.vocab) for _ in range(request.prompt)]
+    return [draws.randrange(options.vocab) for _ in range(request.prompt)]
+
+
+async def _send(
+    client: httpx.AsyncClient, request: TracedRequest, prompt: list[int], model: str, start: float, options: ReplayOptions
+) -> Outcome:
     body: dict[str, Any] = {"model": model, "prompt": prompt, "max_tokens": request.generated, "temperature": 0, "stream": True}
     body["stream_options"] = {"include_usage": True}
     if options.forced_lengths:
