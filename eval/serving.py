@@ -58,7 +58,7 @@ from dsla_hf.serving.control import LevelControl
 from dsla_hf.serving.engine import Engine, EngineOptions
 from dsla_hf.serving.graphs import GraphRunner
 from dsla_hf.serving.replay import Outcome, ReplayOptions, percentile, replay, summarize, tokens_at_level
-from dsla_hf.serving.request import Event, Request, Sampling
+from dsla_hf.serving.request import Event, Sampling
 from dsla_hf.serving.scheduler import QueueFull
 from dsla_hf.serving.trace import COLUMNS, TracedRequest, drawn_to_mix, read_trace, scaled
 
@@ -244,13 +244,7 @@ def warm_up(engine: Engine, highest: int, step: int) -> None:
 
     for level, then in ((0, 0), (highest, highest), (0, highest)):
         read(level, then)
-    rows = sorted({min(1 << power, engine.options.slots) for power in range(engine.options.slots.bit_length() + 1)})
-    for level in tqdm(sorted({*range(0, highest, step), highest}), desc="warm-up", leave=False, disable=None):
-        for count in rows:
-            # A text in the last slot, whose keys and values go to the block that is nobody's.
-            text = Request([0], 1, Sampling(), lambda event: None, 0.0, tokens=[0], slot=count - 1, level=level)
-            for _ in range(2):  # as it is, then recorded
-                engine.runner.decode(level, [text])
+    engine.prepare(sorted({*range(0, highest, step), highest}))
 
 
 @contextmanager

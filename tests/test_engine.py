@@ -390,6 +390,20 @@ def test_recorded_steps_give_the_same_texts(tuned, monkeypatch, request, kernels
     assert_empty(engine)
 
 
+def test_prepared_steps_are_there_when_a_text_comes(tuned, monkeypatch):
+    monkeypatch.setattr("dsla_hf.serving.graphs.SMALLEST_PAST", 64)
+    engine = Engine(tuned, 2, SMALL, record=PlainRecording)
+    engine.prepare()
+    recordings = dict(engine.runner.recordings)
+    assert {key[:2] for key in recordings} == {(level, rows) for level in (0, 1, 2) for rows in (1, 2, 4)} and all(recordings.values())
+    assert_empty(engine)
+    wanted = [(prompt, 6) for prompt in prompts(4, 1, 8)]
+    ears = ask(engine, wanted)
+    run(engine)
+    assert [ear.tokens for ear in ears] == [alone(tuned, prompt, tokens, 2) for prompt, tokens in wanted]
+    assert engine.runner.recordings == recordings
+
+
 def test_steps_that_cannot_be_recorded_run_as_they_are(tuned, caplog):
     def refuse(step, pool):
         raise RuntimeError("no graphs here")

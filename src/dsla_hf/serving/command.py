@@ -85,6 +85,7 @@ def load_app(options: ServeOptions) -> FastAPI:
         max_level=limit,
     )
     engine = Engine(model.to(device()).eval(), policy, engine_options, record=CudaRecording if options.graphs else None)
+    engine.prepare()
     return build_app(engine, tokenizer, api_options)
 
 

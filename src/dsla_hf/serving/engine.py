@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -250,6 +250,10 @@ class Engine:
             "draining": self._draining,
             "changes": [asdict(change) for change in list(self.control.changes)[-20:]],
         }
+
+    def prepare(self, levels: Iterable[int] | None = None) -> None:
+        """Record steps at these levels, or at all that there are, before requests come. Not while the engine steps."""
+        self.runner.prepare(range(self.control.lowest, self.control.highest + 1) if levels is None else levels)
 
     # --- the thread that steps ------------------------------------------------------------------------------------
 

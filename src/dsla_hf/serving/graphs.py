@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ..fused_steps import can_compile, fused
 from .levels import Levels
@@ -41,6 +42,18 @@ class GraphRunner(ModelRunner):
         self.recordings: dict[tuple[int, int, int], Any] = {}  # None after the first step
         self._logits: Tensor | None = None  # [slots, V], made by the first step
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    @torch.no_grad()
+    def prepare(self, levels: Iterable[int]) -> None:
+        """Record what these levels need with any number of rows, so that no text waits for it. For an idle engine; where recordings are
+        for a length too, those of longer texts are left to their first step."""
+        slots = self.memory.num_slots
+        rows = sorted({min(_power_of_two(count), slots) for count in range(1, slots + 1)})
+        for level in tqdm(list(levels), desc="recording steps", unit="level", disable=None):
+            for count in rows:
+                # Padding alone: it belongs to nobody, and is written nowhere.
+                for _ in range(2):  # as it is, then recorded
+                    self._run(level, [0] * count, [0] * count, [False] * count)
 
     def _run(self, level: int, ids: list[int], lengths: list[int], active: list[bool]) -> Tensor:
         rows = min(_power_of_two(len(ids)), self.memory.num_slots)

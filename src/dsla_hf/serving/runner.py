@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,10 @@ class ModelRunner:
         self.in_blocks = can_attend_where_cached(levels.causal_lm) and uses_triton(pool.keys, pool.values)
         if self.in_blocks:
             levels.causal_lm.set_attn_implementation(ATTENTION_FUNCTION)
+
+    @torch.no_grad()
+    def prepare(self, levels: Iterable[int]) -> None:
+        """Get ready for steps at these levels; nothing to do here."""
 
     @torch.no_grad()
     def prefill(self, request: Request, tokens: int) -> Tensor:
