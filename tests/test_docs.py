@@ -15,10 +15,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Shells are tried elsewhere: make in CI, accelerate launch in test_distributed.py, eval/scale.py in test_scale.py, dsla in
-# test_cli_commands.py, lm_eval in test_lm_eval.py.
+# test_cli_commands.py, lm_eval in test_lm_eval.py, torchrun in test_tensor_parallel.py.
 COMMANDS = ("make", "pip install", "dsla ", "accelerate launch examples/distill.py", "python eval/", "git clone")
 COMMANDS += ("accelerate launch --config_file examples/configs/",)
-COMMANDS += ("python -m dsla_hf.lm_eval ", "lm_eval ")
+COMMANDS += ("python -m dsla_hf.lm_eval ", "lm_eval ", "torchrun --nproc-per-node 2 ")
 
 
 def blocks(page, language):

@@ -160,7 +160,8 @@ class DSLATrainer(Trainer):
     are logged.
 
     Raises:
-        ValueError: if the model has no DSLA adapter, was loaded with a tp_plan, or FSDP is set up in another way than examples/configs/fsdp2.yaml has it.
+        ValueError: if the model has no DSLA adapter or was loaded with a tp_plan, or FSDP is set up in another way than
+            examples/configs/fsdp2.yaml has it.
         FloatingPointError: while training, if a loss is not finite; names the layer. No weight was changed by that step.
         OSError: while training, if a checkpoint cannot be written; names the last one that is whole.
 

@@ -358,7 +358,7 @@ def hybrid_classes(base_model_type: str) -> tuple[type[PreTrainedConfig], type[P
         raise ValueError(f"base model type {base_model_type!r} is not supported; supported are {list(SUPPORTED_BASES)}")
     base_config = CONFIG_MAPPING[base_model_type]
     base_model = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
-    names = {"model_type": "dsla", "base_model_type": base_model_type, "__module__": __name__, "__annotations__": {}}
+    names: dict[str, Any] = {"model_type": "dsla", "base_model_type": base_model_type, "__module__": __name__, "__annotations__": {}}
     names["base_model_tp_plan"] = hybrid_plan(base_config.base_model_tp_plan)
     config_class: Any = type(f"DSLA{base_config.__name__}", (DSLAHybridConfig, base_config), names)
     names = {"config_class": config_class, "base_model_class": base_model, "__module__": __name__}
