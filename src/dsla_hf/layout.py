@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import records_steps
-
 
 @dataclass(frozen=True)
 class TokenLayout:
@@ -83,7 +81,8 @@ def read_layout(
         seen = attention_mask[:, 0] if attention_mask.dtype == torch.bool else attention_mask[:, 0] == 0
         return TokenLayout(padding_mask=seen.any(1))
     mask = attention_mask.bool()
-    if not records_steps(mask) and bool(mask.all()):
+    captured = mask.is_cuda and torch.cuda.is_current_stream_capturing()  # in a CUDA graph the host cannot look at values
+    if not captured and not torch.compiler.is_compiling() and bool(mask.all()):
         return TokenLayout()
     return TokenLayout(padding_mask=mask)
 
