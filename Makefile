@@ -30,8 +30,8 @@ test: $(VENV)/.installed-dev ## run the tests (more options: PYTEST_ARGS='-k nam
 
 # Left out: what does not touch transformers or peft or does so through what is tested already, and distributed, because transformers 5.17 itself cannot resume a run on
 # several CPU processes (it restores the optimizer to the device "cpu:0").
-NOT_MINIMUM := reference attention kernels kernels_in_layer softmax_decode ragged teacher distributed \
-	benchmarks hub_layout scale report quality task_groups replay serving_http serving_command serving_control serving_ray bench
+NOT_MINIMUM := reference attention kernels kernels_in_layer gates_kernel softmax_decode ragged teacher distributed \
+	benchmarks eval_serving inference_eval hub_layout scale report quality task_groups replay serving_http serving_command serving_control serving_ray bench
 test-minimum: ## run the tests with the oldest supported versions, in an environment of their own
 	$(MAKE) test VENV=.venv-minimum CONSTRAINTS=constraints-minimum.txt PYTEST_ARGS="$(NOT_MINIMUM:%=--ignore tests/test_%.py) $(PYTEST_ARGS)"
 
