@@ -1,8 +1,9 @@
-"""Softmax attention of one new token over a cache that is read as far as it is filled, and where it lies.
+"""Softmax attention over a cache that is read as far as it is filled, and where it lies.
 
-transformers hands an attention function keys, values and a mask of the same length. A static cache is then read to its end, and a paged
-one is copied first. Steps inside `over_cache` use the split-KV kernel instead, which knows lengths and block tables; everything else
-goes to SDPA as it would without this module.
+transformers hands an attention function keys, values and a mask of the same length. A static cache is then read to its end, a paged one
+is copied first, and a prompt that goes on behind a cache has a mask, with which SDPA cannot run its flash kernel. Steps of one token
+inside `over_cache` use the split-KV kernel instead, which knows lengths and block tables; prompts inside `over_prompt` need no mask.
+Everything else goes to SDPA as it would without this module.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -40,6 +43,7 @@ class CachedTokens:
 
 
 _cached: ContextVar[CachedTokens | None] = ContextVar("cached tokens of this step", default=None)
+_prompt: ContextVar[bool] = ContextVar("whether a prompt without padding is read", default=False)
 
 
 def can_attend_where_cached(model: Any) -> bool:
@@ -69,28 +73,50 @@ def over_cache(cached: CachedTokens) -> Iterator[None]:
         _cached.reset(token)
 
 
+@contextmanager
+def over_prompt() -> Iterator[None]:
+    """Calls of the model inside read prompts without padding: every token sees all cached ones and those before it."""
+    token = _prompt.set(True)
+    try:
+        yield
+    finally:
+        _prompt.reset(token)
+
+
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> tuple[Tensor, None]:
     """query `[B, Hq, T, D]`, as transformers calls attention functions; o `[B, T, Hq, D]`."""
     cached = _cached.get()
-    if cached is None:
+    if cached is None and not _prompt.get():
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+    scale, window = kwargs.get("scaling"), kwargs.get("sliding_window")
+    if cached is None:
+        mask = _behind_cache(query.shape[2], key.shape[2], window, query.device)
+        grouped = query.shape[1] != key.shape[1]
+        o = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
+        return o.transpose(1, 2).contiguous(), None
     o = softmax_decode(
         query.transpose(1, 2),
         key,
         value,
         cached.lengths,
-        scale=kwargs.get("scaling"),
-        softcap=kwargs.get("softcap"),
-        sink_logits=kwargs.get("s_aux"),
-        window=kwargs.get("sliding_window"),
+        scale=scale,
+        window=window,
         mask=cached.mask,
         block_table=None if cached.block_tables is None else cached.block_tables[module.layer_idx],
     )
     return o, None
 
 
+def _behind_cache(new: int, tokens: int, window: int | None, device: torch.device) -> Any:
+    """What the last `new` of `tokens` tokens see, as SDPA takes it."""
+    if window is None:
+        return causal_lower_right(new, tokens)
+    query, key = torch.arange(tokens - new, tokens, device=device)[:, None], torch.arange(tokens, device=device)
+    return (key <= query) & (key > query - window)
+
+
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    return None if _cached.get() is not None else ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
+    return None if _cached.get() is not None or _prompt.get() else ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
 
 
 AttentionInterface.register(ATTENTION_FUNCTION, _attend)

@@ -24,7 +24,7 @@ from dsla_kernels import uses_triton
 
 from .adapter import DSLALayer, dsla_layers
 from .cache import DSLACacheLayer, StaticDSLACacheLayer, VisibleStaticLayer, dsla_cache_layer
-from .decode_attention import CachedTokens, attends_where_cached, can_attend_where_cached, over_cache
+from .decode_attention import CachedTokens, attends_where_cached, can_attend_where_cached, over_cache, over_prompt
 from .fused_steps import can_compile, fused
 from .layout import TokenLayout
 from .modeling import DSLAAttentionMixin, decoder_layers
@@ -381,14 +381,15 @@ class GraphDecoder:
         for part in ids.split(chunk or ids.shape[1], 1):
             start, space.read = space.read, space.read + part.shape[1]
             space.show(space.read)
-            logits = self.causal_lm(
-                input_ids=part,
-                attention_mask=mask[:, : space.read] if space.padded else None,
-                position_ids=positions[:, start : space.read],
-                past_key_values=space.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits
+            with over_prompt() if self._own_attention and not space.padded else nullcontext():
+                logits = self.causal_lm(
+                    input_ids=part,
+                    attention_mask=mask[:, : space.read] if space.padded else None,
+                    position_ids=positions[:, start : space.read],
+                    past_key_values=space.cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                ).logits
             space.settle(self.keep)
         space.logits.copy_(logits[:, -1])
         space.positions.copy_(positions[:, -1:] + 1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from dsla_kernels import uses_triton
 
-from ..decode_attention import ATTENTION_FUNCTION, CachedTokens, can_attend_where_cached, over_cache
+from ..decode_attention import ATTENTION_FUNCTION, CachedTokens, can_attend_where_cached, over_cache, over_prompt
 from .levels import Levels
 from .pool import Rows
 from .request import Request
@@ -43,7 +44,8 @@ class ModelRunner:
         one = torch.ones(1, dtype=torch.bool, device=device)
         rows = Rows(slice(slot, slot + 1), one, torch.tensor([cached], device=device), cached, fresh=cached == 0)
         ids = torch.tensor([request.text[cached : cached + tokens]], device=device)
-        return self._call(request.level, ids, rows, None)[0]
+        with over_prompt() if self.in_blocks else nullcontext():
+            return self._call(request.level, ids, rows, None)[0]
 
     @torch.no_grad()
     def decode(self, level: int, requests: list[Request]) -> Tensor:
