@@ -15,6 +15,7 @@ from serving import byte_tokenizer
 from dsla_hf import FixedLevel, Load, PromptLength
 from dsla_hf.cli import main
 from dsla_hf.serving.command import ServeOptions, load_app, policy_of
+from dsla_hf.serving.engine import EngineOptions
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_options_reach_the_engine(saved):
     app = load_app(ServeOptions(saved[0], saved[1], max_level="50%", slots=3, kv_gib=0.001, chunk=32))
     engine = app.state.engine
     assert engine.control.highest == 2 and engine.options.slots == 3 and engine.chunk == 32
-    assert engine.memory.pool.num_blocks == 2**30 // 1000 // (2 * 16 * 2 * 8 * 4)
+    assert engine.memory.pool.num_blocks == 2**30 // 1000 // (2 * EngineOptions.block_size * 2 * 8 * 4)
 
 
 @pytest.mark.parametrize(
