@@ -127,6 +127,7 @@ def shared_dir():
 @pytest.fixture
 def interpreted_kernels(monkeypatch):
     """Triton kernels wherever there is one, on the CPU, until `monkeypatch.undo` or the end."""
+    pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("needs TRITON_INTERPRET=1: on a CPU Triton's kernels run in its interpreter")
     monkeypatch.setattr("dsla_kernels.dispatch.choice", "triton")
