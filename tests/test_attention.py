@@ -66,13 +66,18 @@ def poisoned(tensors, mask):
     return tuple(x.masked_fill(~mask[..., None, None], float("nan")) for x in tensors)
 
 
-def run_in_pieces(attention, qkv, sizes, mask=None, state=None):
-    """The outputs of successive calls, one after the other, and the last state."""
+def run_in_pieces(attention, qkv, sizes, mask=None, state=None, known=False):
+    """The outputs of successive calls, one after the other, and the last state. known: the layer is told what the state has seen."""
     outputs, start = [], 0
+    seen = 0 if state is None else int(state.lengths[0])
     for size in sizes:
         piece = slice(start, start + size)
         o, state = attention(
-            *(x[:, piece] for x in qkv), padding_mask=None if mask is None else mask[:, piece], state=state, output_state=True
+            *(x[:, piece] for x in qkv),
+            padding_mask=None if mask is None else mask[:, piece],
+            state=state,
+            output_state=True,
+            seen=seen + start if known else None,
         )
         outputs.append(o)
         start += size
@@ -243,11 +248,12 @@ def test_pieces_equal_the_whole(way, sizes, padded):
         mask = make_mask()
         qkv = poisoned(qkv, mask)
     expected, state = slow_rows(attention, qkv, mask)
-    pieces, end = run_in_pieces(attention, qkv, sizes, mask)
-    assert relative_error(pieces, expected) <= 1e-10
-    if padded:
-        assert (pieces[~mask] == 0).all()
-    assert_same_state(attention, end, state)
+    for known in (False,) if padded else (False, True):
+        pieces, end = run_in_pieces(attention, qkv, sizes, mask, known=known)
+        assert relative_error(pieces, expected) <= 1e-10
+        if padded:
+            assert (pieces[~mask] == 0).all()
+        assert_same_state(attention, end, state)
 
 
 @every_way
@@ -285,8 +291,8 @@ def test_fold_then_decode_equals_from_the_start(way, padded, cut):
     folded = attention.fold(*(x[:, :cut] for x in qkv[1:]), before)
     assert_same_state(attention, folded, slow_rows(attention, [x[:, :cut] for x in qkv], before)[1])
     rest = [x[:, cut:] for x in qkv]
-    for sizes in ([1] * (53 - cut), [53 - cut]):
-        found, last = run_in_pieces(attention, rest, sizes, after, folded)
+    for sizes, known in (([1] * (53 - cut), False), ([53 - cut], False), ([53 - cut], not padded), ([2, 51 - cut], not padded)):
+        found, last = run_in_pieces(attention, rest, sizes, after, folded, known)
         assert relative_error(found, expected[:, cut:]) <= 1e-10
         assert_same_state(attention, last, end)
     assert_same_state(attention, attention.fold(*rest[1:], after, folded), end)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_gate_inputs, check_inputs, check_softmax_decode_inputs, check_window_inputs
+from .checks import check_gate_inputs, check_gated_linear_inputs, check_inputs, check_softmax_decode_inputs, check_window_inputs
 from .ragged import Rows, rows_from_cu_seqlens
 
 CHUNK_SIZE = 64
@@ -67,7 +67,9 @@ def gate_logits(
     check_gate_inputs(v, gate_down, gate_up, gate_bias, write_weight, write_bias)
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     # Normalised: value vectors differ in size between layers, their direction is what the gate should read.
-    v = F.rms_norm(v.to(dtype), v.shape[-1:], eps=norm_eps)
+    # (Not F.rms_norm: compiled for sizes that change, its gradient on a GPU fails in torch 2.11.)
+    v = v.to(dtype)
+    v = v * (v.square().mean(-1, keepdim=True) + norm_eps).rsqrt()
     logits = torch.einsum("bthv,hvr,hrg->bthg", v, gate_down.to(dtype), gate_up.to(dtype))
     logits = logits.unflatten(-1, (2, -1)) + gate_bias.to(dtype)
     if write_weight is None or write_bias is None:
@@ -512,3 +514,22 @@ def softmax_decode(
     # Of a row that sees nothing the denominator is zero, and so are all weights.
     weights = (scores - log_denominator.masked_fill(log_denominator.isneginf(), 0)[..., None]).exp()
     return torch.einsum("bhrt,bhtv->bhrv", weights, values).flatten(1, 2)[:, None].to(q.dtype)
+
+
+def gated_linear(x: Tensor, gate_weight: Tensor, up_weight: Tensor, activation: str = "silu") -> Tensor:
+    """The first half of a gated MLP, activation(x gate_weight^T) * (x up_weight^T), rounded as separate layers round.
+
+    Args:
+        x: `[..., K]`.
+        gate_weight, up_weight: `[N, K]`.
+        activation: "silu", or "gelu_tanh" for GELU by its tanh approximation.
+
+    Returns:
+        `[..., N]`.
+
+    Raises:
+        ValueError: names the argument that does not fit.
+    """
+    check_gated_linear_inputs(x, gate_weight, up_weight, activation)
+    gate, up = F.linear(x, gate_weight), F.linear(x, up_weight)
+    return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up

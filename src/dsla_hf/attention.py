@@ -151,6 +151,7 @@ class DualStateAttention(nn.Module):
         softcap: float | None = None,
         sink_logits: Tensor | None = None,
         in_place: bool = False,
+        seen: int | None = None,
     ) -> tuple[Tensor, DualState | None]:
         """Attend, after `state` if one is given.
 
@@ -162,6 +163,7 @@ class DualStateAttention(nn.Module):
             output_state: also return the state after these tokens.
             softcap, sink_logits: of the window's softmax, see `dual_state_window_attention`; of no effect without a window.
             in_place: nobody needs `state` afterwards: a kernel may write the new one over it.
+            seen: what every entry of `state.lengths` is, where the caller knows it: several tokens then take fewer launches.
 
         Returns:
             o `[B, T, Hq, V]` in q's dtype, zero at padding; and the new state or None.
@@ -179,7 +181,7 @@ class DualStateAttention(nn.Module):
             return self._pure(q, k, v, padding_mask, cu_seqlens, state, output_state)
         if state is not None and q.shape[1] == 1:
             return self._window_step(q, k, v, padding_mask, state, softcap, sink_logits)
-        return self._window(q, k, v, padding_mask, cu_seqlens, state, output_state, softcap, sink_logits)
+        return self._window(q, k, v, padding_mask, cu_seqlens, state, output_state, softcap, sink_logits, seen)
 
     @torch.no_grad()
     def fold(self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None, state: DualState | None = None) -> DualState:
@@ -193,11 +195,13 @@ class DualStateAttention(nn.Module):
         if state is not None:
             k, v, padding_mask = self._after_window(state, k, v, padding_mask)
         k, v, valid = _to_rows(padding_mask, None, k, v)[1:]
+        start = None if state is None else self._row_start(state)
         tokens = torch.full((k.shape[0],), k.shape[1], device=k.device) if valid is None else valid.sum(1)
         blocks = (tokens // self._block_size - 1).clamp_min(0)  # whole blocks that another whole block follows
         taken_in = torch.arange(k.shape[1], device=k.device) < (blocks * self._block_size)[:, None]
         masked = self._taken_in(k, None, state)
-        return self._state_after(k, v, valid, self._final_state(k, v, taken_in if masked is None else taken_in & masked, recurrent), state)
+        recurrent = self._final_state(k, v, taken_in if masked is None else taken_in & masked, recurrent)
+        return self._state_after(k, v, valid, recurrent, state, start)
 
     def gate_logits(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
         """Raw gates `[B, T, Hkv, 2, K/2]` and raw write gates `[B, T, Hkv, 2]` (or None), fp32 (fp64 for fp64 inputs), from
@@ -247,14 +251,17 @@ class DualStateAttention(nn.Module):
 
     # --- with a softmax window ----------------------------------------------------------------------------------
 
-    def _window(self, q, k, v, padding_mask, cu_seqlens, state, output_state, softcap=None, sink_logits=None):
-        past = 0
+    def _window(self, q, k, v, padding_mask, cu_seqlens, state, output_state, softcap=None, sink_logits=None, seen=None):
+        tokens, start = q.shape[1], None
+        if state is None or padding_mask is not None:
+            seen = None  # what is known would have to be known of every row
         if state is not None:
-            past = PAST_BLOCKS * self._block_size
-            q = F.pad(q, (0, 0, 0, 0, past, 0))  # queries that nobody reads
-            k, v, padding_mask = self._after_window(state, k, v, padding_mask)
+            start = self._row_start(state) if seen is None else max(seen // self._block_size - 2, 0) * self._block_size
+            k, v, padding_mask = self._after_window(state, k, v, padding_mask, seen)
+            q = F.pad(q, (0, 0, 0, 0, k.shape[1] - tokens, 0))  # queries that nobody reads
+        past = q.shape[1] - tokens
         rows, k, v, valid = _to_rows(padding_mask, cu_seqlens, k, v)
-        sink_k, sink_v = self._sinks(k, v, state)
+        sink_k, sink_v = self._sinks(k, v, state, seen)
         gate_logits, write_logits = self.gate_logits(v)
         o, recurrent = fused_window_attention(
             q if rows is None else rows.gather(q),
@@ -272,16 +279,16 @@ class DualStateAttention(nn.Module):
             scale=self.scale,
             norm_eps=NORM_EPS,
             padding_mask=valid,
-            state_mask=self._taken_in(k, None, state),
+            state_mask=self._taken_in(k, None, state, seen),
             sinks=(sink_k, sink_v) if self.sink_tokens else None,
-            row_start=None if state is None else self._row_start(state),
+            row_start=torch.full((k.shape[0],), start, device=k.device) if isinstance(start, int) else start,
             initial_state=None if state is None else state.recurrent,
             output_final_state=output_state,
             softcap=softcap,
             sink_logits=sink_logits,
         )
         o = o[:, past:] if rows is None else rows.scatter(o, q.shape[:2])[:, past:]
-        return o, None if recurrent is None else self._state_after(k, v, valid, recurrent, state)
+        return o, None if recurrent is None else self._state_after(k, v, valid, recurrent, state, start)
 
     # --- one token --------------------------------------------------------------------------------------------------
 
@@ -395,21 +402,35 @@ class DualStateAttention(nn.Module):
         """Number of the first token of the rows that continue `state`, `[B]`: the last block in the states, 0 before there is one."""
         return (state.lengths // self._block_size - 2).clamp_min(0) * self._block_size
 
-    def _after_window(self, state: DualState, k: Tensor, v: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _after_window(
+        self, state: DualState, k: Tensor, v: Tensor, padding_mask: Tensor | None, seen: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """k, v and padding mask with three blocks from the window before them: rows that begin at a block boundary. The first of
-        these blocks is in the states; of it the window has what the next token sees, and something else in the other places."""
-        offset = torch.arange(PAST_BLOCKS * self._block_size, device=state.lengths.device)
+        these blocks is in the states; of it the window has what the next token sees, and something else in the other places. Where
+        it is known how many tokens the state has `seen`, there are no places after the last one, and no mask."""
+        size, sinks = self._block_size, self.sink_tokens
+        if seen is not None:
+            first = max(seen // size - 2, 0)
+            starts = [sinks + block % 2 * size for block in range(first, -(-seen // size))]
+            ends = [start + size for start in starts]
+            if ends and seen % size:
+                ends[-1] = starts[-1] + seen % size
+            past = [[w[:, a:b] for a, b in zip(starts, ends, strict=True)] for w in (state.window_k, state.window_v)]
+            return torch.cat([*past[0], k], 1), torch.cat([*past[1], v], 1), None
+        offset = torch.arange(PAST_BLOCKS * size, device=state.lengths.device)
         token = self._row_start(state)[:, None] + offset
-        slot = (self.sink_tokens + token % self.window_size)[..., None, None]
+        slot = (sinks + token % self.window_size)[..., None, None]
         window_k, window_v = (x.gather(1, slot.expand(-1, -1, *x.shape[2:])) for x in (state.window_k, state.window_v))
         valid = token < state.lengths[:, None]
         new_valid = valid.new_ones(k.shape[:2]) if padding_mask is None else padding_mask.bool()
         return torch.cat([window_k, k], 1), torch.cat([window_v, v], 1), torch.cat([valid, new_valid], 1)
 
-    def _sinks(self, k: Tensor, v: Tensor, state: DualState | None) -> tuple[Tensor, Tensor]:
+    def _sinks(self, k: Tensor, v: Tensor, state: DualState | None, seen: int | None = None) -> tuple[Tensor, Tensor]:
         """The first tokens of each text `[B, S, ...]`, from rows that continue `state`; what has not been read yet is anything."""
+        if state is not None and seen is not None and seen >= self.sink_tokens:
+            return state.window_k[:, : self.sink_tokens], state.window_v[:, : self.sink_tokens]
         short = max(self.sink_tokens - k.shape[1], 0)
-        new = [F.pad(x, (0, 0, 0, 0, 0, short))[:, : self.sink_tokens] for x in (k, v)]
+        new = [(F.pad(x, (0, 0, 0, 0, 0, short)) if short else x)[:, : self.sink_tokens] for x in (k, v)]
         if state is None:
             return new[0], new[1]
         known = (torch.arange(self.sink_tokens, device=k.device) < state.lengths[:, None])[..., None, None]
@@ -418,29 +439,43 @@ class DualStateAttention(nn.Module):
         )
         return sink_k, sink_v
 
-    def _taken_in(self, k: Tensor, valid: Tensor | None, state: DualState | None) -> Tensor | None:
+    def _taken_in(self, k: Tensor, valid: Tensor | None, state: DualState | None, seen: int | None = None) -> Tensor | None:
         """Which tokens of rows (that continue `state`) the states take in: no sinks, and nothing that they hold already."""
         if state is None and not self.sink_tokens:
             return valid
         position = torch.arange(k.shape[1], device=k.device)[None]
         if state is None:
             taken_in = (position >= self.sink_tokens).expand(k.shape[0], -1)
+        elif seen is not None:
+            held = self._block_size if seen >= self.window_size else 0
+            taken_in = (position >= max(held, self.sink_tokens)).expand(k.shape[0], -1)
         else:
             held = torch.where(state.lengths >= self.window_size, self._block_size, 0)
             taken_in = (position >= held[:, None]) & (position >= self.sink_tokens)  # a row that starts later skips a whole block
         return taken_in if valid is None else taken_in & valid
 
-    def _state_after(self, k: Tensor, v: Tensor, valid: Tensor | None, recurrent: Tensor, state: DualState | None) -> DualState:
-        """The state after rows `[B, L]` that begin at a block boundary (those of `_after_window`, if `state` is given)."""
+    def _state_after(
+        self, k: Tensor, v: Tensor, valid: Tensor | None, recurrent: Tensor, state: DualState | None, start: Tensor | int | None
+    ) -> DualState:
+        """The state after rows `[B, L]` whose first token has the number `start`, a multiple of the block size (those of
+        `_after_window`, if `state` is given)."""
         batch, length, window, device = k.shape[0], k.shape[1], self.window_size, k.device
+        sinks = self._sinks(k, v, state, start if isinstance(start, int) and start > 0 else None)
+        if valid is None and not isinstance(start, Tensor):  # every row has the same tokens, so they are slices
+            start = start or 0
+            end = start + length
+            turn, oldest = length - end % window, max(length - window, 0)  # where slot 0 is written anew, and the first that is kept
+            window_k, window_v = (torch.cat([sink, x[:, turn:], x[:, oldest:turn]], 1) for sink, x in zip(sinks, (k, v), strict=True))
+            if end < window:
+                window_k, window_v = (F.pad(x, (0, 0, 0, 0, 0, window - end)) for x in (window_k, window_v))
+            return DualState(recurrent, window_k, window_v, torch.full((batch,), end, device=device))
         tokens = torch.full((batch,), length, device=device) if valid is None else valid.sum(1)
-        start = torch.zeros_like(tokens) if state is None else self._row_start(state)
+        start = torch.zeros_like(tokens) if start is None else start
         last = (start + tokens)[:, None] - 1
         token = last - (last - torch.arange(window, device=device)) % window  # the newest of each slot
         position = (token - start[:, None]).clamp(0, length - 1)[..., None, None]  # before the first: anything, hidden by the count
         window_k, window_v = (
-            torch.cat([sink, x.gather(1, position.expand(-1, -1, *x.shape[2:]))], dim=1)
-            for sink, x in zip(self._sinks(k, v, state), (k, v), strict=True)
+            torch.cat([sink, x.gather(1, position.expand(-1, -1, *x.shape[2:]))], dim=1) for sink, x in zip(sinks, (k, v), strict=True)
         )
         return DualState(recurrent, window_k, window_v, start + tokens)
 

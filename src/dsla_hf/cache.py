@@ -49,6 +49,7 @@ class DSLACacheLayer(CacheLayerMixin):
         super().__init__()
         self.state: DualState | None = None
         self.tokens: int | Tensor = 0  # cached positions, padding included: what other layers of the cache count
+        self.seen: int | None = 0  # what every entry of `state.lengths` is, None where rows differ or the host does not know
         self.record_past = False
         self._update_expected = False
         self._state_before_log: DualState | None = None
@@ -80,7 +81,7 @@ class DSLACacheLayer(CacheLayerMixin):
         """The state that `attention` reads next, built anew after a crop."""
         if self._replay:
             k, v, mask = (torch.cat(parts, dim=1) for parts in zip(*self._log, strict=True))
-            self.state = attention.fold(k, v, mask, self._state_before_log)
+            self.state, self.seen = attention.fold(k, v, mask, self._state_before_log), None
             self._clear_log()
         return self.state
 
@@ -93,6 +94,7 @@ class DSLACacheLayer(CacheLayerMixin):
             self._log.append((k, v, mask))
         self.state, self.is_initialized = state, True
         self.tokens = self.tokens + k.shape[1]
+        self.seen = None if self.seen is None or padding_mask is not None else self.seen + k.shape[1]
 
     def activate_past_recording(self) -> None:
         """From now on keep what `crop` needs."""
@@ -123,7 +125,7 @@ class DSLACacheLayer(CacheLayerMixin):
         if keep:
             self._log, self._replay = [(joined[0], joined[1], joined[2])], True
         else:
-            self.state = self._state_before_log
+            self.state, self.seen = self._state_before_log, None
             self._clear_log()
 
     @property
@@ -147,7 +149,7 @@ class DSLACacheLayer(CacheLayerMixin):
         return sum(x.numel() * x.element_size() for x in {id(x): x for x in tensors}.values())
 
     def reset(self) -> None:
-        self.state, self.tokens, self.is_initialized = None, 0, False
+        self.state, self.tokens, self.seen, self.is_initialized = None, 0, 0, False
         self._clear_log()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -185,7 +187,7 @@ class StaticDSLACacheLayer(DSLACacheLayer):
     def __init__(self, max_length: int) -> None:
         super().__init__()
         self.max_length = max_length
-        self.tokens = torch.tensor(0)
+        self.tokens, self.seen = torch.tensor(0), None
         self._empty = True  # what the host knows of `tokens`: a prompt after `reset` is read as the first one is
 
     def current_state(self, attention: DualStateAttention) -> DualState | None:
@@ -294,7 +296,7 @@ def fold(
     for k_part, v_part, mask_part in zip(k.split(piece, 1), v.split(piece, 1), masks, strict=True):
         state = attention.fold(k_part, v_part, mask_part, state)
     assert state is not None
-    layer.advance(state, k, v)
+    layer.advance(state, k, v, mask)
     return layer
 
 

@@ -93,6 +93,7 @@ def dsla_attention_function(
         softcap=kwargs.get("softcap"),  # Gemma 2
         sink_logits=kwargs.get("s_aux"),  # gpt-oss
         in_place=dsla_layer is not None and not dsla_layer.record_past,
+        seen=None if dsla_layer is None else dsla_layer.seen,
     )
     if dsla_layer is not None:
         dsla_layer.advance(state, k, v, padding_mask)

@@ -90,18 +90,20 @@ class BlockPool:
         each = self.blocks_for(tokens)
         if each * len(layers) > self.free_blocks:
             raise OutOfBlocks(f"{each * len(layers)} blocks wanted, {self.free_blocks} of {self.num_blocks} are free")
+        if not layers:
+            return
         for layer in layers:
-            blocks = [self._free.pop() for _ in range(each)]
-            self._owned[layer, slot] = blocks
-            self.tables[layer, slot, :each] = torch.tensor(blocks, device=self.tables.device)
+            self._owned[layer, slot] = [self._free.pop() for _ in range(each)]
+        blocks = torch.tensor([self._owned[layer, slot] for layer in layers], device=self.tables.device)
+        self.tables[layers, slot, :each] = blocks  # all at once: each copy from the host waits
 
     def release(self, layers: list[int] | range, slot: int) -> None:
         """Take back what `layers` of a slot have, if anything."""
-        for layer in layers:
-            blocks = self._owned.pop((layer, slot), None)
-            if blocks is not None:
-                self._free.extend(blocks)
-                self.tables[layer, slot] = 0
+        had = [layer for layer in layers if (layer, slot) in self._owned]
+        for layer in had:
+            self._free.extend(self._owned.pop((layer, slot)))
+        if had:
+            self.tables[had, slot] = 0
 
     def read(self, layer: int, slot: int, tokens: int) -> tuple[Tensor, Tensor]:
         """The first `tokens` keys and values of a slot's text, `[1, Hkv, T, D]` as transformers caches them."""

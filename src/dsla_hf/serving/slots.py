@@ -31,6 +31,7 @@ class SlotStates(DSLACacheLayer):
         """The next model call works on these rows."""
         self._target = self.at(rows.slots)
         self.tokens = rows.past
+        self.seen = rows.past if rows.slots.stop - rows.slots.start == 1 else None
         self.state = None if rows.fresh else self._target
 
     def at(self, slots: slice) -> DualState:
