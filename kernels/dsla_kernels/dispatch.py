@@ -7,12 +7,14 @@ On NVIDIA GPUs the Triton kernels run, elsewhere chunked PyTorch. The environmen
 import importlib.util
 import os
 import warnings
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .checks import LARGEST_HEAD, LARGEST_RANK
+from .checks import LARGEST_HEAD, LARGEST_RANK, MOST_ROWS
 
 VARIABLE = "DSLA_KERNELS"
 CHOICES = ("auto", "pytorch", "triton")
@@ -31,14 +33,16 @@ def _obstacle(device_type: str) -> str | None:
     return None
 
 
-def uses_triton(q: Tensor, v: Tensor) -> bool:
-    """Whether the Triton kernels take these heads `[..., D]`. That slow code runs on an accelerator is said once."""
+def uses_triton(q: Tensor, v: Tensor, quietly: bool = False) -> bool:
+    """Whether the Triton kernels take these heads `[..., D]`. That slow code runs on an accelerator is said once, unless `quietly`."""
     if choice != "auto" or q.device.type == "cpu":
         return choice == "triton"
     obstacle, largest = _obstacle(q.device.type), max(q.shape[-1], v.shape[-1])
     if obstacle is None and largest > LARGEST_HEAD:
         obstacle = f"the Triton kernels take heads of up to {LARGEST_HEAD} channels, these have {largest}"
     if obstacle is not None:
+        if quietly:
+            return False
         warnings.warn(f"chunked PyTorch runs on {q.device.type}: {obstacle}", stacklevel=4)  # shown once a place
         return False
     return q.dtype in (torch.bfloat16, torch.float16, torch.float32)
@@ -65,10 +69,9 @@ def gate_logits(
     *,
     norm_eps: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """Raw gates and raw write gates from values, see `reference.gate_logits`, which runs for fp64 and for ranks above 64 everywhere.
-    The kernel has not run on a GPU yet: until it has, it runs where DSLA_KERNELS=triton asks for it."""
+    """Raw gates and raw write gates from values, see `reference.gate_logits`, which runs for fp64 and for ranks above 64 everywhere."""
     weights = (gate_down, gate_up, gate_bias, write_weight, write_bias)
-    if choice == "triton" and v.dtype != torch.float64 and gate_down.shape[-1] <= LARGEST_RANK:
+    if v.dtype != torch.float64 and gate_down.shape[-1] <= LARGEST_RANK and uses_triton(v, v, quietly=True):  # attention says it
         from . import gates
 
         return gates.gate_logits(v, *weights, norm_eps=norm_eps)
@@ -122,3 +125,36 @@ def softmax_decode(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, **o
 
         return split_kv.softmax_decode(q, keys, values, lengths, **options)
     return reference.softmax_decode(q, keys, values, lengths, **options)
+
+
+def takes_few_rows(x: Tensor, *weights: Tensor) -> bool:
+    """Whether the Triton kernels for linear layers of few rows take x `[..., K]` and weights `[N, K]`: 16 rows at most, one dtype and
+    device, dense weights, no gradient and no autocast."""
+    if choice == "pytorch" or (choice == "auto" and _obstacle(x.device.type) is not None):
+        return False
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or torch.is_autocast_enabled(x.device.type):
+        return False
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights)):
+        return False
+    return 0 < x.numel() <= MOST_ROWS * x.shape[-1] and all(
+        weight.dtype == x.dtype and weight.device == x.device and weight.shape[1] == x.shape[-1] and weight.is_contiguous()
+        for weight in weights
+    )
+
+
+def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None, **options) -> list[Tensor]:
+    """Up to three linear layers of one x, each as `F.linear`; in one launch where x has few rows."""
+    if takes_few_rows(x, *weights):
+        from . import few_rows
+
+        return few_rows.linears(x, weights, biases, **options)
+    return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases or [None] * len(weights), strict=True)]
+
+
+def gated_linear(x: Tensor, gate_weight: Tensor, up_weight: Tensor, activation: str = "silu", **options) -> Tensor:
+    """The first half of a gated MLP, see `reference.gated_linear`; in one launch where x has few rows."""
+    if takes_few_rows(x, gate_weight, up_weight):
+        from . import few_rows
+
+        return few_rows.gated_linear(x, gate_weight, up_weight, activation, **options)
+    return reference.gated_linear(x, gate_weight, up_weight, activation)
