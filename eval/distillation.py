@@ -67,6 +67,7 @@ class Arm:
     distill: dict[str, Any] = field(default_factory=dict)
     recall: float = RECALL_SHARE  # share of the training text with a planted fact that is asked for later
     facts: bool = False  # a quarter of the text carries eight such facts instead
+    logits_passes: int = 1  # stage 2 in units of its usual tokens; three make 22.4 M tokens with stage 1, some of them read twice
 
 
 ARMS: dict[str, Arm] = {
@@ -92,6 +93,12 @@ ARMS: dict[str, Arm] = {
     "released code's layer": Arm(RELEASED_LAYER, "released"),
     # the way it is trained
     "high levels": Arm(training={"level_draws": 2}),
+    "high levels, window 192, 4 sinks": Arm({"window_size": 192}, "no states", {"level_draws": 2}),
+    "high levels, window 256, 4 sinks": Arm({"window_size": 256}, "no states", {"level_draws": 2}),
+    "higher levels": Arm(training={"level_draws": 4}),
+    "twice as long": Arm(training={"level_draws": 2}, logits_passes=3),
+    "twice as long, window 192, 4 sinks": Arm({"window_size": 192}, "no states", {"level_draws": 2}, logits_passes=3),
+    "twice as long, window 256, 4 sinks": Arm({"window_size": 256}, "no states", {"level_draws": 2}, logits_passes=3),
     "no recall planted": Arm(recall=0.0),
     "more recall": Arm(facts=True),
     "more recall, high levels": Arm(training={"level_draws": 2}, facts=True),
@@ -178,7 +185,7 @@ def run_arm(name: str, teacher: str, data: Path, output: Path, seed: int) -> dic
         PackedTokens(train),
         args,
         alignment_steps=steps,
-        logits_steps=steps,
+        logits_steps=arm.logits_passes * steps,
         ranking_data=list(ranking.split(4)),
         **arm.distill,
     )
