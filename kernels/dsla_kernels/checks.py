@@ -1,5 +1,7 @@
 """Argument checks shared by every implementation: a wrong input is named before anything runs."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,9 @@ from torch import Tensor
 SMALLEST_LOG_DECAY = -1.25
 LARGEST_HEAD = 256  # channels that the Triton kernels take
 LARGEST_RANK = 64  # of the map from values to gates
+MOST_ROWS = 16  # of x, that the kernels for linear layers take
+MOST_WEIGHTS = 3  # of one launch: queries, keys and values
+ACTIVATIONS = ("silu", "gelu_tanh")
 
 
 def check_lower_bound(lower_bound: float) -> None:
@@ -174,3 +179,40 @@ def check_gate_inputs(
                 f"{name} must be floating-point {list(shape)} on {v.device}, as v, gate_down and gate_bias have it, "
                 f"got {x.dtype} {list(x.shape)} on {x.device}"
             )
+
+
+def check_linears_inputs(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+    """Raises ValueError that names the argument which the kernels for linear layers of few rows do not take."""
+    rows = x.numel() // max(x.shape[-1], 1) if x.ndim else 0
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"x must be fp32, bf16 or fp16, got {x.dtype}")
+    if not 1 <= rows <= MOST_ROWS:
+        raise ValueError(f"x must have 1 to {MOST_ROWS} rows, got {rows} in {list(x.shape)}")
+    if not 1 <= len(weights) <= MOST_WEIGHTS:
+        raise ValueError(f"there must be 1 to {MOST_WEIGHTS} weights, got {len(weights)}")
+    if len(biases) not in (0, len(weights)):
+        raise ValueError(f"there must be a bias for each of the {len(weights)} weights, or none at all, got {len(biases)}")
+    for number, weight in enumerate(weights):
+        if weight.ndim != 2 or weight.shape[1] != x.shape[-1] or not weight.shape[0]:
+            raise ValueError(f"weight {number} must be [N, {x.shape[-1]}] to fit x {list(x.shape)}, got {list(weight.shape)}")
+    for number, bias in enumerate(biases):
+        if bias.shape != weights[number].shape[:1]:
+            raise ValueError(f"bias {number} must be [{weights[number].shape[0]}] as its weight, got {list(bias.shape)}")
+    for name, tensors in (("x", [x]), ("weight", weights), ("bias", biases)):
+        for number, tensor in enumerate(tensors):
+            if tensor.dtype != x.dtype or tensor.device != x.device:
+                raise ValueError(f"{name} {number} must be {x.dtype} on {x.device} as x is, got {tensor.dtype} on {tensor.device}")
+            if tensor is not x and not tensor.is_contiguous():
+                raise ValueError(f"{name} {number} must be contiguous, got strides {tensor.stride()}")
+            if tensor.requires_grad and torch.is_grad_enabled():
+                raise ValueError(f"{name} {number} requires a gradient, which these kernels do not have: call them under torch.no_grad()")
+
+
+def check_gated_linear_inputs(x: Tensor, gate_weight: Tensor, up_weight: Tensor, activation: str) -> None:
+    """Raises ValueError that names the argument which does not fit the contract of `gated_linear`."""
+    if gate_weight.ndim != 2 or x.shape[-1:] != gate_weight.shape[1:]:
+        raise ValueError(f"gate_weight must be [N, K] to fit x {list(x.shape)}, got {list(gate_weight.shape)}")
+    if up_weight.shape != gate_weight.shape:
+        raise ValueError(f"up_weight must be {list(gate_weight.shape)} as gate_weight is, got {list(up_weight.shape)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
