@@ -1,13 +1,26 @@
 """Kernels of dual-state linear attention: a plain PyTorch truth and what is fast on each device. Needs torch alone."""
 
 from .checks import SMALLEST_LOG_DECAY, check_lower_bound
-from .dispatch import dual_state_attention, final_state, fused_window_attention, gate_logits, kernel_path, softmax_decode, uses_triton
+from .dispatch import (
+    append,
+    dual_state_attention,
+    final_state,
+    fused_window_attention,
+    gate_logits,
+    gated_linear,
+    kernel_path,
+    linears,
+    softmax_decode,
+    takes_few_rows,
+    uses_triton,
+)
 from .ragged import Rows, rows_from_cu_seqlens, rows_from_mask
 from .reference import block_states, dual_state_window_attention, join_window_and_states, log_decays
 
 __all__ = [
     "SMALLEST_LOG_DECAY",
     "Rows",
+    "append",
     "block_states",
     "check_lower_bound",
     "dual_state_attention",
@@ -15,11 +28,14 @@ __all__ = [
     "final_state",
     "fused_window_attention",
     "gate_logits",
+    "gated_linear",
     "join_window_and_states",
     "kernel_path",
+    "linears",
     "log_decays",
     "rows_from_cu_seqlens",
     "rows_from_mask",
     "softmax_decode",
+    "takes_few_rows",
     "uses_triton",
 ]

@@ -129,12 +129,12 @@ def softmax_decode(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, **o
 
 def takes_few_rows(x: Tensor, *weights: Tensor) -> bool:
     """Whether the Triton kernels for linear layers of few rows take x `[..., K]` and weights `[N, K]`: 16 rows at most, one dtype and
-    device, dense weights, no gradient and no autocast."""
+    device, dense weights, gradients off and no autocast."""
     if choice == "pytorch" or (choice == "auto" and _obstacle(x.device.type) is not None):
         return False
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or torch.is_autocast_enabled(x.device.type):
         return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights)):
+    if torch.is_grad_enabled():
         return False
     return 0 < x.numel() <= MOST_ROWS * x.shape[-1] and all(
         weight.dtype == x.dtype and weight.device == x.device and weight.shape[1] == x.shape[-1] and weight.is_contiguous()
@@ -143,18 +143,31 @@ def takes_few_rows(x: Tensor, *weights: Tensor) -> bool:
 
 
 def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None, **options) -> list[Tensor]:
-    """Up to three linear layers of one x, each as `F.linear`; in one launch where x has few rows."""
+    """Up to three linear layers of one x, each as `F.linear`; in one launch where x has few rows and gradients are off."""
     if takes_few_rows(x, *weights):
         from . import few_rows
 
         return few_rows.linears(x, weights, biases, **options)
-    return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases or [None] * len(weights), strict=True)]
+    every: Sequence[Tensor | None] = biases or [None] * len(weights)
+    return [F.linear(x, weight, bias) for weight, bias in zip(weights, every, strict=True)]
 
 
 def gated_linear(x: Tensor, gate_weight: Tensor, up_weight: Tensor, activation: str = "silu", **options) -> Tensor:
-    """The first half of a gated MLP, see `reference.gated_linear`; in one launch where x has few rows."""
+    """The first half of a gated MLP, see `reference.gated_linear`; in one launch where `linears` is one."""
     if takes_few_rows(x, gate_weight, up_weight):
         from . import few_rows
 
         return few_rows.gated_linear(x, gate_weight, up_weight, activation, **options)
     return reference.gated_linear(x, gate_weight, up_weight, activation)
+
+
+def append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, places: Tensor, count: Tensor | None = None) -> None:
+    """A token of each row into a cache, in place, see `caches.append`; without Triton as PyTorch indexes."""
+    if uses_triton(k, v):
+        from . import caches
+
+        return caches.append(keys, values, k, v, places, count)
+    rows = torch.arange(k.shape[0], device=k.device) if keys.shape[0] == k.shape[0] else 0
+    keys[rows, :, places.long()], values[rows, :, places.long()] = k[:, :, 0], v[:, :, 0]
+    if count is not None:
+        count.add_(1)

@@ -1,8 +1,10 @@
-"""Fewer launches in a step of one token: the small functions of a decoder layer, each compiled into one kernel.
+"""Fewer and faster launches in a step of one token: the small functions of a decoder layer, each compiled into one kernel, and its linear
+layers in kernels for few rows.
 
 A norm of transformers takes eight launches, a rotation ten. Where a token takes three milliseconds of reading weights, they add as
 much again. `torch.compile` fuses each of them once a class, in seconds; the model as a whole stays what it is, so that one level or
-cache more costs no compilation.
+cache more costs no compilation. Reading the weights is most of the rest: queries, keys and values are one launch, the gate of an MLP and
+what it gates another.
 """
 
 from __future__ import annotations
@@ -16,7 +18,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from dsla_kernels import gated_linear, linears, takes_few_rows
+
+from .adapter import AdapterLinear, DSLALayer
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +31,8 @@ ROTATION = "apply_rotary_pos_emb"  # what modules of transformers call the rotat
 KINDS = ("RMSNorm", "MLP")  # endings of class names whose forward is worth it
 # Rounding as in the separate functions.
 OPTIONS: dict[str, Any] = {"emulate_precision_casts": True}
+ACTIVATIONS = {type(ACT2FN[name]): kind for name, kind in {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}.items()}
+OVERLAP = False  # weights are asked for while the kernel before runs
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -48,23 +57,112 @@ def can_compile(device: torch.device) -> bool:
 
 @contextmanager
 def fused(model: nn.Module, compile: Compile = _compile) -> Iterator[None]:
-    """Within it, norms, MLPs and rotations of `model` run compiled. To be held while a step is run once and captured, not longer:
-    other threads that run a model of the same kind meanwhile get the compiled rotation too, which computes the same."""
+    """Within it, norms, MLPs and rotations of `model` run compiled, and plain linear layers of few tokens, one a row, by the kernels for
+    them, where these run. To be held while a step is run once and captured, not longer: other threads that run a model of the same kind
+    meanwhile get the compiled rotation too, which computes the same."""
     with _lock:
         modules = [x for x in model.modules() if type(x).__name__.endswith(KINDS) and "forward" not in x.__dict__]
+        forwards = {module: _bound(_once(type(module).forward, compile), module) for module in modules}
+        # The layers of an MLP run within its compiled forward, which would be compiled anew for each were they replaced.
+        inner = {part for module in modules for part in module.modules()}
+        forwards |= _linear_forwards({x for x in model.modules() if x not in inner and _is_plain(x)}, _projections(model))
+        forwards |= {module: _gated_forward(module, forwards[module]) for module in modules if _is_gated(module)}
         homes = {sys.modules[cls.__module__] for x in model.modules() for cls in type(x).__mro__ if cls.__module__ in sys.modules}
         rotations = {home: getattr(home, ROTATION) for home in homes if hasattr(home, ROTATION)}
         try:
-            for module in modules:
-                module.forward = _bound(_once(type(module).forward, compile), module)
+            for module, forward in forwards.items():
+                module.forward = forward
             for home, rotation in rotations.items():
                 setattr(home, ROTATION, _once(rotation, compile))
             yield
         finally:
-            for module in modules:
+            for module in forwards:
                 module.__dict__.pop("forward", None)
             for home, rotation in rotations.items():
                 setattr(home, ROTATION, rotation)
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether it computes what `nn.Linear` does and nobody has put anything else there: no quantised or sharded weight, no forward of
+    accelerate's. (What a LoRA wraps is a layer like others.)"""
+    return (
+        type(module) in (nn.Linear, AdapterLinear)
+        and "forward" not in module.__dict__
+        and type(module.weight) is nn.Parameter
+        and type(module.bias) in (nn.Parameter, type(None))
+    )
+
+
+def _few_rows(x: Any, *modules: Any) -> bool:
+    """Whether x is one token of each of a few rows `[B, 1, K]` that the kernels take."""
+    return isinstance(x, Tensor) and x.ndim == 3 and x.shape[1] == 1 and takes_few_rows(x, *(module.weight for module in modules))
+
+
+def _projections(model: nn.Module) -> list[list[Any]]:
+    """Of every attention those of queries, keys and values: a converted layer has queries of its own over keys and values of its base."""
+    views = [x.dsla_attention() for x in model.modules() if isinstance(x, DSLALayer) and x.converted]
+    return [[x._modules.get(name) for name in ("q_proj", "k_proj", "v_proj")] for x in (*model.modules(), *views)]
+
+
+def _linear_forwards(modules: set[Any], projections: list[list[Any]]) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+    """Forwards for linear layers. Whoever asks for queries is about to ask for keys and values of the very same x: they are computed
+    with them, and kept until then."""
+    kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    followers: dict[nn.Module, list[Any]] = {}
+    for leader, *others in projections:
+        group = [leader, *others]
+        if modules.issuperset(group) and len({x.bias is None for x in group}) == 1 and not any(x._forward_pre_hooks for x in group):
+            followers[leader] = others
+
+    def forward_of(module: Any) -> Callable[[Tensor], Tensor]:
+        def forward(input: Tensor) -> Tensor:
+            of, result = kept.pop(module, (None, None))
+            if result is not None and of is input:
+                return result
+            group = [module, *followers.get(module, ())]
+            if not _few_rows(input, *group):
+                group = [module]
+            if not _few_rows(input, *group):
+                return type(module).forward(module, input)
+            biases = None if module.bias is None else [x.bias for x in group]
+            result, *others = linears(input, [x.weight for x in group], biases, overlap=OVERLAP)
+            kept.update({x: (input, other) for x, other in zip(group[1:], others, strict=True)})
+            return result
+
+        return forward
+
+    return {module: forward_of(module) for module in modules}
+
+
+def _gated_mlp(self, x):  # what a gated MLP looks like in transformers; the text is compared, so it is not ours to shorten
+    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return down_proj
+
+
+def _is_gated(module: Any) -> bool:
+    """Whether an MLP computes what `_gated_mlp` does, in three plain layers without biases or hooks, and an activation that is known."""
+
+    def program(function: Any) -> Any:
+        code = getattr(function, "__code__", None)
+        return code and (code.co_code, code.co_names, code.co_consts)
+
+    parts = [module._modules.get(name) for name in ("gate_proj", "up_proj", "down_proj")]
+    return (
+        program(type(module).forward) == program(_gated_mlp)
+        and type(module._modules.get("act_fn")) in ACTIVATIONS
+        and all(_is_plain(x) and x.bias is None and not (x._forward_hooks or x._forward_pre_hooks) for x in parts)
+    )
+
+
+def _gated_forward(module: Any, otherwise: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        gate, up, down = module.gate_proj, module.up_proj, module.down_proj
+        if not _few_rows(x, gate, up):
+            return otherwise(x)
+        hidden = gated_linear(x, gate.weight, up.weight, ACTIVATIONS[type(module.act_fn)], overlap=OVERLAP)
+        return linears(hidden, [down.weight], overlap=OVERLAP)[0]
+
+    return forward
 
 
 def _once(function: Callable[..., Any], compile: Compile) -> Callable[..., Any]:
