@@ -31,21 +31,21 @@ def _places(first, second, third, number, end1, end2, stride):
 
 
 @triton.jit
-def _load_weights(places, columns, K: tl.constexpr, BK: tl.constexpr):
-    """A tile of weights. They are read once, and shall not take the place of what is read again."""
+def _load_weights(places, columns, K: tl.constexpr, ALL: tl.constexpr):
+    """A tile of weights. They are read once, and shall not take the place of what is read again. ALL: its columns all exist."""
     pointers = places[:, None] + columns[None, :]
-    if K % BK == 0:
+    if ALL:
         return tl.load(pointers, eviction_policy="evict_first")
     else:
         return tl.load(pointers, mask=(columns < K)[None, :], other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
-def _add_product(sums, x, weights, rows, columns, K: tl.constexpr, BM: tl.constexpr, VECTOR: tl.constexpr):
+def _add_product(sums, x, weights, rows, columns, K: tl.constexpr, BM: tl.constexpr, VECTOR: tl.constexpr, ALL: tl.constexpr):
     """sums, `[BN, BK / VECTOR]` of one row or `[BM, BN]`, and the product of a tile of weights `[BN, BK]` with x."""
     if BM == 1:
-        some = tl.load(x + columns, mask=columns < K, other=0.0).to(tl.float32)
-        product = weights.to(tl.float32) * some[None, :]
+        some = tl.load(x + columns) if ALL else tl.load(x + columns, mask=columns < K, other=0.0)
+        product = weights.to(tl.float32) * some.to(tl.float32)[None, :]
         # What a thread has loaded at once it sums at once; the sums of threads wait for the end.
         return sums + tl.sum(tl.reshape(product, (weights.shape[0], weights.shape[1] // VECTOR, VECTOR)), 2)
     else:
@@ -95,15 +95,26 @@ def _few_rows_kernel(
         sums = tl.zeros([BN, BK // VECTOR], tl.float32)
     else:
         sums = tl.zeros([BM, BN], tl.float32)
-    FIRST: tl.constexpr = BK if OVERLAP else 0
-    if OVERLAP:  # weights are there already, x is perhaps on its way
+    ALL: tl.constexpr = K % BK == 0
+    if OVERLAP:
         gdc_launch_dependents()
-        weights = _load_weights(places, columns, K, BK)
+    if OVERLAP or STAGES == 1:
+        weights = _load_weights(places, columns, K, ALL)
+    if OVERLAP:  # the weights are there already, x is perhaps on its way
         gdc_wait()
-        sums = _add_product(sums, x, weights, rows, columns, K, BM, VECTOR)
-    for start in tl.range(FIRST, K, BK, num_stages=STAGES):
-        some = start + columns
-        sums = _add_product(sums, x, _load_weights(places, some, K, BK), rows, some, K, BM, VECTOR)
+    if STAGES == 1:
+        # A tile ahead, which the compiler then asks for as a whole: left to itself it saves registers, and waits within a tile.
+        for start in tl.range(0, K, BK):
+            some = start + columns
+            following = _load_weights(places, some + BK, K, False)
+            sums = _add_product(sums, x, weights, rows, some, K, BM, VECTOR, ALL)
+            weights = following
+    else:
+        if OVERLAP:
+            sums = _add_product(sums, x, weights, rows, columns, K, BM, VECTOR, ALL)
+        for start in tl.range(BK if OVERLAP else 0, K, BK, num_stages=STAGES):
+            some = start + columns
+            sums = _add_product(sums, x, _load_weights(places, some, K, ALL), rows, some, K, BM, VECTOR, ALL)
     if BM == 1:
         sums = tl.sum(sums, 1)[None, :]
     row = tl.arange(0, BM)[:, None]
