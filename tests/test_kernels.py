@@ -334,13 +334,13 @@ def test_decode_follows_the_layer(size, sinks, group, write, rank, softcap, laun
             expected, state = truth(q.double(), k.double(), v.double(), padding_mask=mask, state=state, output_state=True, **more)
             if size:
                 o = decode.window_decode(
-                    q, k, v, recurrent, ring_k, ring_v, lengths, gates, layer.mix(), layer.norm_weight, layer.state_gain,
+                    q, k, v, recurrent, ring_k, ring_v, lengths, gates, layer.mix_logits, layer.norm_weight, layer.state_gain,
                     layer.state_bias, size, padding_mask=mask, **more,
                 )  # fmt: skip
                 assert torch.equal(lengths, state.lengths)
                 assert torch.equal(ring_k.double(), state.window_k) and torch.equal(ring_v.double(), state.window_v)
             else:
-                o = decode.pure_decode(q, k, v, recurrent, gates, layer.mix(), layer.norm_weight, padding_mask=mask)
+                o = decode.pure_decode(q, k, v, recurrent, gates, layer.mix_logits, layer.norm_weight, padding_mask=mask)
             assert relative_error(o, expected) <= OUTPUT_BOUND[dtype]
             assert relative_error(recurrent, state.recurrent) <= OUTPUT_BOUND[dtype]
     assert state.recurrent.any()
@@ -383,7 +383,7 @@ def test_compiled_decode_changes_its_buffers_in_place():
 
     def step(q, k, v, recurrent, ring_k, ring_v, lengths):
         return decode.window_decode(
-            q, k, v, recurrent, ring_k, ring_v, lengths, gates, layer.mix(), layer.norm_weight, layer.state_gain, layer.state_bias, 8
+            q, k, v, recurrent, ring_k, ring_v, lengths, gates, layer.mix_logits, layer.norm_weight, layer.state_gain, layer.state_bias, 8
         )
 
     arguments = [random(2, 1, 2, 32), random(2, 1, 1, 32), random(2, 1, 1, 32), random(2, 1, 2, 32, 32)]

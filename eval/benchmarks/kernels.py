@@ -235,7 +235,7 @@ def decode_call(x: Shape, layers: int = 1, folds: bool = False) -> Call:
         )
         token = [_random(x.batch, 1, heads, x.size) for heads in (x.heads, x.kv_heads, x.kv_heads)]
         recurrent = _random(x.batch, x.kv_heads, 2, x.size, x.size, dtype=torch.float32)
-        mix, norm = _random(x.heads, 2, dtype=torch.float32).softmax(-1), _random(x.heads, x.size, dtype=torch.float32)
+        mix, norm = _random(x.heads, 2, dtype=torch.float32), _random(x.heads, x.size, dtype=torch.float32)
         if x.window:
             ring = [_random(x.batch, x.sinks + x.window, x.kv_heads, x.size) for _ in range(2)]
             gate = [_random(x.heads, dtype=torch.float32) for _ in range(2)]

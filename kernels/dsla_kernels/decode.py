@@ -73,17 +73,19 @@ def _load_states(recurrent, part, values, value_ok, K: tl.constexpr, V: tl.const
 
 
 @triton.jit
-def _load_mix(mix, group, group_ok, R: tl.constexpr, FEW: tl.constexpr):
-    """Weights of both states: scalars for every query head if they are few, else columns."""
+def _load_mix(mix_logits, group, group_ok, R: tl.constexpr, FEW: tl.constexpr):
+    """Weights of both states, a softmax of two: scalars for every query head if they are few, else columns."""
     if FEW:
         mix1, mix2 = (), ()
         for r in tl.static_range(R):
-            mix1 = mix1 + (tl.load(mix + r * 2),)  # type: ignore[assignment]
-            mix2 = mix2 + (tl.load(mix + r * 2 + 1),)  # type: ignore[assignment]
+            lead = tl.load(mix_logits + r * 2).to(tl.float32) - tl.load(mix_logits + r * 2 + 1).to(tl.float32)
+            mix1 = mix1 + (tl.sigmoid(lead),)  # type: ignore[assignment]
+            mix2 = mix2 + (tl.sigmoid(-lead),)  # type: ignore[assignment]
         return mix1, mix2
     else:
-        mix1 = tl.load(mix + group * 2, mask=group_ok, other=0.0)[:, None]
-        return mix1, tl.load(mix + group * 2 + 1, mask=group_ok, other=0.0)[:, None]
+        lead = tl.load(mix_logits + group * 2, mask=group_ok, other=0.0).to(tl.float32)
+        lead -= tl.load(mix_logits + group * 2 + 1, mask=group_ok, other=0.0).to(tl.float32)
+        return tl.sigmoid(lead)[:, None], tl.sigmoid(-lead)[:, None]
 
 
 @triton.jit
@@ -551,7 +553,7 @@ def _window_decode_kernel(
     bias,
     write_weight,
     write_bias,
-    mix,
+    mix_logits,
     norm_weight,
     state_gain,
     state_bias,
@@ -608,7 +610,7 @@ def _window_decode_kernel(
     q += (row * HKV + head) * R * K
     k += (row * HKV + head) * K
     v += (row * HKV + head) * V
-    mix += head * R * 2
+    mix_logits += head * R * 2
     recurrent += (row * HKV + head) * 2 * K * V
     window_k += (row * (S + W) * HKV + head) * K
     window_v += (row * (S + W) * HKV + head) * V
@@ -632,7 +634,7 @@ def _window_decode_kernel(
         loaded = _begin_window(
             q, k, v, window_k, window_v, 0, group, group_ok, columns, column_ok, values, value_ok, HKV, K, V, S, BS, W, BN
         )  # fmt: skip
-        mixes = _load_mix(mix, group, group_ok, R, FEW)
+        mixes = _load_mix(mix_logits, group, group_ok, R, FEW)
         queries = _load_queries(q, tl.arange(0, KC), group, group_ok, K, R, FEW)
         states = _load_states(recurrent, tl.arange(0, KC), values, value_ok, K, V)
         gain = tl.load(state_gain + heads, mask=group_ok, other=0.0)
@@ -671,7 +673,7 @@ def _window_decode_kernel(
                 _write_token(window_k, window_v, loaded[1], loaded[2], length, columns, column_ok, values, value_ok, HKV, K, V, S, W)
         else:
             part = first_channel + tl.arange(0, KC)
-            mixes = _load_mix(mix, group, group_ok, R, FEW)
+            mixes = _load_mix(mix_logits, group, group_ok, R, FEW)
             queries = _load_queries(q, part, group, group_ok, K, R, FEW)
             states = _load_states(recurrent, part, values, value_ok, K, V)
             sums = _read_states(
@@ -703,7 +705,7 @@ def _pure_decode_kernel(
     bias,
     write_weight,
     write_bias,
-    mix,
+    mix_logits,
     norm_weight,
     o,
     pieces,  # for the join; None if one program does it all
@@ -769,7 +771,7 @@ def _pure_decode_kernel(
         write_weight2 = tl.load(write_weight + (head * V + values) * 2 + 1, mask=value_ok, other=0.0)
         write1 = tl.load(write_bias + head * 2)
         write2 = tl.load(write_bias + head * 2 + 1)
-    mix1, mix2 = _load_mix(mix + head * R * 2, group, group_ok, R, FEW)
+    mix1, mix2 = _load_mix(mix_logits + head * R * 2, group, group_ok, R, FEW)
     weight = load_rows(norm_weight, heads, group_ok, V, values, value_ok)
     part = first_channel + tl.arange(0, KC)
     k_part = tl.load(k + part, mask=part < K, other=0.0)
@@ -875,7 +877,7 @@ def _window_decode(
     bias: Tensor,
     write_weight: Tensor | None,
     write_bias: Tensor | None,
-    mix: Tensor,
+    mix_logits: Tensor,
     norm_weight: Tensor,
     state_gain: Tensor,
     state_bias: Tensor,
@@ -913,7 +915,7 @@ def _window_decode(
         bias,
         write_weight,
         write_bias,
-        mix,
+        mix_logits,
         norm_weight,
         state_gain,
         state_bias,
@@ -961,7 +963,7 @@ def _pure_decode(
     bias: Tensor,
     write_weight: Tensor | None,
     write_bias: Tensor | None,
-    mix: Tensor,
+    mix_logits: Tensor,
     norm_weight: Tensor,
     gate_normalizer: float,
     lower_bound: float,
@@ -982,7 +984,7 @@ def _pure_decode(
         bias,
         write_weight,
         write_bias,
-        mix,
+        mix_logits,
         norm_weight,
         o,
         pieces,
@@ -1089,7 +1091,7 @@ def window_decode(
     window_v: Tensor,
     lengths: Tensor,
     gates: GateWeights,
-    mix: Tensor,
+    mix_logits: Tensor,
     norm_weight: Tensor,
     state_gain: Tensor,
     state_bias: Tensor,
@@ -1112,7 +1114,8 @@ def window_decode(
         window_k, window_v: `[B, S + W, Hkv, K or V]` in q's dtype: S sinks, then the ring; token j lies at slot S + j % W.
         lengths: int64 `[B]`, tokens seen before this one.
         gates: of the layer, fp32, bf16 or fp16.
-        mix `[Hq, 2]`, norm_weight `[Hq, V]`, state_gain and state_bias `[Hq]`: see `reference.fused_window_attention`.
+        mix_logits `[Hq, 2]`, whose softmax is the mix of the states; norm_weight `[Hq, V]`, state_gain and state_bias `[Hq]`: see
+            `reference.fused_window_attention`.
         padding_mask: `[B, 1]`; a padded token leaves no trace and its output is zero.
         softcap, sink_logits `[Hq]`: of the window's softmax, see `reference.dual_state_window_attention`.
         advance: also count the token in `lengths`; False leaves it to the caller, for example once for all layers.
@@ -1124,7 +1127,7 @@ def window_decode(
         ValueError: names the argument that does not fit, before anything is launched. Tensors that change in place must be
             contiguous.
     """
-    _check(q, k, v, recurrent, gates, mix, norm_weight, padding_mask)
+    _check(q, k, v, recurrent, gates, mix_logits, norm_weight, padding_mask)
     if window_size < 2 or window_size % 2:
         raise ValueError(f"window_size must be an even number of tokens, got {window_size}")
     check_softcap(softcap)
@@ -1153,7 +1156,7 @@ def window_decode(
         lengths,
         real,
         *(None if x is None else x.contiguous() for x in gates),
-        mix.contiguous(),
+        mix_logits.contiguous(),
         norm_weight.contiguous(),
         state_gain.contiguous(),
         state_bias.contiguous(),
@@ -1176,7 +1179,7 @@ def pure_decode(
     v: Tensor,
     recurrent: Tensor,
     gates: GateWeights,
-    mix: Tensor,
+    mix_logits: Tensor,
     norm_weight: Tensor,
     *,
     gate_normalizer: float = 16.0,
@@ -1189,7 +1192,7 @@ def pure_decode(
 
     Arguments, result and errors as `window_decode`, without the window.
     """
-    _check(q, k, v, recurrent, gates, mix, norm_weight, padding_mask)
+    _check(q, k, v, recurrent, gates, mix_logits, norm_weight, padding_mask)
     _check_in_place(recurrent=recurrent)
     return ops.pure_decode(
         q.contiguous(),
@@ -1198,7 +1201,7 @@ def pure_decode(
         recurrent,
         None if padding_mask is None else padding_mask[:, -1].to(torch.uint8),
         *(None if x is None else x.contiguous() for x in gates),
-        mix.contiguous(),
+        mix_logits.contiguous(),
         norm_weight.contiguous(),
         gate_normalizer,
         lower_bound,
@@ -1207,7 +1210,7 @@ def pure_decode(
     )
 
 
-def _check(q, k, v, recurrent, gates, mix, norm_weight, padding_mask):
+def _check(q, k, v, recurrent, gates, mix_logits, norm_weight, padding_mask):
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4 or q.shape[1] != 1:
         raise ValueError(f"q, k, v must be [B, 1, H, D], one token a row, got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}")
     batch, _, heads, key_dim = q.shape
@@ -1232,7 +1235,7 @@ def _check(q, k, v, recurrent, gates, mix, norm_weight, padding_mask):
         ("gates.bias", gates.bias, (kv_heads, 2, decays), None),
         ("gates.write_weight", gates.write_weight, (kv_heads, value_dim, 2), None),
         ("gates.write_bias", gates.write_bias, (kv_heads, 2), None),
-        ("mix", mix, (heads, 2), None),
+        ("mix_logits", mix_logits, (heads, 2), None),
         ("norm_weight", norm_weight, (heads, value_dim), None),
     ):
         if x is not None:

@@ -167,7 +167,7 @@ def append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, places: Tensor, c
         from . import caches
 
         return caches.append(keys, values, k, v, places, count)
-    rows = torch.arange(k.shape[0], device=k.device) if keys.shape[0] == k.shape[0] else 0
+    rows = torch.arange(k.shape[0], device=k.device) % keys.shape[0]  # one row is that of all
     keys[rows, :, places.long()], values[rows, :, places.long()] = k[:, :, 0], v[:, :, 0]
     if count is not None:
         count.add_(1)

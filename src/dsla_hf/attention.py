@@ -311,7 +311,7 @@ class DualStateAttention(nn.Module):
             "padding_mask": padding_mask,
         }
         if not self.window_size:
-            o = pure_decode(q, k, v, state.recurrent, gates, self.mix(), self.norm_weight, **options)
+            o = pure_decode(q, k, v, state.recurrent, gates, self.mix_logits, self.norm_weight, **options)
             state.lengths.add_(1 if padding_mask is None else padding_mask[:, -1])
             return o, state
         o = window_decode(
@@ -323,7 +323,7 @@ class DualStateAttention(nn.Module):
             state.window_v,
             state.lengths,
             gates,
-            self.mix(),
+            self.mix_logits,
             self.norm_weight,
             self.state_gain,
             self.state_bias,

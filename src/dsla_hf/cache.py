@@ -19,6 +19,8 @@ from transformers.cache_utils import (
 )
 from transformers.utils import logging
 
+from dsla_kernels import append
+
 from .attention import DualState, DualStateAttention
 from .layout import TokenLayout
 
@@ -235,14 +237,20 @@ class StaticDSLACacheLayer(DSLACacheLayer):
 
 class VisibleStaticLayer(StaticLayer):
     """Keys and values of a softmax layer at fixed addresses, of which attention is shown the first `visible` places only: a cache
-    made for a long text is then not read to its end while the text is short."""
+    made for a long text is then not read to its end while the text is short. A step of one token may be told its `places`: the layer
+    above asks five launches for what a kernel does in one."""
 
     def __init__(self, max_cache_len: int) -> None:
         super().__init__(max_cache_len)
         self.visible = max_cache_len
+        self.places: Tensor | None = None  # int `[B]`, where the next token goes, for a kernel that writes it; None: behind the others
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if self.places is None:
+            keys, values = super().update(key_states, value_states, *args, **kwargs)
+        else:
+            keys, values = self.keys, self.values
+            append(keys, values, key_states, value_states, self.places, self.cumulative_length)
         return keys[:, :, : self.visible], values[:, :, : self.visible]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -121,11 +121,11 @@ class Workspace:
                 self.softmax[index] = VisibleStaticLayer(self.length)
                 self.recordings = {key: value for key, value in self.recordings.items() if index in key[0]}
 
-    def show(self, tokens: int) -> None:
-        """Let attention see the first `tokens` places of the cache."""
+    def show(self, tokens: int, places: Tensor | None = None) -> None:
+        """Let attention see the first `tokens` places of the cache; the next token goes to `places` `[B]`, if given."""
         for layer in self.cache.layers:
             if isinstance(layer, VisibleStaticLayer):
-                layer.visible = tokens
+                layer.visible, layer.places = tokens, places
             elif isinstance(layer, StaticDSLACacheLayer):
                 layer.max_length = tokens  # what it answers when it is asked for the size of masks
 
@@ -408,7 +408,7 @@ class GraphDecoder:
         key = (converted, space.padded, view)
 
         def step() -> None:
-            space.show(view)
+            space.show(view, space.lengths - 1 if space.by_length else None)
             mask = space.mask[:, :view] if space.padded else None
             with over_cache(CachedTokens(space.lengths, mask)) if space.by_length else nullcontext():
                 logits = self.causal_lm(

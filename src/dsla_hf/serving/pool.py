@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from dsla_kernels import append
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -127,7 +129,10 @@ class BlockPool:
         Rows end at the right: what is shorter than L has padding before it, of any content.
         """
         assert self._write is not None, "open() comes before a model call"
-        self.keys[self._write[layer]], self.values[self._write[layer]] = k.transpose(1, 2), v.transpose(1, 2)
+        if self._index is None and k.shape[2] == 1:
+            append(self.keys[None].transpose(1, 2), self.values[None].transpose(1, 2), k, v, self._write[layer, :, 0])
+        else:
+            self.keys[self._write[layer]], self.values[self._write[layer]] = k.transpose(1, 2), v.transpose(1, 2)
         if self._index is None:
             return self.keys.unflatten(0, (-1, self.block_size)), self.values.unflatten(0, (-1, self.block_size))
         if self._index.shape == self._write.shape:  # nothing came before
