@@ -21,7 +21,9 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 def make_inputs(rows=3, kv_heads=2, room=10, key_dim=8, value_dim=8, pool=False, dtype=torch.float32):
     """Caches that are parts of larger ones, a token that lies with heads behind it, and places."""
     made = 1 if pool else rows
-    keys, values = (torch.randn(made, room, kv_heads, d + 3, device=DEVICE)[..., :d].transpose(1, 2).to(dtype) for d in (key_dim, value_dim))
+    keys, values = (
+        torch.randn(made, room, kv_heads, d + 3, device=DEVICE)[..., :d].transpose(1, 2).to(dtype) for d in (key_dim, value_dim)
+    )
     k, v = (torch.randn(rows, 1, kv_heads, d, device=DEVICE).transpose(1, 2).to(dtype) for d in (key_dim, value_dim))
     places = torch.randperm(room, device=DEVICE)[:rows]
     return keys, values, k, v, places, torch.tensor(5, device=DEVICE)

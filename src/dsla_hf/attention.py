@@ -447,8 +447,8 @@ class DualStateAttention(nn.Module):
         if state is None:
             taken_in = (position >= self.sink_tokens).expand(k.shape[0], -1)
         elif seen is not None:
-            held = self._block_size if seen >= self.window_size else 0
-            taken_in = (position >= max(held, self.sink_tokens)).expand(k.shape[0], -1)
+            first = self._block_size if seen >= self.window_size else 0
+            taken_in = (position >= max(first, self.sink_tokens)).expand(k.shape[0], -1)
         else:
             held = torch.where(state.lengths >= self.window_size, self._block_size, 0)
             taken_in = (position >= held[:, None]) & (position >= self.sink_tokens)  # a row that starts later skips a whole block
@@ -470,7 +470,7 @@ class DualStateAttention(nn.Module):
                 window_k, window_v = (F.pad(x, (0, 0, 0, 0, 0, window - end)) for x in (window_k, window_v))
             return DualState(recurrent, window_k, window_v, torch.full((batch,), end, device=device))
         tokens = torch.full((batch,), length, device=device) if valid is None else valid.sum(1)
-        start = torch.zeros_like(tokens) if start is None else start
+        start = start if isinstance(start, Tensor) else torch.full_like(tokens, start or 0)
         last = (start + tokens)[:, None] - 1
         token = last - (last - torch.arange(window, device=device)) % window  # the newest of each slot
         position = (token - start[:, None]).clamp(0, length - 1)[..., None, None]  # before the first: anything, hidden by the count
