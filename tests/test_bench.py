@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import dsla_hf.bench
 from dsla_hf import DSLAConfig, cache_bytes
-from dsla_hf.bench import PRESETS, Case, Results, Runner, bench, largest, measure_largest, preset_config
+from dsla_hf.bench import PRESETS, TRIED, Case, Results, Runner, bench, largest, measure_largest, preset_config
 from dsla_hf.cli import main
 from dsla_hf.costs import costs_of
 from dsla_hf.graph import GraphDecoder, PlainRecording
@@ -116,7 +116,7 @@ def test_the_largest_batch_is_measured(tiny_model, monkeypatch):
     run = Runner.run
 
     def up_to(self, case, tokens, prompt=None, **more):
-        if case.rows > (8 if prompt else 7):
+        if case.rows > (8 if tokens == TRIED else 7):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return run(self, case, tokens, prompt)
 
@@ -124,6 +124,22 @@ def test_the_largest_batch_is_measured(tiny_model, monkeypatch):
     numbers = measure_largest(runner, Case("eager", 20, 0, 4))
     assert numbers["batch_size"] == 7 and numbers["seconds_per_token"] > 0
     assert "accelerators only" in measure_largest(runner, Case("compiled", 20, 0, 4))["error"]
+
+
+def test_large_batches_of_states_alone_read_a_short_prompt_and_say_so(tiny_model, adapter_model, monkeypatch):
+    monkeypatch.setattr("dsla_hf.bench.MOST_PROMPT_TOKENS", 50)
+    monkeypatch.setattr("dsla_hf.bench.SHORT_PROMPT", 24)
+    model = adapter_model(tiny_model("llama"))
+    read = {}
+    for level, rows in ((4, 2), (4, 1), (3, 2)):
+        model.set_level(level)
+        numbers = Runner(model).measure(Case("eager", 40, rows, 4))
+        read[level, rows] = numbers["prompt_tokens"]
+        assert (numbers["prefill_seconds"] is None) == (numbers["prompt_tokens"] == 24)
+        assert numbers["seconds_per_token"] > 0
+        if level == 4:
+            assert numbers["cache_bytes"] == numbers["predicted_cache_bytes"]
+    assert read == {(4, 2): 24, (4, 1): 40, (3, 2): 40}
 
 
 @pytest.mark.parametrize(

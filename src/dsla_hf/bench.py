@@ -70,6 +70,8 @@ LONGEST = 262144  # tokens that presets take
 WARM_UP = 5  # tokens of the run that is not counted: compiled and captured steps need three
 TRIED = 3  # tokens that a batch has to get through to count as one that fits
 MOST_ROWS = 4096
+# Prompt tokens of all rows together above which a model without softmax layers reads SHORT_PROMPT a row: its state has the same size.
+MOST_PROMPT_TOKENS, SHORT_PROMPT = 2**20, 512
 NUMBERS = {  # columns of the table: field, heading, scale
     "prefill_seconds": ("prefill s", 1.0),
     "predicted_prefill_seconds": ("floor", 1.0),
@@ -157,19 +159,23 @@ class Runner:
         return clock.times, cache
 
     def measure(self, case: Case) -> dict[str, Any]:
-        """Numbers of one case, by name."""
+        """Numbers of one case, by name. `prompt_tokens` says how much of the prompt was read; if not all of it, prefill is None."""
+        costs = costs_of(self.model)
+        short = costs.softmax_layers == 0 and case.rows * case.length > MOST_PROMPT_TOKENS
+        prompt = min(case.length, SHORT_PROMPT) if short else case.length
         start = time.perf_counter()
-        self.run(case, min(WARM_UP, case.new_tokens))
+        # Two pieces of the prompt go through all that the others do.
+        self.run(case, min(WARM_UP, case.new_tokens), min(prompt, 2 * (case.chunk or prompt)))
         warm_up = time.perf_counter() - start
         _collect()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        times, cache = self.run(case, case.new_tokens)
+        times, cache = self.run(case, case.new_tokens, prompt)
         per_token = statistics.median(after - before for before, after in itertools.pairwise(times[1:]))
-        costs = costs_of(self.model)
-        held = case.length + case.new_tokens - 1 if case.engine == "eager" else int(cache.get_max_length())
+        held = prompt + case.new_tokens - 1 if case.engine == "eager" else int(cache.get_max_length())
         return {
-            "prefill_seconds": times[1] - times[0],
+            "prompt_tokens": prompt,
+            "prefill_seconds": None if short else times[1] - times[0],
             "seconds_per_token": per_token,
             "tokens_per_second": case.rows / per_token,
             "peak_bytes": torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None,
