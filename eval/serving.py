@@ -51,6 +51,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from dsla_hf import DSLAConfig
 from dsla_hf.bench import preset_config, random_model
 from dsla_hf.configuration import resolve_level
+from dsla_hf.fused_steps import LONG_PROMPT
 from dsla_hf.graph import CudaRecording
 from dsla_hf.policies import FixedLevel, Load, Policy
 from dsla_hf.serving.api import ApiOptions, build_app
@@ -233,7 +234,7 @@ def warm_up(engine: Engine, highest: int, step: int) -> None:
 
     def read(level: int, then: int) -> None:
         begin_anew(engine, FixedLevel(level), level)
-        for length in (40, 2 * engine.chunk + 3):
+        for length in (40, 2 * engine.chunk + 3, LONG_PROMPT + 61):
             prompt = [1] * min(length, engine.max_tokens - 8)
             engine.submit(prompt, 8, lambda event: None, Sampling(ignore_eos=True))
         for _ in range(5):

@@ -32,6 +32,7 @@ KINDS = ("RMSNorm", "MLP")  # endings of class names whose forward is worth it
 # Rounding as in the separate functions.
 OPTIONS: dict[str, Any] = {"emulate_precision_casts": True}
 ACTIVATIONS = {type(ACT2FN[name]): kind for name, kind in {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}.items()}
+LONG_PROMPT = 1024  # tokens from which on compiled functions are worth their calls in reading a prompt, too: fewer passes over memory
 OVERLAP = False  # weights are asked for while the kernel before runs
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -58,8 +59,8 @@ def can_compile(device: torch.device) -> bool:
 @contextmanager
 def fused(model: nn.Module, compile: Compile = _compile) -> Iterator[None]:
     """Within it, norms, MLPs and rotations of `model` run compiled, and plain linear layers of few tokens, one a row, by the kernels for
-    them, where these run. To be held while a step is run once and captured, not longer: other threads that run a model of the same kind
-    meanwhile get the compiled rotation too, which computes the same."""
+    them, where these run. To be held while a step is run once and captured, or a piece of a prompt is read, not longer: other threads that
+    run a model of the same kind meanwhile get the compiled rotation too, which computes the same."""
     with _lock:
         modules = [x for x in model.modules() if type(x).__name__.endswith(KINDS) and "forward" not in x.__dict__]
         forwards = {module: _bound(_once(type(module).forward, compile), module) for module in modules}

@@ -25,7 +25,7 @@ from dsla_kernels import uses_triton
 from .adapter import DSLALayer, dsla_layers
 from .cache import DSLACacheLayer, StaticDSLACacheLayer, VisibleStaticLayer, dsla_cache_layer
 from .decode_attention import CachedTokens, attends_where_cached, can_attend_where_cached, over_cache, over_prompt
-from .fused_steps import can_compile, fused
+from .fused_steps import LONG_PROMPT, can_compile, fused
 from .layout import TokenLayout
 from .modeling import DSLAAttentionMixin, decoder_layers
 from .tensor_parallel import is_tensor_parallel
@@ -153,7 +153,8 @@ class GraphDecoder:
         model: a model of transformers, a `PeftModel` with a DSLA adapter, or a hybrid.
         max_length: the longest text, prompt included, to make room for; None: as long as each call asks for.
         keep: hold the keys and values of layers that were raised, so that the next text begins without new captures. False frees them.
-        fuse: compile norms, MLPs and rotations, each into one kernel (`fused_steps`); takes seconds, once for a kind of model.
+        fuse: compile norms, MLPs and rotations, each into one kernel (`fused_steps`); takes seconds, once for a kind of model, and once
+            more for long prompts.
         record: what records a step; for tests.
 
     Attributes:
@@ -381,7 +382,8 @@ class GraphDecoder:
         for part in ids.split(chunk or ids.shape[1], 1):
             start, space.read = space.read, space.read + part.shape[1]
             space.show(space.read)
-            with over_prompt() if self._own_attention and not space.padded else nullcontext():
+            fuses = self._fused() if part.numel() >= LONG_PROMPT else nullcontext()
+            with fuses, over_prompt() if self._own_attention and not space.padded else nullcontext():
                 logits = self.causal_lm(
                     input_ids=part,
                     attention_mask=mask[:, : space.read] if space.padded else None,

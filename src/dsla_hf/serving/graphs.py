@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..fused_steps import can_compile, fused
+from ..fused_steps import LONG_PROMPT, can_compile, fused
 from .levels import Levels
+from .request import Request
 from .runner import ModelRunner
 from .slots import SlotMemory
 
@@ -54,6 +55,11 @@ class GraphRunner(ModelRunner):
                 # Padding alone: it belongs to nobody, and is written nowhere.
                 for _ in range(2):  # as it is, then recorded
                     self._run(level, [0] * count, [0] * count, [False] * count)
+
+    @torch.no_grad()
+    def prefill(self, request: Request, tokens: int) -> Tensor:
+        with self._fused() if tokens >= LONG_PROMPT and self.record is not None else nullcontext():
+            return super().prefill(request, tokens)
 
     def _run(self, level: int, ids: list[int], lengths: list[int], active: list[bool]) -> Tensor:
         rows = min(_power_of_two(len(ids)), self.memory.num_slots)
