@@ -1145,7 +1145,7 @@ def window_decode(
         if x is not None:
             _check_tensor(name, x, shape, dtype, q.device)
     _check_in_place(recurrent=recurrent, window_k=window_k, window_v=window_v, lengths=lengths)
-    real = None if padding_mask is None else padding_mask[:, -1].to(torch.uint8)
+    real = None if padding_mask is None else _bytes(padding_mask[:, -1])
     o = ops.window_decode(
         q.contiguous(),
         k.contiguous(),
@@ -1199,7 +1199,7 @@ def pure_decode(
         k.contiguous(),
         v.contiguous(),
         recurrent,
-        None if padding_mask is None else padding_mask[:, -1].to(torch.uint8),
+        None if padding_mask is None else _bytes(padding_mask[:, -1]),
         *(None if x is None else x.contiguous() for x in gates),
         mix_logits.contiguous(),
         norm_weight.contiguous(),
@@ -1208,6 +1208,11 @@ def pure_decode(
         q.shape[-1] ** -0.5 if scale is None else scale,
         norm_eps,
     )
+
+
+def _bytes(mask: Tensor) -> Tensor:
+    """A mask as every backend can load it, without a launch where it is bool."""
+    return mask.contiguous().view(torch.uint8) if mask.dtype == torch.bool else mask.to(torch.uint8)
 
 
 def _check(q, k, v, recurrent, gates, mix_logits, norm_weight, padding_mask):

@@ -152,6 +152,7 @@ class DualStateAttention(nn.Module):
         sink_logits: Tensor | None = None,
         in_place: bool = False,
         seen: int | None = None,
+        counts: bool = True,
     ) -> tuple[Tensor, DualState | None]:
         """Attend, after `state` if one is given.
 
@@ -164,6 +165,7 @@ class DualStateAttention(nn.Module):
             softcap, sink_logits: of the window's softmax, see `dual_state_window_attention`; of no effect without a window.
             in_place: nobody needs `state` afterwards: a kernel may write the new one over it.
             seen: what every entry of `state.lengths` is, where the caller knows it: several tokens then take fewer launches.
+            counts: add one token to the lengths; False leaves that to the caller, who does it for all layers at once.
 
         Returns:
             o `[B, T, Hq, V]` in q's dtype, zero at padding; and the new state or None.
@@ -176,11 +178,12 @@ class DualStateAttention(nn.Module):
         if state is not None and state.lengths.shape[0] != q.shape[0]:
             raise ValueError(f"the state holds {state.lengths.shape[0]} sequences, the input {q.shape[0]}")
         if state is not None and q.shape[1] == 1 and self._decodes_in_kernel(q, v):
-            return self._kernel_step(q, k, v, padding_mask, state if in_place else clone_state(state), softcap, sink_logits)
+            return self._kernel_step(q, k, v, padding_mask, state if in_place else clone_state(state), softcap, sink_logits, counts)
         if not self.window_size:
             return self._pure(q, k, v, padding_mask, cu_seqlens, state, output_state)
         if state is not None and q.shape[1] == 1:
-            return self._window_step(q, k, v, padding_mask, state, softcap, sink_logits)
+            o, new = self._window_step(q, k, v, padding_mask, state, softcap, sink_logits)
+            return o, new if counts else new._replace(lengths=state.lengths)
         return self._window(q, k, v, padding_mask, cu_seqlens, state, output_state, softcap, sink_logits, seen)
 
     @torch.no_grad()
@@ -297,7 +300,7 @@ class DualStateAttention(nn.Module):
         needs_gradient = torch.is_grad_enabled() and (q.requires_grad or v.requires_grad or self.mix_logits.requires_grad)
         return uses_triton(q, v) and not needs_gradient
 
-    def _kernel_step(self, q, k, v, padding_mask, state, softcap, sink_logits):
+    def _kernel_step(self, q, k, v, padding_mask, state, softcap, sink_logits, counts):
         """One token a row in one kernel, which writes the new state over `state`."""
         from dsla_kernels.decode import GateWeights, pure_decode, window_decode  # imports Triton
 
@@ -312,7 +315,8 @@ class DualStateAttention(nn.Module):
         }
         if not self.window_size:
             o = pure_decode(q, k, v, state.recurrent, gates, self.mix_logits, self.norm_weight, **options)
-            state.lengths.add_(1 if padding_mask is None else padding_mask[:, -1])
+            if counts:
+                state.lengths.add_(1 if padding_mask is None else padding_mask[:, -1])
             return o, state
         o = window_decode(
             q,
@@ -330,6 +334,7 @@ class DualStateAttention(nn.Module):
             self.window_size,
             softcap=softcap,
             sink_logits=sink_logits,
+            advance=counts,
             **options,
         )
         return o, state

@@ -46,6 +46,7 @@ class DSLACacheLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = False  # not without recording
     supports_early_init = False
+    counts = True  # whether a step of one token adds to lengths and tokens; False where somebody does it for all layers at once
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,8 +215,16 @@ class StaticDSLACacheLayer(DSLACacheLayer):
             for old, new in zip(self.state, state, strict=True):
                 if old is not new:  # a kernel has written it already
                     old.copy_(new)
-        self.tokens.add_(k.shape[1])  # type: ignore[union-attr]
+        if self.counts:
+            self.tokens.add_(k.shape[1])  # type: ignore[union-attr]
         self._empty = False
+
+    def count_in(self, lengths: Tensor, tokens: Tensor) -> None:
+        """Keep both counts in these tensors from now on, `[B]` and `[]`: parts of those of all layers."""
+        assert self.state is not None
+        lengths.copy_(self.state.lengths)
+        tokens.copy_(torch.as_tensor(self.tokens))
+        self.state, self.tokens = self.state._replace(lengths=lengths), tokens
 
     def activate_past_recording(self) -> None:
         raise NotImplementedError("a static cache cannot be rolled back: use a dynamic one for assisted decoding")

@@ -71,6 +71,7 @@ class Workspace:
     lengths: int64 `[B]`, tokens in the cache after the next step.
     logits: fp32 `[B, vocabulary]`, the output of the last step.
     softmax, dsla: the cache layers of both kinds by layer number, as far as they have been in use.
+    counts: int64 `[layers, B + 1]`, of DSLA layers the lengths of the rows and the tokens in the cache.
     recordings: by (layers that are DSLA, padding, tokens shown); None after the first step there, which runs as it is.
     by_length: whether the attention of a step knows how far the cache is filled, and needs not be shown a part of it.
     """
@@ -82,6 +83,7 @@ class Workspace:
     mask: Tensor
     lengths: Tensor
     logits: Tensor
+    counts: Tensor
     softmax: dict[int, StaticLayer]
     dsla: dict[int, StaticDSLACacheLayer] = field(default_factory=dict)
     recordings: dict[tuple[tuple[int, ...], bool, int], Recording | None] = field(default_factory=dict)
@@ -113,8 +115,11 @@ class Workspace:
         for index, layer in enumerate(self.cache.layers):
             if not isinstance(layer, StaticDSLACacheLayer):
                 continue
-            known = self.dsla.setdefault(index, layer)
-            if known is not layer:
+            known = self.dsla.get(index)
+            if known is None:
+                self.dsla[index] = layer
+                layer.count_in(self.counts[index, :-1], self.counts[index, -1])
+            elif known is not layer:
                 known.take(layer)
                 self.cache.layers[index] = known
             if not keep and self.softmax[index].is_initialized:
@@ -128,6 +133,7 @@ class Workspace:
                 layer.visible, layer.places = tokens, places
             elif isinstance(layer, StaticDSLACacheLayer):
                 layer.max_length = tokens  # what it answers when it is asked for the size of masks
+                layer.counts = places is None  # the step counts for all layers
 
     def view(self) -> int:
         """How many places the next step needs to see, rounded up so that few recordings are needed."""
@@ -368,6 +374,7 @@ class GraphDecoder:
             mask=torch.ones(rows, length, dtype=torch.bool, device=device),
             lengths=torch.zeros(rows, dtype=torch.long, device=device),
             logits=torch.zeros(rows, config.vocab_size, device=device),
+            counts=torch.zeros(len(cache.layers), rows + 1, dtype=torch.long, device=device),
             softmax=dict(enumerate(cache.layers)),
         )
         if device.type == "cuda":
@@ -421,7 +428,7 @@ class GraphDecoder:
                     use_cache=True,
                 ).logits
             space.logits.copy_(logits[:, -1])
-            for count in (space.positions, space.lengths):
+            for count in (space.positions, space.lengths, *([space.counts] if space.by_length else [])):
                 count.add_(1)
 
         if key not in space.recordings:

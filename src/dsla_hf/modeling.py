@@ -94,6 +94,7 @@ def dsla_attention_function(
         sink_logits=kwargs.get("s_aux"),  # gpt-oss
         in_place=dsla_layer is not None and not dsla_layer.record_past,
         seen=None if dsla_layer is None else dsla_layer.seen,
+        counts=dsla_layer is None or dsla_layer.counts,
     )
     if dsla_layer is not None:
         dsla_layer.advance(state, k, v, padding_mask)
