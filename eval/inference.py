@@ -145,8 +145,8 @@ def measure_shape(shape: str, parts: list[str], rows: Rows) -> None:
 KINDS = {
     "softmax layers": ("softmax_decode", "flash", "fmha", "sdpa", "_join_kernel"),
     "DSLA layers": ("window_decode", "pure_decode", "_state_kernel", "_decay_kernel"),
-    "weights": ("gemv", "gemm", "cutlass", "splitK", "nvjet", "ampere", "sm90"),
-    "caches": ("index", "copy", "scatter"),
+    "weights": ("few_rows", "gemv", "gemm", "cutlass", "splitK", "nvjet", "ampere", "sm90"),
+    "caches": ("_append_kernel", "index", "copy", "scatter"),
 }
 
 

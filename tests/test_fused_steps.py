@@ -44,10 +44,10 @@ def test_every_layer_runs_them_and_gives_the_same(tiny_model, adapter_model, bas
     with fused(model, counted):
         found = model(IDS).logits
     assert torch.equal(found, expected)
-    # Two norms and an MLP a layer and the last norm, a rotation a layer; Qwen 3 has norms of queries and keys.
+    # Two norms (one with the sum before it) and an MLP a layer and the last norm, a rotation a layer; Qwen 3 has norms of queries and keys.
     layers = model.config.num_hidden_layers
     assert counted.calls == layers * (6 if base_kind == "qwen3" else 4) + 1
-    assert len(counted.functions) == 3, counted.functions
+    assert len(counted.functions) == 4, counted.functions
 
 
 def test_nothing_is_left_behind(tiny_model, counted):
@@ -80,7 +80,7 @@ def test_a_second_model_of_a_kind_compiles_nothing(tiny_model, counted):
     for model in (tiny_model("llama"), tiny_model("llama")):
         with fused(model, counted):
             model(IDS)
-    assert len(counted.functions) == 3
+    assert len(counted.functions) == 4
 
 
 def test_where_compilation_fails(monkeypatch):
@@ -247,6 +247,16 @@ def test_what_a_gated_mlp_looks_like(tiny_model):
     for kind in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "smollm3", "granite", "cohere2"):
         assert all(fused_steps._is_gated(layer.mlp) for layer in decoder_layers(tiny_model(kind))), kind
     assert not any(fused_steps._is_gated(layer.mlp) for layer in decoder_layers(tiny_model("phi3")))
+
+
+def test_what_a_layer_looks_like_that_adds_before_its_norm(tiny_model):
+    """Fails when transformers writes its decoder layers in another way: then `_decoder_layer` must follow."""
+    for kind in ("llama", "mistral", "qwen2", "qwen3"):
+        assert all(fused_steps._adds_before_norm(layer) for layer in decoder_layers(tiny_model(kind))), kind
+    assert not any(fused_steps._adds_before_norm(layer) for layer in decoder_layers(tiny_model("gemma2")))
+    hooked = decoder_layers(tiny_model("llama"))[0]
+    hooked.post_attention_layernorm.register_forward_hook(lambda *_: None)
+    assert not fused_steps._adds_before_norm(hooked)
 
 
 def test_linear_forwards_are_put_back(tiny_model, adapter_model, counted, launches):

@@ -10,6 +10,7 @@ what it gates another.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import sys
 import threading
@@ -68,6 +69,7 @@ def fused(model: nn.Module, compile: Compile = _compile) -> Iterator[None]:
         inner = {part for module in modules for part in module.modules()}
         forwards |= _linear_forwards({x for x in model.modules() if x not in inner and _is_plain(x)}, _projections(model))
         forwards |= {module: _gated_forward(module, forwards[module]) for module in modules if _is_gated(module)}
+        forwards |= {module: _layer_forward(module, compile) for module in model.modules() if _adds_before_norm(module)}
         homes = {sys.modules[cls.__module__] for x in model.modules() for cls in type(x).__mro__ if cls.__module__ in sys.modules}
         rotations = {home: getattr(home, ROTATION) for home in homes if hasattr(home, ROTATION)}
         try:
@@ -140,16 +142,83 @@ def _gated_mlp(self, x):  # what a gated MLP looks like in transformers; the tex
     return down_proj
 
 
+def _decoder_layer(  # what a layer with norms before attention and MLP looks like in transformers, likewise
+    self,
+    hidden_states,
+    attention_mask=None,
+    position_ids=None,
+    past_key_values=None,
+    use_cache=False,
+    position_embeddings=None,
+    **kwargs,
+):
+    residual = hidden_states
+    hidden_states = self.input_layernorm(hidden_states)
+    hidden_states, _ = self.self_attn(
+        hidden_states=hidden_states,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=past_key_values,
+        use_cache=use_cache,
+        position_embeddings=position_embeddings,
+        **kwargs,
+    )
+    hidden_states = residual + hidden_states
+
+    residual = hidden_states
+    hidden_states = self.post_attention_layernorm(hidden_states)
+    hidden_states = self.mlp(hidden_states)
+    hidden_states = residual + hidden_states
+    return hidden_states
+
+
+def _program(function: Any) -> Any:
+    code = getattr(inspect.unwrap(function), "__code__", None)  # transformers wraps layers, for checkpoints of gradients
+    return code and (code.co_code, code.co_names, code.co_consts)
+
+
+def _adds_before_norm(module: Any) -> bool:
+    """Whether a module computes what `_decoder_layer` does, with a norm before the MLP that is a plain RMSNorm."""
+    norm: Any = module._modules.get("post_attention_layernorm")
+    return (
+        norm is not None
+        and _program(type(module).forward) == _program(_decoder_layer)
+        and "forward" not in module.__dict__
+        and type(norm).__name__.endswith("RMSNorm")
+        and not (norm._forward_hooks or norm._forward_pre_hooks)
+    )
+
+
+@functools.cache
+def _add_and_norm(norm_class: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    def add_and_norm(norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total = residual + x
+        return norm_class.forward(norm, total), total
+
+    return add_and_norm
+
+
+def _layer_forward(module: Any, compile: Compile) -> Callable[..., Tensor]:
+    """`_decoder_layer`, where what attention adds and the norm of the sum are one kernel."""
+    norm = module.post_attention_layernorm
+    kind: Any = type(norm)
+    add_and_norm = _once(_add_and_norm(kind), compile)
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args:
+            return type(module).forward(module, hidden_states, *args, **kwargs)
+        attended, _ = module.self_attn(hidden_states=module.input_layernorm(hidden_states), **kwargs)
+        normed, total = add_and_norm(norm, attended, hidden_states)
+        return total + module.mlp(normed)
+
+    return forward
+
+
 def _is_gated(module: Any) -> bool:
     """Whether an MLP computes what `_gated_mlp` does, in three plain layers without biases or hooks, and an activation that is known."""
-
-    def program(function: Any) -> Any:
-        code = getattr(function, "__code__", None)
-        return code and (code.co_code, code.co_names, code.co_consts)
-
     parts = [module._modules.get(name) for name in ("gate_proj", "up_proj", "down_proj")]
     return (
-        program(type(module).forward) == program(_gated_mlp)
+        _program(type(module).forward) == _program(_gated_mlp)
         and type(module._modules.get("act_fn")) in ACTIVATIONS
         and all(_is_plain(x) and x.bias is None and not (x._forward_hooks or x._forward_pre_hooks) for x in parts)
     )
