@@ -59,7 +59,7 @@ POSITIONS = (64, 128, 256, 512, 1024, 2048, 4096)
 @dataclass(frozen=True)
 class Arm:
     """A recipe. layer: what it changes in DSLAConfig. control: what is done to each layer before training. training: what it changes
-    in DSLATrainingArguments; distill: in the arguments of `distill`."""
+    in DSLATrainingArguments, beside levels that are drawn evenly; distill: in the arguments of `distill`."""
 
     layer: dict[str, Any] = field(default_factory=dict)
     control: str = ""
@@ -166,7 +166,7 @@ def run_arm(name: str, teacher: str, data: Path, output: Path, seed: int) -> dic
         report_to=[],
         seed=seed,
         use_cpu=device == "cpu",
-        **arm.training,
+        **{"level_draws": 1, **arm.training},
     )
     steps = STAGE_TOKENS // (BATCH * LENGTH)
     plain = DualStateAttention._window, DualStateAttention._pure, losses._weighted_kl

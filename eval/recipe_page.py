@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
@@ -72,10 +73,12 @@ def recall_table(rows: list[dict]) -> str:
 
 
 def gap_table(rows: list[dict]) -> str:
-    """(control - default) / (control - teacher), of the loss of novels and code, paired by document and seed."""
+    """(control - ours) / (control - teacher), of the loss of novels and code, paired by document and seed; ours is the arm that was trained
+    as the control was."""
     table = []
     teacher = next(row for row in rows if row["arm"] == "default" and row["level"] == 0)
-    for control in [arm for arm in arms_of(rows) if arm.startswith("window")]:
+    for control in [arm for arm in arms_of(rows) if re.search(r"(^|, )window", arm)]:
+        arm = control.split(", window")[0] if ", window" in control else "default"
         entry: dict[str, Any] = {"control": control}
         for kind in ("novels", "code"):
             key = f"{kind}_by_document"
@@ -84,11 +87,13 @@ def gap_table(rows: list[dict]) -> str:
                 for row in rows:
                     if row["arm"] != control or row["level"] != level:
                         continue
-                    ours = [r for r in rows if r["arm"] == "default" and r["level"] == level and r["seed"] == row["seed"]]
+                    ours = [r for r in rows if r["arm"] == arm and r["level"] == level and r["seed"] == row["seed"]]
                     for own in ours:
                         numerators += [c - o for c, o in zip(row[key], own[key], strict=True)]
                         denominators += [c - t for c, t in zip(row[key], teacher[key], strict=True)]
-                if numerators:
+                if len(numerators) > 1 and mean(denominators) < 2 * stdev(denominators) / math.sqrt(len(denominators)):
+                    entry[f"{kind} @{level}"] = "nothing lost"
+                elif numerators:
                     error = stdev(numerators) / math.sqrt(len(numerators)) / mean(denominators) if len(numerators) > 1 else 0.0
                     entry[f"{kind} @{level}"] = f"{mean(numerators) / mean(denominators):+.2f} ± {abs(error):.2f}"
         table.append(entry)

@@ -479,7 +479,7 @@ def levels_of_steps(model, directory, **options):
 
 @pytest.mark.parametrize("seed", [0, 11])
 def test_every_step_runs_at_its_drawn_level(llama, seed, tmp_path):
-    expected = [draw_level(seed, step, 4) for step in range(8)]
+    expected = [draw_level(seed, step, 4, 2) for step in range(8)]
     assert len(set(expected)) > 2
     llama.set_level(1)
     assert levels_of_steps(llama, tmp_path, seed=seed, max_steps=8) == [sorted(ORDER[:level]) for level in expected]

@@ -79,7 +79,8 @@ class DSLATrainingArguments(TrainingArguments):
         metadata={"help": "Peak learning rate of gates, mix and norm, over that of the projections: they have far to go from their start."},
     )
     level_draws: int = field(
-        default=1, metadata={"help": "Stage 'logits': the level of a step is the highest of so many draws; 2 favours high levels."}
+        default=2,
+        metadata={"help": "Stage 'logits': the level of a step is the highest of so many draws; 1 treats all levels alike."},
     )
     hidden_weight: float = field(
         default=0.0, metadata={"help": "Stage 'logits': weight of the alignment of the hidden states after each block."}
