@@ -14,6 +14,7 @@ import inspect
 import logging
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -58,25 +59,26 @@ def can_compile(device: torch.device) -> bool:
 
 
 @contextmanager
-def fused(model: nn.Module, compile: Compile = _compile) -> Iterator[None]:
+def fused(model: nn.Module, compile: Compile = _compile, prompt: bool = False) -> Iterator[None]:
     """Within it, norms, MLPs and rotations of `model` run compiled, and plain linear layers of few tokens, one a row, by the kernels for
     them, where these run. To be held while a step is run once and captured, or a piece of a prompt is read, not longer: other threads that
-    run a model of the same kind meanwhile get the compiled rotation too, which computes the same."""
+    run a model of the same kind meanwhile get the compiled rotation too, which computes the same. prompt: pieces of prompts run within it,
+    not steps; each has compiled functions of its own."""
     with _lock:
         modules = [x for x in model.modules() if type(x).__name__.endswith(KINDS) and "forward" not in x.__dict__]
-        forwards = {module: _bound(_once(type(module).forward, compile), module) for module in modules}
+        forwards = {module: _bound(_once(type(module).forward, compile, prompt, _sizes(module)), module) for module in modules}
         # The layers of an MLP run within its compiled forward, which would be compiled anew for each were they replaced.
         inner = {part for module in modules for part in module.modules()}
         forwards |= _linear_forwards({x for x in model.modules() if x not in inner and _is_plain(x)}, _projections(model))
         forwards |= {module: _gated_forward(module, forwards[module]) for module in modules if _is_gated(module)}
-        forwards |= {module: _layer_forward(module, compile) for module in model.modules() if _adds_before_norm(module)}
+        forwards |= {module: _layer_forward(module, compile, prompt) for module in model.modules() if _adds_before_norm(module)}
         homes = {sys.modules[cls.__module__] for x in model.modules() for cls in type(x).__mro__ if cls.__module__ in sys.modules}
         rotations = {home: getattr(home, ROTATION) for home in homes if hasattr(home, ROTATION)}
         try:
             for module, forward in forwards.items():
                 module.forward = forward
             for home, rotation in rotations.items():
-                setattr(home, ROTATION, _once(rotation, compile))
+                setattr(home, ROTATION, _once(rotation, compile, prompt))
             yield
         finally:
             for module in forwards:
@@ -198,11 +200,11 @@ def _add_and_norm(norm_class: Any) -> Callable[..., tuple[Tensor, Tensor]]:
     return add_and_norm
 
 
-def _layer_forward(module: Any, compile: Compile) -> Callable[..., Tensor]:
+def _layer_forward(module: Any, compile: Compile, prompt: bool) -> Callable[..., Tensor]:
     """`_decoder_layer`, where what attention adds and the norm of the sum are one kernel."""
     norm = module.post_attention_layernorm
     kind: Any = type(norm)
-    add_and_norm = _once(_add_and_norm(kind), compile)
+    add_and_norm = _once(_add_and_norm(kind), compile, prompt, _sizes(norm))
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args:
@@ -235,11 +237,28 @@ def _gated_forward(module: Any, otherwise: Callable[..., Any]) -> Callable[[Tens
     return forward
 
 
-def _once(function: Callable[..., Any], compile: Compile) -> Callable[..., Any]:
-    key = function, compile
+def _once(function: Callable[..., Any], compile: Compile, prompt: bool, sizes: Any = None) -> Callable[..., Any]:
+    key = function, compile, prompt, sizes
     if key not in _compiled:
-        _compiled[key] = compile(function)
+        _compiled[key] = compile(_copy(function, f"{'prompt' if prompt else 'step'}_{len(_compiled)}"))
     return _compiled[key]
+
+
+def _sizes(module: nn.Module) -> Any:
+    """What tells modules of a class apart that see other shapes: norms of heads and of hidden states, models of other sizes."""
+    return next((weight.shape for weight in module.parameters()), None)
+
+
+def _copy(function: Any, suffix: str) -> Any:
+    """The same function with code of its own. `torch.compile` compiles the code of a function for eight kinds of inputs, then for none:
+    prompts and steps, one row and several, would be too many together."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return function
+    code = code.replace(co_name=f"{code.co_name}_{suffix}")
+    copy = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__, copy.__qualname__ = function.__kwdefaults__, function.__qualname__
+    return copy
 
 
 def _bound(function: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:

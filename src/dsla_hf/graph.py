@@ -343,11 +343,11 @@ class GraphDecoder:
         self._own_attention = can_attend_where_cached(self.causal_lm)
         return attends_where_cached(self.causal_lm) if self._own_attention else nullcontext()
 
-    def _fused(self) -> Any:
+    def _fused(self, prompt: bool = False) -> Any:
         if self._fuse and not can_compile(self.causal_lm.device):
             self._fuse = False
             logger.warning_once("torch.compile does not work here (dsla_hf.fused_steps): steps have more launches, and take longer")
-        return fused(self.causal_lm) if self._fuse else nullcontext()
+        return fused(self.causal_lm, prompt=prompt) if self._fuse else nullcontext()
 
     def _space(self, rows: int, length: int, goes_on: bool) -> Workspace:
         """The workspace for so many rows and tokens: the one at hand if it fits, else a new one."""
@@ -389,7 +389,7 @@ class GraphDecoder:
         for part in ids.split(chunk or ids.shape[1], 1):
             start, space.read = space.read, space.read + part.shape[1]
             space.show(space.read)
-            fuses = self._fused() if part.numel() >= LONG_PROMPT else nullcontext()
+            fuses = self._fused(prompt=True) if part.numel() >= LONG_PROMPT else nullcontext()
             with fuses, over_prompt() if self._own_attention and not space.padded else nullcontext():
                 logits = self.causal_lm(
                     input_ids=part,

@@ -58,7 +58,7 @@ class GraphRunner(ModelRunner):
 
     @torch.no_grad()
     def prefill(self, request: Request, tokens: int) -> Tensor:
-        with self._fused() if tokens >= LONG_PROMPT and self.record is not None else nullcontext():
+        with self._fused(prompt=True) if tokens >= LONG_PROMPT and self.record is not None else nullcontext():
             return super().prefill(request, tokens)
 
     def _run(self, level: int, ids: list[int], lengths: list[int], active: list[bool]) -> Tensor:
@@ -91,9 +91,9 @@ class GraphRunner(ModelRunner):
         assert self._logits is not None
         return self._logits
 
-    def _fused(self) -> Any:
+    def _fused(self, prompt: bool = False) -> Any:
         model = self.levels.causal_lm
-        return fused(model) if model.device.type == "cuda" and can_compile(model.device) else nullcontext()
+        return fused(model, prompt=prompt) if model.device.type == "cuda" and can_compile(model.device) else nullcontext()
 
 
 def _power_of_two(number: int) -> int:
