@@ -168,5 +168,6 @@ def state_reads(model: Any, cores: dict[int, Any], blocks: Tensor, bins: int = 3
         last = q[:, -1].float().unflatten(1, (core.num_kv_heads, -1))
         weights = torch.einsum("bhrk,bthik->bihrt", last, written).abs() * core.mix().T.unflatten(1, (core.num_kv_heads, -1))[..., None]
         read = weights.mean((0, 2, 3))
-        reads[str(i)] = (read / read.sum()).unflatten(1, (bins, -1)).sum(-1).tolist()
+        shares = (read / read.sum()).unflatten(1, (bins, -1)).sum(-1)
+        reads[str(i)] = [[round(share, 5) for share in row] for row in shares.tolist()]
     return reads
