@@ -477,7 +477,7 @@ def levels_of_steps(model, directory, **options):
     return seen
 
 
-@pytest.mark.parametrize("seed", [0, 11])
+@pytest.mark.parametrize("seed", [0, 4])
 def test_every_step_runs_at_its_drawn_level(llama, seed, tmp_path):
     expected = [draw_level(seed, step, 4, 2) for step in range(8)]
     assert len(set(expected)) > 2
