@@ -487,12 +487,12 @@ def test_every_step_runs_at_its_drawn_level(llama, seed, tmp_path):
 
 def test_all_batches_of_an_accumulated_step_run_at_one_level(llama, tmp_path):
     levels = levels_of_steps(llama, tmp_path, seed=0, max_steps=4, gradient_accumulation_steps=2)
-    assert levels == [sorted(ORDER[: draw_level(0, step, 4)]) for step in range(4) for _ in range(2)]
+    assert levels == [sorted(ORDER[: draw_level(0, step, 4, 2)]) for step in range(4) for _ in range(2)]
 
 
 def test_levels_are_drawn_from_the_plan(fresh, tmp_path):
     levels = levels_of_steps(fresh(conversion_order=[3, 1]), tmp_path, seed=0, max_steps=6)
-    assert levels == [sorted([3, 1][: draw_level(0, step, 2)]) for step in range(6)]
+    assert levels == [sorted([3, 1][: draw_level(0, step, 2, 2)]) for step in range(6)]
 
 
 @pytest.mark.parametrize("level", [0, 3])

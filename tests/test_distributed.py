@@ -106,7 +106,7 @@ def test_two_processes_equal_one_and_a_killed_run_goes_on_on_both(config, job, t
 
     assert_close(two, one, rtol=0, atol=1e-4)
     # The mean over processes is a whole number, that of the pure function, only if all of them drew it.
-    assert [entry["level"] for entry in logs(two, "logits")] == [draw_level(42, step, 4) for step in range(4)]
+    assert [entry["level"] for entry in logs(two, "logits")] == [draw_level(42, step, 4, 2) for step in range(4)]
     assert json.loads((two / "ranking.json").read_text())["order"] == json.loads((one / "ranking.json").read_text())["order"]
     assert_close(parts, two, rtol=0, atol=0)
     for stage in ("alignment", "logits"):
