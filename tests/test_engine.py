@@ -10,6 +10,7 @@ from peft import get_peft_model
 from dsla_hf import DSLAConfig, Load
 from dsla_hf.graph import PlainRecording
 from dsla_hf.serving.engine import Draining, Engine, EngineOptions, ShedForMemory
+from dsla_hf.serving.graphs import piece_sizes
 from dsla_hf.serving.recent import RecentMean
 from dsla_hf.serving.request import Sampling
 from dsla_hf.serving.scheduler import QueueFull
@@ -384,6 +385,7 @@ def test_recorded_steps_give_the_same_texts(tuned, monkeypatch, request, kernels
                 return max([first, *(to for at, to in raises if stats.tokens >= at)])
 
             assert ear.tokens == alone(tuned, prompt, tokens, first, level_policy=policy)
+    assert bool(engine.runner.pieces) == kernels
     recorded = [key for key, recording in engine.runner.recordings.items() if recording is not None]
     assert {key[0] for key in recorded} == {0, 2} and {key[1] for key in recorded} <= {1, 2, 4}
     assert ({key[2] for key in recorded} == {0}) if kernels else len({key[2] for key in recorded}) > 1
@@ -402,6 +404,46 @@ def test_prepared_steps_are_there_when_a_text_comes(tuned, monkeypatch):
     run(engine)
     assert [ear.tokens for ear in ears] == [alone(tuned, prompt, tokens, 2) for prompt, tokens in wanted]
     assert engine.runner.recordings == recordings
+
+
+def test_recorded_pieces_read_prompts_of_any_length_anywhere(tuned, interpreted_kernels, monkeypatch):
+    """Pieces of 1 to 8 tokens, full and padded, behind other pieces and in slots that have had another text; some texts run."""
+    monkeypatch.setattr("dsla_hf.serving.graphs.SMALLEST_PIECE", 1)
+    monkeypatch.setattr("dsla_hf.serving.graphs.FINE_PIECES", 4)
+    engine = Engine(tuned, 2, SMALL, record=PlainRecording)
+    engine.prepare([2])
+    pieces = dict(engine.runner.pieces)
+    assert sorted(pieces) == [(2, size) for size in (1, 2, 4, 5, 6, 7, 8)]
+    wanted = [(prompt, 3) for prompt in prompts(9, 1, 30, seed=3)] + [([7] * length, 2) for length in (1, 2, 3, 8, 9, 16)]
+    ears = ask(engine, wanted)
+    run(engine)
+    assert engine.runner.pieces == pieces
+    monkeypatch.setattr("dsla_kernels.dispatch.choice", "auto")
+    assert [ear.tokens for ear in ears] == [alone(tuned, prompt, tokens, 2) for prompt, tokens in wanted]
+    assert_empty(engine)
+
+
+def test_a_piece_can_be_recorded_while_texts_run(tuned, interpreted_kernels, monkeypatch):
+    """The call before the recording reads no token and changes nothing, neither where a text begins nor where it goes on."""
+    monkeypatch.setattr("dsla_hf.serving.graphs.SMALLEST_PIECE", 4)
+    engine = Engine(tuned, 4, options(chunk=4), record=PlainRecording)
+    read = engine.runner.prefill
+
+    def read_anew(request, tokens):
+        engine.runner.pieces.clear()
+        return read(request, tokens)
+
+    monkeypatch.setattr(engine.runner, "prefill", read_anew)
+    wanted = [(prompt, 5) for prompt in prompts(5, 5, 24, seed=4)]
+    ears = ask(engine, wanted)
+    run(engine)
+    monkeypatch.setattr("dsla_kernels.dispatch.choice", "auto")
+    assert [ear.tokens for ear in ears] == [alone(tuned, prompt, tokens, 4) for prompt, tokens in wanted]
+
+
+def test_sizes_of_pieces():
+    assert piece_sizes(2048) == [64, 128, 256, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048]
+    assert piece_sizes(700) == [64, 128, 256, 512, 640, 700] and piece_sizes(16) == [16]
 
 
 def test_steps_that_cannot_be_recorded_run_as_they_are(tuned, caplog):

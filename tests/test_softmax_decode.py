@@ -1,4 +1,5 @@
-"""Softmax attention of one token a row: the Triton kernels against the PyTorch truth in fp64, and that against SDPA.
+"""Softmax attention over caches, of a token a row or a piece of a text: the Triton kernels against the PyTorch truth in fp64, that against
+SDPA.
 
 As tests/test_kernels.py, on a GPU compiled and in bf16 too, without one through Triton's interpreter.
 """
@@ -14,7 +15,7 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1 for Triton's interpreter", allow_module_level=True)
 pytest.importorskip("triton")
 
-from dsla_kernels import dispatch, reference, split_kv  # noqa: E402 (after the choice of how kernels run)
+from dsla_kernels import dispatch, prompt, reference, split_kv  # noqa: E402 (after the choice of how kernels run)
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")]
@@ -285,3 +286,115 @@ def test_wrong_inputs_are_named_before_a_launch(case, monkeypatch):
 def test_heads_beyond_what_the_kernels_take():
     with pytest.raises(ValueError, match="up to 256"):
         split_kv.softmax_decode(*make_inputs([2], 3, 258))
+
+
+# --- a piece of a text ------------------------------------------------------------------------------------------
+
+
+def make_piece(starts, news, tokens, key_dim=32, value_dim=None, kv_heads=2, group=2, dtype=torch.float32, block_size=BLOCK_SIZE):
+    """q of `tokens` queries a row, of which `news` are no padding, and the pool that they see; NaN in all that nobody sees."""
+    lengths = [start + new for start, new in zip(starts, news, strict=True)]
+    _, keys, values, held = make_inputs(lengths, max(*lengths, 1), key_dim, value_dim, kv_heads, group, dtype)
+    q = random(len(starts), tokens, kv_heads * group, key_dim).to(dtype)
+    pool_keys, pool_values, table = paged(keys, values, held, block_size)
+    return q, pool_keys, pool_values, torch.tensor(starts, device=DEVICE), held, table
+
+
+def check_piece(q, keys, values, starts, lengths, table, **options):
+    expected = reference.softmax_prompt(q.double(), keys.double(), values.double(), starts, lengths, table, **options)
+    found = prompt.softmax_prompt(q, keys, values, starts, lengths, table, **options)
+    assert found.dtype == q.dtype and found.shape == expected.shape
+    error = float((found.double() - expected).norm() / expected.norm().clamp_min(1e-30))
+    assert error <= BOUNDS[q.dtype]
+    padding = starts[:, None] + torch.arange(q.shape[1], device=DEVICE) >= lengths[:, None]
+    assert not found[padding].any()
+    return found
+
+
+def test_the_truth_of_a_piece_is_causal_attention():
+    q, keys, values, starts, lengths, table = make_piece([7, 0], [5, 3], 5, 8, 6, dtype=torch.float64)
+    found = reference.softmax_prompt(q, keys, values, starts, lengths, table, scale=0.3)
+    for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        read = [x[table[row, : -(-length // BLOCK_SIZE)].long()].flatten(0, 1)[:length].transpose(0, 1)[None] for x in (keys, values)]
+        mask = torch.arange(length, device=DEVICE) <= torch.arange(start, length, device=DEVICE)[:, None]
+        new = q[row : row + 1, : length - start].transpose(1, 2)
+        expected = F.scaled_dot_product_attention(new, *read, attn_mask=mask, scale=0.3, enable_gqa=True)
+        torch.testing.assert_close(found[row : row + 1, : length - start], expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [16, 64, 128])
+@pytest.mark.parametrize("tokens", [1, 17, 150])
+def test_pieces_anywhere_in_texts(tokens, block_size, dtype):
+    starts, news = [0, 0, 63, 200, 5, 0], [tokens, tokens // 2, tokens, tokens - 1, 0, 1]
+    check_piece(*make_piece(starts, news, tokens, kv_heads=1, dtype=dtype, block_size=block_size))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("key_dim, value_dim, group", [(128, 128, 4), (64, 64, 3), (96, 80, 1), (20, 12, 7), (256, 256, 1)])
+def test_heads_of_pieces(key_dim, value_dim, group, dtype):
+    check_piece(*make_piece([30, 0], [70, 40], 70, key_dim, value_dim, group=group, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "options", [{"scale": 0.02}, {"window": 1}, {"window": 40}, {"window": 64}, {"window": 1000}, {"scale": 30.0}], ids=str
+)
+def test_what_models_add_to_pieces(options):
+    check_piece(*make_piece([150, 0, 64], [140, 20, 1], 140, kv_heads=1), **options)
+
+
+def test_pieces_of_any_strides_and_tables_that_are_too_short():
+    q, keys, values, starts, lengths, table = make_piece([40, 3], [50, 9], 50)
+    expected = check_piece(q, keys, values, starts, lengths, table)
+    heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, keys, values)]
+    slow_table = table.long().t().contiguous().t()
+    torch.testing.assert_close(check_piece(*heads_first, starts, lengths, slow_table), expected)
+    found = prompt.softmax_prompt(q, keys, values, starts, lengths + 1_000_000, table[:, :1].clamp_max(len(keys) - 1))
+    assert found.shape == expected.shape  # no more is read than there is room for
+
+
+def test_any_launch_of_a_piece_gives_the_same(monkeypatch):
+    inputs = make_piece([100, 0], [90, 33], 90, kv_heads=1)
+    for tokens in (16, 64, 128):
+        monkeypatch.setattr(prompt, "tuned", split_kv.Launch(tokens))
+        check_piece(*inputs)
+
+
+def test_pieces_that_do_not_fit_are_refused():
+    q, keys, values, starts, lengths, table = make_piece([4], [5], 5)
+    for wrong, words in [
+        ((q[0], keys, values, starts, lengths, table), "q must be"),
+        ((q, keys[..., :-2], values, starts, lengths, table), "keys must be"),
+        ((q, keys, values, starts.int(), lengths, table), "starts must be"),
+        ((q, keys, values, starts, lengths, table[0]), "block_table must be"),
+        ((q.double(), keys.double(), values.double(), starts, lengths, table), "fp32, bf16 and fp16"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            prompt.softmax_prompt(*wrong)
+
+
+def test_the_choice_of_how_pieces_run(monkeypatch):
+    inputs = make_piece([4], [5], 5)
+    launched, run = [], prompt.softmax_prompt
+    monkeypatch.setattr(prompt, "softmax_prompt", lambda *x, **options: launched.append(1) or run(*x, **options))
+    found = {}
+    for choice in ("pytorch", "triton"):
+        monkeypatch.setattr(dispatch, "choice", choice)
+        found[choice] = dispatch.softmax_prompt(*inputs)
+    assert len(launched) == 1
+    torch.testing.assert_close(found["triton"], found["pytorch"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
+def test_a_graph_of_a_piece_serves_every_place():
+    q, keys, values, starts, lengths, table = make_piece([0, 100], [64, 64], 64, 128, dtype=torch.bfloat16)
+    keys, values, table = keys.nan_to_num(0), values.nan_to_num(0), table.clamp_max(len(keys) - 1)
+    prompt.softmax_prompt(q, keys, values, starts, lengths, table)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = prompt.softmax_prompt(q, keys, values, starts, lengths, table)
+    for start in (3, 77):
+        starts.fill_(start), lengths.fill_(start + 60)
+        graph.replay()
+        torch.testing.assert_close(o, check_piece(q, keys, values, starts, lengths, table))

@@ -11,6 +11,7 @@ from .dispatch import (
     kernel_path,
     linears,
     softmax_decode,
+    softmax_prompt,
     takes_few_rows,
     uses_triton,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "rows_from_cu_seqlens",
     "rows_from_mask",
     "softmax_decode",
+    "softmax_prompt",
     "takes_few_rows",
     "uses_triton",
 ]

@@ -148,6 +148,20 @@ def check_softmax_decode_inputs(
             raise ValueError(f"{name} must be on {q.device} as q is, got {other.device}")
 
 
+def check_softmax_prompt_inputs(
+    q: Tensor, keys: Tensor, values: Tensor, starts: Tensor, lengths: Tensor, block_table: Tensor, window: int | None = None
+) -> None:
+    """Raises ValueError that names the argument which does not fit the contract of `softmax_prompt`."""
+    if q.ndim != 4 or q.shape[1] == 0:
+        raise ValueError(f"q must be [B, T, Hq, D] with a token at least, got {list(q.shape)}")
+    check_softmax_decode_inputs(q[:, :1], keys, values, lengths, window=window, block_table=block_table)
+    if starts.shape != lengths.shape or starts.dtype != lengths.dtype or starts.device != q.device:
+        raise ValueError(
+            f"starts must be {lengths.dtype} {list(lengths.shape)} on {q.device} as lengths are, got {starts.dtype} "
+            f"{list(starts.shape)} on {starts.device}"
+        )
+
+
 def check_gate_inputs(
     v: Tensor,
     gate_down: Tensor,

@@ -127,6 +127,15 @@ def softmax_decode(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, **o
     return reference.softmax_decode(q, keys, values, lengths, **options)
 
 
+def softmax_prompt(q: Tensor, keys: Tensor, values: Tensor, starts: Tensor, lengths: Tensor, block_table: Tensor, **options) -> Tensor:
+    """Softmax attention of a piece of a text a row over blocks, see `reference.softmax_prompt`. On a GPU it has no gradient."""
+    if uses_triton(q, values):
+        from . import prompt
+
+        return prompt.softmax_prompt(q, keys, values, starts, lengths, block_table, **options)
+    return reference.softmax_prompt(q, keys, values, starts, lengths, block_table, **options)
+
+
 def takes_few_rows(x: Tensor, *weights: Tensor) -> bool:
     """Whether the Triton kernels for linear layers of few rows take x `[..., K]` and weights `[N, K]`: 16 rows at most, one dtype and
     device, dense weights, gradients off and no autocast."""

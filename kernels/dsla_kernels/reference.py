@@ -20,7 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_gate_inputs, check_gated_linear_inputs, check_inputs, check_softmax_decode_inputs, check_window_inputs
+from .checks import (
+    check_gate_inputs,
+    check_gated_linear_inputs,
+    check_inputs,
+    check_softmax_decode_inputs,
+    check_softmax_prompt_inputs,
+    check_window_inputs,
+)
 from .ragged import Rows, rows_from_cu_seqlens
 
 CHUNK_SIZE = 64
@@ -514,6 +521,42 @@ def softmax_decode(
     # Of a row that sees nothing the denominator is zero, and so are all weights.
     weights = (scores - log_denominator.masked_fill(log_denominator.isneginf(), 0)[..., None]).exp()
     return torch.einsum("bhrt,bhtv->bhrv", weights, values).flatten(1, 2)[:, None].to(q.dtype)
+
+
+def softmax_prompt(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    block_table: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Softmax attention of a piece of a text a row over its keys and values in blocks, the piece's own included.
+
+    Args:
+        q: `[B, T, Hq, K]`; query t is that of token `starts + t` and sees the tokens up to itself. Queries behind a row's length are
+            padding.
+        keys, values: a pool `[blocks, block_size, Hkv, K]` and `[..., V]`.
+        starts: int `[B]`, tokens of each row before the piece.
+        lengths: int `[B]`, tokens of each row with it; what lies behind them is not read.
+        block_table, scale, window: as in `softmax_decode`.
+
+    Returns:
+        o `[B, T, Hq, V]` in q's dtype, zero at padding; the sums are in fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: names the argument that does not fit.
+    """
+    check_softmax_prompt_inputs(q, keys, values, starts, lengths, block_table, window)
+    seen = [torch.where(starts + t < lengths, starts + t + 1, 0) for t in range(q.shape[1])]
+    steps = (
+        softmax_decode(q[:, t : t + 1], keys, values, seen[t], scale=scale, window=window, block_table=block_table)
+        for t in range(q.shape[1])
+    )
+    return torch.cat(list(steps), 1)
 
 
 def gated_linear(x: Tensor, gate_weight: Tensor, up_weight: Tensor, activation: str = "silu") -> Tensor:

@@ -2,7 +2,8 @@
 
 transformers hands an attention function keys, values and a mask of the same length. A static cache is then read to its end, a paged one
 is copied first, and a prompt that goes on behind a cache has a mask, with which SDPA cannot run its flash kernel. Steps of one token
-inside `over_cache` use the split-KV kernel instead, which knows lengths and block tables; prompts inside `over_prompt` need no mask.
+inside `over_cache` use the split-KV kernel instead, which knows lengths and block tables, and pieces of prompts over blocks one that knows
+them too; prompts inside `over_prompt` need no mask.
 Everything else goes to SDPA as it would without this module.
 """
 
@@ -22,7 +23,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dsla_kernels import softmax_decode, uses_triton
+from dsla_kernels import softmax_decode, softmax_prompt, uses_triton
 
 ATTENTION_FUNCTION = "dsla_decode"
 
@@ -31,15 +32,17 @@ ATTENTION_FUNCTION = "dsla_decode"
 class CachedTokens:
     """What the rows of a step hold in their caches.
 
-    lengths: int `[B]`, tokens of each row, the new one included.
+    lengths: int `[B]`, tokens of each row, the new ones included.
     mask: bool `[B, T]`, False at padding in the cache; None if there is none.
     block_tables: int `[layers, B, most blocks]`, where the cache is a pool of blocks that keys and values are handed over as
         (`[blocks, block_size, Hkv, D]`); None for `[B, Hkv, T, D]`.
+    starts: int `[B]`, tokens of each row before the new ones, where these are several (with block tables only).
     """
 
     lengths: Tensor
     mask: Tensor | None = None
     block_tables: Tensor | None = None
+    starts: Tensor | None = None
 
 
 _cached: ContextVar[CachedTokens | None] = ContextVar("cached tokens of this step", default=None)
@@ -65,7 +68,7 @@ def attends_where_cached(model: Any) -> Iterator[None]:
 
 @contextmanager
 def over_cache(cached: CachedTokens) -> Iterator[None]:
-    """Calls of the model inside are steps of one token a row over caches that hold `cached`."""
+    """Calls of the model inside are steps of one token a row, or of as many as `cached` says, over caches that hold `cached`."""
     token = _cached.set(cached)
     try:
         yield
@@ -94,17 +97,11 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
         grouped = query.shape[1] != key.shape[1]
         o = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
         return o.transpose(1, 2).contiguous(), None
-    o = softmax_decode(
-        query.transpose(1, 2),
-        key,
-        value,
-        cached.lengths,
-        scale=scale,
-        window=window,
-        mask=cached.mask,
-        block_table=None if cached.block_tables is None else cached.block_tables[module.layer_idx],
-    )
-    return o, None
+    table = None if cached.block_tables is None else cached.block_tables[module.layer_idx]
+    q = query.transpose(1, 2)
+    if cached.starts is not None and table is not None:
+        return softmax_prompt(q, key, value, cached.starts, cached.lengths, table, scale=scale, window=window), None
+    return softmax_decode(q, key, value, cached.lengths, scale=scale, window=window, mask=cached.mask, block_table=table), None
 
 
 def _behind_cache(new: int, tokens: int, window: int | None, device: torch.device) -> Any:

@@ -81,7 +81,7 @@ class Engine:
         model: a causal LM, a `PeftModel` with a DSLA adapter, or a hybrid; in eval mode, on its device.
         policy: what `as_policy` takes.
         eos_tokens: ids that end a text; None: those of the model's generation config.
-        record: what records steps of decoding, see `GraphRunner`; None: they run as they are.
+        record: what records model calls, see `GraphRunner`; None: they run as they are.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Engine:
             max_tokens=self.max_tokens,
             max_level=highest,
         )
-        self.runner = ModelRunner(levels, self.memory) if record is None else GraphRunner(levels, self.memory, record)
+        self.runner = ModelRunner(levels, self.memory) if record is None else GraphRunner(levels, self.memory, record, options.chunk)
         self.scheduler = Scheduler(options.slots, options.max_waiting)
         self.chunk = options.chunk
         self.finished: dict[str, int] = {"stop": 0, "length": 0, "cancelled": 0, "error": 0}

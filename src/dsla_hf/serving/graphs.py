@@ -1,4 +1,4 @@
-"""Steps of decoding that are recorded once and replayed, as CUDA graphs are: a launch a step instead of thousands."""
+"""Model calls that are recorded once and replayed, as CUDA graphs are: a launch a call instead of thousands."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..batching import out_of_memory
 from ..fused_steps import LONG_PROMPT, can_compile, fused
 from .levels import Levels
+from .pool import Rows
 from .request import Request
 from .runner import ModelRunner
 from .slots import SlotMemory
@@ -20,6 +22,7 @@ from .slots import SlotMemory
 logger = logging.getLogger(__name__)
 
 SMALLEST_PAST = 256  # tokens
+SMALLEST_PIECE, FINE_PIECES = 64, 512  # tokens of a prompt that a recording reads; above the second there are four sizes an octave
 # Makes of a step, and of the memory that recordings share, something with `replay()`; it must not run the step.
 Record = Callable[[Callable[[], None], Any], Any]
 
@@ -30,11 +33,15 @@ class GraphRunner(ModelRunner):
 
     The first step of a kind runs as it is, which compiles and warms up what it needs; the second is recorded.
 
+    Where attention reads keys and values in their blocks, pieces of prompts are recorded too, for each (level, size): a host needs as long
+    for the launches of a prompt as a GPU for two thousand of its tokens. A shorter piece is padded at its end.
+
     Args:
         record: such as `dsla_hf.graph.CudaRecording`; `PlainRecording` for tests.
+        chunk: tokens of the largest piece.
     """
 
-    def __init__(self, levels: Levels, memory: SlotMemory, record: Record):
+    def __init__(self, levels: Levels, memory: SlotMemory, record: Record, chunk: int):
         super().__init__(levels, memory)
         slots, device = memory.num_slots, levels.device
         self.record: Record | None = record
@@ -43,6 +50,10 @@ class GraphRunner(ModelRunner):
         self.recordings: dict[tuple[int, int, int], Any] = {}  # None after the first step
         self._logits: Tensor | None = None  # [slots, V], made by the first step
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.sizes = piece_sizes(chunk) if self.in_blocks else []
+        self.piece = torch.zeros(3 + chunk, dtype=torch.long, device=device)  # slot, tokens before, tokens, and these
+        self.pieces: dict[tuple[int, int], Any] = {}
+        self._piece_logits: Tensor | None = None  # [1, V]
 
     @torch.no_grad()
     def prepare(self, levels: Iterable[int]) -> None:
@@ -55,11 +66,55 @@ class GraphRunner(ModelRunner):
                 # Padding alone: it belongs to nobody, and is written nowhere.
                 for _ in range(2):  # as it is, then recorded
                     self._run(level, [0] * count, [0] * count, [False] * count)
+            for size in self.sizes:
+                self._recorded_piece(level, size, 0, 0)
 
     @torch.no_grad()
     def prefill(self, request: Request, tokens: int) -> Tensor:
+        size = next((size for size in self.sizes if size >= tokens), None)
+        if size is not None and request.slot is not None:
+            cached, slot = request.cached, request.slot
+            if (recording := self._recorded_piece(request.level, size, slot, cached)) is not None:
+                self._set_piece(slot, cached, request.text[cached : cached + tokens])
+                recording.replay()
+                assert self._piece_logits is not None
+                return self._piece_logits[0]
         with self._fused(prompt=True) if tokens >= LONG_PROMPT and self.record is not None else nullcontext():
             return super().prefill(request, tokens)
+
+    def _set_piece(self, slot: int, start: int, ids: list[int]) -> None:
+        self.piece[: 3 + len(ids)].copy_(torch.tensor([slot, start, len(ids), *ids]))
+
+    def _recorded_piece(self, level: int, size: int, slot: int, start: int) -> Any:
+        """The recording that reads pieces of up to `size` tokens at a level, made now if need be; None if that cannot be done.
+
+        Before that a call runs as it is, on a piece without tokens behind the `start` ones in `slot`, which changes nothing there.
+        """
+        recording = self.pieces.get((level, size))
+        if recording is not None or self.record is None:
+            return recording
+        slots, starts, counts = self.piece[:3].split(1)
+
+        def read() -> None:
+            active = (torch.arange(size, device=self.piece.device) < counts)[None]
+            rows = Rows(slots, active, starts, 0, in_blocks=True)
+            with self._reading(rows, starts + counts, starts):
+                logits = self._call(level, self.piece[None, 3 : 3 + size], rows, active.long(), (counts - 1).clamp_min(0))
+            if self._piece_logits is None:
+                self._piece_logits = torch.empty_like(logits)
+            self._piece_logits.copy_(logits)
+
+        self._set_piece(slot, start, [])
+        try:
+            with self._fused(prompt=True):
+                read()
+                recording = self.pieces[level, size] = self.record(read, self._pool)
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            logger.exception("pieces of prompts cannot be recorded: from now on calls run as they are")
+            self.record = None
+        return recording
 
     def _run(self, level: int, ids: list[int], lengths: list[int], active: list[bool]) -> Tensor:
         rows = min(_power_of_two(len(ids)), self.memory.num_slots)
@@ -94,6 +149,15 @@ class GraphRunner(ModelRunner):
     def _fused(self, prompt: bool = False) -> Any:
         model = self.levels.causal_lm
         return fused(model, prompt=prompt) if model.device.type == "cuda" and can_compile(model.device) else nullcontext()
+
+
+def piece_sizes(chunk: int) -> list[int]:
+    """Tokens of the recordings that read prompts, up to `chunk`, rising."""
+    sizes, size = {chunk}, SMALLEST_PIECE
+    while size < chunk:
+        sizes |= {size * quarter // 4 for quarter in ((4, 5, 6, 7) if size >= FINE_PIECES else (4,))}
+        size *= 2
+    return sorted(size for size in sizes if size <= chunk)
 
 
 def _power_of_two(number: int) -> int:

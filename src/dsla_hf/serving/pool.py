@@ -21,19 +21,19 @@ from dsla_kernels import append
 class Rows:
     """Which slots a model call works on, and how much of their texts it has already read.
 
-    slots: a run of slots, so that per-slot tensors are read and written in place.
-    active: bool `[B]`, rows that take part; the others are padding, of no effect on their slots.
+    slots: a run of slots, so that per-slot tensors are read and written in place; or int64 `[B]`, which a recorded call reads.
+    active: bool `[B]`, rows that take part, or `[B, T]`, tokens that do; the others are padding, of no effect on their slots.
     lengths: int64 `[B]`, tokens in the cache; 0 where not active.
     past: L, the longest of them; 0 where keys and values are read in their blocks.
-    fresh: whether nothing has been read yet.
+    seen: what every entry of `lengths` is, where the host knows it and rows are whole.
     in_blocks: whether attention reads keys and values in their blocks, each row to its own end. Otherwise they are copied out.
     """
 
-    slots: slice
+    slots: slice | Tensor
     active: Tensor
     lengths: Tensor
     past: int
-    fresh: bool = False
+    seen: int | None = None
     in_blocks: bool = False
 
 
@@ -117,10 +117,11 @@ class BlockPool:
         """The next model call reads `tokens` more of these rows: find their places, once for all layers."""
         past = 0 if rows.in_blocks else rows.past
         position = (rows.lengths[:, None] - past + torch.arange(past + tokens, device=self.tables.device)).clamp_min(0)
-        block = (position // self.block_size).expand(self.tables.shape[0], -1, -1)
+        block = (position // self.block_size).clamp_max(self.tables.shape[2] - 1)  # padding may lie behind the longest text
+        block = block.expand(self.tables.shape[0], -1, -1)
         index = self.tables[:, rows.slots].gather(2, block) * self.block_size + position % self.block_size
         self._index = None if rows.in_blocks else index
-        self._write = torch.where(rows.active[:, None], index[:, :, past:], 0)
+        self._write = torch.where(rows.active.view(rows.active.shape[0], -1), index[:, :, past:], 0)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys and values `[B, Hkv, T, D]` behind those of their rows, and return all `[B, Hkv, L + T, D]`; for a call that

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsla_kernels import uses_triton
 
-from ..decode_attention import ATTENTION_FUNCTION, CachedTokens, can_attend_where_cached, over_cache, over_prompt
+from ..decode_attention import ATTENTION_FUNCTION, CachedTokens, can_attend_where_cached, over_cache
 from .levels import Levels
 from .pool import Rows
 from .request import Request
@@ -27,7 +28,7 @@ class ModelRunner:
     def __init__(self, levels: Levels, memory: SlotMemory):
         self.levels, self.memory = levels, memory
         pool = memory.pool
-        # Steps then read keys and values where they lie, and need no `past`.
+        # Calls then read keys and values where they lie, and need no `past`.
         self.in_blocks = can_attend_where_cached(levels.causal_lm) and uses_triton(pool.keys, pool.values)
         if self.in_blocks:
             levels.causal_lm.set_attn_implementation(ATTENTION_FUNCTION)
@@ -41,10 +42,11 @@ class ModelRunner:
         """Read the next `tokens` of a text; logits `[V]` after them."""
         device, cached, slot = self.levels.device, request.cached, request.slot
         assert slot is not None
-        one = torch.ones(1, dtype=torch.bool, device=device)
-        rows = Rows(slice(slot, slot + 1), one, torch.tensor([cached], device=device), cached, fresh=cached == 0)
+        one, start = torch.ones(1, dtype=torch.bool, device=device), torch.tensor([cached], device=device)
+        past = 0 if self.in_blocks else cached
+        rows = Rows(slice(slot, slot + 1), one, start, past, seen=cached, in_blocks=self.in_blocks)
         ids = torch.tensor([request.text[cached : cached + tokens]], device=device)
-        with over_prompt() if self.in_blocks else nullcontext():
+        with self._reading(rows, start + tokens, start):
             return self._call(request.level, ids, rows, None)[0]
 
     @torch.no_grad()
@@ -70,8 +72,7 @@ class ModelRunner:
         """One token of every row; all inputs `[B]`, `past` at least the longest length. Reads no value on the host."""
         if self.in_blocks:
             rows = Rows(slice(0, len(ids)), active, lengths, 0, in_blocks=True)
-            cached = CachedTokens(torch.where(active, lengths + 1, 0), block_tables=self.memory.pool.tables[:, rows.slots])
-            with over_cache(cached):
+            with self._reading(rows, torch.where(active, lengths + 1, 0)):
                 return self._call(level, ids[:, None], rows, active[:, None])
         rows = Rows(slice(0, len(ids)), active, lengths, past)
         # Texts end at the right of the batch, as rows padded at the left do.
@@ -79,11 +80,18 @@ class ModelRunner:
         mask = (position >= (past - lengths)[:, None]) & active[:, None]
         return self._call(level, ids[:, None], rows, mask.long())
 
-    def _call(self, level: int, ids: Tensor, rows: Rows, mask: Tensor | None) -> Tensor:
+    def _reading(self, rows: Rows, lengths: Tensor, starts: Tensor | None = None) -> Any:
+        """For a call on `rows`, which have `lengths` tokens with the new ones and `starts` before them."""
+        if not rows.in_blocks:
+            return nullcontext()
+        return over_cache(CachedTokens(lengths, block_tables=self.memory.pool.tables[:, rows.slots], starts=starts))
+
+    def _call(self, level: int, ids: Tensor, rows: Rows, mask: Tensor | None, last: Tensor | int = 1) -> Tensor:
+        """Logits `[B, V]` of the last token of each row, or of the one whose place `last` `[1]` is."""
         self.levels.use(level)
         positions = rows.lengths[:, None] + torch.arange(ids.shape[1], device=ids.device)
         cache = self.memory.cache(level, rows, ids.shape[1])
         output = self.levels.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=last
         )
         return output.logits[:, -1]

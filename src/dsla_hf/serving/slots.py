@@ -25,17 +25,19 @@ class SlotStates(DSLACacheLayer):
             torch.zeros(num_slots, cached, heads, value_dim, dtype=dtype, device=device),
             torch.zeros(num_slots, dtype=torch.long, device=device),
         )
-        self._target: DualState | None = None
+        self._slots: slice | Tensor | None = None  # of the next model call
 
     def open(self, rows: Rows) -> None:
         """The next model call works on these rows."""
-        self._target = self.at(rows.slots)
-        self.tokens = rows.past
-        self.seen = rows.past if rows.slots.stop - rows.slots.start == 1 else None
-        self.state = None if rows.fresh else self._target
+        self._slots, self.tokens, self.seen = rows.slots, rows.past, rows.seen
+        state = None if rows.seen == 0 else self.at(rows.slots)
+        if state is not None and isinstance(rows.slots, Tensor):  # what a slot holds may be of the text before
+            kept = (rows.lengths > 0)[:, None, None, None, None]
+            state = state._replace(recurrent=state.recurrent.where(kept, 0), lengths=rows.lengths.clone())
+        self.state = state
 
-    def at(self, slots: slice) -> DualState:
-        """A view of some slots."""
+    def at(self, slots: slice | Tensor) -> DualState:
+        """Some slots: a view of a run of them, else a copy."""
         return DualState(*(x[slots] for x in self.all_slots))
 
     def store(self, slot: int, state: DualState) -> None:
@@ -44,10 +46,11 @@ class SlotStates(DSLACacheLayer):
             kept.copy_(new)
 
     def advance(self, state: DualState, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> None:
-        assert self._target is not None, "open() comes before a model call"
-        for kept, new in zip(self._target, state, strict=True):
-            if kept is not new:  # a kernel has written it already
-                kept.copy_(new)
+        assert self._slots is not None, "open() comes before a model call"
+        viewed = self.state if isinstance(self._slots, slice) else None
+        for index, (kept, new) in enumerate(zip(self.all_slots, state, strict=True)):
+            if viewed is None or new is not viewed[index]:  # else a kernel has written it already
+                kept[self._slots] = new
         self.tokens += k.shape[1]
 
 
