@@ -8,7 +8,7 @@ import torch
 from peft import get_peft_model
 
 from dsla_hf import DSLAConfig, Load
-from dsla_hf.graph import PlainRecording
+from dsla_hf.graph import CudaRecording, PlainRecording
 from dsla_hf.serving.engine import Draining, Engine, EngineOptions, ShedForMemory
 from dsla_hf.serving.graphs import piece_sizes
 from dsla_hf.serving.recent import RecentMean
@@ -406,7 +406,14 @@ def test_prepared_steps_are_there_when_a_text_comes(tuned, monkeypatch):
     assert engine.runner.recordings == recordings
 
 
-def test_recorded_pieces_read_prompts_of_any_length_anywhere(tuned, interpreted_kernels, monkeypatch):
+@pytest.fixture
+def in_blocks(monkeypatch):
+    """Calls read keys and values in their blocks, in plain PyTorch: what is tested is what surrounds the kernels."""
+    for name in ("can_attend_where_cached", "uses_triton"):
+        monkeypatch.setattr(f"dsla_hf.serving.runner.{name}", lambda *args: True)
+
+
+def test_recorded_pieces_read_prompts_of_any_length_anywhere(tuned, in_blocks, monkeypatch):
     """Pieces of 1 to 8 tokens, full and padded, behind other pieces and in slots that have had another text; some texts run."""
     monkeypatch.setattr("dsla_hf.serving.graphs.SMALLEST_PIECE", 1)
     monkeypatch.setattr("dsla_hf.serving.graphs.FINE_PIECES", 4)
@@ -418,12 +425,11 @@ def test_recorded_pieces_read_prompts_of_any_length_anywhere(tuned, interpreted_
     ears = ask(engine, wanted)
     run(engine)
     assert engine.runner.pieces == pieces
-    monkeypatch.setattr("dsla_kernels.dispatch.choice", "auto")
     assert [ear.tokens for ear in ears] == [alone(tuned, prompt, tokens, 2) for prompt, tokens in wanted]
     assert_empty(engine)
 
 
-def test_a_piece_can_be_recorded_while_texts_run(tuned, interpreted_kernels, monkeypatch):
+def test_a_piece_can_be_recorded_while_texts_run(tuned, in_blocks, monkeypatch):
     """The call before the recording reads no token and changes nothing, neither where a text begins nor where it goes on."""
     monkeypatch.setattr("dsla_hf.serving.graphs.SMALLEST_PIECE", 4)
     engine = Engine(tuned, 4, options(chunk=4), record=PlainRecording)
@@ -437,8 +443,43 @@ def test_a_piece_can_be_recorded_while_texts_run(tuned, interpreted_kernels, mon
     wanted = [(prompt, 5) for prompt in prompts(5, 5, 24, seed=4)]
     ears = ask(engine, wanted)
     run(engine)
-    monkeypatch.setattr("dsla_kernels.dispatch.choice", "auto")
     assert [ear.tokens for ear in ears] == [alone(tuned, prompt, tokens, 4) for prompt, tokens in wanted]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_graphs_serve_texts_that_come_go_and_are_raised(tiny_model, adapter_model):
+    model = adapter_model(tiny_model("llama", hidden_size=64, head_dim=16), level=0).cuda()
+    engine = Engine(model, lambda stats: 2 if stats.tokens >= 60 else 0, options(block_size=16, chunk=96), record=CudaRecording)
+    engine.prepare([0, 2])
+    pieces, steps = dict(engine.runner.pieces), dict(engine.runner.recordings)
+    assert sorted(pieces) == [(level, size) for level in (0, 2) for size in (64, 96)] and all(steps.values())
+    wanted = [(prompt, 40) for prompt in prompts(7, 3, 50)] + [(prompt, 5) for prompt in prompts(3, 97, 200)]
+    ears = ask(engine, wanted)
+    run(engine)
+    assert engine.runner.pieces == pieces and engine.runner.recordings == steps and engine.runner.record is not None
+    for (prompt, tokens), ear in zip(wanted, ears, strict=True):
+        (_, first), *raises = ear.request.levels
+        if all(at > len(prompt) for at, _ in raises):
+
+            def policy(stats, first=first, raises=raises):
+                return max([first, *(to for at, to in raises if stats.tokens >= at)])
+
+            model.set_level(first)
+            ids = torch.tensor([prompt], device="cuda")
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, level_policy=policy)
+            assert ear.tokens == out[0, len(prompt) :].tolist()
+    assert_empty(engine)
+
+
+def test_folds_are_rehearsed_with_nobodys_block(tuned):
+    Engine(tuned, 0, options(max_level=0)).memory.rehearse_folds()  # nothing to do
+    engine = Engine(tuned, lambda stats: 2 if stats.tokens >= 9 else 0, SMALL)
+    engine.memory.rehearse_folds()
+    assert_empty(engine)
+    (ear,) = ask(engine, [([5, 6, 7], 12)])
+    run(engine)
+    assert ear.tokens == alone(tuned, [5, 6, 7], 12, 0, level_policy=lambda stats: 2 if stats.tokens >= 9 else 0)
 
 
 def test_sizes_of_pieces():

@@ -252,7 +252,10 @@ class Engine:
         }
 
     def prepare(self, levels: Iterable[int] | None = None) -> None:
-        """Record steps at these levels, or at all that there are, before requests come. Not while the engine steps."""
+        """Record calls at these levels, or at all that there are, and compile what raises need, before requests come. Not while the engine
+        steps."""
+        if self.levels.device.type == "cuda":
+            self.memory.rehearse_folds()
         self.runner.prepare(range(self.control.lowest, self.control.highest + 1) if levels is None else levels)
 
     # --- the thread that steps ------------------------------------------------------------------------------------

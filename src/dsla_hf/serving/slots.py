@@ -11,6 +11,9 @@ from ..cache import DSLACacheLayer
 from .levels import Levels
 from .pool import BlockPool, PagedLayer, Rows
 
+# Blocks of the texts whose folds are rehearsed: one, some, a multiple of 16, and as many as are folded in several segments.
+REHEARSED_BLOCKS = (1, 2, 3, 16, 17, 31, 32, 64, 65, 128, 129, 256, 257, 512)
+
 
 class SlotStates(DSLACacheLayer):
     """The states of one DSLA layer for every slot: tensors that keep their addresses and are written in place."""
@@ -116,6 +119,20 @@ class SlotMemory:
         and their blocks are free."""
         for layer in self.levels.converted(new)[old:]:
             if tokens:
-                k, v = (x.transpose(1, 2) for x in self.pool.read(layer, slot, tokens))
-                self._states[layer].store(slot, self.levels.cores[layer].fold(k, v))
+                self._fold(layer, slot, tokens)
             self.pool.release([layer], slot)
+
+    @torch.no_grad()
+    def rehearse_folds(self) -> None:
+        """Compile what folds of any length need, so that the first raise does not wait for it. Nobody's block is folded, into a slot that
+        must be free."""
+        for blocks in REHEARSED_BLOCKS:
+            for layer in list(self._states)[:1]:
+                self._fold(layer, 0, min(blocks, self.pool.tables.shape[2]) * self.pool.block_size)
+
+    def _fold(self, layer: int, slot: int, tokens: int) -> None:
+        """Whole blocks, the end hidden by a mask: kernels are compiled anew for lengths that are no multiples of 16."""
+        room = self.pool.blocks_for(tokens) * self.pool.block_size
+        k, v = (x.transpose(1, 2) for x in self.pool.read(layer, slot, room))
+        inside = (torch.arange(room, device=k.device) < tokens)[None]
+        self._states[layer].store(slot, self.levels.cores[layer].fold(k, v, inside))
