@@ -131,3 +131,26 @@ def interpreted_kernels(monkeypatch):
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("needs TRITON_INTERPRET=1: on a CPU Triton's kernels run in its interpreter")
     monkeypatch.setattr("dsla_kernels.dispatch.choice", "triton")
+
+
+@pytest.fixture
+def watched_recording(monkeypatch):
+    """A recording that calls its step, and fails if that reads a value on the host, which a CUDA graph cannot capture. `is_compiling`
+    stands for the stream that captures."""
+
+    class NoValues(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = str(function)
+            assert "local_scalar" not in name and "nonzero" not in name and "masked_select" not in name, name
+            return function(*args, **(kwargs or {}))
+
+    class Recording:
+        def __init__(self, step, pool):
+            self.step = step
+
+        def replay(self):
+            with monkeypatch.context() as patch, NoValues():
+                patch.setattr(torch.compiler, "is_compiling", lambda: True)
+                self.step()
+
+    return Recording

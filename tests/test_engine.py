@@ -413,11 +413,11 @@ def in_blocks(monkeypatch):
         monkeypatch.setattr(f"dsla_hf.serving.runner.{name}", lambda *args: True)
 
 
-def test_recorded_pieces_read_prompts_of_any_length_anywhere(tuned, in_blocks, monkeypatch):
+def test_recorded_pieces_read_prompts_of_any_length_anywhere(tuned, in_blocks, watched_recording, monkeypatch):
     """Pieces of 1 to 8 tokens, full and padded, behind other pieces and in slots that have had another text; some texts run."""
     monkeypatch.setattr("dsla_hf.serving.graphs.SMALLEST_PIECE", 1)
     monkeypatch.setattr("dsla_hf.serving.graphs.FINE_PIECES", 4)
-    engine = Engine(tuned, 2, SMALL, record=PlainRecording)
+    engine = Engine(tuned, 2, SMALL, record=watched_recording)
     engine.prepare([2])
     pieces = dict(engine.runner.pieces)
     assert sorted(pieces) == [(2, size) for size in (1, 2, 4, 5, 6, 7, 8)]
