@@ -1,6 +1,7 @@
 """Ray Serve: two replicas on one machine, an engine each, behind one address."""
 
 import importlib.util
+import os
 import socket
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,8 @@ from serving import byte_tokenizer
 if importlib.util.find_spec("ray") is None:
     pytest.skip("needs the extra 'ray': pip install 'dsla-hf[ray]'", allow_module_level=True)
 
+# A proxy that is not there after five seconds is killed, which is too soon for a busy machine.
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray 2.60 makes its schemas as older releases of pydantic wanted
     import ray
