@@ -353,7 +353,7 @@ class Measurement:
         self.trace = read_trace(options.trace)
         self.table = yardstick(options.quality)
         self.rows = stored_rows(options.results)
-        sizes = ("slots", "chunk", "max_tokens", "kv_bytes")
+        sizes = ("slots", "chunk", "prompt_share", "max_tokens", "kv_bytes")
         self.setup = {
             "trace": Path(options.trace).name,
             "seconds": options.seconds,
@@ -665,6 +665,7 @@ def page_part(rows: list[dict[str, Any]]) -> str:
             f"**{first['shape']}, {first['mix']}**: {setup['device']}",
             f"{setup['slots']} slots",
             f"chunks of {setup['chunk']} tokens",
+            f"prompts take at most {setup['prompt_share']:.0%} of the time",
             *([] if setup["kv_bytes"] is None else [f"{setup['kv_bytes'] / 2**30:g} GiB for keys and values"]),
             "without HTTP" if setup["direct"] else "over HTTP",
             f"levels up to {setup['max_level']}",
@@ -753,7 +754,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--slo-first", type=float, default=2.0, help="seconds to the first token")
     parser.add_argument("--max-level", default="50%")
     parser.add_argument("--slots", type=int, default=64)
-    parser.add_argument("--chunk", type=int, default=2048, help="prompt tokens read in a step")
+    parser.add_argument("--chunk", type=int, default=1024, help="prompt tokens read in a step")
+    parser.add_argument("--prompt-share", type=float, default=0.5, help="of the time that prompts may take from texts that are generated")
     parser.add_argument("--max-tokens", type=int, default=17408, help="longest text; longer prompts are cut")
     parser.add_argument("--kv-gib", type=float, help="GiB for keys and values; else what is free")
     parser.add_argument("--direct", action="store_true", help="requests go to the engine without HTTP")
@@ -812,6 +814,7 @@ def main(arguments: list[str] | None = None) -> None:
             max_tokens=min(options.max_tokens, model.config.max_position_embeddings),
             kv_bytes=None if options.kv_gib is None else int(options.kv_gib * 2**30),
             chunk=options.chunk,
+            prompt_share=options.prompt_share,
             max_level=highest,
         )
         record = CudaRecording if where.type == "cuda" and options.graphs else None

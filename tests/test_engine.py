@@ -15,7 +15,7 @@ from dsla_hf.serving.recent import RecentMean
 from dsla_hf.serving.request import Sampling
 from dsla_hf.serving.scheduler import QueueFull
 
-SMALL = EngineOptions(slots=4, block_size=4, chunk=8, kv_bytes=2**20, max_tokens=256, hold=0.0, cool_down=0.0)
+SMALL = EngineOptions(slots=4, block_size=4, chunk=8, kv_bytes=2**20, max_tokens=256, prompt_share=1.0, hold=0.0, cool_down=0.0)
 
 
 class Ear:
@@ -359,6 +359,51 @@ def test_a_fold_without_memory_reads_the_text_again(tuned, monkeypatch):
     assert_empty(engine)
 
 
+@pytest.mark.parametrize("share, tokens", [(1.0, 4), (0.5, 7), (0.25, 19)])
+def test_prompts_take_their_share_of_the_time(tuned, monkeypatch, share, tokens):
+    """Pieces of one second, tokens of half a second: how many tokens a running text gets while four pieces are read."""
+    clock = Clock()
+    engine = Engine(tuned, 0, options(prompt_share=share, prompt_patience=1e9), clock=clock)
+
+    def taking(seconds, call):
+        def timed(*args):
+            clock.now += seconds
+            return call(*args)
+
+        return timed
+
+    monkeypatch.setattr(engine.runner, "prefill", taking(1.0, engine.runner.prefill))
+    monkeypatch.setattr(engine.runner, "decode", taking(0.5, engine.runner.decode))
+    running, late = ask(engine, [([5, 6], 100), ([5] * 32, 1)])
+    engine.step()
+    while not late.tokens:
+        engine.step()
+    # Two tokens in the step that read the first prompt; the last piece of the second is followed by a token.
+    assert len(running.tokens) - 2 == tokens
+    assert late.tokens == alone(tuned, [5] * 32, 1, 0)
+
+
+def test_a_prompt_that_has_waited_long_is_read_with_every_token(tuned, monkeypatch):
+    clock = Clock()
+    engine = Engine(tuned, 0, options(prompt_share=0.01, prompt_patience=10.0), clock=clock)
+    read = engine.runner.prefill
+
+    def timed(*args):
+        clock.now += 1.0
+        return read(*args)
+
+    monkeypatch.setattr(engine.runner, "prefill", timed)
+    running, late = ask(engine, [([5, 6], 100), ([5] * 48, 1)])
+    engine.step()
+    for _ in range(5):
+        engine.step()
+    assert late.request.cached == 14  # two pieces, of which the first was read with the other prompt, and nothing since
+    clock.now = 10.0
+    for _ in range(3):
+        engine.step()
+    assert late.request.cached == 14 + 3 * 8
+
+
 # --- recorded steps ---------------------------------------------------------------------------------------------
 
 
@@ -454,7 +499,7 @@ def test_graphs_serve_texts_that_come_go_and_are_raised(tiny_model, adapter_mode
     engine.prepare([0, 2])
     pieces, steps = dict(engine.runner.pieces), dict(engine.runner.recordings)
     assert sorted(pieces) == [(level, size) for level in (0, 2) for size in (64, 96)] and all(steps.values())
-    wanted = [(prompt, 40) for prompt in prompts(7, 3, 50)] + [(prompt, 5) for prompt in prompts(3, 97, 200)]
+    wanted = [(prompt, 40) for prompt in prompts(7, 3, 50, seed=5)] + [(prompt, 5) for prompt in prompts(3, 97, 200)]
     ears = ask(engine, wanted)
     run(engine)
     assert engine.runner.pieces == pieces and engine.runner.recordings == steps and engine.runner.record is not None
@@ -498,6 +543,15 @@ def test_steps_that_cannot_be_recorded_run_as_they_are(tuned, caplog):
 
 
 # --- limits and faults ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [({"prompt_share": 0.0}, "prompt_share"), ({"prompt_share": 1.5}, "prompt_share"), ({"prompt_patience": -1.0}, "prompt_patience")],
+)
+def test_wrong_shares(change, words):
+    with pytest.raises(ValueError, match=words):
+        options(**change)
 
 
 @pytest.mark.parametrize(

@@ -249,7 +249,16 @@ def finished(latency, tokens):
 
 
 def made_row(serving, policy, rate, mean, met, **values):
-    setup = {"seconds": 10, "max_level": 2, "slots": 4, "chunk": 32, "kv_bytes": None, "device": "CPU", "direct": False}
+    setup = {
+        "seconds": 10,
+        "max_level": 2,
+        "slots": 4,
+        "chunk": 32,
+        "prompt_share": 0.5,
+        "kv_bytes": None,
+        "device": "CPU",
+        "direct": False,
+    }
     times = {"mean": mean, "p50": mean, "p95": mean, "p99": mean}
     row = {"shape": "tiny", "mix": "paper", "policy": policy, "rate": rate, "part": "shares", "control": policy, "cut": None, "meets": met}
     return {**row, **finished(times, {"0": 10, "2": 10} if policy == "load" else {"0": 20}), "setup": setup, **values}

@@ -9,7 +9,6 @@ import time
 
 import httpx
 import pytest
-import torch
 from serving import byte_tokenizer
 
 from dsla_hf import FixedLevel, Load, PromptLength
@@ -84,7 +83,7 @@ def test_options_reach_the_engine(saved):
         (["--max-tokens", "99999"], "max_tokens 99999"),
         (["--kv-gib", "0"], "kv_bytes"),
         (["--api-key", " "], "api key"),
-        pytest.param(["--graphs"], "CUDA", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")),
+        (["--prompt-share", "0"], "prompt_share"),
     ],
 )
 def test_wrong_options_say_what(saved, capsys, options, words):

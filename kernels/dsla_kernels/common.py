@@ -193,6 +193,14 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program can have of a processor's shared memory."""
+    if device.type != "cuda":
+        return 2**30
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+
+
 class Heads(NamedTuple):
     """Compile-time sizes of a head, as the kernels name them."""
 

@@ -11,11 +11,9 @@ from torch import Tensor
 
 from ._ops import add_op_namespace_prefix, ops
 from .checks import LARGEST_HEAD, check_softmax_prompt_inputs
-from .common import on_its_device
+from .common import on_its_device, shared_memory
 from .split_kv import NOTHING, Launch
 from .window import softmax_scores, softmax_step
-
-QUERIES = 128  # of a program
 
 
 @triton.jit
@@ -66,8 +64,8 @@ def _softmax_prompt_kernel(
     DOT: tl.constexpr,
 ):
     """Some queries of one row and head. Those that see most come first: the short ones then fill the gaps at the end."""
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
-    head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    first = (tl.num_programs(2) - 1 - tl.program_id(2)) * BM
+    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start, length = tl.load(starts + row).to(tl.int32), tl.minimum(tl.load(lengths + row).to(tl.int32), room)
     query = first + tl.arange(0, BM)
     columns, channels = tl.arange(0, BK), tl.arange(0, BV)
@@ -110,11 +108,12 @@ def _softmax_prompt_kernel(
     tl.store(o + o_places[:, None] + channels[None, :], result.to(o.dtype.element_ty), mask=(query < T)[:, None] & channel_ok[None, :])
 
 
-def choose_launch(row_bytes: int) -> Launch:
-    """By the bytes of a key or value: queries and three tiles of keys and values have to fit into a processor's shared memory."""
+def choose_launch(row_bytes: int, memory: int) -> tuple[int, Launch]:
+    """Queries of a program and how it works through tokens, by the bytes of a key or value and of shared memory, into which the queries and
+    all tiles on their way have to fit. For 256 bytes the best found on an H200."""
     if row_bytes <= 256:
-        return Launch(64, 8, 3)
-    return Launch(32, 8, 2)
+        return 128, Launch(128, 8, 3) if memory >= 7 * 128 * 256 else Launch(64, 8, 2)
+    return (64, Launch(32, 4, 2)) if row_bytes <= 512 else (32, Launch(16, 4, 2))
 
 
 tuned: Launch | None = None  # overrules the choice, for measurements
@@ -136,10 +135,10 @@ def _softmax_prompt(
     block_size, kv_heads, value_dim = values.shape[1:]
     block_key, block_value = (max(16, triton.next_power_of_2(size)) for size in (key_dim, value_dim))
     row_bytes = max(block_key, block_value) * q.element_size()
-    launch = tuned or choose_launch(row_bytes)
-    queries = max(16, min(QUERIES if row_bytes <= 512 else QUERIES // 4, triton.next_power_of_2(tokens)))
+    queries, launch = choose_launch(row_bytes, shared_memory(q.device))
+    queries, launch = max(16, min(queries, triton.next_power_of_2(tokens))), tuned or launch
     o = q.new_empty(batch, tokens, heads, value_dim)
-    _softmax_prompt_kernel[(triton.cdiv(tokens, queries), heads, batch)](
+    _softmax_prompt_kernel[(heads, batch, triton.cdiv(tokens, queries))](
         q,
         keys,
         values,

@@ -342,7 +342,19 @@ def _parser() -> argparse.ArgumentParser:
         "--chunk", type=_positive, default=512, metavar="N", help="prompt tokens read between two tokens (default: %(default)s)"
     )
     sizes.add_argument("--kv-gib", type=float, metavar="X", help="GiB for keys and values (default: what a GPU has free; 0.5 on a CPU)")
-    sizes.add_argument("--graphs", action="store_true", help="replay steps of decoding from CUDA graphs (not measured yet)")
+    sizes.add_argument(
+        "--prompt-share",
+        type=float,
+        default=0.5,
+        metavar="X",
+        help="of the time, at most, that prompts may take from texts that are generated (default: %(default)s)",
+    )
+    sizes.add_argument(
+        "--no-graphs",
+        dest="graphs",
+        action="store_false",
+        help="on a GPU, replay no CUDA graphs: the server starts faster and runs slower",
+    )
     network = serve.add_argument_group("network")
     network.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
     network.add_argument("--port", type=_positive, default=8000, help="(default: %(default)s)")

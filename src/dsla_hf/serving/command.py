@@ -28,7 +28,7 @@ class ServeOptions:
     """What to serve, and how; sizes are those of `EngineOptions` and `ApiOptions`.
 
     policy: a name or a level, see `as_policy`; "load" with the thresholds that are given. max_level: a number, or a share such as "50%".
-    kv_gib: GiB for keys and values. graphs: replay steps of decoding from CUDA graphs.
+    kv_gib: GiB for keys and values. graphs: on a CUDA device, replay model calls from CUDA graphs.
     """
 
     model: str
@@ -45,12 +45,13 @@ class ServeOptions:
     max_tokens: int | None = None
     max_new_tokens: int = 4096
     chunk: int = 512
+    prompt_share: float = 0.5
     kv_gib: float | None = None
     name: str | None = None
     api_key: str | None = None
     dtype: str = "auto"
     drain_seconds: float = 30.0
-    graphs: bool = False
+    graphs: bool = True
 
 
 def load_app(options: ServeOptions) -> FastAPI:
@@ -68,8 +69,6 @@ def load_app(options: ServeOptions) -> FastAPI:
         if options.adapter is None:
             raise ValueError(f"--max-level needs --adapter: {options.model} alone has one level")
         limit = resolve_level(options.max_level, read_adapter_config(options.adapter), base_config.num_hidden_layers)
-    if options.graphs and device() != "cuda":
-        raise ValueError("--graphs needs a CUDA device, and there is none: leave it out")
     name = options.name or Path(options.model).name
     api_options = ApiOptions(name, options.api_key, max_new_tokens=options.max_new_tokens, drain_seconds=options.drain_seconds)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -82,9 +81,11 @@ def load_app(options: ServeOptions) -> FastAPI:
         max_tokens=options.max_tokens,
         kv_bytes=None if options.kv_gib is None else int(options.kv_gib * 2**30),
         chunk=options.chunk,
+        prompt_share=options.prompt_share,
         max_level=limit,
     )
-    engine = Engine(model.to(device()).eval(), policy, engine_options, record=CudaRecording if options.graphs else None)
+    record = CudaRecording if options.graphs and device() == "cuda" else None
+    engine = Engine(model.to(device()).eval(), policy, engine_options, record=record)
     engine.prepare()
     return build_app(engine, tokenizer, api_options)
 

@@ -51,6 +51,9 @@ class EngineOptions:
     max_tokens: longest text, prompt included; None: what the model was made for.
     kv_bytes: memory for keys and values; None: what is free on a GPU but for a tenth, half a GiB on a CPU.
     block_size: tokens in a block. chunk: prompt tokens read in a step.
+    prompt_share: largest share of the time that prompts may take from texts that are being generated: with 0.5 a token takes twice as long
+        as alone while prompts are read; with 1 a chunk is read before every token.
+    prompt_patience: seconds; a prompt that has waited longer is read with every token, for a queue is worse than slow tokens.
     max_level: highest level that control may choose; None: the whole plan.
     hold, cool_down: of `LevelControl`.
     """
@@ -61,6 +64,8 @@ class EngineOptions:
     kv_bytes: int | None = None
     block_size: int = 64
     chunk: int = 512
+    prompt_share: float = 0.5
+    prompt_patience: float = 1.0
     max_level: int | None = None
     hold: float = 1.0
     cool_down: float = 5.0
@@ -69,6 +74,10 @@ class EngineOptions:
         for name in ("slots", "max_waiting", "block_size", "chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if not 0 < self.prompt_share <= 1:
+            raise ValueError(f"prompt_share must be above 0 and at most 1, got {self.prompt_share}")
+        if not self.prompt_patience >= 0:
+            raise ValueError(f"prompt_patience must be a number of seconds, got {self.prompt_patience}")
 
 
 class Engine:
@@ -132,6 +141,7 @@ class Engine:
         self.tokens_at_level = [0] * (highest + 1)  # generated, by the level they were generated at
         self.first_tokens, self.token_times = (RecentMean(MEASURED_SECONDS, MEASURED) for _ in range(2))
         self._chunk_changed = 0.0
+        self._owed = 0.0  # seconds of generation before prompts are read again
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)
         self._inbox: list[Request] = []
@@ -268,10 +278,19 @@ class Engine:
                 self._end(request, "cancelled")
         self._ask_for_level()
         self._admit()
-        worked = self._read_prompts()
+        decoding = bool(self.scheduler.decoding())
+        worked = False
+        if not decoding or self._owed <= 0 or self._prompt_is_late():
+            begin = self.clock()
+            worked = self._read_prompts()
+            if worked and decoding:
+                self.runner.wait()
+                self._owed = (self.clock() - begin) * (1 / self.options.prompt_share - 1)
+        begin = self.clock()
         for level, requests in self.scheduler.decoding().items():
             worked = True
             self._generate(level, requests)
+        self._owed -= self.clock() - begin
         return worked
 
     @property
@@ -376,6 +395,10 @@ class Engine:
             request.levels.append((len(request.prompt), level))
 
     # --- model calls ----------------------------------------------------------------------------------------------
+
+    def _prompt_is_late(self) -> bool:
+        unread = self.scheduler.to_read()
+        return bool(unread) and self.clock() - unread[0].arrived >= self.options.prompt_patience
 
     def _read_prompts(self) -> bool:
         """Read up to a chunk of prompt tokens, oldest requests first, so that running texts wait for no more than that."""

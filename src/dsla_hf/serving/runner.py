@@ -63,6 +63,11 @@ class ModelRunner:
             ids[slot], lengths[slot], active[slot] = request.tokens[-1], request.cached, True
         return self._run(level, ids, lengths, active)[slots]
 
+    def wait(self) -> None:
+        """Until all calls have been done."""
+        if self.levels.device.type == "cuda":
+            torch.cuda.synchronize(self.levels.device)
+
     def _run(self, level: int, ids: list[int], lengths: list[int], active: list[bool]) -> Tensor:
         device = self.levels.device
         tokens, read, takes_part = (torch.tensor(x, device=device) for x in (ids, lengths, active))
