@@ -517,6 +517,29 @@ def test_graphs_serve_texts_that_come_go_and_are_raised(tiny_model, adapter_mode
     assert_empty(engine)
 
 
+def test_texts_of_like_length_are_raised_together(tuned, monkeypatch):
+    """Texts in mid-generation, one whose prompt is read in part and one that is not begun: few folds, and each text stays its own."""
+    monkeypatch.setattr("dsla_hf.serving.engine.FOLDED_AT_ONCE", 60)
+    level, folds = [0], []
+    engine = Engine(tuned, lambda stats: level[0], options(slots=8, chunk=20))
+    fold = engine.memory.fold
+    monkeypatch.setattr(engine.memory, "fold", lambda slots, tokens, *levels: (folds.append(tokens), fold(slots, tokens, *levels)))
+    wanted = [(prompt, 9) for prompt in [*prompts(5, 4, 14), [7] * 60, [8] * 9]]
+    ears = ask(engine, wanted)
+    for _ in range(4):
+        engine.step()
+    cached = sorted((ear.request.cached for ear in ears), reverse=True)
+    level[0] = 4
+    engine.step()
+    assert cached[0] > 20 and cached[-1] == 0 and [count for tokens in folds for count in tokens] == cached
+    assert 2 <= len(folds) <= 4 and all(len(tokens) * max(tokens) <= 60 for tokens in folds)
+    run(engine)
+    for (prompt, tokens), ear in zip(wanted[:5], ears, strict=False):
+        _, (at, to) = ear.request.levels
+        assert ear.tokens == alone(tuned, prompt, tokens, 0, level_policy=lambda stats, at=at, to=to: to if stats.tokens >= at else 0)
+    assert_empty(engine)
+
+
 def test_folds_are_rehearsed_with_nobodys_block(tuned):
     Engine(tuned, 0, options(max_level=0)).memory.rehearse_folds()  # nothing to do
     engine = Engine(tuned, lambda stats: 2 if stats.tokens >= 9 else 0, SMALL)

@@ -194,6 +194,26 @@ def test_parts_fill_the_card():
     assert chosen == [8, 32, 1, 2]  # one row and sixteen, 32 and 8 heads, at 8,192 tokens
 
 
+def test_long_rows_among_short_ones_have_parts():
+    """A card as above, texts of up to 17,408 tokens: the part of the longest row takes no longer than a quarter of the row, or than a card
+    that is full of rows of an eighth of its length."""
+    for heads in (8, 32):
+        for batch in (2, 5, 16, 40, 64, 128):
+            parts = split_kv.choose_uneven_splits(batch, batch * heads, 272, 8, 264)
+            longest, evenly = 272 / parts, batch * heads * 272 / 8 / 264
+            assert longest <= max(272 / 4, evenly) and parts <= 34
+            assert batch * heads * parts <= max(8192, 4 * batch * heads)
+    assert split_kv.choose_uneven_splits(16, 512, 4, 8, 264) == 1  # nothing to divide
+
+
+def test_uneven_rows_in_blocks():
+    """One long row and short ones, whose further parts leave at once."""
+    for lengths in ([1100, 3, 0, 64], [5, 1090]):
+        q, keys, values, held = make_inputs(lengths, 1100, kv_heads=1)
+        pool_keys, pool_values, table = paged(keys, values, held, 64)
+        check(q, pool_keys, pool_values, held, block_table=table)
+
+
 def test_the_choice_of_how_kernels_run(monkeypatch):
     inputs = make_inputs([70, 3], 80)
     launched = []

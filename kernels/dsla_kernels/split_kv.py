@@ -22,6 +22,10 @@ from .window import softmax_scores, softmax_step
 
 GROUP_TILE = 16  # query heads of a product, as few as tensor cores take; a larger group has several programs
 LEAST_TOKENS = 128  # a part, unless the caller wants a number of parts
+LEAST_OF_MANY = (
+    512  # the same of rows in blocks, if there are several: of those that are short enough one part is work, the others leave at once
+)
+MOST_PROGRAMS = 8192  # that may come only to leave again
 NOTHING = tl.constexpr(-1e30)  # top of a softmax that has seen nothing: finite, as differences of infinities are not numbers
 
 
@@ -227,6 +231,13 @@ def choose_splits(programs: int, tiles: int, least: int, slots: int) -> int:
     return next(splits for splits, time in enumerate(times, 1) if time <= 1.1 * min(times))
 
 
+def choose_uneven_splits(batch: int, programs: int, tiles: int, least: int, slots: int) -> int:
+    """The same for rows of which some may be much longer than others, as texts that share a pool of blocks are: the longest shall not be at
+    work alone when all others are done. So a row has as many parts as if it were the only one, up to a number of programs."""
+    alone = choose_splits(programs // batch, tiles, least, slots)
+    return max(choose_splits(programs, tiles, least, slots), min(alone, max(MOST_PROGRAMS // programs, 4), max(tiles // least, 1)))
+
+
 @torch.library.custom_op(add_op_namespace_prefix("softmax_decode"), mutates_args=())
 @on_its_device
 def _softmax_decode(
@@ -254,9 +265,12 @@ def _softmax_decode(
     launch = tuned or choose_launch(max(block_key, block_value) * q.element_size())
     tiles = triton.cdiv(room if window is None else min(room, window), launch.tokens)
     programs = batch * kv_heads * triton.cdiv(heads // kv_heads, GROUP_TILE)
-    least = 1 if splits else triton.cdiv(LEAST_TOKENS, launch.tokens)
+    uneven = block_table is not None and batch > 1
+    least = 1 if splits else triton.cdiv(LEAST_OF_MANY if uneven else LEAST_TOKENS, launch.tokens)
     if splits:
         parts = min(splits, tiles)
+    elif uneven:
+        parts = choose_uneven_splits(batch, programs, tiles, least, 2 * processors(q.device))
     else:
         parts = choose_splits(programs, tiles, least, 2 * processors(q.device))
     overlap = parts > 1 and _can_overlap(q.device)

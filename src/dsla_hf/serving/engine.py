@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..batching import out_of_memory
+from ..cache import FOLDED_AT_ONCE
 from ..policies import FixedLevel, Policy, Stats, as_policy
 from .control import LevelControl
 from .graphs import GraphRunner, Record
@@ -360,17 +361,32 @@ class Engine:
     def _change_level(self, level: int, reason: str) -> None:
         """Raise all running texts, exactly; or lower newcomers only, for keys and values of converted layers are gone."""
         if level > self.control.level and self.levels.exact_fold:
-            for request in self.scheduler.running:
-                try:
-                    self.memory.fold(request.slot, request.cached, request.level, level)  # type: ignore[arg-type]
-                except RuntimeError as error:
-                    if not out_of_memory(error):
-                        raise
-                    self.memory.fold(request.slot, 0, request.level, level)  # type: ignore[arg-type]
-                    request.cached = 0  # read anew at the level that needs less
-                request.level = level
-                request.levels.append((request.length, level))
+            for group in self._folded_together():
+                self._raise(group, level)
         self.control.change(level, reason)
+
+    def _folded_together(self) -> list[list[Request]]:
+        """Running texts in groups of about the same length, of no more tokens than a fold has memory for."""
+        groups: list[list[Request]] = []
+        for request in sorted(self.scheduler.running, key=lambda request: -request.cached):
+            if not groups or (len(groups[-1]) + 1) * groups[-1][0].cached > FOLDED_AT_ONCE:
+                groups.append([])
+            groups[-1].append(request)
+        return groups
+
+    def _raise(self, requests: list[Request], level: int) -> None:
+        slots = [request.slot for request in requests if request.slot is not None]
+        try:
+            self.memory.fold(slots, [request.cached for request in requests], requests[0].level, level)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            self.memory.fold(slots, [0] * len(slots), requests[0].level, level)
+            for request in requests:
+                request.cached = 0  # read anew at the level that needs less
+        for request in requests:
+            request.level = level
+            request.levels.append((request.length, level))
 
     # --- the queue ------------------------------------------------------------------------------------------------
 

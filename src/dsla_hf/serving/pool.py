@@ -107,11 +107,11 @@ class BlockPool:
         if had:
             self.tables[had, slot] = 0
 
-    def read(self, layer: int, slot: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """The first `tokens` keys and values of a slot's text, `[1, Hkv, T, D]` as transformers caches them."""
+    def read(self, layer: int, slots: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """The first `tokens` keys and values of the texts in slots `[B]`, `[B, T, Hkv, D]`; of a shorter text what follows is anything."""
         position = torch.arange(tokens, device=self.tables.device)
-        index = self.tables[layer, slot, position // self.block_size] * self.block_size + position % self.block_size
-        return self.keys[index][None].transpose(1, 2), self.values[index][None].transpose(1, 2)
+        index = self.tables[layer, slots][:, position // self.block_size] * self.block_size + position % self.block_size
+        return self.keys[index], self.values[index]
 
     def open(self, rows: Rows, tokens: int) -> None:
         """The next model call reads `tokens` more of these rows: find their places, once for all layers."""

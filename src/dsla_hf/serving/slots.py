@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -43,10 +45,10 @@ class SlotStates(DSLACacheLayer):
         """Some slots: a view of a run of them, else a copy."""
         return DualState(*(x[slots] for x in self.all_slots))
 
-    def store(self, slot: int, state: DualState) -> None:
-        """Put the state of one text into its slot."""
-        for kept, new in zip(self.at(slice(slot, slot + 1)), state, strict=True):
-            kept.copy_(new)
+    def store(self, slots: Tensor, state: DualState) -> None:
+        """Put the states of texts into their slots `[B]`."""
+        for kept, new in zip(self.all_slots, state, strict=True):
+            kept[slots] = new
 
     def advance(self, state: DualState, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> None:
         assert self._slots is not None, "open() comes before a model call"
@@ -114,25 +116,29 @@ class SlotMemory:
         self.pool.release(range(self.levels.num_layers), slot)
 
     @torch.no_grad()
-    def fold(self, slot: int, tokens: int, old: int, new: int) -> None:
-        """Raise the text in a slot, of which `tokens` are cached: layers that become DSLA fold their keys and values into states,
-        and their blocks are free."""
-        for layer in self.levels.converted(new)[old:]:
-            if tokens:
-                self._fold(layer, slot, tokens)
-            self.pool.release([layer], slot)
+    def fold(self, slots: list[int], tokens: list[int], old: int, new: int) -> None:
+        """Raise the texts in some slots, of which so many `tokens` are cached: layers that become DSLA fold their keys and values into
+        states, and their blocks are free. Texts of about the same length make the least work together."""
+        layers = self.levels.converted(new)[old:]
+        if any(tokens):
+            self._fold(layers, slots, tokens)
+        for slot in slots:
+            self.pool.release(layers, slot)
 
     @torch.no_grad()
     def rehearse_folds(self) -> None:
-        """Compile what folds of any length need, so that the first raise does not wait for it. Nobody's block is folded, into a slot that
+        """Compile what folds of any length need, so that the first raise does not wait for it. Nobody's block is folded, into slots that
         must be free."""
-        for blocks in REHEARSED_BLOCKS:
-            for layer in list(self._states)[:1]:
-                self._fold(layer, 0, min(blocks, self.pool.tables.shape[2]) * self.pool.block_size)
+        layers, most = list(self._states)[:1], self.pool.tables.shape[2]
+        for texts, blocks in itertools.product((1, 2, 3), REHEARSED_BLOCKS):
+            slots = list(range(min(texts, self.num_slots)))
+            self._fold(layers, slots, [min(blocks, most) * self.pool.block_size] * len(slots))
 
-    def _fold(self, layer: int, slot: int, tokens: int) -> None:
-        """Whole blocks, the end hidden by a mask: kernels are compiled anew for lengths that are no multiples of 16."""
-        room = self.pool.blocks_for(tokens) * self.pool.block_size
-        k, v = (x.transpose(1, 2) for x in self.pool.read(layer, slot, room))
-        inside = (torch.arange(room, device=k.device) < tokens)[None]
-        self._states[layer].store(slot, self.levels.cores[layer].fold(k, v, inside))
+    def _fold(self, layers: list[int], slots: list[int], tokens: list[int]) -> None:
+        """Whole blocks, the ends hidden by a mask: kernels are compiled anew for lengths that are no multiples of 16."""
+        room = self.pool.blocks_for(max(tokens)) * self.pool.block_size
+        places, counts = (torch.tensor(x, device=self.levels.device) for x in (slots, tokens))
+        inside = torch.arange(room, device=self.levels.device) < counts[:, None]
+        for layer in layers:
+            k, v = self.pool.read(layer, places, room)
+            self._states[layer].store(places, self.levels.cores[layer].fold(k, v, inside))
