@@ -12,8 +12,8 @@ without HTTP. Policies take turns on the engine: `fixed` is level 0, `load` foll
 3. both policies at `--shares` of that rate;
 4. the highest rate of `load`, and `fixed` at that rate.
 
-A run sends the requests of a part of the trace whose mean lengths are those of the whole, sped up or slowed down to `--seconds`; `paper`
-draws their prompts to the paper's mix. The same rate and seed give the same requests at the same times. A row is written to
+A run sends `--requests` requests of the trace, one after another, whose mean lengths are those of the whole, sped up or slowed down to the
+rate; `paper` draws their prompts to the paper's mix. All runs of a mix send the same ones. A row is written to
 eval/results/replay.json as soon as it is measured; what is there already is not measured again. `--page` measures nothing: it draws the
 plot and fills docs/serve.md.
 """
@@ -134,11 +134,10 @@ def highest_rate(
     most: int = 6,
     grow: float = 2.0,
     known: Mapping[float, bool] | None = None,
-    ceiling: float = math.inf,
 ) -> float | None:
     """The highest rate that `meets`, within `tolerance`, asked `most` times; None if no rate that was tried does.
 
-    first: the rate to begin with, where nothing is `known`. grow: from a rate that meets to the next. ceiling: the highest rate there is.
+    first: the rate to begin with, where nothing is `known`. grow: from a rate that meets to the next.
     """
     found = dict(known or {})
     for _ in range(most):
@@ -151,7 +150,7 @@ def highest_rate(
             break
         else:
             rate = math.sqrt(low * high)
-        rate = rounded(min(rate, ceiling))
+        rate = rounded(rate)
         if rate in found:
             break
         found[rate] = meets(rate)
@@ -356,7 +355,7 @@ class Measurement:
         sizes = ("slots", "chunk", "prompt_share", "max_tokens", "kv_bytes")
         self.setup = {
             "trace": Path(options.trace).name,
-            "seconds": options.seconds,
+            "requests": options.requests,
             "seed": options.seed,
             "max_level": highest,
             **{name: getattr(engine.options, name) for name in sizes},
@@ -365,11 +364,6 @@ class Measurement:
             "device": torch.cuda.get_device_name() if engine.levels.device.type == "cuda" else "CPU",
         }
         self.bar = tqdm(unit="run", disable=None)
-
-    @property
-    def ceiling(self) -> float:
-        """The highest rate for which the trace has requests."""
-        return rounded(len(self.trace) / self.options.seconds)
 
     def evaluate(self, mix: str) -> None:
         """All runs of a mix."""
@@ -382,7 +376,6 @@ class Measurement:
                 options.first_rate,
                 tolerance=options.tolerance,
                 most=options.most_runs,
-                ceiling=self.ceiling,
             )
             if base is None:
                 self.bar.write(f"{mix}: level 0 meets the objectives at no rate that was tried")
@@ -400,7 +393,6 @@ class Measurement:
             most=max(options.most_runs // 2, 1),  # the shares have narrowed it down
             grow=1.5,
             known={row["rate"]: row["meets"] for row in self.of(mix) if row["policy"] == "load" and row["part"] == "shares"},
-            ceiling=self.ceiling,
         )
         if best is not None and best > max(rates):
             for policy in options.policies:
@@ -451,13 +443,12 @@ class Measurement:
         """Requests of a part of the trace at a rate."""
         options, engine = self.options, self.engine
         target = self.token_target(run.mix)
-        count = max(round(rate * options.seconds), 2)
-        requests = requests_of(self.trace, run.mix, count, options.seed)
+        requests = requests_of(self.trace, run.mix, options.requests, options.seed)
         span = max(requests[-1].at * len(requests) / (len(requests) - 1), 1e-3)
         begin_anew(engine, policy_of(run.policy, options, target), 0 if run.policy == "fixed" else self.highest)
         # So many may be late without moving the percentile above the objective.
         late = math.floor(0.05 * (len(requests) - 1)) + 1 if run.part == "search" else None
-        watch = Watch(engine, options.slo_first, late, options.seconds + options.patience)
+        watch = Watch(engine, options.slo_first, late, len(requests) / rate + options.patience)
         result, why = self.replayed(requests, span * rate / len(requests), watch)
         outcomes = outcomes_of(result)
         summary = summarize(outcomes, options.slo_first, target)
@@ -669,7 +660,7 @@ def page_part(rows: list[dict[str, Any]]) -> str:
             *([] if setup["kv_bytes"] is None else [f"{setup['kv_bytes'] / 2**30:g} GiB for keys and values"]),
             "without HTTP" if setup["direct"] else "over HTTP",
             f"levels up to {setup['max_level']}",
-            f"{setup['seconds']:g} s of requests a run",
+            f"{setup['requests']} requests a run",
             f"prompts of {runs[-1]['prompt_tokens']:.0f} tokens and answers of {runs[-1]['wanted_tokens']:.0f} on average.",
         ]
         parts.append(", ".join(facts))
@@ -744,8 +735,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="llama2-7b")
     parser.add_argument("--mix", type=listed(str, MIXES), default=list(MIXES), help="lengths as in the trace, or drawn to the paper's mix")
     parser.add_argument("--policies", type=listed(str, POLICIES), default=list(POLICIES))
-    parser.add_argument("--seconds", type=float, default=60.0, help="in which the requests of a run are sent")
-    parser.add_argument("--patience", type=float, default=30.0, help="seconds after them until a run counts as hopeless")
+    parser.add_argument("--requests", type=int, default=64, help="of a run")
+    parser.add_argument("--patience", type=float, default=30.0, help="seconds after the last one until a run counts as hopeless")
     parser.add_argument("--rates", type=listed(float), help="requests per second, instead of a search and shares")
     parser.add_argument("--shares", type=listed(float), default=[0.5, 0.8, 1.0, 1.1, 1.2], help="of level 0's highest rate")
     parser.add_argument("--first-rate", type=float, default=2.0, help="with which the search begins")
@@ -772,7 +763,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.trace is None and not options.page:
         parser.error("--trace is needed, unless --page is given")
-    for name in ("seconds", "patience", "first_rate", "tolerance", "slo_first"):
+    if options.requests < 2:
+        parser.error(f"--requests must be 2 or more, got {options.requests}")
+    for name in ("patience", "first_rate", "tolerance", "slo_first"):
         if not 0 < getattr(options, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be a positive number, got {getattr(options, name)}")
     return options

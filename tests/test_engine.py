@@ -376,11 +376,11 @@ def test_prompts_take_their_share_of_the_time(tuned, monkeypatch, share, tokens)
     monkeypatch.setattr(engine.runner, "decode", taking(0.5, engine.runner.decode))
     running, late = ask(engine, [([5, 6], 100), ([5] * 32, 1)])
     engine.step()
-    while not late.tokens:
+    while not late.request.tokens:
         engine.step()
     # Two tokens in the step that read the first prompt; the last piece of the second is followed by a token.
-    assert len(running.tokens) - 2 == tokens
-    assert late.tokens == alone(tuned, [5] * 32, 1, 0)
+    assert len(running.request.tokens) - 2 == tokens
+    assert late.request.tokens == alone(tuned, [5] * 32, 1, 0)
 
 
 def test_a_prompt_that_has_waited_long_is_read_with_every_token(tuned, monkeypatch):
@@ -402,6 +402,22 @@ def test_a_prompt_that_has_waited_long_is_read_with_every_token(tuned, monkeypat
     for _ in range(3):
         engine.step()
     assert late.request.cached == 14 + 3 * 8
+
+
+def test_listeners_are_told_while_the_next_token_is_computed(tuned, monkeypatch):
+    """In order, and none is kept back when nothing more is computed."""
+    engine = Engine(tuned, 0, SMALL)
+    heard = []
+    decode = engine.runner.decode
+    monkeypatch.setattr(engine.runner, "decode", lambda *args: (heard.append("computes"), decode(*args))[1])
+    engine.submit([5, 6], 3, lambda event: heard.append("token" if event.token is not None else event.finish))
+    engine.step()
+    assert heard == ["computes", "token"] and engine.busy
+    engine.step()
+    assert heard == ["computes", "token", "computes", "token", "token", "length"] and not engine.busy
+    engine.submit([5, 6], 1, lambda event: heard.append("token" if event.token is not None else event.finish))
+    engine.step()
+    assert heard[-2:] == ["token", "length"] and not engine.busy
 
 
 # --- recorded steps ---------------------------------------------------------------------------------------------

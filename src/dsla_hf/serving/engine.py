@@ -143,6 +143,7 @@ class Engine:
         self.first_tokens, self.token_times = (RecentMean(MEASURED_SECONDS, MEASURED) for _ in range(2))
         self._chunk_changed = 0.0
         self._owed = 0.0  # seconds of generation before prompts are read again
+        self._untold: list[tuple[Request, Event]] = []
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)
         self._inbox: list[Request] = []
@@ -226,6 +227,7 @@ class Engine:
         self._open_inbox()
         for request in [*self.scheduler.waiting, *self.scheduler.running]:
             self._end(request, "cancelled")
+        self._tell_all()
 
     @property
     def draining(self) -> bool:
@@ -233,8 +235,8 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether any request is here."""
-        return bool(self._inbox or self.scheduler.waiting or self.scheduler.running)
+        """Whether any request is here, or its end has not been told."""
+        return bool(self._inbox or self.scheduler.waiting or self.scheduler.running or self._untold)
 
     def snapshot(self) -> dict[str, Any]:
         """Figures of this moment, for pages and metrics."""
@@ -292,6 +294,8 @@ class Engine:
             worked = True
             self._generate(level, requests)
         self._owed -= self.clock() - begin
+        if not self.scheduler.decoding():  # else while the next tokens are computed
+            self._tell_all()
         return worked
 
     @property
@@ -333,6 +337,7 @@ class Engine:
                 logger.exception("a step failed outside the model")
                 for request in [*self.scheduler.running, *self.scheduler.waiting]:
                     self._end(request, error=error)
+                self._tell_all()
                 worked = False
             if not worked:
                 with self._arrived:
@@ -441,7 +446,9 @@ class Engine:
     def _generate(self, level: int, requests: list[Request]) -> None:
         try:
             logits = self.runner.decode(level, requests)
-            likeliest = logits.argmax(-1).tolist()
+            best = logits.argmax(-1)
+            self._tell_all()  # a GPU is at work now: the host has time, also for what listeners set off in other threads
+            likeliest = best.tolist()
             tokens = [likeliest[row] if r.generator is None else draw(logits[row], r) for row, r in enumerate(requests)]
         except Exception as error:
             self._failed(requests, error)
@@ -509,11 +516,17 @@ class Engine:
         self._tell(request, Event(finish=finish, error=error))
 
     def _tell(self, request: Request, event: Event) -> None:
-        try:
-            request.listener(event)
-        except Exception:
-            logger.exception("the listener of request %d failed", request.number)
-            request.cancelled = True
+        """Note what the listener of a request is to be told."""
+        self._untold.append((request, event))
+
+    def _tell_all(self) -> None:
+        events, self._untold = self._untold, []
+        for request, event in events:
+            try:
+                request.listener(event)
+            except Exception:
+                logger.exception("the listener of request %d failed", request.number)
+                request.cancelled = True
 
     # --- sizes and times ------------------------------------------------------------------------------------------
 
