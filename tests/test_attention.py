@@ -202,6 +202,21 @@ def test_padding_anywhere_equals_the_row_alone(way):
 
 
 @every_way
+def test_padding_at_the_end_need_not_be_moved(way, monkeypatch):
+    attention = make_attention(**way)
+    lengths = torch.tensor([53, 0, 1, 20, 40])
+    mask = torch.arange(53) < lengths[:, None]
+    qkv = poisoned(make_qkv(attention, batch=5), mask)
+    expected, end = attention(*qkv, padding_mask=mask, output_state=True)
+    if attention.window_size:
+        monkeypatch.setattr("dsla_hf.attention.rows_from_mask", None)
+    o, state = attention(*qkv, padding_mask=mask, padding_at_end=True, output_state=True)
+    assert torch.equal(o, expected) and not o[~mask].any()
+    assert_same_state(attention, state, end)
+    assert_same_state(attention, attention.fold(*qkv[1:], mask, padding_at_end=True), end)
+
+
+@every_way
 def test_gradients_pass_padding_by(way):
     """Every gradient, of inputs and parameters, is that of the rows without their padding."""
     attention, mask = make_attention(**way), make_mask()

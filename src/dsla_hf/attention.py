@@ -145,6 +145,7 @@ class DualStateAttention(nn.Module):
         v: Tensor,
         *,
         padding_mask: Tensor | None = None,
+        padding_at_end: bool = False,
         cu_seqlens: Tensor | None = None,
         state: DualState | None = None,
         output_state: bool = False,
@@ -159,6 +160,7 @@ class DualStateAttention(nn.Module):
         Args:
             q: `[B, T, Hq, K]`, k: `[B, T, Hkv, K]`, v: `[B, T, Hkv, V]`, as the base model rotated and normalised them.
             padding_mask: `[B, T]`, True at real tokens; padding may lie anywhere and leaves no trace.
+            padding_at_end: it lies behind all real tokens of each row: these then need not be moved together (without `state`).
             cu_seqlens: int `[N + 1]`, boundaries of packed sequences (B = 1, without `state`).
             state: of the tokens before these.
             output_state: also return the state after these tokens.
@@ -184,20 +186,23 @@ class DualStateAttention(nn.Module):
         if state is not None and q.shape[1] == 1:
             o, new = self._window_step(q, k, v, padding_mask, state, softcap, sink_logits)
             return o, new if counts else new._replace(lengths=state.lengths)
-        return self._window(q, k, v, padding_mask, cu_seqlens, state, output_state, softcap, sink_logits, seen)
+        return self._window(q, k, v, padding_mask, padding_at_end, cu_seqlens, state, output_state, softcap, sink_logits, seen)
 
     @torch.no_grad()
-    def fold(self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None, state: DualState | None = None) -> DualState:
+    def fold(
+        self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None, state: DualState | None = None, *, padding_at_end: bool = False
+    ) -> DualState:
         """The state after tokens of which only keys and values are left: what `forward` would have returned, up to rounding.
 
-        k `[B, T, Hkv, K]`, v `[B, T, Hkv, V]`, `padding_mask` `[B, T]`; `state` of the tokens before them, if any.
+        k `[B, T, Hkv, K]`, v `[B, T, Hkv, V]`, `padding_mask` `[B, T]`, `padding_at_end` as in `forward`; `state` of the tokens before
+        them, if any.
         """
         recurrent = None if state is None else state.recurrent
         if not self.window_size:
             return self._state_without_window(self._final_state(k, v, padding_mask, recurrent), k, v, padding_mask, state)
         if state is not None:
             k, v, padding_mask = self._after_window(state, k, v, padding_mask)
-        k, v, valid = _to_rows(padding_mask, None, k, v)[1:]
+        k, v, valid = _to_rows(padding_mask, None, k, v, padding_at_end and state is None)[1:]
         start = None if state is None else self._row_start(state)
         tokens = torch.full((k.shape[0],), k.shape[1], device=k.device) if valid is None else valid.sum(1)
         blocks = (tokens // self._block_size - 1).clamp_min(0)  # whole blocks that another whole block follows
@@ -254,8 +259,8 @@ class DualStateAttention(nn.Module):
 
     # --- with a softmax window ----------------------------------------------------------------------------------
 
-    def _window(self, q, k, v, padding_mask, cu_seqlens, state, output_state, softcap=None, sink_logits=None, seen=None):
-        tokens, start = q.shape[1], None
+    def _window(self, q, k, v, padding_mask, padding_at_end, cu_seqlens, state, output_state, softcap, sink_logits, seen):
+        tokens, start, at_end = q.shape[1], None, padding_at_end and state is None
         if state is None or padding_mask is not None:
             seen = None  # what is known would have to be known of every row
         if state is not None:
@@ -263,7 +268,7 @@ class DualStateAttention(nn.Module):
             k, v, padding_mask = self._after_window(state, k, v, padding_mask, seen)
             q = F.pad(q, (0, 0, 0, 0, k.shape[1] - tokens, 0))  # queries that nobody reads
         past = q.shape[1] - tokens
-        rows, k, v, valid = _to_rows(padding_mask, cu_seqlens, k, v)
+        rows, k, v, valid = _to_rows(padding_mask, cu_seqlens, k, v, at_end)
         sink_k, sink_v = self._sinks(k, v, state, seen)
         gate_logits, write_logits = self.gate_logits(v)
         o, recurrent = fused_window_attention(
@@ -528,10 +533,15 @@ def half_life_to_logit(half_life: float, gate_normalizer: float = 16.0) -> float
     return log_sigmoid - math.log(-math.expm1(log_sigmoid))
 
 
-def _to_rows(padding_mask, cu_seqlens, k, v):
-    """k and v with padding moved to the end of each row and zeroed: rows, k, v, valid (rows and valid None if nothing is to do)."""
+def _to_rows(padding_mask, cu_seqlens, k, v, at_end=False):
+    """k and v with padding moved to the end of each row, unless it is `at_end`, and zeroed: rows, k, v, valid (rows None if nothing is
+    moved, valid None without padding)."""
     if padding_mask is None and cu_seqlens is None:
         return None, k, v, None
-    rows = rows_from_mask(padding_mask) if cu_seqlens is None else rows_from_cu_seqlens(cu_seqlens, k.shape[1])
-    pad = ~rows.valid[..., None, None]
-    return rows, rows.gather(k).masked_fill(pad, 0), rows.gather(v).masked_fill(pad, 0), rows.valid
+    if at_end and padding_mask is not None:
+        rows, valid = None, padding_mask.bool()
+    else:
+        rows = rows_from_mask(padding_mask) if cu_seqlens is None else rows_from_cu_seqlens(cu_seqlens, k.shape[1])
+        k, v, valid = rows.gather(k), rows.gather(v), rows.valid
+    pad = ~valid[..., None, None]
+    return rows, k.masked_fill(pad, 0), v.masked_fill(pad, 0), valid

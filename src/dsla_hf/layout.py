@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+_at_end: ContextVar[bool] = ContextVar("whether padding lies behind all real tokens", default=False)
+
+
+@contextmanager
+def padding_at_end() -> Iterator[None]:
+    """In calls of the model inside, padding lies behind all real tokens of each row, which nobody could see from the mask without
+    looking at its values."""
+    token = _at_end.set(True)
+    try:
+        yield
+    finally:
+        _at_end.reset(token)
+
 
 @dataclass(frozen=True)
 class TokenLayout:
     """padding_mask: bool `[B, past + T]`, True at real tokens, None without padding.
-    cu_seqlens: int `[N + 1]`, boundaries of sequences packed into one row, or None."""
+    cu_seqlens: int `[N + 1]`, boundaries of sequences packed into one row, or None.
+    padding_at_end: whether padding lies behind all real tokens."""
 
     padding_mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
+    padding_at_end: bool = False
 
     def past_mask(self, past: int, cached: int) -> Tensor | None:
         """The mask of the last `cached` of the `past` tokens before this call."""
@@ -84,7 +102,7 @@ def read_layout(
     captured = mask.is_cuda and torch.cuda.is_current_stream_capturing()  # in a CUDA graph the host cannot look at values
     if not captured and not torch.compiler.is_compiling() and bool(mask.all()):
         return TokenLayout()
-    return TokenLayout(padding_mask=mask)
+    return TokenLayout(padding_mask=mask, padding_at_end=_at_end.get())
 
 
 def _packed_boundaries(position_ids: Tensor) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from ..batching import out_of_memory
 from ..fused_steps import LONG_PROMPT, can_compile, fused
+from ..layout import padding_at_end
 from .levels import Levels
 from .pool import Rows
 from .request import Request
@@ -33,8 +35,9 @@ class GraphRunner(ModelRunner):
 
     The first step of a kind runs as it is, which compiles and warms up what it needs; the second is recorded.
 
-    Where attention reads keys and values in their blocks, pieces of prompts are recorded too, for each (level, size): a host needs as long
-    for the launches of a prompt as a GPU for two thousand of its tokens. A shorter piece is padded at its end.
+    Where attention reads keys and values in their blocks, pieces of prompts are recorded too, for each (level, size, whether a text begins
+    with it): a host needs as long for the launches of a prompt as a GPU for two thousand of its tokens. A shorter piece is padded at its
+    end. The first piece of a text needs no state, and is less work in DSLA layers.
 
     Args:
         record: such as `dsla_hf.graph.CudaRecording`; `PlainRecording` for tests.
@@ -52,7 +55,7 @@ class GraphRunner(ModelRunner):
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.sizes = piece_sizes(chunk) if self.in_blocks else []
         self.piece = torch.zeros(3 + chunk, dtype=torch.long, device=device)  # slot, tokens before, tokens, and these
-        self.pieces: dict[tuple[int, int], Any] = {}
+        self.pieces: dict[tuple[int, int, bool], Any] = {}
         self._piece_logits: Tensor | None = None  # [1, V]
 
     @torch.no_grad()
@@ -66,8 +69,8 @@ class GraphRunner(ModelRunner):
                 # Padding alone: it belongs to nobody, and is written nowhere.
                 for _ in range(2):  # as it is, then recorded
                     self._run(level, [0] * count, [0] * count, [False] * count)
-            for size in self.sizes:
-                self._recorded_piece(level, size, 0, 0)
+            for size, start in itertools.product(self.sizes, (0, 1)):
+                self._recorded_piece(level, size, 0, start)
 
     @torch.no_grad()
     def prefill(self, request: Request, tokens: int) -> Tensor:
@@ -86,19 +89,21 @@ class GraphRunner(ModelRunner):
         self.piece[: 3 + len(ids)].copy_(torch.tensor([slot, start, len(ids), *ids]))
 
     def _recorded_piece(self, level: int, size: int, slot: int, start: int) -> Any:
-        """The recording that reads pieces of up to `size` tokens at a level, made now if need be; None if that cannot be done.
+        """The recording that reads pieces of up to `size` tokens at a level, first ones or such behind others; made now if need be, None if
+        that cannot be done.
 
         Before that a call runs as it is, on a piece without tokens behind the `start` ones in `slot`, which changes nothing there.
         """
-        recording = self.pieces.get((level, size))
+        key = level, size, start == 0
+        recording = self.pieces.get(key)
         if recording is not None or self.record is None:
             return recording
         slots, starts, counts = self.piece[:3].split(1)
 
         def read() -> None:
             active = (torch.arange(size, device=self.piece.device) < counts)[None]
-            rows = Rows(slots, active, starts, 0, in_blocks=True)
-            with self._reading(rows, starts + counts, starts):
+            rows = Rows(slots, active, starts, 0, seen=0 if start == 0 else None, in_blocks=True)
+            with self._reading(rows, starts + counts, starts), padding_at_end():
                 logits = self._call(level, self.piece[None, 3 : 3 + size], rows, active.long(), (counts - 1).clamp_min(0))
             if self._piece_logits is None:
                 self._piece_logits = torch.empty_like(logits)
@@ -108,7 +113,7 @@ class GraphRunner(ModelRunner):
         try:
             with self._fused(prompt=True):
                 read()
-                recording = self.pieces[level, size] = self.record(read, self._pool)
+                recording = self.pieces[key] = self.record(read, self._pool)
         except Exception as error:
             if out_of_memory(error):
                 raise

@@ -25,7 +25,7 @@ class Rows:
     active: bool `[B]`, rows that take part, or `[B, T]`, tokens that do; the others are padding, of no effect on their slots.
     lengths: int64 `[B]`, tokens in the cache; 0 where not active.
     past: L, the longest of them; 0 where keys and values are read in their blocks.
-    seen: what every entry of `lengths` is, where the host knows it and rows are whole.
+    seen: what every entry of `lengths` is, where the host knows it; 0: texts begin, and what their slots hold is of others.
     in_blocks: whether attention reads keys and values in their blocks, each row to its own end. Otherwise they are copied out.
     """
 

@@ -35,11 +35,7 @@ class SlotStates(DSLACacheLayer):
     def open(self, rows: Rows) -> None:
         """The next model call works on these rows."""
         self._slots, self.tokens, self.seen = rows.slots, rows.past, rows.seen
-        state = None if rows.seen == 0 else self.at(rows.slots)
-        if state is not None and isinstance(rows.slots, Tensor):  # what a slot holds may be of the text before
-            kept = (rows.lengths > 0)[:, None, None, None, None]
-            state = state._replace(recurrent=state.recurrent.where(kept, 0), lengths=rows.lengths.clone())
-        self.state = state
+        self.state = None if rows.seen == 0 else self.at(rows.slots)
 
     def at(self, slots: slice | Tensor) -> DualState:
         """Some slots: a view of a run of them, else a copy."""
@@ -141,4 +137,4 @@ class SlotMemory:
         inside = torch.arange(room, device=self.levels.device) < counts[:, None]
         for layer in layers:
             k, v = self.pool.read(layer, places, room)
-            self._states[layer].store(places, self.levels.cores[layer].fold(k, v, inside))
+            self._states[layer].store(places, self.levels.cores[layer].fold(k, v, inside, padding_at_end=True))
