@@ -353,7 +353,7 @@ def test_a_fold_without_memory_reads_the_text_again(tuned, monkeypatch):
         engine.step()
     level[0] = 2
     core = engine.levels.cores[0]
-    monkeypatch.setattr(type(core), "fold", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+    monkeypatch.setattr(type(core), "fold", lambda *args, **options: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
     run(engine)
     assert ear.finish == "length" and len(ear.tokens) == 9 and engine.control.level == 2
     assert_empty(engine)
@@ -456,7 +456,7 @@ def test_recorded_steps_give_the_same_texts(tuned, monkeypatch, request, kernels
 def test_prepared_steps_are_there_when_a_text_comes(tuned, monkeypatch):
     monkeypatch.setattr("dsla_hf.serving.graphs.SMALLEST_PAST", 64)
     engine = Engine(tuned, 2, SMALL, record=PlainRecording)
-    engine.prepare()
+    engine.prepare([0, 1, 2])
     recordings = dict(engine.runner.recordings)
     assert {key[:2] for key in recordings} == {(level, rows) for level in (0, 1, 2) for rows in (1, 2, 4)} and all(recordings.values())
     assert_empty(engine)
@@ -564,6 +564,41 @@ def test_folds_are_rehearsed_with_nobodys_block(tuned):
     (ear,) = ask(engine, [([5, 6, 7], 12)])
     run(engine)
     assert ear.tokens == alone(tuned, [5, 6, 7], 12, 0, level_policy=lambda stats: 2 if stats.tokens >= 9 else 0)
+
+
+@pytest.mark.parametrize(
+    "policy, change, expected",
+    [
+        (2, {}, [2]),
+        ("load", {}, [0, 1, 2, 3]),
+        (Load(step=2, max_level="100%"), {}, [0, 2, 4]),
+        (Load(step=2, max_level="100%"), {"max_level": 3}, [0, 2, 3]),
+        (lambda stats: 0, {}, [0, 1, 2, 3, 4]),
+        (lambda stats: 0, {"max_level": 2}, [0, 1, 2]),
+    ],
+)
+def test_levels_that_are_expected(tuned, policy, change, expected):
+    assert Engine(tuned, policy, options(**change)).expected_levels() == expected
+
+
+def test_recordings_that_find_no_memory_are_left_out(tuned, in_blocks, caplog):
+    """What is recorded goes on being used, and texts are right."""
+    made = []
+
+    def record(step, pool):
+        if len(made) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        made.append(PlainRecording(step))
+        return made[-1]
+
+    engine = Engine(tuned, 2, SMALL, record=record)
+    engine.prepare()
+    assert len(engine.runner.pieces) + sum(recording is not None for recording in engine.runner.recordings.values()) == 3
+    wanted = [(prompt, 4) for prompt in prompts(4, 1, 20)]
+    ears = ask(engine, wanted)
+    run(engine)
+    assert [ear.tokens for ear in ears] == [alone(tuned, prompt, tokens, 2) for prompt, tokens in wanted]
+    assert len(made) == 3 and len([record for record in caplog.records if "record" in record.message]) == 1
 
 
 def test_sizes_of_pieces():

@@ -60,12 +60,13 @@ def test_serve_and_end(saved):
 
 def test_policies_by_name_and_threshold():
     options = {"model": "m", "adapter": "a"}
-    assert policy_of(ServeOptions(**options, policy="8")) == FixedLevel("8")
-    assert policy_of(ServeOptions(**options, policy="prompt-length")) == PromptLength()
-    policy = policy_of(ServeOptions(**options, queue_depth=3, first_token_target=2.0, cool_down=1.0))
+    assert policy_of(ServeOptions(**options, policy="8"), 32) == FixedLevel("8")
+    assert policy_of(ServeOptions(**options, policy="prompt-length"), 32) == PromptLength()
+    policy = policy_of(ServeOptions(**options, queue_depth=3, first_token_target=2.0, cool_down=1.0), 32)
     assert isinstance(policy, Load) and (policy.queue_depth, policy.seconds_to_first_token, policy.cool_down) == (3, 2.0, 1.0)
+    assert policy.step == 4 and policy_of(ServeOptions(**options), 4).step == 1 and policy_of(ServeOptions(**options, step=3), 32).step == 3
     with pytest.raises(ValueError, match="queue_depth"):
-        policy_of(ServeOptions(**options, policy="8", queue_depth=3))
+        policy_of(ServeOptions(**options, policy="8", queue_depth=3), 32)
 
 
 def test_options_reach_the_engine(saved):

@@ -155,10 +155,14 @@ class Load:
         if stats.seconds_since_change < self.cool_down:
             return stats.level
         if self.why(stats):
-            return max(stats.level, min(stats.level + self.step, _levels(self.max_level, stats)))
+            return max(stats.level, min(stats.level + self.step, self.highest(stats)))
         if self._calm(stats):
             return max(stats.level - self.step, 0)
         return stats.level
+
+    def highest(self, stats: Stats) -> int:
+        """The level that it never exceeds."""
+        return _levels(self.max_level, stats)
 
     def why(self, stats: Stats) -> str:
         """The thresholds that are crossed, in words; empty if none is."""

@@ -22,12 +22,15 @@ from .engine import Engine, EngineOptions
 
 logger = logging.getLogger(__name__)
 
+COOL_DOWN = 5.0  # seconds between two changes of the level under "load"
+
 
 @dataclass(frozen=True)
 class ServeOptions:
     """What to serve, and how; sizes are those of `EngineOptions` and `ApiOptions`.
 
-    policy: a name or a level, see `as_policy`; "load" with the thresholds that are given. max_level: a number, or a share such as "50%".
+    policy: a name or a level, see `as_policy`; "load" with the thresholds that are given, `step` layers at a time (an eighth of the model
+        if None). max_level: a number, or a share such as "50%".
     kv_gib: GiB for keys and values. graphs: on a CUDA device, replay model calls from CUDA graphs.
     """
 
@@ -40,6 +43,7 @@ class ServeOptions:
     first_token_target: float | None = None
     token_target: float | None = None
     cool_down: float | None = None
+    step: int | None = None
     slots: int = 32
     max_waiting: int = 256
     max_tokens: int | None = None
@@ -62,7 +66,7 @@ def load_app(options: ServeOptions) -> FastAPI:
         OSError: if a file is missing.
     """
     base_config = AutoConfig.from_pretrained(options.model)
-    policy = policy_of(options)
+    policy = policy_of(options, base_config.num_hidden_layers)
     level_to_run_at(options.model, base_config, options.adapter, None)
     limit = None
     if options.max_level is not None:
@@ -90,8 +94,8 @@ def load_app(options: ServeOptions) -> FastAPI:
     return build_app(engine, tokenizer, api_options)
 
 
-def policy_of(options: ServeOptions) -> Policy:
-    """The policy that the options name.
+def policy_of(options: ServeOptions, layers: int) -> Policy:
+    """The policy that the options name, for a model of so many layers.
 
     Raises:
         ValueError: for a name that is none, or thresholds for another policy than "load".
@@ -102,11 +106,13 @@ def policy_of(options: ServeOptions) -> Policy:
         "seconds_to_first_token": options.first_token_target,
         "seconds_per_token": options.token_target,
         "cool_down": options.cool_down,
+        "step": options.step,
     }
     given = {name: value for name, value in thresholds.items() if value is not None}
     if options.policy == "load":
-        # Memory that runs out makes requests wait, so a server heeds it from the start.
-        return Load(free_share=0.1, max_level="100%" if options.max_level is not None else "75%", **given)
+        # Memory that runs out makes requests wait, so a server heeds it from the start. Few levels, soon: each has recordings of its own.
+        defaults = {"free_share": 0.1, "max_level": "100%" if options.max_level is not None else "75%"}
+        return Load(**{**defaults, "step": max(layers // 8, 1), "cool_down": COOL_DOWN, **given})
     if given:
         raise ValueError(f"{', '.join(given)} shape the policy 'load', not {options.policy!r}: leave them out, or give --policy load")
     return as_policy(options.policy)

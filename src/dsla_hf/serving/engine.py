@@ -17,7 +17,7 @@ import torch
 
 from ..batching import out_of_memory
 from ..cache import FOLDED_AT_ONCE
-from ..policies import FixedLevel, Policy, Stats, as_policy
+from ..policies import FixedLevel, Load, Policy, Stats, as_policy
 from .control import LevelControl
 from .graphs import GraphRunner, Record
 from .levels import Levels
@@ -265,11 +265,21 @@ class Engine:
         }
 
     def prepare(self, levels: Iterable[int] | None = None) -> None:
-        """Record calls at these levels, or at all that there are, and compile what raises need, before requests come. Not while the engine
-        steps."""
+        """Record calls at these levels, or at those that the policy goes through, and compile what raises need, before requests come. Not
+        while the engine steps."""
         if self.levels.device.type == "cuda":
             self.memory.rehearse_folds()
-        self.runner.prepare(range(self.control.lowest, self.control.highest + 1) if levels is None else levels)
+        self.runner.prepare(self.expected_levels() if levels is None else levels)
+
+    def expected_levels(self) -> list[int]:
+        """The levels that the policy goes through, as far as it tells: all, if it does not."""
+        control, policy = self.control, self.control.policy
+        if isinstance(policy, FixedLevel):
+            return [control.level]
+        lowest, highest, step = control.lowest, control.highest, 1
+        if isinstance(policy, Load):
+            highest, step = max(min(highest, policy.highest(self.stats())), lowest), policy.step
+        return sorted({*range(lowest, highest, step), highest})
 
     # --- the thread that steps ------------------------------------------------------------------------------------
 

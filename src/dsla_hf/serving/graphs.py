@@ -114,10 +114,14 @@ class GraphRunner(ModelRunner):
             with self._fused(prompt=True):
                 read()
                 recording = self.pieces[key] = self.record(read, self._pool)
-        except Exception as error:
+        except Exception as error:  # nothing has been read yet: go on with the recordings that there are
             if out_of_memory(error):
-                raise
-            logger.exception("pieces of prompts cannot be recorded: from now on calls run as they are")
+                logger.warning(
+                    "memory does not suffice to record more calls: others run as they are, which is slower; give less to kv_bytes"
+                )
+                torch.cuda.empty_cache()
+            else:
+                logger.exception("pieces of prompts cannot be recorded: from now on calls run as they are")
             self.record = None
         return recording
 
