@@ -48,8 +48,9 @@ class GraphRunner(ModelRunner):
         super().__init__(levels, memory)
         slots, device = memory.num_slots, levels.device
         self.record: Record | None = record
-        self.ids, self.lengths = (torch.zeros(slots, dtype=torch.long, device=device) for _ in range(2))
-        self.active = torch.zeros(slots, dtype=torch.bool, device=device)
+        self.inputs = torch.zeros(
+            slots, 3, dtype=torch.long, device=device
+        )  # of each row the token, tokens before it, whether it takes part
         self.recordings: dict[tuple[int, int, int], Any] = {}  # None after the first step
         self._logits: Tensor | None = None  # [slots, V], made by the first step
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
@@ -110,50 +111,52 @@ class GraphRunner(ModelRunner):
             self._piece_logits.copy_(logits)
 
         self._set_piece(slot, start, [])
-        try:
-            with self._fused(prompt=True):
-                read()
-                recording = self.pieces[key] = self.record(read, self._pool)
-        except Exception as error:  # nothing has been read yet: go on with the recordings that there are
-            if out_of_memory(error):
-                logger.warning(
-                    "memory does not suffice to record more calls: others run as they are, which is slower; give less to kv_bytes"
-                )
-                torch.cuda.empty_cache()
-            else:
-                logger.exception("pieces of prompts cannot be recorded: from now on calls run as they are")
-            self.record = None
+        with self._fused(prompt=True):
+            recording = self._recorded(read, rehearse=True)
+        if recording is not None:
+            self.pieces[key] = recording
         return recording
 
     def _run(self, level: int, ids: list[int], lengths: list[int], active: list[bool]) -> Tensor:
         rows = min(_power_of_two(len(ids)), self.memory.num_slots)
         past = 0 if self.in_blocks else _power_of_two(max(max(lengths), SMALLEST_PAST))
-        rest = rows - len(ids)
-        for buffer, values in ((self.ids, ids + [0] * rest), (self.lengths, lengths + [0] * rest), (self.active, active + [False] * rest)):
-            buffer[:rows].copy_(torch.tensor(values, dtype=buffer.dtype))
+        given = [*zip(ids, lengths, active, strict=True), *[(0, 0, False)] * (rows - len(ids))]
+        self.inputs[:rows].copy_(torch.tensor(given, dtype=torch.long))  # in one: the host waits for every copy
 
         def step() -> None:
-            logits = self._step(level, self.ids[:rows], self.lengths[:rows], self.active[:rows], past)
+            tokens, read, takes_part = self.inputs[:rows].t().contiguous()
+            logits = self._step(level, tokens, read, takes_part.bool(), past)
             if self._logits is None:
                 self._logits = logits.new_empty(self.memory.num_slots, logits.shape[1])
             self._logits[:rows].copy_(logits)
 
         key = (level, rows, past)
-        if key in self.recordings and self.recordings[key] is None and self.record is not None:
-            try:
-                with self._fused():
-                    self.recordings[key] = self.record(step, self._pool)
-            except Exception:  # nothing has run yet: go on without
-                logger.exception("a step cannot be recorded: from now on steps run as they are")
-                self.record = None
-        recording = self.recordings.setdefault(key, None)
-        if recording is None:
-            with self._fused() if self.record is not None else nullcontext():
+        with self._fused() if self.recordings.get(key) is None and self.record is not None else nullcontext():
+            if key in self.recordings and self.recordings[key] is None and self.record is not None:
+                self.recordings[key] = self._recorded(step)
+            recording = self.recordings.setdefault(key, None)
+            if recording is None:
                 step()
-        else:
-            recording.replay()
+            else:
+                recording.replay()
         assert self._logits is not None
         return self._logits
+
+    def _recorded(self, call: Callable[[], None], rehearse: bool = False) -> Any:
+        """The recording of a call, which does not run but to `rehearse` it; None if that cannot be had, nor others from now on."""
+        assert self.record is not None
+        try:
+            if rehearse:
+                call()
+            return self.record(call, self._pool)
+        except Exception as error:
+            if out_of_memory(error):
+                logger.warning("memory does not suffice to record more calls: they run as they are, which is slower; give kv_bytes less")
+                torch.cuda.empty_cache()
+            else:
+                logger.exception("a call cannot be recorded: from now on calls run as they are, which is slower")
+            self.record = None
+            return None
 
     def _fused(self, prompt: bool = False) -> Any:
         model = self.levels.causal_lm
