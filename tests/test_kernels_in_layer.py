@@ -76,6 +76,21 @@ def test_prefill_and_a_text_that_goes_on(layer, dtype, padded, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_padding_at_the_end(layer, dtype, monkeypatch):
+    q, k, v = inputs(dtype, 3, 45)
+    mask = torch.arange(45, device=DEVICE) < torch.tensor([45, 0, 33], device=DEVICE)[:, None]
+    for x in (q, k, v):
+        x[~mask] = float("nan") if layer.window_size else 100.0
+
+    @torch.no_grad()
+    def run():
+        o, state = layer(q, k, v, padding_mask=mask, padding_at_end=True, output_state=True)
+        return [o, *state, *layer.fold(k, v, mask, padding_at_end=True)]
+
+    assert_same(*both(monkeypatch, run), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_texts(layer, dtype, monkeypatch):
     q, k, v = inputs(dtype, 1, 50)
     bounds = torch.tensor([0, 7, 8, 50], device=DEVICE)

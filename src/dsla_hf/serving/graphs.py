@@ -151,7 +151,10 @@ class GraphRunner(ModelRunner):
             return self.record(call, self._pool)
         except Exception as error:
             if out_of_memory(error):
-                logger.warning("memory does not suffice to record more calls: they run as they are, which is slower; give kv_bytes less")
+                logger.warning(
+                    "memory does not suffice to record more calls: they run as they are, which is slower; give less to keys and values "
+                    "(kv_bytes, --kv-gib)"
+                )
                 torch.cuda.empty_cache()
             else:
                 logger.exception("a call cannot be recorded: from now on calls run as they are, which is slower")
