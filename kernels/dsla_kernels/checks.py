@@ -162,6 +162,19 @@ def check_softmax_prompt_inputs(
         )
 
 
+def check_softmax_kernel_inputs(q: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Raises ValueError where the kernels of `softmax_decode` and `softmax_prompt` take less than their references do."""
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"the kernels take fp32, bf16 and fp16, got {q.dtype}")
+    if max(q.shape[-1], values.shape[-1]) > LARGEST_HEAD:
+        raise ValueError(
+            f"the kernels take heads of up to {LARGEST_HEAD} channels, got {q.shape[-1]} for keys and {values.shape[-1]} for values"
+        )
+    for name, x in (("keys", keys), ("values", values)):
+        if x.stride(-1) != 1:
+            raise ValueError(f"{name} must be dense in the last dimension, got strides {x.stride()}; call contiguous() on them")
+
+
 def check_gate_inputs(
     v: Tensor,
     gate_down: Tensor,

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._ops import add_op_namespace_prefix, ops
-from .checks import LARGEST_HEAD, check_softmax_prompt_inputs
+from .checks import check_softmax_kernel_inputs, check_softmax_prompt_inputs
 from .common import on_its_device, shared_memory
 from .split_kv import NOTHING, Launch
 from .window import softmax_scores, softmax_step
@@ -192,15 +192,7 @@ def softmax_prompt(
     strides, but for a dense last dimension.
     """
     check_softmax_prompt_inputs(q, keys, values, starts, lengths, block_table, window)
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"the kernels take fp32, bf16 and fp16, got {q.dtype}")
-    if max(q.shape[-1], values.shape[-1]) > LARGEST_HEAD:
-        raise ValueError(
-            f"the kernels take heads of up to {LARGEST_HEAD} channels, got {q.shape[-1]} for keys and {values.shape[-1]} for values"
-        )
-    for name, x in (("keys", keys), ("values", values)):
-        if x.stride(-1) != 1:
-            raise ValueError(f"{name} must be dense in the last dimension, got strides {x.stride()}; call contiguous() on them")
+    check_softmax_kernel_inputs(q, keys, values)
     return ops.softmax_prompt(
         q if q.stride(-1) == 1 else q.contiguous(),
         keys,

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ._ops import add_op_namespace_prefix, ops
-from .checks import LARGEST_HEAD, check_softmax_decode_inputs
+from .checks import check_softmax_decode_inputs, check_softmax_kernel_inputs
 from .common import LOG2_E, load_rows, on_its_device, processors
 from .decode import _can_overlap
 from .window import softmax_scores, softmax_step
@@ -365,15 +365,7 @@ def softmax_decode(
         splits: parts that a row's tokens are cut into; 0 chooses by shape.
     """
     check_softmax_decode_inputs(q, keys, values, lengths, softcap, sink_logits, window, block_table, mask)
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"the kernels take fp32, bf16 and fp16, got {q.dtype}")
-    if max(q.shape[-1], values.shape[-1]) > LARGEST_HEAD:
-        raise ValueError(
-            f"the kernels take heads of up to {LARGEST_HEAD} channels, got {q.shape[-1]} for keys and {values.shape[-1]} for values"
-        )
-    for name, x in (("keys", keys), ("values", values)):
-        if x.stride(-1) != 1:
-            raise ValueError(f"{name} must be dense in the last dimension, got strides {x.stride()}; call contiguous() on them")
+    check_softmax_kernel_inputs(q, keys, values)
     if splits < 0:
         raise ValueError(f"splits must be 0 (chosen by shape) or a number of parts, got {splits}")
     return ops.softmax_decode(
