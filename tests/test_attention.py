@@ -217,6 +217,28 @@ def test_padding_at_the_end_need_not_be_moved(way, monkeypatch):
 
 
 @every_way
+@pytest.mark.parametrize("windows", [1, 2, 5])
+def test_what_comes_behind_whole_windows(way, windows, monkeypatch):
+    """With and without padding at the end, of rows that have seen different numbers of windows."""
+    attention = make_attention(**way)
+    if not attention.window_size:
+        pytest.skip("has no window")
+    size = attention.window_size
+    counts = torch.tensor([windows, 1, 3]) * size
+    first = make_qkv(attention, batch=3, tokens=int(counts.max()))
+    second = make_qkv(attention, batch=3, tokens=3 * size + 5)
+    _, state = attention(*first, padding_mask=torch.arange(first[0].shape[1]) < counts[:, None], output_state=True)
+    mask = torch.arange(second[0].shape[1]) < torch.tensor([second[0].shape[1], 7, 0])[:, None]
+    for padding in (None, mask):
+        expected, end = attention(*second, padding_mask=padding, state=state, output_state=True)
+        with monkeypatch.context() as patch:
+            patch.setattr("dsla_hf.attention.rows_from_mask", None)
+            o, new = attention(*second, padding_mask=padding, padding_at_end=True, whole_windows=True, state=state, output_state=True)
+        assert relative_error(o, expected) <= 1e-12
+        assert_same_state(attention, new, end)
+
+
+@every_way
 def test_gradients_pass_padding_by(way):
     """Every gradient, of inputs and parameters, is that of the rows without their padding."""
     attention, mask = make_attention(**way), make_mask()

@@ -397,11 +397,26 @@ def test_a_prompt_that_has_waited_long_is_read_with_every_token(tuned, monkeypat
     engine.step()
     for _ in range(5):
         engine.step()
-    assert late.request.cached == 14  # two pieces, of which the first was read with the other prompt, and nothing since
+    assert late.request.cached == 8  # a piece, and nothing since
     clock.now = 10.0
     for _ in range(3):
         engine.step()
-    assert late.request.cached == 14 + 3 * 8
+    assert late.request.cached == 8 + 3 * 8
+
+
+def test_pieces_end_with_whole_windows(tuned):
+    """All but the last of a text, if a chunk has room for a window."""
+    engine = Engine(tuned, 2, options(chunk=20))
+    assert engine.levels.window == 8
+    ears = ask(engine, [([5] * 50, 2), ([6] * 11, 2)])
+    read = []
+    for _ in range(4):
+        before = [ear.request.cached for ear in ears]
+        engine.step()
+        read.append([ear.request.cached - b for ear, b in zip(ears, before, strict=True)])
+    assert read == [[16, 0], [16, 0], [18 + 1, 0], [0, 11 + 1]]  # a piece, or with the last one a token
+    run(engine)
+    assert ears[0].tokens == alone(tuned, [5] * 50, 2, 2) and ears[1].tokens == alone(tuned, [6] * 11, 2, 2)
 
 
 def test_listeners_are_told_while_the_next_token_is_computed(tuned, monkeypatch):
@@ -474,18 +489,21 @@ def in_blocks(monkeypatch):
         monkeypatch.setattr(f"dsla_hf.serving.runner.{name}", lambda *args: True)
 
 
-def test_recorded_pieces_read_prompts_of_any_length_anywhere(tuned, in_blocks, watched_recording, monkeypatch):
-    """Pieces of 1 to 8 tokens, full and padded, behind other pieces and in slots that have had another text; some texts run."""
+@pytest.mark.parametrize("chunk, places", [(8, {"first", "behind windows"}), (6, {"first", "behind windows", "anywhere"})])
+def test_recorded_pieces_read_prompts_of_any_length_anywhere(tuned, in_blocks, watched_recording, monkeypatch, chunk, places):
+    """Windows have 8 tokens. Pieces full and padded, behind others, and in slots that have had another text; some texts run."""
     monkeypatch.setattr("dsla_hf.serving.graphs.SMALLEST_PIECE", 1)
     monkeypatch.setattr("dsla_hf.serving.graphs.FINE_PIECES", 4)
-    engine = Engine(tuned, 2, SMALL, record=watched_recording)
+    engine = Engine(tuned, 2, options(chunk=chunk), record=watched_recording)
     engine.prepare([2])
     pieces = dict(engine.runner.pieces)
-    assert sorted(pieces) == [(2, size, first) for size in (1, 2, 4, 5, 6, 7, 8) for first in (False, True)]
+    sizes = [size for size in (1, 2, 4, 5, 6, 7, 8) if size <= chunk]
+    assert sorted(pieces) == [(2, size, place) for size in sizes for place in ("behind windows", "first")]
     wanted = [(prompt, 3) for prompt in prompts(9, 1, 30, seed=3)] + [([7] * length, 2) for length in (1, 2, 3, 8, 9, 16)]
     ears = ask(engine, wanted)
     run(engine)
-    assert engine.runner.pieces == pieces
+    assert {key: engine.runner.pieces[key] for key in pieces} == pieces
+    assert {place for _, _, place in engine.runner.pieces} == places
     assert [ear.tokens for ear in ears] == [alone(tuned, prompt, tokens, 2) for prompt, tokens in wanted]
     assert_empty(engine)
 

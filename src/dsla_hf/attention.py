@@ -153,6 +153,7 @@ class DualStateAttention(nn.Module):
         sink_logits: Tensor | None = None,
         in_place: bool = False,
         seen: int | None = None,
+        whole_windows: bool = False,
         counts: bool = True,
     ) -> tuple[Tensor, DualState | None]:
         """Attend, after `state` if one is given.
@@ -160,13 +161,16 @@ class DualStateAttention(nn.Module):
         Args:
             q: `[B, T, Hq, K]`, k: `[B, T, Hkv, K]`, v: `[B, T, Hkv, V]`, as the base model rotated and normalised them.
             padding_mask: `[B, T]`, True at real tokens; padding may lie anywhere and leaves no trace.
-            padding_at_end: it lies behind all real tokens of each row: these then need not be moved together (without `state`).
+            padding_at_end: it lies behind all real tokens of each row: these then need not be moved together (without `state`, or with
+                `whole_windows`).
             cu_seqlens: int `[N + 1]`, boundaries of packed sequences (B = 1, without `state`).
             state: of the tokens before these.
             output_state: also return the state after these tokens.
             softcap, sink_logits: of the window's softmax, see `dual_state_window_attention`; of no effect without a window.
             in_place: nobody needs `state` afterwards: a kernel may write the new one over it.
             seen: what every entry of `state.lengths` is, where the caller knows it: several tokens then take fewer launches.
+            whole_windows: every entry of `state.lengths` is a multiple of the window's size, and not 0: what the state has of the text then
+                lies in place, whatever the entries are.
             counts: add one token to the lengths; False leaves that to the caller, who does it for all layers at once.
 
         Returns:
@@ -186,7 +190,9 @@ class DualStateAttention(nn.Module):
         if state is not None and q.shape[1] == 1:
             o, new = self._window_step(q, k, v, padding_mask, state, softcap, sink_logits)
             return o, new if counts else new._replace(lengths=state.lengths)
-        return self._window(q, k, v, padding_mask, padding_at_end, cu_seqlens, state, output_state, softcap, sink_logits, seen)
+        return self._window(
+            q, k, v, padding_mask, padding_at_end, cu_seqlens, state, output_state, softcap, sink_logits, seen, whole_windows
+        )
 
     @torch.no_grad()
     def fold(
@@ -259,11 +265,17 @@ class DualStateAttention(nn.Module):
 
     # --- with a softmax window ----------------------------------------------------------------------------------
 
-    def _window(self, q, k, v, padding_mask, padding_at_end, cu_seqlens, state, output_state, softcap, sink_logits, seen):
-        tokens, start, at_end = q.shape[1], None, padding_at_end and state is None
+    def _window(self, q, k, v, padding_mask, padding_at_end, cu_seqlens, state, output_state, softcap, sink_logits, seen, whole_windows):
+        tokens, start, at_end = q.shape[1], None, padding_at_end and (state is None or whole_windows)
         if state is None or padding_mask is not None:
             seen = None  # what is known would have to be known of every row
-        if state is not None:
+        if state is not None and whole_windows:
+            # All that matters of a length is then what a length of one window has: two blocks, in their order.
+            start, seen = self._row_start(state), self.window_size
+            k, v, _ = self._after_window(state, k, v, None, seen)
+            padding_mask = None if padding_mask is None else F.pad(padding_mask.bool(), (self.window_size, 0), value=True)
+            q = F.pad(q, (0, 0, 0, 0, k.shape[1] - tokens, 0))  # queries that nobody reads
+        elif state is not None:
             start = self._row_start(state) if seen is None else max(seen // self._block_size - 2, 0) * self._block_size
             k, v, padding_mask = self._after_window(state, k, v, padding_mask, seen)
             q = F.pad(q, (0, 0, 0, 0, k.shape[1] - tokens, 0))  # queries that nobody reads

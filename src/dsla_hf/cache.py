@@ -46,6 +46,7 @@ class DSLACacheLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = False  # not without recording
     supports_early_init = False
+    whole_windows = False  # whether every entry of `state.lengths` is known to be a multiple of the window's size, and not 0
     counts = True  # whether a step of one token adds to lengths and tokens; False where somebody does it for all layers at once
 
     def __init__(self) -> None:

@@ -95,6 +95,7 @@ def dsla_attention_function(
         sink_logits=kwargs.get("s_aux"),  # gpt-oss
         in_place=dsla_layer is not None and not dsla_layer.record_past,
         seen=None if dsla_layer is None else dsla_layer.seen,
+        whole_windows=dsla_layer is not None and dsla_layer.whole_windows,
         counts=dsla_layer is None or dsla_layer.counts,
     )
     if dsla_layer is not None:

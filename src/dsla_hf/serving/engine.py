@@ -439,7 +439,9 @@ class Engine:
         for request in self.scheduler.to_read():
             if budget == 0:
                 break
-            tokens = min(budget, request.unread)
+            tokens = self._piece(request, budget)
+            if tokens == 0:
+                break
             budget -= tokens
             try:
                 logits = self.runner.prefill(request, tokens)
@@ -452,6 +454,14 @@ class Engine:
             if token is not None:
                 self._accept(request, token)
         return budget < self.chunk
+
+    def _piece(self, request: Request, budget: int) -> int:
+        """How many tokens of a prompt to read now. What comes behind whole windows is less work, so all pieces but the last end with one,
+        if a chunk has any. 0: of this chunk no window is left."""
+        tokens, window = min(budget, request.unread), self.levels.window
+        if tokens == request.unread or not window or self.chunk < window or request.cached % window:
+            return tokens
+        return tokens - tokens % window
 
     def _generate(self, level: int, requests: list[Request]) -> None:
         try:

@@ -35,9 +35,9 @@ class GraphRunner(ModelRunner):
 
     The first step of a kind runs as it is, which compiles and warms up what it needs; the second is recorded.
 
-    Where attention reads keys and values in their blocks, pieces of prompts are recorded too, for each (level, size, whether a text begins
-    with it): a host needs as long for the launches of a prompt as a GPU for two thousand of its tokens. A shorter piece is padded at its
-    end. The first piece of a text needs no state, and is less work in DSLA layers.
+    Where attention reads keys and values in their blocks, pieces of prompts are recorded too, for each (level, size, kind of place): a host
+    needs as long for the launches of a prompt as a GPU for two thousand of its tokens. A shorter piece is padded at its end. Pieces with
+    which a text begins, and such as come behind whole windows, are less work in DSLA layers than pieces anywhere.
 
     Args:
         record: such as `dsla_hf.graph.CudaRecording`; `PlainRecording` for tests.
@@ -56,7 +56,7 @@ class GraphRunner(ModelRunner):
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.sizes = piece_sizes(chunk) if self.in_blocks else []
         self.piece = torch.zeros(3 + chunk, dtype=torch.long, device=device)  # slot, tokens before, tokens, and these
-        self.pieces: dict[tuple[int, int, bool], Any] = {}
+        self.pieces: dict[tuple[int, int, str], Any] = {}
         self._piece_logits: Tensor | None = None  # [1, V]
 
     @torch.no_grad()
@@ -70,7 +70,7 @@ class GraphRunner(ModelRunner):
                 # Padding alone: it belongs to nobody, and is written nowhere.
                 for _ in range(2):  # as it is, then recorded
                     self._run(level, [0] * count, [0] * count, [False] * count)
-            for size, start in itertools.product(self.sizes, (0, 1)):
+            for size, start in itertools.product(self.sizes, (0, self.levels.window or 1)):
                 self._recorded_piece(level, size, 0, start)
 
     @torch.no_grad()
@@ -95,7 +95,8 @@ class GraphRunner(ModelRunner):
 
         Before that a call runs as it is, on a piece without tokens behind the `start` ones in `slot`, which changes nothing there.
         """
-        key = level, size, start == 0
+        place = self._place(start)
+        key = level, size, place
         recording = self.pieces.get(key)
         if recording is not None or self.record is None:
             return recording
@@ -103,7 +104,8 @@ class GraphRunner(ModelRunner):
 
         def read() -> None:
             active = (torch.arange(size, device=self.piece.device) < counts)[None]
-            rows = Rows(slots, active, starts, 0, seen=0 if start == 0 else None, in_blocks=True)
+            seen = 0 if place == "first" else None
+            rows = Rows(slots, active, starts, 0, seen=seen, whole_windows=place == "behind windows", in_blocks=True)
             with self._reading(rows, starts + counts, starts), padding_at_end():
                 logits = self._call(level, self.piece[None, 3 : 3 + size], rows, active.long(), (counts - 1).clamp_min(0))
             if self._piece_logits is None:
@@ -141,6 +143,13 @@ class GraphRunner(ModelRunner):
                 recording.replay()
         assert self._logits is not None
         return self._logits
+
+    def _place(self, start: int) -> str:
+        """What kind of piece begins behind `start` tokens."""
+        if start == 0:
+            return "first"
+        window = self.levels.window
+        return "behind windows" if window and start % window == 0 else "anywhere"
 
     def _recorded(self, call: Callable[[], None], rehearse: bool = False) -> Any:
         """The recording of a call, which does not run but to `rehearse` it; None if that cannot be had, nor others from now on."""

@@ -19,7 +19,7 @@ class Levels:
         order: layers that can be DSLA, least harmful first; level L is the first L of them.
         lowest, highest: levels there are. A hybrid has one, a base alone has level 0.
         exact_fold: whether a running text may be raised without changing it.
-        num_layers: of the model.
+        num_layers: of the model. window: tokens, of all DSLA layers; 0 if they have none, or not the same.
     """
 
     def __init__(self, model: Any):
@@ -36,6 +36,8 @@ class Levels:
             self.cores = {i: x.self_attn.dsla for i, x in enumerate(layers) if isinstance(x.self_attn, DSLAAttentionMixin)}
             self.order, self.lowest, self.exact_fold = list(self.cores), len(self.cores), True
         self.highest = len(self.order)
+        windows = {core.window_size for core in self.cores.values()}
+        self.window = windows.pop() if len(windows) == 1 else 0
         self.causal_lm = causal_lm
         attention: Any = layers[0].self_attn
         config = causal_lm.config

@@ -26,6 +26,7 @@ class Rows:
     lengths: int64 `[B]`, tokens in the cache; 0 where not active.
     past: L, the longest of them; 0 where keys and values are read in their blocks.
     seen: what every entry of `lengths` is, where the host knows it; 0: texts begin, and what their slots hold is of others.
+    whole_windows: whether every entry of `lengths` is a multiple of the window's size of DSLA layers, and not 0.
     in_blocks: whether attention reads keys and values in their blocks, each row to its own end. Otherwise they are copied out.
     """
 
@@ -34,6 +35,7 @@ class Rows:
     lengths: Tensor
     past: int
     seen: int | None = None
+    whole_windows: bool = False
     in_blocks: bool = False
 
 

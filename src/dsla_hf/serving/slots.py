@@ -34,7 +34,7 @@ class SlotStates(DSLACacheLayer):
 
     def open(self, rows: Rows) -> None:
         """The next model call works on these rows."""
-        self._slots, self.tokens, self.seen = rows.slots, rows.past, rows.seen
+        self._slots, self.tokens, self.seen, self.whole_windows = rows.slots, rows.past, rows.seen, rows.whole_windows
         self.state = None if rows.seen == 0 else self.at(rows.slots)
 
     def at(self, slots: slice | Tensor) -> DualState:
