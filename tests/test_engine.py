@@ -584,6 +584,28 @@ def test_folds_are_rehearsed_with_nobodys_block(tuned):
     assert ear.tokens == alone(tuned, [5, 6, 7], 12, 0, level_policy=lambda stats: 2 if stats.tokens >= 9 else 0)
 
 
+def test_folds_that_are_rehearsed_are_such_as_come(tuned, monkeypatch, caplog):
+    """Several texts together, or a long one that the pool can hold; without memory for it the server begins all the same."""
+    engine = Engine(tuned, "load", options(kv_bytes=4 * 100 * 128))  # a hundred blocks
+    folded, fold = [], engine.memory._fold
+    monkeypatch.setattr("dsla_hf.serving.slots.FOLDED_AT_ONCE", 130)
+
+    def watched(layers, slots, tokens):
+        if len(tokens) == 1 and tokens[0] > 150:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        folded.append(tokens)
+        fold(layers, slots, tokens)
+
+    monkeypatch.setattr(engine.memory, "_fold", watched)
+    engine.memory.rehearse_folds()
+    assert folded == [[4 * blocks] for blocks in (1, 2, 3, 16, 17, 31, 32)] and "fold of a long text" in caplog.text
+    folded.clear()
+    monkeypatch.setattr(engine.memory, "_fold", lambda layers, slots, tokens: folded.append(tokens))
+    engine.memory.rehearse_folds()
+    assert [max(tokens) for tokens in folded if len(tokens) == 1][-1] == 4 * 64
+    assert [tokens for tokens in folded if len(tokens) > 1] == [[4 * n] * 2 for n in (1, 2, 3, 16)] + [[4 * n] * 3 for n in (1, 2, 3)]
+
+
 @pytest.mark.parametrize(
     "policy, change, expected",
     [

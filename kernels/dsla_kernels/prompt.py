@@ -12,21 +12,20 @@ from torch import Tensor
 from ._ops import add_op_namespace_prefix, ops
 from .checks import check_softmax_kernel_inputs, check_softmax_prompt_inputs
 from .common import on_its_device, shared_memory
-from .split_kv import NOTHING, Launch
+from .split_kv import DOT_TYPES, NOTHING, Launch, _load_tokens
 from .window import softmax_scores, softmax_step
 
 
 @triton.jit
 def _load_tile(cache, table, tile, length, block_stride, token_stride, columns, column_ok, BN: tl.constexpr, BLOCK: tl.constexpr):
-    """A tile of keys or values of one head, zero behind the length: what lies there may be anything, NaN included."""
+    """A tile of keys or values of one head, zero behind the length."""
     token = tile * BN + tl.arange(0, BN)
     inside = token < length
     if BLOCK % BN == 0:  # a tile lies in one block
         block = tl.load(table + tile * BN // BLOCK).to(tl.int64)
     else:
         block = tl.load(table + token // BLOCK, mask=inside, other=0).to(tl.int64)
-    places = block * block_stride + (token % BLOCK).to(tl.int64) * token_stride
-    return tl.load(cache + places[:, None] + columns[None, :], mask=inside[:, None] & column_ok[None, :], other=0.0)
+    return _load_tokens(cache, block, token % BLOCK, inside, block_stride, token_stride, columns, column_ok)
 
 
 @triton.jit
@@ -163,7 +162,7 @@ def _softmax_prompt(
         BM=queries,
         BN=launch.tokens,
         BLOCK=block_size,
-        DOT={torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[q.dtype],
+        DOT=DOT_TYPES[q.dtype],
         num_warps=launch.warps if queries > 64 else 4,
         num_stages=launch.stages,
     )

@@ -22,10 +22,10 @@ from .window import softmax_scores, softmax_step
 
 GROUP_TILE = 16  # query heads of a product, as few as tensor cores take; a larger group has several programs
 LEAST_TOKENS = 128  # a part, unless the caller wants a number of parts
-LEAST_OF_MANY = (
-    512  # the same of rows in blocks, if there are several: of those that are short enough one part is work, the others leave at once
-)
-MOST_PROGRAMS = 8192  # that may come only to leave again
+# The same of rows in blocks, if there are several: of short ones the first part does all, and the others leave at once.
+LEAST_OF_MANY = 512
+MOST_PROGRAMS = 8192  # more than these only to leave at once would cost more than they spare
+DOT_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 NOTHING = tl.constexpr(-1e30)  # top of a softmax that has seen nothing: finite, as differences of infinities are not numbers
 
 
@@ -309,7 +309,7 @@ def _softmax_decode(
         BM=GROUP_TILE,
         BN=launch.tokens,
         BLOCK=block,
-        DOT={torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[q.dtype],
+        DOT=DOT_TYPES[q.dtype],
         OVERLAP=overlap,
         num_warps=launch.warps,
         num_stages=launch.stages,

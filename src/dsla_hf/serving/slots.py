@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import logging
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..attention import DualState, DualStateAttention
-from ..cache import DSLACacheLayer
+from ..batching import out_of_memory
+from ..cache import FOLDED_AT_ONCE, DSLACacheLayer
 from .levels import Levels
 from .pool import BlockPool, PagedLayer, Rows
+
+logger = logging.getLogger(__name__)
 
 # Blocks of the texts whose folds are rehearsed: one, some, a multiple of 16, and as many as are folded in several segments.
 REHEARSED_BLOCKS = (1, 2, 3, 16, 17, 31, 32, 64, 65, 128, 129, 256, 257, 512)
@@ -124,11 +128,17 @@ class SlotMemory:
     @torch.no_grad()
     def rehearse_folds(self) -> None:
         """Compile what folds of any length need, so that the first raise does not wait for it. Nobody's block is folded, into slots that
-        must be free."""
-        layers, most = list(self._states)[:1], self.pool.tables.shape[2]
-        for texts, blocks in itertools.product((1, 2, 3), REHEARSED_BLOCKS):
-            slots = list(range(min(texts, self.num_slots)))
-            self._fold(layers, slots, [min(blocks, most) * self.pool.block_size] * len(slots))
+        must be free. Folds that never come are left out, and so is what finds no memory."""
+        layers, size = list(self._states)[:1], self.pool.block_size
+        most = min(self.pool.tables.shape[2], self.pool.num_blocks)
+        try:
+            for texts, blocks in itertools.product((1, 2, 3), REHEARSED_BLOCKS):
+                if blocks <= most and texts <= self.num_slots and (texts == 1 or texts * blocks * size <= FOLDED_AT_ONCE):
+                    self._fold(layers, list(range(texts)), [blocks * size] * texts)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            logger.warning("memory does not suffice for the fold of a long text: give less to keys and values (kv_bytes, --kv-gib)")
 
     def _fold(self, layers: list[int], slots: list[int], tokens: list[int]) -> None:
         """Whole blocks, the ends hidden by a mask: kernels are compiled anew for lengths that are no multiples of 16."""
