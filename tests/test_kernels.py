@@ -287,6 +287,8 @@ ONE_PROGRAM = {"channels": 16}  # a head
         (8, 2, 2, True, 16, 2.0, ONE_PROGRAM),
         (8, 2, 9, True, 16, None, ONE_PROGRAM),
         (8, 2, 9, True, 16, 2.0, {"channels": 16, "parts": 2}),
+        (8, 2, 1, True, 16, None, {"channels": 16, "few_rows": 1}),
+        (8, 2, 1, True, 16, None, {"channels": 16, "parts": 2, "few_rows": 1}),
         (8, 2, 2, True, 16, 2.0, {"channels": 16, "parts": 4, "key_dim": 64, "batch": 1}),
         (40, 4, 1, False, 5, None, ONE_PROGRAM | {"slots": 16}),
         (72, 4, 3, True, 5, None, {"channels": 16, "slots": 16, "parts": 2, "key_dim": 52, "kv_heads": 2}),
@@ -295,14 +297,17 @@ ONE_PROGRAM = {"channels": 16}  # a head
         (0, 0, 3, False, 16, None, ONE_PROGRAM),
         (0, 0, 9, True, 16, None, ONE_PROGRAM),
         (0, 0, 9, True, 16, None, {"channels": 16, "parts": 2}),
+        (0, 0, 1, True, 16, None, {"channels": 16, "few_rows": 1}),
+        (0, 0, 1, True, 16, None, {"channels": 16, "parts": 2, "few_rows": 1}),
         (0, 0, 2, True, 16, None, {"channels": 16, "parts": 2, "key_dim": 52, "kv_heads": 2, "batch": 1}),
         (0, 0, 1, True, 16, None, {"channels": 16, "parts": 4, "key_dim": 64}),
     ],
 )
 def test_decode_follows_the_layer(size, sinks, group, write, rank, softcap, launch, dtype, monkeypatch):
     """With a cap on the scores there is also a logit that takes a share of the softmax. launch: how heads are worked through, in
-    place of the choice by shape, and other sizes."""
+    place of the choice by shape, and other sizes; few_rows: among more, padding is left out at once."""
     launch = dict(launch)
+    monkeypatch.setattr(decode, "FEW_ROWS", launch.pop("few_rows", decode.FEW_ROWS))
     batch, kv_heads, key_dim, value_dim = launch.pop("batch", 2), launch.pop("kv_heads", 1), launch.pop("key_dim", 32), 48
     monkeypatch.setattr(decode, "tuned", decode.Launch(4, **launch) if launch else None)
     layer = DualStateAttention(
@@ -330,7 +335,7 @@ def test_decode_follows_the_layer(size, sinks, group, write, rank, softcap, laun
         lengths = state.lengths.clone()
         for step in range(max(size + 6, 8) if size < 40 else 10):
             q, k, v = draw(1)
-            mask = None if step < 4 else torch.rand(batch, 1, device=DEVICE) > 0.1
+            mask = None if step < 4 else torch.rand(batch, 1, device=DEVICE) > 0.2
             expected, state = truth(q.double(), k.double(), v.double(), padding_mask=mask, state=state, output_state=True, **more)
             if size:
                 o = decode.window_decode(

@@ -39,6 +39,7 @@ class GateWeights(NamedTuple):
     write_bias: Tensor | None = None
 
 
+FEW_ROWS = 4  # padding among more is left out at once; to look for it first costs a single row more than it spares
 FEW_HEADS = 8  # query heads a KV head that are multiplied one by one; more go through tensor cores
 
 
@@ -169,6 +170,12 @@ def _store_pieces(
     else:
         pointers = pieces + (group * STRIDE + part)[:, None] * V + values[None, :]
         tl.store(pointers, sums, mask=group_ok[:, None] & value_ok[None, :])
+
+
+@triton.jit
+def _store_zeros(o, rows, store_ok, values, V: tl.constexpr):
+    pointers = o + rows[:, None] * V + values[None, :]
+    tl.store(pointers, tl.zeros(pointers.shape, o.dtype.element_ty), mask=store_ok)
 
 
 @triton.jit
@@ -586,6 +593,7 @@ def _window_decode_kernel(
     FEW: tl.constexpr,
     GATE_PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
+    SKIP: tl.constexpr,  # padding at once
     S: tl.constexpr,
     BS: tl.constexpr,
     W: tl.constexpr,
@@ -630,6 +638,11 @@ def _window_decode_kernel(
     is_real = True
     if real is not None:
         is_real = tl.load(real + row) != 0
+    if SKIP:
+        if not is_real:
+            if PARTS == 1:
+                _store_zeros(o, row * HKV * R + heads, store_ok, values, V)
+            return
     if PARTS == 1:
         loaded = _begin_window(
             q, k, v, window_k, window_v, 0, group, group_ok, columns, column_ok, values, value_ok, HKV, K, V, S, BS, W, BN
@@ -732,6 +745,7 @@ def _pure_decode_kernel(
     FEW: tl.constexpr,
     GATE_PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
+    SKIP: tl.constexpr,
 ):
     row, head = (tl.program_id(0) // HKV).to(tl.int64), tl.program_id(0) % HKV
     piece = 0
@@ -754,6 +768,11 @@ def _pure_decode_kernel(
     is_real = True
     if real is not None:
         is_real = tl.load(real + row) != 0
+    if SKIP:
+        if not is_real:
+            if PARTS == 1:
+                _store_zeros(o, row * HKV * R + heads, group_ok[:, None] & value_ok[None, :], values, V)
+            return
     v_new = tl.load(v + (row * HKV + head) * V + values, mask=value_ok, other=0.0)
     down_weight = load_rows(down + head * V * RANK, values, value_ok, RANK, rank, rank < RANK)
     gate = tl.arange(0, 2 * BG)  # of one state and of the other
@@ -891,7 +910,7 @@ def _window_decode(
 ) -> Tensor:
     size, sinks = window_size // 2, window_k.shape[1] - window_size
     block = max(16, triton.next_power_of_2(window_size))
-    launch, sizes = _sizes(q, v, k.shape[2], down, bias, block)
+    launch, sizes = _sizes(q, v, k.shape[2], down, bias, real, block)
     tile = min(largest_tile(q, v), 32, max(16, triton.next_power_of_2(size)))  # seldom: rather twice than with many registers
     dot, precision = dot_type(q.dtype)
     o = q.new_empty(*q.shape[:3], v.shape[-1])
@@ -970,7 +989,7 @@ def _pure_decode(
     scale: float,
     norm_eps: float,
 ) -> Tensor:
-    launch, sizes = _sizes(q, v, k.shape[2], down, bias)
+    launch, sizes = _sizes(q, v, k.shape[2], down, bias, real)
     o = q.new_empty(*q.shape[:3], v.shape[-1])
     pieces = None if launch.parts == 1 else _pieces(q, v, sizes["STRIDE"])
     _pure_decode_kernel[(q.shape[0] * k.shape[2], launch.parts)](
@@ -1013,7 +1032,7 @@ def _(q, k, v, *others):
     return q.new_empty(*q.shape[:3], v.shape[-1])
 
 
-def _sizes(q, v, kv_heads, down, bias, slots=0):
+def _sizes(q, v, kv_heads, down, bias, real, slots=0):
     group, rank = q.shape[2] // kv_heads, down.shape[-1]
     few = group <= FEW_HEADS
     block_key, block_value = max(16, triton.next_power_of_2(q.shape[-1])), padded(v.shape[-1])
@@ -1043,6 +1062,7 @@ def _sizes(q, v, kv_heads, down, bias, slots=0):
         "FEW": few,
         "GATE_PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "OVERLAP": launch.parts > 1 and _can_overlap(q.device),
+        "SKIP": real is not None and q.shape[0] > FEW_ROWS,
         **({"SLOT_PARTS": slot_parts} if slots else {}),
     }
 
