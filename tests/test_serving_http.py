@@ -16,7 +16,7 @@ from serving import byte_tokenizer, served
 
 from dsla_hf.serving.api import ApiOptions, build_app
 from dsla_hf.serving.engine import Engine, EngineOptions
-from dsla_hf.serving.text import TextStream
+from dsla_hf.serving.text import TextStream, decoder
 
 LEVEL = 2
 PROMPT = "Hello, layer"
@@ -353,6 +353,18 @@ class Bytes:
 
     def decode(self, tokens, **options):
         return bytes(tokens).decode("utf-8", errors="replace")
+
+
+def test_a_fast_tokenizer_is_decoded_without_its_wrapper(tokenizer):
+    ids = [tokenizer.eos_token_id, *tokenizer("größer 😀, ok .")["input_ids"], tokenizer.eos_token_id]
+    assert decoder(tokenizer)(ids) == tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    class Own(type(tokenizer)):
+        def decode(self, tokens, **options):
+            return "its own"
+
+    own = Own(tokenizer_object=tokenizer.backend_tokenizer)
+    assert decoder(own)(ids) == "its own"
 
 
 @pytest.mark.parametrize("text", ["plain", "größer 😀 ok", "日本語", "end\ufffd"])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sys
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ from .text import TextStream
 logger = logging.getLogger(__name__)
 
 LISTEN_SECONDS = 0.25  # how often it is asked whether a waiting client is still there
+SWITCH_SECONDS = 0.0005  # that the engine's thread waits for Python at most, while this one writes answers; Python's own are ten times longer
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,27 @@ def as_failed(error: Exception | None) -> Failed:
     return Failed(500, "the server failed on this request; its log says why", "server_error", "internal_error")
 
 
+class Mailbox:
+    """Carries events from the engine's thread to the loop's: all that come until the loop has time for them are one call there."""
+
+    def __init__(self) -> None:
+        self._events: deque[tuple[asyncio.Queue[Event], Event]] = deque()
+        self._called = False
+
+    def put(self, loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Event], event: Event) -> None:
+        """To be called from the engine's thread."""
+        self._events.append((queue, event))
+        if not self._called:
+            self._called = True
+            loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._called = False  # before the first is taken: what comes from now on is called for again
+        while self._events:
+            queue, event = self._events.popleft()
+            queue.put_nowait(event)
+
+
 class Answer:
     """A request in the engine and the text that comes of it."""
 
@@ -84,7 +108,7 @@ class Answer:
         loop, self._events = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
         def listener(event: Event) -> None:
-            loop.call_soon_threadsafe(self._events.put_nowait, event)
+            api.mailbox.put(loop, self._events, event)
 
         sampling = Sampling(
             1.0 if body.temperature is None else body.temperature,
@@ -185,7 +209,7 @@ class Api:
 
     def __init__(self, engine: Engine, tokenizer: Any, options: ApiOptions):
         self.engine, self.tokenizer, self.options = engine, tokenizer, options
-        self.metrics = Metrics(engine)
+        self.metrics, self.mailbox = Metrics(engine), Mailbox()
         self.started = int(time.time())
         self._tokenizing = threading.Lock()  # tokenizers may not be shared between threads
 
@@ -255,9 +279,12 @@ def build_app(engine: Engine, tokenizer: Any, options: ApiOptions) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(min(before, SWITCH_SECONDS))
         engine.start()
         yield
         await asyncio.to_thread(engine.stop, timeout=options.drain_seconds)
+        sys.setswitchinterval(before)
 
     app = FastAPI(title="dsla serve", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.engine = engine

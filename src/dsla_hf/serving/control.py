@@ -67,7 +67,7 @@ class LevelControl:
         now = self.clock()
         if asked >= self.level:
             self._lower_since = None
-            return asked, self._reason(stats)
+            return asked, self._reason(stats) if asked > self.level else ""
         if self._lower_since is None:
             self._lower_since = now
         if now - self._lower_since >= self.hold and now - self.changed >= self.cool_down:

@@ -291,7 +291,7 @@ class Engine:
                 self._end(request, "cancelled")
         self._ask_for_level()
         self._admit()
-        decoding = bool(self.scheduler.decoding())
+        decoding = any(request.decoding for request in self.scheduler.running)
         worked = False
         if not decoding or self._owed <= 0 or self._prompt_is_late():
             begin = self.clock()
@@ -304,7 +304,7 @@ class Engine:
             worked = True
             self._generate(level, requests)
         self._owed -= self.clock() - begin
-        if not self.scheduler.decoding():  # else while the next tokens are computed
+        if not any(request.decoding for request in self.scheduler.running):  # else while the next tokens are computed
             self._tell_all()
         return worked
 

@@ -98,7 +98,7 @@ class Request:
 
     @property
     def decoding(self) -> bool:
-        return self.unread == 1 and bool(self.tokens)
+        return bool(self.tokens) and len(self.prompt) + len(self.tokens) - self.cached == 1
 
 
 def draw(logits: Tensor, request: Request) -> int:

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from transformers import PreTrainedTokenizerFast
+
 UNFINISHED = "\ufffd"  # what a decoder shows of a character whose bytes are not all there
+
+
+def decoder(tokenizer: Any) -> Callable[[list[int]], str]:
+    """From token ids to text, without special tokens. A server decodes twice for every token of every text, and around the decoder of a
+    fast tokenizer transformers takes many times as long as in it."""
+    if isinstance(tokenizer, PreTrainedTokenizerFast) and type(tokenizer).decode is PreTrainedTokenizerFast.decode:
+        return tokenizer.backend_tokenizer.decode  # skips special tokens unless told
+    return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 class TextStream:
@@ -15,7 +26,8 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()):
-        self.tokenizer, self.stop, self.stopped = tokenizer, stop, False
+        self.stop, self.stopped = stop, False
+        self._decode = decoder(tokenizer)
         self._tokens: list[int] = []
         self._start = self._shown = 0  # tokens from `_start` are decoded; those before `_shown` are in the text already
         self._held = ""  # may be the beginning of a stop string
@@ -39,9 +51,6 @@ class TextStream:
             return ""
         self._start, self._shown = self._shown, len(self._tokens)
         return now[len(before) :]
-
-    def _decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _release(self, piece: str) -> str:
         if self.stopped:
