@@ -638,7 +638,7 @@ def _window_decode_kernel(
     is_real = True
     if real is not None:
         is_real = tl.load(real + row) != 0
-    if SKIP:
+    if SKIP:  # noqa: SIM102 (known at compile time, the other is not)
         if not is_real:
             if PARTS == 1:
                 _store_zeros(o, row * HKV * R + heads, store_ok, values, V)
@@ -768,7 +768,7 @@ def _pure_decode_kernel(
     is_real = True
     if real is not None:
         is_real = tl.load(real + row) != 0
-    if SKIP:
+    if SKIP:  # noqa: SIM102 (known at compile time, the other is not)
         if not is_real:
             if PARTS == 1:
                 _store_zeros(o, row * HKV * R + heads, group_ok[:, None] & value_ok[None, :], values, V)
