@@ -3,6 +3,7 @@
 As tests/test_kernels.py, on a GPU compiled and in bf16 too, without one through Triton's interpreter.
 """
 
+import copy
 import os
 
 import pytest
@@ -50,6 +51,14 @@ def both(monkeypatch, run):
     return results
 
 
+def without_what_nobody_sees(layer, state):
+    """Zeros in the slots of tokens that have not come yet."""
+    window, sinks = layer.window_size, layer.sink_tokens
+    token = torch.cat([torch.arange(sinks), torch.arange(window)]).to(DEVICE) if window else torch.arange(0, device=DEVICE)
+    hidden = (token >= state.lengths[:, None])[..., None, None]
+    return state._replace(window_k=state.window_k.masked_fill(hidden, 0), window_v=state.window_v.masked_fill(hidden, 0))
+
+
 def assert_same(expected, found, dtype):
     expected, found = (([*x] if isinstance(x, (tuple, list)) else [x]) for x in (expected, found))
     for e, f in zip(expected, found, strict=True):
@@ -85,7 +94,38 @@ def test_padding_at_the_end(layer, dtype, monkeypatch):
     @torch.no_grad()
     def run():
         o, state = layer(q, k, v, padding_mask=mask, padding_at_end=True, output_state=True)
-        return [o, *state, *layer.fold(k, v, mask, padding_at_end=True)]
+        return [o, *without_what_nobody_sees(layer, state), *layer.fold(k, v, mask, padding_at_end=True)]
+
+    assert_same(*both(monkeypatch, run), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pieces_that_share_what_follows_from_their_mask(layer, dtype, monkeypatch):
+    """Two layers, first pieces and such behind whole windows."""
+    if not layer.window_size:
+        pytest.skip("has no window")
+    size = 3 * layer.window_size
+    layers = [layer, copy.deepcopy(layer)]
+    layers[1].gate_bias.data += 1
+    first, second = inputs(dtype, 3, size), inputs(dtype, 3, 45)
+    masks = [
+        torch.arange(tokens, device=DEVICE) < torch.tensor(rows, device=DEVICE)[:, None]
+        for tokens, rows in ((size, [size, 9, 1]), (45, [45, 0, 33]))
+    ]
+
+    @torch.no_grad()
+    def run():
+        results, states = [], [one(*first, output_state=True)[1] for one in layers]
+        for qkv, mask, behind in ((first, masks[0], False), (second, masks[1], True)):
+            options = {"padding_mask": mask, "padding_at_end": True, "output_state": True, "whole_windows": behind}
+            shared, keys = {}, set()
+            for one, state in zip(layers, states, strict=True):
+                with_kernels = dispatch.choice == "triton"
+                o, new = one(*qkv, **options, shared=shared if with_kernels else None, state=state if behind else None)
+                results += [o, *without_what_nobody_sees(one, new)]
+                keys = keys or {*shared}
+            assert keys == {*shared} and bool(keys) == with_kernels
+        return results
 
     assert_same(*both(monkeypatch, run), dtype)
 

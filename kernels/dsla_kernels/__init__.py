@@ -16,7 +16,7 @@ from .dispatch import (
     uses_triton,
 )
 from .ragged import Rows, rows_from_cu_seqlens, rows_from_mask
-from .reference import block_states, dual_state_window_attention, join_window_and_states, log_decays
+from .reference import block_states, count_tokens, dual_state_window_attention, join_window_and_states, log_decays
 
 __all__ = [
     "SMALLEST_LOG_DECAY",
@@ -24,6 +24,7 @@ __all__ = [
     "append",
     "block_states",
     "check_lower_bound",
+    "count_tokens",
     "dual_state_attention",
     "dual_state_window_attention",
     "final_state",

@@ -393,6 +393,14 @@ def join_window_and_states(
     return o_window + alpha * (o_state / rms * norm_weight.to(dtype) - o_window)
 
 
+def count_tokens(padding_mask: Tensor, window_size: int) -> tuple[Tensor, Tensor]:
+    """Of rows with padding at their ends, real tokens and those that the states come to hold, int64 `[B]` each: the blocks of half a window
+    that another whole one follows. padding_mask: `[B, T]`."""
+    size = window_size // 2
+    real = padding_mask.bool().sum(1)
+    return real, (real // size - 1).clamp_min(0) * size
+
+
 def fused_window_attention(
     q: Tensor,
     k: Tensor,
@@ -417,6 +425,7 @@ def fused_window_attention(
     output_final_state: bool = False,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    row_counts: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The layer with a softmax window, from q, k, v to its output: `dual_state_window_attention` and what joins its halves.
 
@@ -430,6 +439,7 @@ def fused_window_attention(
         state_gain, state_bias: `[Hq]`.
         norm_eps: keeps the logarithm of an empty state finite.
         output_final_state: also return the states that a decoder goes on from.
+        row_counts: `count_tokens` of padding_mask, where the caller has them: the layers of a model share them.
 
     Returns:
         o `[B, T, Hq, V]` in q's dtype, zero at padding.
@@ -460,9 +470,10 @@ def fused_window_attention(
         o = o.masked_fill(~padding_mask.bool()[..., None, None], 0)
     if not output_final_state:
         return o, None
-    batch, tokens = q.shape[:2]
-    length = torch.full((batch,), tokens, device=q.device) if padding_mask is None else padding_mask.bool().sum(1)
-    return o, states[torch.arange(batch, device=q.device), (length // (window_size // 2) - 1).clamp_min(0)]
+    if padding_mask is None:
+        padding_mask = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
+    held = (count_tokens(padding_mask, window_size) if row_counts is None else row_counts)[1]
+    return o, states[torch.arange(len(held), device=q.device), held // (window_size // 2)]
 
 
 def softmax_decode(

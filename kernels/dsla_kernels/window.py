@@ -25,6 +25,7 @@ from .common import (
     unit_stride,
 )
 from .decays import Decayed
+from .reference import count_tokens
 from .states import StateInputs, entering_states, value_tile
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -251,7 +252,9 @@ def _window_kernel(
 class WindowLayer:
     """Shapes and launch parameters of one call, shared by its forward and backward."""
 
-    def __init__(self, q, k, v, gate_logits, write_logits, state_mask, row_length, sink_k, window_size, gate_normalizer, lower_bound):
+    def __init__(
+        self, q, k, v, gate_logits, write_logits, state_mask, row_length, state_length, sink_k, window_size, gate_normalizer, lower_bound
+    ):
         self.batch, self.tokens, self.heads = q.shape[:3]
         self.kv_heads = k.shape[2]
         self.size = window_size // 2
@@ -259,7 +262,6 @@ class WindowLayer:
         self.largest_tile = largest_tile(q, v)
         # Blocks that another whole block follows: what the states hold at the end, and all that a query reads of them.
         self.state_tokens = max(self.tokens // self.size - 1, 0) * self.size
-        state_length = None if row_length is None else (row_length // self.size - 1).clamp_min(0) * self.size
         self.inputs = StateInputs(
             k, v, gate_logits, write_logits, state_mask, None, state_length, self.state_tokens, gate_normalizer, lower_bound
         )
@@ -338,6 +340,7 @@ def window_forward(
     initial_state: Tensor | None,
     state_mask: Tensor | None,
     row_length: Tensor | None,
+    state_length: Tensor | None,
     row_start: Tensor | None,
     window_size: int,
     gate_normalizer: float,
@@ -349,7 +352,9 @@ def window_forward(
     segment_blocks: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o `[B, T, Hq, V]`, log-denominators fp32 `[B, T, Hq]` and the final state (empty if not asked for)."""
-    layer = WindowLayer(q, k, v, gate_logits, write_logits, state_mask, row_length, sink_k, window_size, gate_normalizer, lower_bound)
+    layer = WindowLayer(
+        q, k, v, gate_logits, write_logits, state_mask, row_length, state_length, sink_k, window_size, gate_normalizer, lower_bound
+    )
     o = q.new_empty(layer.batch, layer.tokens, layer.heads, v.shape[-1])
     log_denominators = q.new_empty(o.shape[:3], dtype=torch.float32)
     final = layer.inputs.state_buffer(layer.batch) if output_final_state else None
@@ -416,6 +421,7 @@ def fused_window_attention(
     output_final_state: bool = False,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    row_counts: tuple[Tensor, Tensor] | None = None,
     segment_blocks: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """The layer with a softmax window: arguments, results and mathematics of `reference.fused_window_attention`.
@@ -431,9 +437,9 @@ def fused_window_attention(
     check_kernel_inputs(q, k, v, gate_logits, mix, gate_normalizer, lower_bound, padding_mask, None, initial_state, write_logits)
     _check_window_inputs(q, k, v, norm_weight, state_gain, state_bias, window_size, state_mask, sinks, row_start, softcap, sink_logits)
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    row_length = None
+    row_length = state_length = None
     if padding_mask is not None:
-        row_length = padding_mask.bool().sum(1)
+        row_length, state_length = count_tokens(padding_mask, window_size) if row_counts is None else row_counts
     o, _, final = ops.window_forward(
         q,
         k,
@@ -450,6 +456,7 @@ def fused_window_attention(
         None if initial_state is None else initial_state.contiguous(),
         as_bytes(state_mask),
         row_length,
+        state_length,
         row_start,
         window_size,
         gate_normalizer,

@@ -566,6 +566,7 @@ def _window_backward(
     initial_state: Tensor | None,
     state_mask: Tensor | None,
     row_length: Tensor | None,
+    state_length: Tensor | None,
     row_start: Tensor | None,
     window_size: int,
     gate_normalizer: float,
@@ -576,7 +577,9 @@ def _window_backward(
     segment_blocks: int,
 ) -> list[Tensor]:
     """Gradients of q to initial_state, in the order of the arguments; an empty tensor for an argument that is None."""
-    layer = WindowLayer(q, k, v, gate_logits, write_logits, state_mask, row_length, sink_k, window_size, gate_normalizer, lower_bound)
+    layer = WindowLayer(
+        q, k, v, gate_logits, write_logits, state_mask, row_length, state_length, sink_k, window_size, gate_normalizer, lower_bound
+    )
     inputs, sizes, heads = layer.inputs, layer.sizes, layer.state_heads
     tiles, single = layer.tiling.tiles, torch.float32
     decayed = layer.decayed()
@@ -725,15 +728,15 @@ def _(do, d_final, o, log_denominators, *inputs):
 
 
 def _save(ctx, inputs, output):
-    *ctx.options, ctx.with_final, ctx.segment_blocks = inputs[16:]
-    ctx.save_for_backward(*output[:2], *inputs[:16])
+    *ctx.options, ctx.with_final, ctx.segment_blocks = inputs[17:]
+    ctx.save_for_backward(*output[:2], *inputs[:17])
 
 
 def _backward(ctx, do, _, d_final):
     o, log_denominators, *tensors = ctx.saved_tensors
     d_final = d_final.contiguous() if ctx.with_final else None
     gradients = ops.window_backward(do.contiguous(), d_final, o, log_denominators, *tensors, *ctx.options, ctx.segment_blocks)
-    return *(None if x is None else d for x, d in zip(tensors[:13], gradients, strict=True)), *[None] * 11
+    return *(None if x is None else d for x, d in zip(tensors[:13], gradients, strict=True)), *[None] * 12
 
 
 window_forward.register_autograd(_backward, setup_context=_save)

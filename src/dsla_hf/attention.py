@@ -5,6 +5,7 @@ size, W window size, S sink tokens.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from dsla_kernels import (
     check_lower_bound,
+    count_tokens,
     dual_state_attention,
     final_state,
     fused_window_attention,
@@ -146,6 +148,7 @@ class DualStateAttention(nn.Module):
         *,
         padding_mask: Tensor | None = None,
         padding_at_end: bool = False,
+        shared: dict[Any, Any] | None = None,
         cu_seqlens: Tensor | None = None,
         state: DualState | None = None,
         output_state: bool = False,
@@ -163,6 +166,8 @@ class DualStateAttention(nn.Module):
             padding_mask: `[B, T]`, True at real tokens; padding may lie anywhere and leaves no trace.
             padding_at_end: it lies behind all real tokens of each row: these then need not be moved together (without `state`, or with
                 `whole_windows`).
+            shared: for what follows from such a mask alone: layers that are given the same dict and the same mask compute it once. Not
+                for compiled code.
             cu_seqlens: int `[N + 1]`, boundaries of packed sequences (B = 1, without `state`).
             state: of the tokens before these.
             output_state: also return the state after these tokens.
@@ -190,8 +195,10 @@ class DualStateAttention(nn.Module):
         if state is not None and q.shape[1] == 1:
             o, new = self._window_step(q, k, v, padding_mask, state, softcap, sink_logits)
             return o, new if counts else new._replace(lengths=state.lengths)
+        if not padding_at_end or torch.compiler.is_compiling():
+            shared = None
         return self._window(
-            q, k, v, padding_mask, padding_at_end, cu_seqlens, state, output_state, softcap, sink_logits, seen, whole_windows
+            q, k, v, padding_mask, padding_at_end, shared, cu_seqlens, state, output_state, softcap, sink_logits, seen, whole_windows
         )
 
     @torch.no_grad()
@@ -215,7 +222,7 @@ class DualStateAttention(nn.Module):
         taken_in = torch.arange(k.shape[1], device=k.device) < (blocks * self._block_size)[:, None]
         masked = self._taken_in(k, None, state)
         recurrent = self._final_state(k, v, taken_in if masked is None else taken_in & masked, recurrent)
-        return self._state_after(k, v, valid, recurrent, state, start)
+        return self._state_after(k, v, None if valid is None else tokens, recurrent, self._sinks(k, v, state), start)
 
     def gate_logits(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
         """Raw gates `[B, T, Hkv, 2, K/2]` and raw write gates `[B, T, Hkv, 2]` (or None), fp32 (fp64 for fp64 inputs), from
@@ -265,24 +272,36 @@ class DualStateAttention(nn.Module):
 
     # --- with a softmax window ----------------------------------------------------------------------------------
 
-    def _window(self, q, k, v, padding_mask, padding_at_end, cu_seqlens, state, output_state, softcap, sink_logits, seen, whole_windows):
+    def _window(
+        self, q, k, v, padding_mask, padding_at_end, shared, cu_seqlens, state, output_state, softcap, sink_logits, seen, whole_windows
+    ):
         tokens, start, at_end = q.shape[1], None, padding_at_end and (state is None or whole_windows)
+
+        def once(name: str, make: Callable[[], Any]) -> Any:
+            if shared is None or not at_end:
+                return make()
+            key = (name, k.device, k.shape[:2], self.window_size, self.sink_tokens, state is None)
+            if key not in shared:
+                shared[key] = make()
+            return shared[key]
+
         if state is None or padding_mask is not None:
             seen = None  # what is known would have to be known of every row
         if state is not None and whole_windows:
             # All that matters of a length is then what a length of one window has: two blocks, in their order.
-            start, seen = self._row_start(state), self.window_size
+            start, seen, mask = state.lengths - self.window_size, self.window_size, padding_mask
             k, v, _ = self._after_window(state, k, v, None, seen)
-            padding_mask = None if padding_mask is None else F.pad(padding_mask.bool(), (self.window_size, 0), value=True)
+            padding_mask = None if mask is None else once("mask", lambda: F.pad(mask.bool(), (self.window_size, 0), value=True))
             q = F.pad(q, (0, 0, 0, 0, k.shape[1] - tokens, 0))  # queries that nobody reads
         elif state is not None:
             start = self._row_start(state) if seen is None else max(seen // self._block_size - 2, 0) * self._block_size
             k, v, padding_mask = self._after_window(state, k, v, padding_mask, seen)
             q = F.pad(q, (0, 0, 0, 0, k.shape[1] - tokens, 0))  # queries that nobody reads
         past = q.shape[1] - tokens
-        rows, k, v, valid = _to_rows(padding_mask, cu_seqlens, k, v, at_end)
-        sink_k, sink_v = self._sinks(k, v, state, seen)
+        rows, k, v, valid = _to_rows(padding_mask, cu_seqlens, k, v, at_end, untouched=uses_triton(q, v))  # kernels do not read it
+        sinks = self._sinks(k, v, state, seen)
         gate_logits, write_logits = self.gate_logits(v)
+        row_counts = None if valid is None else once("counts", lambda: count_tokens(valid, self.window_size))
         o, recurrent = fused_window_attention(
             q if rows is None else rows.gather(q),
             k,
@@ -299,8 +318,9 @@ class DualStateAttention(nn.Module):
             scale=self.scale,
             norm_eps=NORM_EPS,
             padding_mask=valid,
-            state_mask=self._taken_in(k, None, state, seen),
-            sinks=(sink_k, sink_v) if self.sink_tokens else None,
+            row_counts=row_counts,
+            state_mask=once("taken in", lambda: self._taken_in(k, None, state, seen)),
+            sinks=sinks if self.sink_tokens else None,
             row_start=torch.full((k.shape[0],), start, device=k.device) if isinstance(start, int) else start,
             initial_state=None if state is None else state.recurrent,
             output_final_state=output_state,
@@ -308,7 +328,13 @@ class DualStateAttention(nn.Module):
             sink_logits=sink_logits,
         )
         o = o[:, past:] if rows is None else rows.scatter(o, q.shape[:2])[:, past:]
-        return o, None if recurrent is None else self._state_after(k, v, valid, recurrent, state, start)
+        if recurrent is None:
+            return o, None
+        places = None
+        if at_end and row_counts is not None:  # of rows that begin with a window the number of the first token does not matter
+            places = once("places", lambda: self._newest(0, row_counts[0], k.shape[1]))
+        real = None if row_counts is None else row_counts[0]
+        return o, self._state_after(k, v, real, recurrent, sinks, start, places)
 
     # --- one token --------------------------------------------------------------------------------------------------
 
@@ -477,29 +503,41 @@ class DualStateAttention(nn.Module):
         return taken_in if valid is None else taken_in & valid
 
     def _state_after(
-        self, k: Tensor, v: Tensor, valid: Tensor | None, recurrent: Tensor, state: DualState | None, start: Tensor | int | None
+        self,
+        k: Tensor,
+        v: Tensor,
+        real: Tensor | None,
+        recurrent: Tensor,
+        sinks: tuple[Tensor, Tensor],
+        start: Tensor | int | None,
+        places: Tensor | None = None,
     ) -> DualState:
-        """The state after rows `[B, L]` whose first token has the number `start`, a multiple of the block size (those of
-        `_after_window`, if `state` is given)."""
-        batch, length, window, device = k.shape[0], k.shape[1], self.window_size, k.device
-        sinks = self._sinks(k, v, state, start if isinstance(start, int) and start > 0 else None)
-        if valid is None and not isinstance(start, Tensor):  # every row has the same tokens, so they are slices
+        """The state after rows `[B, L]` of `real` tokens (None: L) whose first one has the number `start`, a multiple of the block size;
+        places: `_newest` of these, where it is known."""
+        length, window, device = k.shape[1], self.window_size, k.device
+        if real is None and not isinstance(start, Tensor):  # every row has the same tokens, so they are slices
             start = start or 0
             end = start + length
             turn, oldest = length - end % window, max(length - window, 0)  # where slot 0 is written anew, and the first that is kept
             window_k, window_v = (torch.cat([sink, x[:, turn:], x[:, oldest:turn]], 1) for sink, x in zip(sinks, (k, v), strict=True))
             if end < window:
                 window_k, window_v = (F.pad(x, (0, 0, 0, 0, 0, window - end)) for x in (window_k, window_v))
-            return DualState(recurrent, window_k, window_v, torch.full((batch,), end, device=device))
-        tokens = torch.full((batch,), length, device=device) if valid is None else valid.sum(1)
-        start = start if isinstance(start, Tensor) else torch.full_like(tokens, start or 0)
-        last = (start + tokens)[:, None] - 1
-        token = last - (last - torch.arange(window, device=device)) % window  # the newest of each slot
-        position = (token - start[:, None]).clamp(0, length - 1)[..., None, None]  # before the first: anything, hidden by the count
+            return DualState(recurrent, window_k, window_v, torch.full((k.shape[0],), end, device=device))
+        real = torch.full((k.shape[0],), length, device=device) if real is None else real
+        start = start or 0 if not isinstance(start, Tensor) else start
+        places = (self._newest(start, real, length) if places is None else places)[..., None, None]
         window_k, window_v = (
-            torch.cat([sink, x.gather(1, position.expand(-1, -1, *x.shape[2:]))], dim=1) for sink, x in zip(sinks, (k, v), strict=True)
+            torch.cat([sink, x.gather(1, places.expand(-1, -1, *x.shape[2:]))], dim=1) for sink, x in zip(sinks, (k, v), strict=True)
         )
-        return DualState(recurrent, window_k, window_v, start + tokens)
+        return DualState(recurrent, window_k, window_v, real + start)
+
+    def _newest(self, start: Tensor | int, real: Tensor, length: int) -> Tensor:
+        """Where in rows of `length` places the newest token of each slot of the window lies, `[B, W]`. Before there is one, it is anywhere:
+        the count hides it. start: number of the first token; real: tokens of each row `[B]`."""
+        last = real[:, None] - 1
+        number = last + (start[:, None] if isinstance(start, Tensor) else start)
+        behind_slot = (number - torch.arange(self.window_size, device=real.device)) % self.window_size
+        return (last - behind_slot).clamp(0, length - 1)
 
 
 def records_steps(x: Tensor) -> bool:
@@ -545,9 +583,9 @@ def half_life_to_logit(half_life: float, gate_normalizer: float = 16.0) -> float
     return log_sigmoid - math.log(-math.expm1(log_sigmoid))
 
 
-def _to_rows(padding_mask, cu_seqlens, k, v, at_end=False):
-    """k and v with padding moved to the end of each row, unless it is `at_end`, and zeroed: rows, k, v, valid (rows None if nothing is
-    moved, valid None without padding)."""
+def _to_rows(padding_mask, cu_seqlens, k, v, at_end=False, untouched=False):
+    """k and v with padding moved to the end of each row, unless it is `at_end`, and zeroed, unless it shall stay `untouched`: rows, k, v,
+    valid (rows None if nothing is moved, valid None without padding)."""
     if padding_mask is None and cu_seqlens is None:
         return None, k, v, None
     if at_end and padding_mask is not None:
@@ -555,5 +593,7 @@ def _to_rows(padding_mask, cu_seqlens, k, v, at_end=False):
     else:
         rows = rows_from_mask(padding_mask) if cu_seqlens is None else rows_from_cu_seqlens(cu_seqlens, k.shape[1])
         k, v, valid = rows.gather(k), rows.gather(v), rows.valid
+    if rows is None and untouched:
+        return None, k, v, valid
     pad = ~valid[..., None, None]
     return rows, k.masked_fill(pad, 0), v.masked_fill(pad, 0), valid

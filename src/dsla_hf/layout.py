@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,11 +29,13 @@ def padding_at_end() -> Iterator[None]:
 class TokenLayout:
     """padding_mask: bool `[B, past + T]`, True at real tokens, None without padding.
     cu_seqlens: int `[N + 1]`, boundaries of sequences packed into one row, or None.
-    padding_at_end: whether padding lies behind all real tokens."""
+    padding_at_end: whether padding lies behind all real tokens.
+    shared: what the first layer of a call makes of these for all that follow."""
 
     padding_mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
     padding_at_end: bool = False
+    shared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def past_mask(self, past: int, cached: int) -> Tensor | None:
         """The mask of the last `cached` of the `past` tokens before this call."""

@@ -88,6 +88,7 @@ def dsla_attention_function(
         v,
         padding_mask=padding_mask,
         padding_at_end=layout.padding_at_end,
+        shared=layout.shared,
         cu_seqlens=layout.cu_seqlens,
         state=None if dsla_layer is None else dsla_layer.current_state(dsla),
         output_state=dsla_layer is not None,

@@ -61,7 +61,8 @@ class ModelRunner:
         ids, lengths, active = [0] * count, [0] * count, [False] * count
         for request, slot in zip(requests, slots, strict=True):
             ids[slot], lengths[slot], active[slot] = request.tokens[-1], request.cached, True
-        return self._run(level, ids, lengths, active)[slots]
+        places = torch.tensor(slots, device=self.levels.device)  # now: a copy from the host waits for all that has been launched
+        return self._run(level, ids, lengths, active)[places]
 
     def wait(self) -> None:
         """Until all calls have been done."""
