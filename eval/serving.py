@@ -221,7 +221,8 @@ def begin_anew(engine: Engine, policy: Policy, highest: int) -> None:
     while engine.busy:
         time.sleep(0.01)
     options = engine.options
-    engine.control = LevelControl(policy, lowest=0, highest=highest, hold=options.hold, cool_down=options.cool_down, clock=engine.clock)
+    waits = {name: getattr(options, name) for name in ("hold", "busy_hold", "cool_down")}
+    engine.control = LevelControl(policy, lowest=0, highest=highest, **waits, clock=engine.clock)
     for times in (engine.first_tokens, engine.token_times):
         times.clear()
     engine.chunk = options.chunk

@@ -15,7 +15,9 @@ from dsla_hf.serving.recent import RecentMean
 from dsla_hf.serving.request import Sampling
 from dsla_hf.serving.scheduler import QueueFull
 
-SMALL = EngineOptions(slots=4, block_size=4, chunk=8, kv_bytes=2**20, max_tokens=256, prompt_share=1.0, hold=0.0, cool_down=0.0)
+SMALL = EngineOptions(
+    slots=4, block_size=4, chunk=8, kv_bytes=2**20, max_tokens=256, prompt_share=1.0, hold=0.0, busy_hold=0.0, cool_down=0.0
+)
 
 
 class Ear:
@@ -821,3 +823,25 @@ def test_two_hundred_requests_with_cancellations_in_a_thread(tuned):
         assert ear.tokens == texts[tuple(prompt)][: len(ear.tokens)] and (ear.finish == "cancelled" or len(ear.tokens) == tokens)
     assert 0 < engine.finished["cancelled"] <= 20 and sum(engine.finished.values()) == 200
     assert_empty(engine)
+
+
+def test_times_of_another_level_or_beside_an_old_cohort_are_no_measure(tuned):
+    asked = [2]
+    engine = Engine(tuned, lambda stats: asked[0], SMALL)
+
+    def measured():
+        return engine.token_times.mean(engine.clock()), engine.first_tokens.mean(engine.clock())
+
+    (old,) = ask(engine, [(prompts(5)[0], 20)])
+    while len(old.tokens) < 6:
+        engine.step()
+    assert None not in measured()
+    asked[0] = 0
+    (young,) = ask(engine, [(prompts(7)[0], 40)])
+    engine.step()
+    assert measured() == (None, None) and engine.old_level == 2
+    while not old.finish:
+        engine.step()
+    assert measured()[0] is None and measured()[1] is not None and len(young.tokens) > 3
+    run(engine)
+    assert young.finish == "length" and measured()[0] is not None

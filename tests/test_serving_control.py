@@ -17,11 +17,11 @@ class Clock:
         return self.now
 
 
-def follow(control, asked, seconds, clock, step=0.5):
-    """Ask every half second for so long; the level at the end."""
+def follow(control, asked, seconds, clock, step=0.5, rows=0):
+    """Ask every half second for so long, while so many texts run; the level at the end."""
     for _ in range(round(seconds / step)):
         clock.now += step
-        level, reason = control.wanted(Stats(level=control.level, **QUIET))
+        level, reason = control.wanted(Stats(level=control.level, **QUIET | {"rows": rows}))
         if level != control.level:
             control.change(level, reason)
     return control.level
@@ -42,6 +42,20 @@ def test_raises_come_at_once_and_lower_levels_late():
     assert follow(control, asked, 0.5, clock) == 6, "not above the highest"
 
 
+def test_while_texts_run_a_lower_level_waits_longer():
+    clock, asked = Clock(), [4]
+    control = LevelControl(lambda stats: asked[0], lowest=0, highest=6, hold=2.0, busy_hold=8.0, cool_down=0.0, clock=clock)
+    assert follow(control, asked, 0.5, clock, rows=2) == 4
+    asked[0] = 1
+    assert follow(control, asked, 8.0, clock, rows=2) == 4
+    assert follow(control, asked, 0.5, clock, rows=2) == 1
+    asked[0] = 4
+    follow(control, asked, 0.5, clock)
+    asked[0] = 1
+    assert follow(control, asked, 2.5, clock, rows=2) == 4
+    assert follow(control, asked, 0.5, clock, rows=0) == 1, "they have ended: nothing has to be waited for any more"
+
+
 def test_changes_are_logged_with_their_reason(caplog):
     clock = Clock()
     control = LevelControl(Load(queue_depth=4), lowest=0, highest=8, clock=clock)
@@ -56,8 +70,9 @@ def test_levels_that_there_are_not_are_an_error():
     control = LevelControl(lambda stats: 9, lowest=0, highest=8, clock=Clock())
     with pytest.raises(ValueError, match="asked for level 9"):
         control.wanted(Stats(level=0, **QUIET))
-    with pytest.raises(ValueError, match="hold"):
-        LevelControl(lambda stats: 0, lowest=0, highest=8, hold=-1, clock=Clock())
+    for name in ("hold", "busy_hold", "cool_down"):
+        with pytest.raises(ValueError, match=f"^{name} must be 0 seconds or more, got -1"):
+            LevelControl(lambda stats: 0, lowest=0, highest=8, **{name: -1}, clock=Clock())
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ class LevelControl:
     """Turns what a policy asks for into changes of the level.
 
     A raise is followed at once. A lower level must have been asked for without a break for `hold` seconds, and comes `cool_down`
-    seconds after the last change at the earliest: a level that swings costs folds, and a drain of the old cohort each time.
+    seconds after the last change at the earliest: a level that swings costs folds, and a drain of the old cohort each time. While texts
+    run, it must have been asked for `busy_hold` seconds: until the last of them ends, every token then takes two model calls.
 
     Attributes:
         level: that newcomers get.
@@ -42,12 +43,15 @@ class LevelControl:
         lowest: int,
         highest: int,
         hold: float = 1.0,
+        busy_hold: float = 10.0,
         cool_down: float = 5.0,
         clock: Callable[[], float],
     ):
-        if hold < 0 or cool_down < 0:
-            raise ValueError(f"hold and cool_down must be 0 seconds or more, got {hold} and {cool_down}")
-        self.policy, self.lowest, self.highest, self.hold, self.cool_down, self.clock = policy, lowest, highest, hold, cool_down, clock
+        for name, seconds in (("hold", hold), ("busy_hold", busy_hold), ("cool_down", cool_down)):
+            if not seconds >= 0:
+                raise ValueError(f"{name} must be 0 seconds or more, got {seconds}")
+        self.policy, self.lowest, self.highest, self.clock = policy, lowest, highest, clock
+        self.hold, self.busy_hold, self.cool_down = hold, busy_hold, cool_down
         self.level = lowest
         self.changed = float("-inf")
         self.changes: deque[Change] = deque(maxlen=KEPT_CHANGES)
@@ -70,7 +74,8 @@ class LevelControl:
             return asked, self._reason(stats) if asked > self.level else ""
         if self._lower_since is None:
             self._lower_since = now
-        if now - self._lower_since >= self.hold and now - self.changed >= self.cool_down:
+        hold = self.busy_hold if stats.rows else self.hold
+        if now - self._lower_since >= hold and now - self.changed >= self.cool_down:
             return asked, self._reason(stats)
         return self.level, ""
 

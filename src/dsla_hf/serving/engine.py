@@ -56,7 +56,7 @@ class EngineOptions:
         as alone while prompts are read; with 1 a chunk is read before every token.
     prompt_patience: seconds; a prompt that has waited longer is read with every token, for a queue is worse than slow tokens.
     max_level: highest level that control may choose; None: the whole plan.
-    hold, cool_down: of `LevelControl`.
+    hold, busy_hold, cool_down: of `LevelControl`.
     """
 
     slots: int = 32
@@ -69,6 +69,7 @@ class EngineOptions:
     prompt_patience: float = 1.0
     max_level: int | None = None
     hold: float = 1.0
+    busy_hold: float = 10.0
     cool_down: float = 5.0
 
     def __post_init__(self) -> None:
@@ -124,7 +125,13 @@ class Engine:
             highest = policy(Stats(1, 1, 1, 0, **self._stats_of_levels))
             highest = max(highest, levels.lowest)
         self.control = LevelControl(
-            policy, lowest=levels.lowest, highest=highest, hold=options.hold, cool_down=options.cool_down, clock=clock
+            policy,
+            lowest=levels.lowest,
+            highest=highest,
+            hold=options.hold,
+            busy_hold=options.busy_hold,
+            cool_down=options.cool_down,
+            clock=clock,
         )
         self.memory = SlotMemory(
             levels,
@@ -142,6 +149,7 @@ class Engine:
         self.tokens_at_level = [0] * (highest + 1)  # generated, by the level they were generated at
         self.first_tokens, self.token_times = (RecentMean(MEASURED_SECONDS, MEASURED) for _ in range(2))
         self._chunk_changed = 0.0
+        self._alone = True  # whether one cohort runs: what a token takes beside another says nothing of either level
         self._owed = 0.0  # seconds of generation before prompts are read again
         self._untold: list[tuple[Request, Event]] = []
         self._lock = threading.Lock()
@@ -300,7 +308,9 @@ class Engine:
                 self.runner.wait()
                 self._owed = (self.clock() - begin) * (1 / self.options.prompt_share - 1)
         begin = self.clock()
-        for level, requests in self.scheduler.decoding().items():
+        cohorts = self.scheduler.decoding()
+        self._alone = len(cohorts) == 1
+        for level, requests in cohorts.items():
             worked = True
             self._generate(level, requests)
         self._owed -= self.clock() - begin
@@ -379,6 +389,8 @@ class Engine:
             for group in self._folded_together():
                 self._raise(group, level)
         self.control.change(level, reason)
+        for times in (self.first_tokens, self.token_times):
+            times.clear()  # of another level
 
     def _folded_together(self) -> list[list[Request]]:
         """Running texts in groups of about the same length, of no more tokens than a fold has memory for."""
@@ -483,7 +495,7 @@ class Engine:
         if request.first_token is None:
             request.first_token = now
             self.first_tokens.add(now, now - request.arrived)
-        else:
+        elif self._alone:
             self.token_times.add(now, now - request.last_token)
         request.last_token = now
         if token in self.eos_tokens and not request.sampling.ignore_eos:
