@@ -149,7 +149,7 @@ class Engine:
         self.tokens_at_level = [0] * (highest + 1)  # generated, by the level they were generated at
         self.first_tokens, self.token_times = (RecentMean(MEASURED_SECONDS, MEASURED) for _ in range(2))
         self._chunk_changed = 0.0
-        self._alone = True  # whether one cohort runs: what a token takes beside another says nothing of either level
+        self._alone = True  # whether no old cohort runs: else what a token takes says nothing of the level
         self._owed = 0.0  # seconds of generation before prompts are read again
         self._untold: list[tuple[Request, Event]] = []
         self._lock = threading.Lock()
@@ -308,9 +308,8 @@ class Engine:
                 self.runner.wait()
                 self._owed = (self.clock() - begin) * (1 / self.options.prompt_share - 1)
         begin = self.clock()
-        cohorts = self.scheduler.decoding()
-        self._alone = len(cohorts) == 1
-        for level, requests in cohorts.items():
+        self._alone = self.old_level is None
+        for level, requests in self.scheduler.decoding().items():
             worked = True
             self._generate(level, requests)
         self._owed -= self.clock() - begin
