@@ -287,6 +287,19 @@ def test_page_says_what_pays_and_what_does_not(serving, tmp_path):
     assert "Nothing measured yet." in page.read_text() and "replay.png)\n<!-- end -->" not in page.read_text()
 
 
+def test_rates_without_a_search_are_shares_of_what_another_found(serving):
+    """Runs beyond what level 0 serves have more requests, and no search of their own."""
+    found = made_row(serving, "fixed", 2.0, 0.2, True, part="search")
+    setup = found["setup"] | {"requests": 90, "max_level": 1}
+    beyond = [made_row(serving, policy, 6.0, mean, False, setup=setup) for policy, mean in (("fixed", 3.0), ("load", 1.0))]
+    other = made_row(serving, "fixed", 6.0, 3.0, False, setup=setup | {"chunk": 8})
+    rows = serving.with_shares([found, *beyond, other])
+    assert [row["share"] for row in rows] == [1.0, 3.0, 3.0, None]
+    assert serving.rates_table(rows).count("paper") == 1
+    said = " ".join(serving.verdict(beyond))
+    assert "at most 3.00 × lower, at 6 requests/s (3.00 of" in said and "lowest rate" not in said
+
+
 def test_page_without_measurements_and_wrong_options(serving, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(serving, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(serving.write_page, "__defaults__", (tmp_path / "page.md",))
