@@ -1,6 +1,7 @@
 """Load-aware levels against level 0: highest rate within the objectives, and latency below, at and above it, on a trace.
 
-    python eval/serving.py --trace ../shared/data/azure/AzureLLMInferenceTrace_conv.csv --shape llama2-7b --mix paper
+    python eval/serving.py --trace AzureLLMInferenceTrace_conv.csv
+    python eval/serving.py --trace AzureLLMInferenceTrace_conv.csv --mix paper --requests 720 --rates 11,9
     python eval/serving.py --page
 
 One model with random weights and a fresh adapter, one engine. The server of `dsla serve` runs in a thread on a free port of this machine,
@@ -747,7 +748,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="llama2-7b")
     parser.add_argument("--mix", type=listed(str, MIXES), default=list(MIXES), help="lengths as in the trace, or drawn to the paper's mix")
     parser.add_argument("--policies", type=listed(str, POLICIES), default=list(POLICIES))
-    parser.add_argument("--requests", type=int, default=64, help="of a run")
+    parser.add_argument("--requests", type=int, default=80, help="of a run")
     parser.add_argument("--patience", type=float, default=30.0, help="seconds after the last one until a run counts as hopeless")
     parser.add_argument("--rates", type=listed(float), help="requests per second, instead of a search and shares")
     parser.add_argument("--shares", type=listed(float), default=[0.5, 0.8, 1.0, 1.1, 1.2], help="of level 0's highest rate")
@@ -755,10 +756,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tolerance", type=float, default=0.2, help="of the highest rate")
     parser.add_argument("--most-runs", type=int, default=6, help="of the search for level 0; half as many for load")
     parser.add_argument("--slo-first", type=float, default=2.0, help="seconds to the first token")
-    parser.add_argument("--max-level", default="50%")
+    parser.add_argument("--max-level", default="100%")
     parser.add_argument("--slots", type=int, default=64)
-    parser.add_argument("--chunk", type=int, default=1024, help="prompt tokens read in a step")
-    parser.add_argument("--prompt-share", type=float, default=0.5, help="of the time that prompts may take from texts that are generated")
+    parser.add_argument("--chunk", type=int, default=2048, help="prompt tokens read in a step")
+    parser.add_argument("--prompt-share", type=float, default=0.4, help="of the time that prompts may take from texts that are generated")
     parser.add_argument("--max-tokens", type=int, default=17408, help="longest text; longer prompts are cut")
     parser.add_argument("--kv-gib", type=float, help="GiB for keys and values; else what is free")
     parser.add_argument("--direct", action="store_true", help="requests go to the engine without HTTP")
@@ -767,7 +768,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--waiting-prompt", type=int, default=8192, help="load: tokens of the longest of them")
     parser.add_argument("--waiting-tokens", type=int, default=16384, help="load: prompt tokens that are not read yet")
     parser.add_argument("--cool-down", type=float, default=1.0, help="load: seconds between two changes")
-    parser.add_argument("--step", type=int, default=4, help="load: layers of a change")
+    parser.add_argument("--step", type=int, default=16, help="load: layers of a change")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quality", type=Path, default=RESULTS / "distillation.json", help="the yardstick's perplexity at every level")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of replay.json")

@@ -340,13 +340,13 @@ def _parser() -> argparse.ArgumentParser:
     sizes.add_argument("--max-tokens", type=_positive, metavar="N", help="longest text, prompt included (default: the model's)")
     sizes.add_argument("--max-new-tokens", type=_positive, default=4096, metavar="N", help="most to generate (default: %(default)s)")
     sizes.add_argument(
-        "--chunk", type=_positive, default=512, metavar="N", help="prompt tokens read between two tokens (default: %(default)s)"
+        "--chunk", type=_positive, default=1024, metavar="N", help="prompt tokens read between two tokens (default: %(default)s)"
     )
     sizes.add_argument("--kv-gib", type=float, metavar="X", help="GiB for keys and values (default: what a GPU has free; 0.5 on a CPU)")
     sizes.add_argument(
         "--prompt-share",
         type=float,
-        default=0.5,
+        default=0.4,
         metavar="X",
         help="of the time, at most, that prompts may take from texts that are generated (default: %(default)s)",
     )

@@ -48,8 +48,8 @@ class ServeOptions:
     max_waiting: int = 256
     max_tokens: int | None = None
     max_new_tokens: int = 4096
-    chunk: int = 512
-    prompt_share: float = 0.5
+    chunk: int = 1024
+    prompt_share: float = 0.4
     kv_gib: float | None = None
     name: str | None = None
     api_key: str | None = None

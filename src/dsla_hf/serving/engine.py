@@ -53,7 +53,7 @@ class EngineOptions:
     kv_bytes: memory for keys and values; None: what is free on a GPU but for a tenth, half a GiB on a CPU.
     block_size: tokens in a block. chunk: prompt tokens read in a step.
     prompt_share: largest share of the time that prompts may take from texts that are being generated: with 0.5 a token takes twice as long
-        as alone while prompts are read; with 1 a chunk is read before every token.
+        while prompts are read as without them; with 1 a chunk is read before every token.
     prompt_patience: seconds; a prompt that has waited longer is read with every token, for a queue is worse than slow tokens.
     max_level: highest level that control may choose; None: the whole plan.
     hold, busy_hold, cool_down: of `LevelControl`.
@@ -64,8 +64,8 @@ class EngineOptions:
     max_tokens: int | None = None
     kv_bytes: int | None = None
     block_size: int = 64
-    chunk: int = 512
-    prompt_share: float = 0.5
+    chunk: int = 1024
+    prompt_share: float = 0.4
     prompt_patience: float = 1.0
     max_level: int | None = None
     hold: float = 1.0
