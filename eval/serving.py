@@ -565,9 +565,14 @@ def _kin(row: dict[str, Any]) -> str:
     return json.dumps([row["shape"], row["mix"], setup])
 
 
+def finished_runs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those at some rate that were measured to the end, in order of rates."""
+    return sorted((row for row in rows if row["rate"] is not None and row["cut"] is None), key=lambda row: row["rate"])
+
+
 def compared(rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """(fixed, load) at the same rates, where both were measured to the end, in order of rates."""
-    whole = {(row["policy"], row["rate"]): row for row in rows if row["rate"] is not None and row["cut"] is None}
+    whole = {(row["policy"], row["rate"]): row for row in finished_runs(rows)}
     rates = sorted({rate for _, rate in whole})
     return [(whole["fixed", rate], whole["load", rate]) for rate in rates if {("fixed", rate), ("load", rate)} <= whole.keys()]
 
@@ -682,31 +687,37 @@ def page_part(rows: list[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Latency and time to the first token against the rate, and the level over time at the highest rate, a line of plots a mix."""
+def draw(rows: list[dict[str, Any]], path: Path) -> bool:
+    """Latency and time to the first token against the rate, and the level over time where it changed most and at the highest rate: a line
+    of plots for all runs of a mix at several rates. Whether there are any."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = [group for group in groups(rows) if any(row["rate"] is not None and row["cut"] is None for row in group)]
+    shown = [group for group in groups(rows) if len({row["rate"] for row in finished_runs(group)}) > 1]
+    if not shown:
+        return False
     figure, axes = plt.subplots(len(shown), 3, figsize=(14, 3.6 * len(shown)), squeeze=False)
     for (latency, first, level), group in zip(axes, shown, strict=True):
-        whole = sorted((row for row in group if row["rate"] is not None and row["cut"] is None), key=lambda row: row["rate"])
+        setup, whole = group[0]["setup"], finished_runs(group)
         for color, policy in zip(("C0", "C1"), POLICIES, strict=True):
             mine = [row for row in whole if row["policy"] == policy]
             rates = [row["rate"] for row in mine]
             for axis, name in ((latency, "latency"), (first, "first_token")):
                 axis.plot(rates, [row[name]["mean"] for row in mine], "o-", color=color, label=f"{policy}, mean")
                 axis.plot(rates, [row[name]["p95"] for row in mine], "s:", color=color, label=f"{policy}, P95")
-        for policy in POLICIES:
-            if mine := [row for row in whole if row["policy"] == policy]:
-                over_time = [*mine[-1]["level_over_time"], [mine[-1]["seconds"], mine[-1]["level_over_time"][-1][1]]]
-                level.step(*zip(*over_time, strict=True), where="post", label=f"{policy}, {mine[-1]['rate']:g} requests/s")
-        title = f"{group[0]['shape']}, {group[0]['mix']}"
-        latency.set(xlabel="requests per second", ylabel="latency, s", title=title, ylim=(0, None))
+        if loaded := [row for row in whole if row["policy"] == "load"]:
+            swinging = max(loaded, key=lambda row: len(row["level_over_time"]))
+            for row in [swinging, *([] if swinging is loaded[-1] else [loaded[-1]])]:
+                over_time = [*row["level_over_time"], [row["seconds"], row["level_over_time"][-1][1]]]
+                level.step(*zip(*over_time, strict=True), where="post", label=f"load, {row['rate']:g} requests/s")
+        latency.set(xlabel="requests per second", ylabel="latency, s", ylim=(0, None))
+        latency.set_title(
+            f"{group[0]['shape']}, {group[0]['mix']}: {setup['requests']} requests, levels up to {setup['max_level']}", fontsize=9
+        )
         first.set(xlabel="requests per second", ylabel="to the first token, s", yscale="log")
-        level.set(xlabel="seconds", ylabel="level", ylim=(0, max(group[0]["setup"]["max_level"], 1)))
+        level.set(xlabel="seconds", ylabel="level", ylim=(0, 1.05 * max(setup["max_level"], 1)))
         for axis in (latency, first, level):
             axis.grid(alpha=0.3)
             axis.legend(fontsize=7)
@@ -714,13 +725,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+    return True
 
 
 def write_page(rows: list[dict[str, Any]], page: Path = PAGE) -> None:
     """Fill the marked place of docs/serve.md, and draw its plot if there is something to draw."""
     part = page_part(rows)
-    if any(row["rate"] is not None and row["cut"] is None for row in rows):
-        draw(rows, page.parent / "images" / "replay.png")
+    if draw(rows, page.parent / "images" / "replay.png"):
         part += "\n\n![latency and time to the first token against the rate, level over time](images/replay.png)"
     fill_page(page, {"replay": part})
 
