@@ -298,7 +298,8 @@ class DualStateAttention(nn.Module):
             k, v, padding_mask = self._after_window(state, k, v, padding_mask, seen)
             q = F.pad(q, (0, 0, 0, 0, k.shape[1] - tokens, 0))  # queries that nobody reads
         past = q.shape[1] - tokens
-        rows, k, v, valid = _to_rows(padding_mask, cu_seqlens, k, v, at_end, untouched=uses_triton(q, v))  # kernels do not read it
+        unread = at_end and uses_triton(q, v, quietly=True)  # kernels load no padding behind a row
+        rows, k, v, valid = _to_rows(padding_mask, cu_seqlens, k, v, at_end, unread)
         sinks = self._sinks(k, v, state, seen)
         gate_logits, write_logits = self.gate_logits(v)
         row_counts = None if valid is None else once("counts", lambda: count_tokens(valid, self.window_size))
@@ -524,7 +525,7 @@ class DualStateAttention(nn.Module):
                 window_k, window_v = (F.pad(x, (0, 0, 0, 0, 0, window - end)) for x in (window_k, window_v))
             return DualState(recurrent, window_k, window_v, torch.full((k.shape[0],), end, device=device))
         real = torch.full((k.shape[0],), length, device=device) if real is None else real
-        start = start or 0 if not isinstance(start, Tensor) else start
+        start = start if isinstance(start, Tensor) else start or 0
         places = (self._newest(start, real, length) if places is None else places)[..., None, None]
         window_k, window_v = (
             torch.cat([sink, x.gather(1, places.expand(-1, -1, *x.shape[2:]))], dim=1) for sink, x in zip(sinks, (k, v), strict=True)
@@ -583,8 +584,8 @@ def half_life_to_logit(half_life: float, gate_normalizer: float = 16.0) -> float
     return log_sigmoid - math.log(-math.expm1(log_sigmoid))
 
 
-def _to_rows(padding_mask, cu_seqlens, k, v, at_end=False, untouched=False):
-    """k and v with padding moved to the end of each row, unless it is `at_end`, and zeroed, unless it shall stay `untouched`: rows, k, v,
+def _to_rows(padding_mask, cu_seqlens, k, v, at_end=False, unread=False):
+    """k and v with padding moved to the end of each row, unless it is `at_end`, and zeroed, unless it stays there `unread`: rows, k, v,
     valid (rows None if nothing is moved, valid None without padding)."""
     if padding_mask is None and cu_seqlens is None:
         return None, k, v, None
@@ -593,7 +594,7 @@ def _to_rows(padding_mask, cu_seqlens, k, v, at_end=False, untouched=False):
     else:
         rows = rows_from_mask(padding_mask) if cu_seqlens is None else rows_from_cu_seqlens(cu_seqlens, k.shape[1])
         k, v, valid = rows.gather(k), rows.gather(v), rows.valid
-    if rows is None and untouched:
+    if rows is None and unread:
         return None, k, v, valid
     pad = ~valid[..., None, None]
     return rows, k.masked_fill(pad, 0), v.masked_fill(pad, 0), valid

@@ -34,9 +34,8 @@ from .text import TextStream
 logger = logging.getLogger(__name__)
 
 LISTEN_SECONDS = 0.25  # how often it is asked whether a waiting client is still there
-SWITCH_SECONDS = (
-    0.0005  # that the engine's thread waits for Python at most, while this one writes answers; Python's own are ten times longer
-)
+# So long the engine's thread waits for Python at most, while this one writes answers; as Python comes, it waits ten times as long.
+SWITCH_SECONDS = 0.0005
 
 
 @dataclass(frozen=True)
