@@ -10,8 +10,8 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,7 +128,7 @@ class Answer:
             await asyncio.sleep(LISTEN_SECONDS)
         self.api.engine.cancel(self.request)
 
-    async def pieces(self, event: Event) -> AsyncIterator[tuple[str, str | None]]:
+    async def pieces(self, event: Event) -> AsyncGenerator[tuple[str, str | None], None]:
         """(piece of the text, why it ends or None), from the first event on.
 
         Raises:
@@ -173,13 +173,14 @@ class Answer:
             choice["text"] = text
         return {**self._head("chat.completion.chunk"), "choices": [choice]}
 
-    async def stream(self, first: Event) -> AsyncIterator[str]:
+    async def stream(self, first: Event) -> AsyncGenerator[str, None]:
         """Server-sent events."""
         try:
             if self.kind == "chat":
                 yield _sent(self.chunk(None, None))
-            async for piece, finish in self.pieces(first):
-                yield _sent(self.chunk(piece, finish))
+            async with aclosing(self.pieces(first)) as pieces:
+                async for piece, finish in pieces:
+                    yield _sent(self.chunk(piece, finish))
             if self.body.stream_options is not None and self.body.stream_options.include_usage:
                 yield _sent({**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage()})
         except Failed as failed:  # the status has been sent: the error is the last event
@@ -195,14 +196,15 @@ class CancellingStream(StreamingResponse):
     """A stream whose request is cancelled when it ends early, however that comes about."""
 
     def __init__(self, answer: Answer, first: Event):
-        super().__init__(answer.stream(first), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self.answer = answer
+        self.stream, self.answer = answer.stream(first), answer
+        super().__init__(self.stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
             self.answer.api.engine.cancel(self.answer.request)
+            await self.stream.aclose()
 
 
 class Api:
@@ -242,8 +244,9 @@ class Api:
                 streams = True
                 return CancellingStream(answer, first)
             text, finish = "", "stop"
-            async for piece, end in answer.pieces(first):
-                text, finish = text + piece, end or finish
+            async with aclosing(answer.pieces(first)) as pieces:
+                async for piece, end in pieces:
+                    text, finish = text + piece, end or finish
             return JSONResponse(answer.whole(text, finish))
         finally:
             watch.cancel()
