@@ -11,7 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
+import schemathesis
 import torch
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
 from serving import byte_tokenizer, served
 
 from dsla_hf.serving.api import ApiOptions, build_app
@@ -240,6 +243,30 @@ def test_other_errors(module_server):
     assert answer.status_code == 400 and "no such role" in answer.json()["error"]["message"]
     for messages in ([], [{"role": "user"}], [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "hi"):
         assert post(address, {"model": "tiny", "messages": messages}, "chat/completions").status_code == 400
+
+
+@pytest.mark.parametrize("mode", GenerationMode)
+def test_requests_made_from_the_schema_never_break_the_server(module_server, mode):
+    """Every route, with what the server's own schema allows, and with what it does not."""
+    schema, answered = schemathesis.openapi.from_url(f"{module_server[1]}/openapi.json"), {}
+    for operation in (found.ok() for found in schema.get_all_operations()):
+        if mode is GenerationMode.NEGATIVE and not operation.body:
+            continue  # nothing of it can be wrong
+
+        @settings(max_examples=50, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(case=operation.as_strategy(generation_mode=mode))
+        def check(case):
+            if isinstance(case.body, dict) and "model" in case.body:
+                case.body["model"] = "tiny"  # else nothing comes past it
+                if isinstance(case.body.get("max_tokens"), int):
+                    case.body["max_tokens"] = min(case.body["max_tokens"], 3)
+            answer = case.call_and_validate(checks=[schemathesis.checks.not_a_server_error])
+            answered.setdefault(operation.path, set()).add(answer.status_code)  # noqa: B023 (called at once)
+
+        check()
+    routes = {"/v1/completions", "/v1/chat/completions"}
+    assert all(answered[route] & ({200} if mode is GenerationMode.POSITIVE else {400}) for route in routes), answered
+    assert mode is GenerationMode.NEGATIVE or answered.keys() > routes
 
 
 def test_random_bodies_never_break_the_server(module_server):
