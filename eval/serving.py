@@ -709,7 +709,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> bool:
                 axis.plot(rates, [row[name]["p95"] for row in mine], "s:", color=color, label=f"{policy}, P95")
         if loaded := [row for row in whole if row["policy"] == "load"]:
             swinging = max(loaded, key=lambda row: len(row["level_over_time"]))
-            for row in [swinging, *([] if swinging is loaded[-1] else [loaded[-1]])]:
+            for row in (swinging, loaded[-1]) if swinging is not loaded[-1] else (swinging,):
                 over_time = [*row["level_over_time"], [row["seconds"], row["level_over_time"][-1][1]]]
                 level.step(*zip(*over_time, strict=True), where="post", label=f"load, {row['rate']:g} requests/s")
         latency.set(xlabel="requests per second", ylabel="latency, s", ylim=(0, None))

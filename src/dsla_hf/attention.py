@@ -195,8 +195,6 @@ class DualStateAttention(nn.Module):
         if state is not None and q.shape[1] == 1:
             o, new = self._window_step(q, k, v, padding_mask, state, softcap, sink_logits)
             return o, new if counts else new._replace(lengths=state.lengths)
-        if not padding_at_end or torch.compiler.is_compiling():
-            shared = None
         return self._window(
             q, k, v, padding_mask, padding_at_end, shared, cu_seqlens, state, output_state, softcap, sink_logits, seen, whole_windows
         )
@@ -276,9 +274,11 @@ class DualStateAttention(nn.Module):
         self, q, k, v, padding_mask, padding_at_end, shared, cu_seqlens, state, output_state, softcap, sink_logits, seen, whole_windows
     ):
         tokens, start, at_end = q.shape[1], None, padding_at_end and (state is None or whole_windows)
+        if not at_end or torch.compiler.is_compiling():
+            shared = None
 
         def once(name: str, make: Callable[[], Any]) -> Any:
-            if shared is None or not at_end:
+            if shared is None:
                 return make()
             key = (name, k.device, k.shape[:2], self.window_size, self.sink_tokens, state is None)
             if key not in shared:

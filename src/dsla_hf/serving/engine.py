@@ -299,7 +299,7 @@ class Engine:
                 self._end(request, "cancelled")
         self._ask_for_level()
         self._admit()
-        decoding = any(request.decoding for request in self.scheduler.running)
+        decoding = self.scheduler.generates
         worked = False
         if not decoding or self._owed <= 0 or self._prompt_is_late():
             begin = self.clock()
@@ -313,7 +313,7 @@ class Engine:
             worked = True
             self._generate(level, requests)
         self._owed -= self.clock() - begin
-        if not any(request.decoding for request in self.scheduler.running):  # else while the next tokens are computed
+        if not self.scheduler.generates:  # else while the next tokens are computed
             self._tell_all()
         return worked
 

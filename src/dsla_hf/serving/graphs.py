@@ -48,9 +48,8 @@ class GraphRunner(ModelRunner):
         super().__init__(levels, memory)
         slots, device = memory.num_slots, levels.device
         self.record: Record | None = record
-        self.inputs = torch.zeros(
-            slots, 3, dtype=torch.long, device=device
-        )  # of each row the token, tokens before it, whether it takes part
+        # Of each row the token, tokens before it, and whether it takes part.
+        self.inputs = torch.zeros(slots, 3, dtype=torch.long, device=device)
         self.recordings: dict[tuple[int, int, int], Any] = {}  # None after the first step
         self._logits: Tensor | None = None  # [slots, V], made by the first step
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None

@@ -51,6 +51,11 @@ class Scheduler:
         """Running texts whose prompts are not read yet, oldest first."""
         return sorted((request for request in self.running if not request.decoding), key=lambda request: request.number)
 
+    @property
+    def generates(self) -> bool:
+        """Whether any running text waits for its next token."""
+        return any(request is not None and request.decoding for request in self.slots)
+
     def decoding(self) -> dict[int, list[Request]]:
         """Level -> running texts that wait for their next token."""
         cohorts: dict[int, list[Request]] = {}
