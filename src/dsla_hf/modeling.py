@@ -101,6 +101,7 @@ def dsla_attention_function(
     )
     if dsla_layer is not None:
         dsla_layer.advance(state, k, v, padding_mask)
+        dsla_layer.shorten_record(dsla)
     return o, None
 
 
