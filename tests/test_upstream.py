@@ -99,7 +99,7 @@ def load_suites(package, load):
 
 def test_offloaded_weights_are_brought_in():
     linear = torch.nn.Linear(2, 3)
-    cpu_offload(linear, execution_device="cpu")
+    cpu_offload(torch.nn.Sequential(linear), execution_device="cpu")
     assert linear.weight.device.type == "meta"
     with compat.align_module_device(linear):
         assert linear.weight.device.type == "cpu"
