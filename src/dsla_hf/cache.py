@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from dsla_kernels import append
 
-from .attention import DualState, DualStateAttention
+from .attention import DualState, DualStateAttention, clone_state
 from .layout import TokenLayout
 
 logger = logging.get_logger(__name__)
@@ -195,7 +195,10 @@ class StaticDSLACacheLayer(DSLACacheLayer):
         self._empty = True  # what the host knows of `tokens`: a prompt after `reset` is read as the first one is
 
     def current_state(self, attention: DualStateAttention) -> DualState | None:
-        return None if self._empty else self.state
+        if self._empty or self.state is None:
+            return None
+        # A backward pass needs what was read as it was, and `advance` writes over these tensors.
+        return clone_state(self.state) if torch.is_grad_enabled() else self.state
 
     def take(self, other: DSLACacheLayer) -> None:
         """Copy what `other` remembers into this layer's own tensors (`other` and this one have been filled)."""
@@ -215,6 +218,8 @@ class StaticDSLACacheLayer(DSLACacheLayer):
         else:
             for old, new in zip(self.state, state, strict=True):
                 if old is not new:  # a kernel has written it already
+                    if old.requires_grad:  # all of it is replaced: no gradient goes back to what it was
+                        old.detach_()
                     old.copy_(new)
         if self.counts:
             self.tokens.add_(k.shape[1])  # type: ignore[union-attr]
@@ -285,6 +290,8 @@ def fold(
         position_ids: `[B, T]`, only to make sure that each row is one text: the states need no positions, because
             cached keys are rotated already.
         max_length: of the `StaticCache` the layer is for; None for a dynamic one.
+
+    Where keys or values require a gradient (trained ones, or those of text that is trained on), it flows through the fold.
 
     Raises:
         ValueError: if shapes do not fit, or positions of a row restart (packed texts must not share a state).
