@@ -576,15 +576,20 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def one_dtype(state: DualState | None, *tensors: Tensor) -> tuple[Any, ...]:
-    """State and tensors, with the keys and values that the state holds, in the widest dtype among them. Under autocast they differ: rotated
-    and normalised keys are fp32 over fp32 weights, values are what autocast rounds to. Of fp16 autocast the dtype is fp32 at least, also
-    where all come in fp16: states and decays pass its range."""
-    held = () if state is None else (state.window_k, state.window_v)
-    dtypes = {x.dtype for x in (*tensors, *held)}
-    if autocast_dtype(tensors[0]) == torch.float16:
-        dtypes.add(torch.float32)
-    if len(dtypes) == 1:
+    """State and tensors, with the keys and values that the state holds, in one dtype: the widest among them.
+
+    Under autocast they differ: over fp32 weights rotated and normalised keys are fp32, and values what autocast rounds to. Of fp16
+    autocast it is fp32 at least, also where all come in fp16, whose range states and decays pass. Of bf16 autocast it is bf16 where
+    kernels run: there fp32 takes several times the time, and the base's attention rounds all to bf16 too.
+    """
+    low = autocast_dtype(tensors[0])
+    dtypes = {x.dtype for x in (*tensors, *((state.window_k, state.window_v) if state is not None else ()))}
+    if low is None and len(dtypes) == 1:
         return state, *tensors
+    if low == torch.float16:
+        dtypes.add(torch.float32)
+    elif low == torch.bfloat16 and tensors[0].device.type != "cpu" and uses_triton(tensors[0], tensors[-1], quietly=True):
+        dtypes = {low}
     dtype = functools.reduce(torch.promote_types, dtypes)
     if state is not None:
         state = state._replace(window_k=state.window_k.to(dtype), window_v=state.window_v.to(dtype))
