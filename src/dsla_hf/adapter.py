@@ -7,6 +7,7 @@ so no weight has two names. Which layers are DSLA is read from the config at eve
 
 from __future__ import annotations
 
+import functools
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,11 +18,12 @@ from peft.utils import register_peft_method
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import GenerationMixin
 
 from .architectures import SHORT_WINDOW, SUPPORTED_BASES, fused_into, projection, sliding_window_of, why_unsupported
+from .before_layers import install_layout_hook, masks_with_padding, remove_layout_hook
 from .configuration import PROJECTIONS, DSLAConfig, check_order, same_magnitude
 from .generation import generate_with_levels
-from .layout import install_layout_hook, remove_layout_hook
 from .modeling import (
     attention_config,
     decoder_layers,
@@ -289,6 +291,9 @@ class DSLAModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         decoder: Any = decoder_of(self.model)
         install_layout_hook(decoder)
+        if isinstance(self.model, GenerationMixin):
+            make_masks = getattr(type(self.model), "create_masks_for_generate", None)
+            self.model.create_masks_for_generate = functools.partial(masks_with_padding, make_masks, decoder)
         if not hasattr(decoder, "_dsla_level_guard"):
             decoder._dsla_level_guard = decoder.register_forward_hook(_guard_level)
 
@@ -346,6 +351,7 @@ class DSLAModel(BaseTuner):
         super()._unload_and_optionally_merge(merge, progressbar=progressbar, safe_merge=safe_merge)
         decoder._dsla_level_guard.remove()
         del decoder._dsla_level_guard
+        model.__dict__.pop("create_masks_for_generate", None)
         if hybrid_class is None or config is None:
             remove_layout_hook(decoder)
         else:
