@@ -115,7 +115,8 @@ def read_layout(
         mask = given[0].bool()
         if not records_steps(mask) and bool(mask.all()):
             return TokenLayout()
-        return TokenLayout(padding_mask=mask, padding_at_end=_at_end.get())
+        at_end = not torch.compiler.is_dynamo_compiling() and _at_end.get()
+        return TokenLayout(padding_mask=mask, padding_at_end=at_end)
     if any(mask.ndim == 2 for mask in given):
         raise ValueError(f"attention_mask: {len(given)} masks for layer types, of which some are 2-D: give one for all, outside a dict")
     if any(records_steps(mask) for mask in given):
