@@ -331,11 +331,8 @@ def check_cache(cache: Any, converted: list[bool], rows: int, tokens: int, recor
                 raise RuntimeError(f"layer {index}: {LEVEL_LOWERED}")
             if layer.state is not None and layer.batch_size != rows:
                 raise ValueError(f"the cache holds {layer.batch_size} rows, the call has {rows}: give it a cache of its own")
-        elif is_dsla and type(layer) not in FOLDABLE and (recorded or _tokens_of(layer) > 0):
-            raise ValueError(
-                f"layer {index} cannot become DSLA in mid-text: its cache is a {type(layer).__name__}, whose keys and values cannot be "
-                "read in full. Set the level before the text begins, or use a DynamicCache"
-            )
+        elif is_dsla and (recorded or _tokens_of(layer) > 0):
+            _check_foldable(index, layer)
     if recorded or not any(is_dsla for _, is_dsla in layers):
         return cache.get_seq_length()
     counts = [_tokens_of(layer) for layer, _ in layers]
@@ -352,6 +349,14 @@ def check_cache(cache: Any, converted: list[bool], rows: int, tokens: int, recor
     return counts[0]
 
 
+def _check_foldable(index: int, layer: Any) -> None:
+    if type(layer) not in FOLDABLE:
+        raise ValueError(
+            f"layer {index} cannot become DSLA in mid-text: its cache is a {type(layer).__name__}, whose keys and values cannot be "
+            "read in full. Set the level before the text begins, or use a DynamicCache"
+        )
+
+
 def _tokens_of(layer: Any) -> int:
     return int(layer.get_seq_length())
 
@@ -361,8 +366,10 @@ def dsla_cache_layer(
 ) -> DSLACacheLayer:
     """The DSLA layer of `cache` at `layer_idx`; a key-value layer found there is folded and replaced, its memory freed.
 
-    With `exact` False (the DSLA layer has keys or values of its own) a fold is approximate, and that is said once. Whether the cache can be
-    folded is `check_cache`'s to say.
+    With `exact` False (the DSLA layer has keys or values of its own) a fold is approximate, and that is said once.
+
+    Raises:
+        ValueError: for a kind of cache layer whose keys and values cannot be read.
     """
     replicate = getattr(cache, "layer_class_to_replicate", None)
     while replicate is not None and len(cache.layers) <= layer_idx:
@@ -375,6 +382,7 @@ def dsla_cache_layer(
     if tokens == 0:
         new = DSLACacheLayer() if max_length is None else StaticDSLACacheLayer(max_length)
     else:
+        _check_foldable(layer_idx, layer)
         if not exact:
             logger.warning_once(
                 "a text goes on at a higher level with trained k_proj or v_proj: the states are folded from the original model's keys "
