@@ -586,7 +586,7 @@ def check_window(window_size: int, sink_tokens: int) -> None:
         raise ValueError(f"sink_tokens must be from 0 to half the window of {window_size}, got {sink_tokens}")
 
 
-def check_rotary(layout: str | None, dim: int | None) -> None:
+def check_rotary(layout: str, dim: int) -> None:
     """Raises ValueError unless the layout is known and the channels that rotate are pairs."""
     if layout not in ROTARY_LAYOUTS:
         raise ValueError(f"rotary_layout must be one of {list(ROTARY_LAYOUTS)}, got {layout!r}")

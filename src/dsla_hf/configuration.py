@@ -241,8 +241,13 @@ class DSLAConfig(PeftConfig):
             check_lower_bound(self.gate_lower_bound)
         except ValueError as error:
             raise ValueError(f"gate_lower_bound: {error}") from None
-        if self.rotary_layout is not None or self.rotary_dim is not None:
+        if self.rotary_layout is not None and self.rotary_dim is not None:
             check_rotary(self.rotary_layout, self.rotary_dim)
+        elif (self.rotary_layout, self.rotary_dim) != (None, None):
+            raise ValueError(
+                f"rotary_layout and rotary_dim say one thing together, got {self.rotary_layout!r} and {self.rotary_dim!r}: leave both out, "
+                "they follow from the base"
+            )
         for half_life in (life for pair in self.half_lives for life in pair):
             half_life_to_logit(half_life, self.gate_normalizer)
 
