@@ -314,7 +314,7 @@ def test_an_adapter_for_a_base_that_rotates_otherwise_is_refused(tiny_model, ada
     base = tiny_model("phi3")
     with pytest.raises(ValueError, match="rotates 6 channels of a head in the layout 'halves', and this one rotates 8"):
         PeftModel.from_pretrained(base, tmp_path)
-    with pytest.raises(ValueError, match="'interleaved', and this one .*leave rotary_layout and rotary_dim out"):
+    with pytest.raises(ValueError, match=r"'interleaved', and this one .*leave rotary_layout and rotary_dim out"):
         get_peft_model(base, DSLAConfig(rotary_layout="interleaved", rotary_dim=8))
 
 
