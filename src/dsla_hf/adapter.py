@@ -285,6 +285,9 @@ class DSLAModel(BaseTuner):
                     f"target_modules {peft_config.target_modules} names no attention of layer {index}, whose modules are "
                     f"{[name for name, _ in layer.named_children()]}; leave target_modules out"
                 )
+        base: Any = model.config
+        if peft_config.base_model_type in (None, base.model_type):  # else the next line says that it is another base
+            peft_config.take_rotary(base, base.model_type)
         _record_base(peft_config, model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:

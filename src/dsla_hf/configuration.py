@@ -11,20 +11,23 @@ from peft import PeftConfig
 
 from dsla_kernels import check_lower_bound
 
-from .attention import check_window, half_life_to_logit
+from .architectures import head_dim_of, rotary_of
+from .attention import check_rotary, check_window, half_life_to_logit
 from .peft_type import DSLA
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # Mean magnitudes of a bf16 copy of fp32 weights differ by less, those of another checkpoint by more.
 FINGERPRINT_TOLERANCE = 3e-4
 # Which release of this package reads which format, for the message of an older release that meets a newer file.
-FIRST_RELEASE_OF_FORMAT = {1: "0.1"}
+FIRST_RELEASE_OF_FORMAT = {1: "0.1", 2: "0.1"}
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
+# Which channels share a decay. Files of format 1 do not say: their layers paired all channels as (i, i + K/2).
+ROTARY = ("rotary_layout", "rotary_dim")
 # What the mathematics of a converted layer depends on: stored in hybrids, equal in adapter and hybrid.
-MATHEMATICS = ("window_size", "sink_tokens", "gate_rank", "gate_normalizer", "gate_lower_bound", "half_lives", "write_gate")
+MATHEMATICS = ("window_size", "sink_tokens", "gate_rank", "gate_normalizer", "gate_lower_bound", "half_lives", "write_gate", *ROTARY)
 
 
 @dataclass
@@ -71,6 +74,13 @@ class DSLAConfig(PeftConfig):
     write_gate: bool = field(
         default=True,
         metadata={"help": "Whether a token's value decides how much of it each state takes in. False: all of it, as in the paper."},
+    )
+    rotary_layout: str | None = field(
+        default=None,
+        metadata={"help": "How the base pairs the channels that it rotates, 'halves' or 'interleaved' (written by the library)."},
+    )
+    rotary_dim: int | None = field(
+        default=None, metadata={"help": "How many channels of a head the base rotates, the first ones (written by the library)."}
     )
     trained_projections: tuple[str, ...] = field(
         default=("q_proj", "o_proj"),
@@ -145,8 +155,30 @@ class DSLAConfig(PeftConfig):
         return level
 
     def mathematics(self) -> dict[str, Any]:
-        """Keyword arguments of `DualStateAttention` that are the same for every layer."""
-        return {name: getattr(self, name) for name in MATHEMATICS}
+        """Keyword arguments of `DualStateAttention` that are the same for every layer; the rotary ones once the base is known."""
+        return {name: value for name in MATHEMATICS if (value := getattr(self, name)) is not None}
+
+    def take_rotary(self, base: Any, base_model_type: str, source: str = "adapter_config.json") -> None:
+        """Record how the base with this config rotates channels, or compare it with what is recorded.
+
+        Raises:
+            ValueError: if that is something else, or was not yet heeded when the weights were trained.
+        """
+        found, recorded = rotary_of(base, base_model_type), (self.rotary_layout, self.rotary_dim)
+        rotates = "rotates {1} channels of a head in the layout {0!r}"
+        if self.format_version == 1 and self.base_model_type is not None and found != ("halves", head_dim_of(base)):
+            raise ValueError(
+                f"{source}: written in format 1, in which channels i and i + {head_dim_of(base) // 2} of a head share a decay, but a "
+                f"{base_model_type} base {rotates.format(*found)}: what it reads from far back depends on absolute positions. Such weights "
+                "cannot be converted: distil them again with this release"
+            )
+        if recorded not in ((None, None), found):
+            raise ValueError(
+                f"{source}: made for a base that {rotates.format(*recorded)}, and this one {rotates.format(*found)}: "
+                "load the base it was trained on, or leave rotary_layout and rotary_dim out of a new DSLAConfig"
+            )
+        self.rotary_layout, self.rotary_dim = found
+        self.format_version = FORMAT_VERSION
 
     def to_hybrid_dict(self) -> dict[str, Any]:
         """The plain dict that a hybrid checkpoint stores as `config.dsla_config`: mathematics, converted layers, no PEFT fields."""
@@ -167,20 +199,22 @@ class DSLAConfig(PeftConfig):
         """
         if not isinstance(hybrid, dict):
             raise ValueError(f"{source}: 'dsla_config' must be a dict as DSLAConfig.to_hybrid_dict() writes it, got {hybrid!r}")
-        expected = {"format_version", "base_model_type", "converted_layers", *MATHEMATICS}
+        known = {"format_version", "base_model_type", "converted_layers", *MATHEMATICS}
+        expected = known - set(ROTARY)  # which follow from the base
         if missing := sorted(expected - hybrid.keys()):
             raise ValueError(
                 f"{source}: 'dsla_config' lacks {missing}. It replaces the stored one as a whole: "
                 f"give all of {sorted(expected)}, or leave it out"
             )
         check_format_version(hybrid["format_version"], source)
-        if unknown := sorted(hybrid.keys() - expected):
-            raise ValueError(f"{source}: 'dsla_config' has unknown entries {unknown}; known are {sorted(expected)}")
+        if unknown := sorted(hybrid.keys() - known):
+            raise ValueError(f"{source}: 'dsla_config' has unknown entries {unknown}; known are {sorted(known)}")
         try:
             return cls(
                 conversion_order=check_order(hybrid["converted_layers"], name="converted_layers"),
                 base_model_type=hybrid["base_model_type"],
-                **{name: hybrid[name] for name in MATHEMATICS},
+                format_version=hybrid["format_version"],
+                **{name: hybrid[name] for name in MATHEMATICS if name in hybrid},
             )
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
@@ -207,6 +241,13 @@ class DSLAConfig(PeftConfig):
             check_lower_bound(self.gate_lower_bound)
         except ValueError as error:
             raise ValueError(f"gate_lower_bound: {error}") from None
+        if self.rotary_layout is not None and self.rotary_dim is not None:
+            check_rotary(self.rotary_layout, self.rotary_dim)
+        elif (self.rotary_layout, self.rotary_dim) != (None, None):
+            raise ValueError(
+                f"rotary_layout and rotary_dim say one thing together, got {self.rotary_layout!r} and {self.rotary_dim!r}: leave both out, "
+                "they follow from the base"
+            )
         for half_life in (life for pair in self.half_lives for life in pair):
             half_life_to_logit(half_life, self.gate_normalizer)
 

@@ -244,7 +244,7 @@ class DSLAHybridConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.dsla_config is not None:
-            self.get_dsla_config()
+            self.dsla_config = self.get_dsla_config().to_hybrid_dict()  # whole, also if its author left out what follows from the base
 
     def get_dsla_config(self) -> DSLAConfig:
         """The conversion that this hybrid is, checked."""
@@ -254,6 +254,7 @@ class DSLAHybridConfig(PreTrainedConfig):
             check_order(config.conversion_order, self.num_hidden_layers, name="converted_layers")
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
+        config.take_rotary(self, self.base_model_type, source)
         return config
 
     @classmethod

@@ -109,7 +109,8 @@ def check_adapter_directory(directory: Path, config: DSLAConfig) -> None:
     found = _read_json(directory / "adapter_config.json")
     if found is None:
         return
-    prints = found.get("base_fingerprint") or {}
+    prints, sizes = found.get("base_fingerprint") or {}, found.get("base_dimensions") or {}
+    found = {"rotary_layout": "halves", "rotary_dim": sizes.get("head_dim"), **found}  # as all files of format 1
     same = (
         found.get("peft_type") == DSLA
         and found.get("base_model_type") == config.base_model_type
