@@ -4,8 +4,10 @@ Shape legend as in `dsla_kernels.reference`: B batch, T tokens, Hq query heads, 
 size, W window size, S sink tokens.
 """
 
+import functools
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -174,10 +176,11 @@ class DualStateAttention(nn.Module):
         whole_windows: bool = False,
         counts: bool = True,
     ) -> tuple[Tensor, DualState | None]:
-        """Attend, after `state` if one is given.
+        """Attend, after `state` if one is given. Autocast is off within: see `one_dtype` for what is computed in.
 
         Args:
-            q: `[B, T, Hq, K]`, k: `[B, T, Hkv, K]`, v: `[B, T, Hkv, V]`, as the base model rotated and normalised them.
+            q: `[B, T, Hq, K]`, k: `[B, T, Hkv, K]`, v: `[B, T, Hkv, V]`, as the base model rotated and normalised them. Their dtypes,
+                and those of the keys and values in `state`, may differ.
             padding_mask: `[B, T]`, True at real tokens; padding may lie anywhere and leaves no trace.
             padding_at_end: it lies behind all real tokens of each row: these then need not be moved together (without `state`, or with
                 `whole_windows`).
@@ -203,28 +206,41 @@ class DualStateAttention(nn.Module):
             )
         if state is not None and state.lengths.shape[0] != q.shape[0]:
             raise ValueError(f"the state holds {state.lengths.shape[0]} sequences, the input {q.shape[0]}")
+        dtype = q.dtype
+        state, q, k, v = one_dtype(state, q, k, v)
         q, k = self.in_halves(q), self.in_halves(k)
-        if state is not None and q.shape[1] == 1 and self._decodes_in_kernel(q, v):
-            return self._kernel_step(q, k, v, padding_mask, state if in_place else clone_state(state), softcap, sink_logits, counts)
-        if not self.window_size:
-            return self._pure(q, k, v, padding_mask, cu_seqlens, state, output_state)
-        if state is not None and q.shape[1] == 1:
-            o, new = self._window_step(q, k, v, padding_mask, state, softcap, sink_logits)
-            return o, new if counts else new._replace(lengths=state.lengths)
-        return self._window(
-            q, k, v, padding_mask, padding_at_end, shared, cu_seqlens, state, output_state, softcap, sink_logits, seen, whole_windows
-        )
+        with autocast_off(q):
+            if state is not None and q.shape[1] == 1 and self._decodes_in_kernel(q, k, v, state, sink_logits):
+                # A state that takes part in a gradient is not written over: what was computed from it needs it as it was.
+                written = state if in_place and not requires_gradient(*state) else clone_state(state)
+                o, new = self._kernel_step(q, k, v, padding_mask, written, softcap, sink_logits, counts)
+            elif not self.window_size:
+                o, new = self._pure(q, k, v, padding_mask, cu_seqlens, state, output_state)
+            elif state is not None and q.shape[1] == 1:
+                o, new = self._window_step(q, k, v, padding_mask, state, softcap, sink_logits)
+                new = new if counts else new._replace(lengths=state.lengths)
+            else:
+                o, new = self._window(
+                    q, k, v, padding_mask, padding_at_end, shared, cu_seqlens, state, output_state, softcap, sink_logits, seen, whole_windows
+                )
+        return o.to(dtype), new
 
-    @torch.no_grad()
     def fold(
         self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None, state: DualState | None = None, *, padding_at_end: bool = False
     ) -> DualState:
         """The state after tokens of which only keys and values are left: what `forward` would have returned, up to rounding.
 
         k `[B, T, Hkv, K]`, v `[B, T, Hkv, V]`, `padding_mask` `[B, T]`, `padding_at_end` as in `forward`; `state` of the tokens before
-        them, if any.
+        them, if any. Where k, v or `state` require a gradient it flows through the fold, to them and to the parameters of the gates;
+        otherwise no graph is kept. Autocast is off within, as in `forward`.
         """
+        state, k, v = one_dtype(state, k, v)
         k = self.in_halves(k)
+        gradient = torch.is_grad_enabled() and requires_gradient(k, v, *(state or ()))
+        with torch.set_grad_enabled(gradient), autocast_off(k):
+            return self._fold(k, v, padding_mask, state, padding_at_end)
+
+    def _fold(self, k, v, padding_mask, state, padding_at_end):
         recurrent = None if state is None else state.recurrent
         if not self.window_size:
             return self._state_without_window(self._final_state(k, v, padding_mask, recurrent), k, v, padding_mask, state)
@@ -367,9 +383,9 @@ class DualStateAttention(nn.Module):
 
     # --- one token --------------------------------------------------------------------------------------------------
 
-    def _decodes_in_kernel(self, q: Tensor, v: Tensor) -> bool:
+    def _decodes_in_kernel(self, q, k, v, state, sink_logits) -> bool:
         """Whether a kernel takes a token: where Triton runs, and no gradient is asked for."""
-        needs_gradient = torch.is_grad_enabled() and (q.requires_grad or v.requires_grad or self.mix_logits.requires_grad)
+        needs_gradient = torch.is_grad_enabled() and requires_gradient(q, k, v, *state, sink_logits, *self.parameters())
         return uses_triton(q, v) and not needs_gradient
 
     def _kernel_step(self, q, k, v, padding_mask, state, softcap, sink_logits, counts):
@@ -572,6 +588,39 @@ class DualStateAttention(nn.Module):
 def records_steps(x: Tensor) -> bool:
     """Whether what runs on `x` is recorded to run again, compiled or in a CUDA graph: the host then cannot look at values."""
     return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def autocast_off(x: Tensor) -> Any:
+    """A context in which operations on x's device keep the dtypes of their inputs."""
+    return torch.autocast(x.device.type, enabled=False) if autocast_dtype(x) is not None else nullcontext()
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast rounds to on x's device, or None where it is off."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
+def one_dtype(state: DualState | None, *tensors: Tensor) -> tuple[Any, ...]:
+    """State and tensors, with the keys and values that the state holds, in the widest dtype among them. Under autocast they differ: rotated
+    and normalised keys are fp32 over fp32 weights, values are what autocast rounds to. Of fp16 autocast the dtype is fp32 at least, also
+    where all come in fp16: states and decays pass its range."""
+    held = () if state is None else (state.window_k, state.window_v)
+    dtypes = {x.dtype for x in (*tensors, *held)}
+    if autocast_dtype(tensors[0]) == torch.float16:
+        dtypes.add(torch.float32)
+    if len(dtypes) == 1:
+        return state, *tensors
+    dtype = functools.reduce(torch.promote_types, dtypes)
+    if state is not None:
+        state = state._replace(window_k=state.window_k.to(dtype), window_v=state.window_v.to(dtype))
+    return state, *(x.to(dtype) for x in tensors)
+
+
+def requires_gradient(*tensors: Tensor | None) -> bool:
+    return any(x is not None and x.requires_grad for x in tensors)
 
 
 def clone_state(state: DualState) -> DualState:
