@@ -12,16 +12,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationMixin
 
 from .architectures import SHORT_WINDOW, SUPPORTED_BASES, fused_into, projection, sliding_window_of, why_unsupported
 from .before_layers import install_layout_hook, masks_with_padding, remove_layout_hook
+from .compat import align_module_device, dequantize_module_weight, needed_for
 from .configuration import PROJECTIONS, DSLAConfig, check_order, same_magnitude
 from .generation import generate_with_levels
 from .modeling import (
@@ -33,8 +32,7 @@ from .modeling import (
     layer_bytes,
     new_dual_state_attention,
 )
-from .sharding import whole
-from .tensor_parallel import MERGE_FIRST, check_heads, cut_adapter_core, cut_adapter_linear, cuts_heads, is_tensor_parallel
+from .tensor_parallel import FEATURE, MERGE_FIRST, check_heads, cuts_heads, is_tensor_parallel, whole
 
 
 class AdapterLinear(nn.Linear):
@@ -138,10 +136,14 @@ class DSLALayer(nn.Module, BaseTunerLayer):
             return
         self.configs[adapter_name] = config
         core = self.dsla_core[adapter_name] = new_dual_state_attention(self.base_layer, config)
-        cut_adapter_core(model, core)
         for name in config.trained_projections:
-            linear = getattr(self, f"dsla_{name}")[adapter_name] = _copy_linear(*projection(self.base_layer, name))
-            cut_adapter_linear(model, linear, f"{key}.{fused_into(self.base_layer, name)[0]}")
+            getattr(self, f"dsla_{name}")[adapter_name] = _copy_linear(*projection(self.base_layer, name))
+        if is_tensor_parallel(model):
+            with needed_for(FEATURE):
+                from .head_sharding import cut_adapter_core, cut_adapter_linear
+            cut_adapter_core(model, core)
+            for name in config.trained_projections:
+                cut_adapter_linear(model, getattr(self, f"dsla_{name}")[adapter_name], f"{key}.{fused_into(self.base_layer, name)[0]}")
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters or [adapter_name], inference_mode=inference_mode)
 

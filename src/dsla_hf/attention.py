@@ -221,7 +221,19 @@ class DualStateAttention(nn.Module):
                 new = new if counts else new._replace(lengths=state.lengths)
             else:
                 o, new = self._window(
-                    q, k, v, padding_mask, padding_at_end, shared, cu_seqlens, state, output_state, softcap, sink_logits, seen, whole_windows
+                    q,
+                    k,
+                    v,
+                    padding_mask,
+                    padding_at_end,
+                    shared,
+                    cu_seqlens,
+                    state,
+                    output_state,
+                    softcap,
+                    sink_logits,
+                    seen,
+                    whole_windows,
                 )
         return o.to(dtype), new
 

@@ -12,46 +12,41 @@ import functools
 from contextlib import contextmanager
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AttentionInterface,
     AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForMultipleChoice,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.initialization import guard_torch_init_functions
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .architectures import SUPPORTED_BASES
 from .attention import DualStateAttention
 from .before_layers import install_layout_hook, masks_with_padding
 from .cache import DSLACacheLayer, dsla_cache_layer
+from .compat import guard_torch_init_functions, needed_for
 from .configuration import DSLAConfig, check_order
 from .generation import generate_with_levels
 from .layout import TokenLayout, read_layout
 from .saving import push_saved, save_hybrid
-from .tensor_parallel import DSLA, HEADS, hybrid_plan
+from .tensor_parallel import DSLA, FEATURE, HEADS, asks_for_tensor_parallel, hybrid_plan
 
 ATTENTION_FUNCTION = "dsla"
 
+# By name: a release may lack one.
 OTHER_AUTO_CLASSES = (
-    AutoModel,
-    AutoModelForMaskedLM,
-    AutoModelForMultipleChoice,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
+    "AutoModel",
+    "AutoModelForMaskedLM",
+    "AutoModelForMultipleChoice",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
 )
 
 NO_CONTINUOUS_BATCHING = (
@@ -309,6 +304,14 @@ class DSLAHybridMixin:
         install_layout_hook(decoder_of(self))  # type: ignore[arg-type]
         self.post_init()  # type: ignore[attr-defined]
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; the style by which a `tp_plan` cuts DSLA's own weights is made known first."""
+        if asks_for_tensor_parallel(kwargs):
+            with needed_for(FEATURE):
+                from . import head_sharding  # noqa: F401
+        return super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+
     def initialize_weights(self) -> None:
         """As in transformers, whose decoders do not know DSLA's parameters: those missing from a checkpoint get their initial
         values, those loaded keep theirs."""
@@ -387,8 +390,11 @@ def hybrid_classes(base_model_type: str) -> tuple[type[PreTrainedConfig], type[P
     names = {"config_class": config_class, "base_model_class": base_model, "__module__": __name__}
     model_class: Any = type(f"DSLA{base_model.__name__}", (DSLAHybridMixin, base_model), names)
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
-    for auto_class in OTHER_AUTO_CLASSES:
-        names = {"config_class": config_class, "auto_class": auto_class.__name__, "__module__": __name__}
+    for name in OTHER_AUTO_CLASSES:
+        auto_class = getattr(transformers, name, None)
+        if auto_class is None:
+            continue
+        names = {"config_class": config_class, "auto_class": name, "__module__": __name__}
         auto_class.register(config_class, type(f"DSLA{base_config.__name__}Refused", (_Refused,), names), exist_ok=True)
     return config_class, model_class
 

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from huggingface_hub import HfApi
+import torch
 from peft import PeftModel
 
 from .cards import adapter_card, hybrid_card
+from .compat import needed_for
 from .configuration import DSLAConfig, same_magnitude
 from .peft_type import DSLA
 from .tensor_parallel import is_tensor_parallel, wait_for_first
@@ -46,7 +46,7 @@ def save_hybrid(model: Any, save: Callable[..., None], save_directory: Any, *arg
     _check_hybrid_directory(directory, model.config)
     push_to_hub = kwargs.pop("push_to_hub", False)
     model.config.auto_map = AUTO_MAP
-    if is_tensor_parallel(model) and dist.get_rank():  # hands its part to the first process, which writes
+    if is_tensor_parallel(model) and torch.distributed.get_rank():  # hands its part to the first process, which writes
         with tempfile.TemporaryDirectory() as unused:
             save(unused, *args, **kwargs)
         return wait_for_first(model)
@@ -84,6 +84,8 @@ def push_folder(
     create_pr: bool = False,
 ) -> Any:
     """Upload a folder, making the repository if there is none."""
+    with needed_for("an upload to the hub"):
+        from huggingface_hub import HfApi
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     message = commit_message or "Upload model"
