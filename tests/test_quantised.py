@@ -79,7 +79,7 @@ def test_a_new_adapter_starts_from_the_weights_that_the_base_stands_for(saved):
     weight = base.model.layers[0].self_attn.q_proj.weight.dequantize()
     model = get_peft_model(base, DSLAConfig(task_type="CAUSAL_LM", window_size=8))
     assert torch.equal(model.get_base_model().model.layers[0].self_attn.dsla_q_proj["default"].weight, weight)
-    assert model.peft_config["default"].base_fingerprint is None
+    assert model.peft_config["default"].base_fingerprint["quantised"]
     model.train()(IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if "dsla_" in name)
 

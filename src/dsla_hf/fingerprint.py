@@ -31,12 +31,14 @@ from .sharding import whole
 DIRECTIONS = 8
 FIGURES = struct.Struct(f"<{DIRECTIONS + 1}f")  # the projections, and the size that distances are relative to
 
-# Relative distances. Measured: rounding to bf16 0.0017, int8 0.005 to 0.02, fp8 0.026, 4 bits 0.09 to 0.2, 3 bits 0.25 to 0.35.
+# Relative distances. Measured: rounding to bf16 0.0017, int8 0.005 to 0.018, fp8 0.026, 4 bits 0.07 to 0.2, 3 bits 0.16 to 0.35.
 SAME = 1e-5
 SMALL = 0.05  # of a weight over all layers; above, an adapter is refused
 SMALL_ONCE = 0.1  # of one weight in one layer
-FOUR_BITS = 0.3
+EIGHT_BITS = 0.03
 ANOTHER = 0.7  # other checkpoints are at 1.4
+# How much farther than `_loss_of_few_bits` says a copy may be: nf4, whose steps differ, is up to 1.45 times as far as that.
+LOSS_MARGIN = 1.7
 
 # Mean magnitudes, which earlier releases recorded, of a bf16 copy of fp32 weights differ by less, those of another checkpoint by more.
 MAGNITUDE_TOLERANCE = 3e-4
@@ -51,10 +53,11 @@ def fingerprint_of(layers: dict[int, nn.Module], rounded_to: torch.dtype | None 
     are on the meta device or in a form that is not known here.
 
     `weights` names the parameters, `layers` holds their figures (see `FIGURES`) in this order, in base64; `dtype` is the narrowest that
-    holds the values; `quantised` says whether any is held so, `four_bits` whether any looks as if it came out of 4 bits or fewer.
+    holds the values; `quantised` says whether any is held so; `loss` is the distance from what they were before they came out of 5 bits
+    or fewer, 0 where they do not look so.
     """
     figures: dict[str, dict[str, list[float]]] = {}
-    dtypes, quantised, four_bits = set(), False, False
+    dtypes, quantised, loss = set(), False, 0.0
     for index, attention in layers.items():
         weights = figures[str(index)] = {}
         for name, weight, held in _weights(attention):
@@ -64,7 +67,7 @@ def fingerprint_of(layers: dict[int, nn.Module], rounded_to: torch.dtype | None 
             weights[name] = _figures(f"{index}.{name}", weight)
             if weight.dim() > 1:
                 dtypes.add(_narrowest_dtype(weight))
-                quantised, four_bits = quantised or held, four_bits or _few_values(weight)
+                quantised, loss = quantised or held, max(loss, _loss_of_few_bits(weight))
         if not all(f"{fused_into(attention, part)[0]}.weight" in weights for part in ("q_proj", "k_proj", "v_proj", "o_proj")):
             return None
     names = sorted({name for weights in figures.values() for name in weights})
@@ -75,7 +78,7 @@ def fingerprint_of(layers: dict[int, nn.Module], rounded_to: torch.dtype | None 
         "layers": {index: base64.b64encode(content).decode() for index, content in packed.items()},
         "dtype": str(max(dtypes, key=lambda dtype: torch.finfo(dtype).bits)).removeprefix("torch."),
         "quantised": quantised,
-        "four_bits": four_bits,
+        "loss": round(loss, 4),
     }
 
 
@@ -112,7 +115,7 @@ def _figures(name: str, weight: Tensor) -> list[float]:
     for start in range(0, matrix.shape[0], step):
         piece = matrix[start : start + step].to(device, torch.float64)
         sums += rows[start : start + step].T @ piece
-        square += piece.square().sum()
+        square += piece.flatten().dot(piece.flatten())
     size = math.sqrt(float(square) if weight.dim() == 2 else max(float(square), matrix.numel()))
     return [*(sums * columns.T).sum(1).tolist(), size]
 
@@ -126,12 +129,15 @@ def _narrowest_dtype(weight: Tensor) -> torch.dtype:
     return sample.dtype
 
 
-def _few_values(weight: Tensor) -> bool:
-    """Whether 32 neighbours in a row have 16 values or fewer, as those have that come out of 4 bits with a scale per group."""
-    columns = weight.shape[1] // 32 * 32
-    blocks = weight[:16, :columns].reshape(-1, 32)[:256].cpu()
-    few = [block.unique().numel() <= 16 for block in blocks]
-    return len(few) > 0 and sum(few) >= 0.9 * len(few)
+def _loss_of_few_bits(weight: Tensor) -> float:
+    """How far a weight that came out of 5 bits or fewer, with a scale per group, is from what it was: its values are as far apart as the
+    steps in which it was rounded. 0 if 32 neighbours in a row have more than 24 values, as almost all other weights have."""
+    blocks = weight[:16, : weight.shape[1] // 32 * 32].reshape(-1, 32)[:256].double()
+    gaps = blocks.sort(dim=-1).values.diff(dim=-1)
+    if len(blocks) == 0 or ((gaps > 0).sum(-1) < 24).double().mean() < 0.9:
+        return 0.0
+    steps = gaps.where(gaps > 0, torch.nan).nanmedian(-1).values.nan_to_num()
+    return float(steps.square().mean() / 12 / blocks.square().mean().clamp(min=1e-300)) ** 0.5
 
 
 # --- comparing two ----------------------------------------------------------------------------------------------
@@ -214,21 +220,21 @@ def check_base(recorded: dict[str, Any], layers: dict[int, nn.Module], base_name
     off = distance(recorded, found)
     if off.of_one <= SAME or _is_rounded(recorded, found, layers, off):
         return
-    quantised, four_bits = (recorded.get(name) or found[name] for name in ("quantised", "four_bits"))
-    if quantised and off.of_kind <= (FOUR_BITS if four_bits else SMALL):
+    loss = LOSS_MARGIN * max(recorded.get("loss", 0.0), found["loss"])
+    if (recorded.get("quantised") or found["quantised"]) and off.of_kind <= max(loss, EIGHT_BITS):
         return
     made_over = base_name or "see its model card"
-    if (quantised or four_bits) and off.of_kind <= FOUR_BITS:
-        which = "this base" if found["quantised"] or found["four_bits"] else "the base that this DSLA adapter was made over"
+    if SMALL < off.of_kind <= min(loss, ANOTHER):
+        this, other = "this base", f"the one that this DSLA adapter was made over ({made_over})"
+        copied, original = (this, other) if found["loss"] else (other, this)
         warnings.warn(
-            f"{which} looks like a copy in 4 bits, whose weights differ by what that loses: {off}. The adapter runs over either; it is "
-            f"best over what it was made over ({made_over})",
+            f"{copied} looks like a copy in a few bits of {original}, and differs by what that loses: {off}. The adapter runs over either",
             stacklevel=2,
         )
     elif off.of_kind <= SMALL and off.of_one <= SMALL_ONCE:
         warnings.warn(
             f"the base's attention differs a little from what this DSLA adapter was made over ({made_over}): {off}. A copy in 8 bits "
-            f"does, and a base tuned since: converted layers lose what was tuned in {_listed(own)}, of which the adapter has its own",
+            f"does, and a base tuned since{_lost(own)}",
             stacklevel=2,
         )
     else:
@@ -248,16 +254,15 @@ def _is_rounded(recorded: dict[str, Any], found: dict[str, Any], layers: dict[in
 
 
 def _refusal(what: str, base_name: str | None, own: tuple[str, ...] = ()) -> str:
-    lost = f" (converted layers then lose what was tuned in {_listed(own)}, of which the adapter has its own)" if own else ""
     return (
         f"this DSLA adapter was made for other weights of the same shape: {what}. Load the base it was made over "
-        f"({base_name or 'see its model card'}), or distil an adapter over this one; if the base was changed on purpose{lost}, remove "
-        "base_fingerprint from adapter_config.json"
+        f"({base_name or 'see its model card'}), or distil an adapter over this one; if the base was changed on purpose, remove "
+        f"base_fingerprint from adapter_config.json{_lost(own)}"
     )
 
 
-def _listed(own: tuple[str, ...]) -> str:
-    return ", ".join(own) or "no projection"
+def _lost(own: tuple[str, ...]) -> str:
+    return f": converted layers lose what was tuned in {', '.join(own)}, of which the adapter has its own" if own else ""
 
 
 def _percent(share: float) -> str:
