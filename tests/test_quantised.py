@@ -12,6 +12,7 @@ from transformers.quantizers import HfQuantizer
 
 from dsla_hf import DSLAConfig
 from dsla_hf.costs import costs_of
+from dsla_hf.distillation import DSLATrainer, DSLATrainingArguments
 from dsla_hf.graph import GraphDecoder, PlainRecording
 
 IDS = torch.tensor([[5, 17, 31, 44, 9, 60, 61, 62, 3, 8, 12, 77]])
@@ -192,11 +193,14 @@ def test_a_base_from_a_gguf_file_is_merged_and_saved(saved, tmp_path):
     """transformers dequantises it as it loads, and marks it nevertheless."""
     folder, exact = saved
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
-    marks = types.SimpleNamespace(quantization_config=types.SimpleNamespace(quant_method="gguf"))
+    marks = types.SimpleNamespace(quantization_config=types.SimpleNamespace(quant_method="gguf"), is_trainable=False)
     marks.remove_quantization_config = lambda model: HfQuantizer.remove_quantization_config(marks, model)
     base.hf_quantizer, base.is_quantized, base.quantization_method = marks, True, "gguf"
     base.config.quantization_config = {"quant_method": "gguf", "gguf_file": "model.gguf"}
-    hybrid = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload().eval()
+    model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
+    with pytest.raises(ValueError, match=r"quantised by gguf.*hf_quantizer\.remove_quantization_config\(base\) first"):
+        DSLATrainer(model, DSLATrainingArguments(output_dir=str(folder / "run"), report_to=[]))
+    hybrid = model.merge_and_unload().eval()
     hybrid.save_pretrained(folder / "from-gguf")
     assert "quantization_config" not in json.loads((folder / "from-gguf" / "config.json").read_text())
     with torch.no_grad():
