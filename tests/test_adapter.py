@@ -793,7 +793,7 @@ def test_fingerprint_can_be_removed_on_purpose(tiny_model, adapter_model, tmp_pa
     adapter_model(tiny_model("llama")).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     values = json.loads(path.read_text())
-    assert len(values["base_fingerprint"]) == 8
+    assert set(values["base_fingerprint"]["layers"]) == {"0", "1", "2", "3"}
     other = tiny_model("llama")
     with pytest.raises(ValueError, match="remove base_fingerprint"):
         PeftModel.from_pretrained(other, tmp_path)

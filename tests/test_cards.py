@@ -39,7 +39,7 @@ def table_of(card):
 
 @pytest.mark.parametrize("kind", ["adapter", "hybrid"])
 def test_first_line_of_code_imports_the_package(kind, config):
-    card = adapter_card(config) if kind == "adapter" else hybrid_card(ModelConfig(), config)
+    card = adapter_card(config) if kind == "adapter" else hybrid_card(config)
     lines = code_of(card).splitlines()
     assert lines[0].startswith("import dsla_hf")
     ast.parse(code_of(card))
@@ -55,10 +55,10 @@ def test_header_of_an_adapter(config):
 
 
 def test_header_of_a_hybrid(config):
-    data = ModelCard(hybrid_card(ModelConfig(), config)).data
+    data = ModelCard(hybrid_card(config)).data
     assert data.library_name == "transformers" and data.base_model == "someone/base-7b"
     config.base_model_name_or_path = None
-    assert ModelCard(hybrid_card(ModelConfig(), config)).data.base_model == "someone/other-name"
+    assert ModelCard(hybrid_card(config)).data.base_model == "a llama model"
 
 
 def test_adapter_card_tells_base_plan_level_and_usage(config):
@@ -92,7 +92,7 @@ def test_level_table_shows_what_was_measured(config):
 
 
 def test_hybrid_card_tells_layers_and_both_ways_to_load(config):
-    card = hybrid_card(ModelConfig(), config)
+    card = hybrid_card(config)
     assert "# Hybrid of someone/base-7b" in card
     assert "Layers 1, 3 are Dual-State" in card, "at level 2 of the plan 3, 1, 2"
     assert "trust_remote_code=True" in card and "Window size 8" in card and "llama base" in card

@@ -166,6 +166,13 @@ def test_hybrid_dict_round_trip():
     assert json.loads(json.dumps(written)) == written, "must be plain JSON"
 
 
+def test_hybrid_dict_names_the_base_where_that_has_a_name():
+    named = {**HYBRID, "base_model_name_or_path": "some/base"}
+    config = DSLAConfig.from_hybrid_dict(named)
+    assert config.base_model_name_or_path == "some/base" and config.to_hybrid_dict() == named
+    assert DSLAConfig.from_hybrid_dict(HYBRID).base_model_name_or_path is None, "as files of earlier releases"
+
+
 def test_hybrid_dict_holds_the_converted_layers_only_and_nothing_of_peft():
     config = DSLAConfig(conversion_order=[3, 1, 2], level=2, base_model_type="qwen3", modules_to_save=["lm_head"])
     hybrid = config.to_hybrid_dict()
@@ -200,6 +207,7 @@ def test_partial_hybrid_dict_is_refused(missing):
         ("write_gate", 1),
         ("rotary_layout", "thirds"),
         ("rotary_dim", 7),
+        ("base_model_name_or_path", 1),
     ],
 )
 def test_bad_entry_of_a_hybrid_dict_is_refused_with_the_file(entry, value):

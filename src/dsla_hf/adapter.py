@@ -20,8 +20,9 @@ from transformers import GenerationMixin
 
 from .architectures import SHORT_WINDOW, SUPPORTED_BASES, fused_into, projection, sliding_window_of, why_unsupported
 from .before_layers import install_layout_hook, masks_with_padding, remove_layout_hook
-from .compat import align_module_device, dequantize_module_weight, needed_for
-from .configuration import PROJECTIONS, DSLAConfig, check_order, same_magnitude
+from .compat import align_module_device, needed_for
+from .configuration import PROJECTIONS, DSLAConfig, check_order
+from .fingerprint import check_base, fingerprint_of
 from .generation import generate_with_levels
 from .modeling import (
     attention_config,
@@ -32,6 +33,8 @@ from .modeling import (
     layer_bytes,
     new_dual_state_attention,
 )
+from .quantised import dequantised, quantised_weight
+from .saving import name_model
 from .tensor_parallel import FEATURE, MERGE_FIRST, check_heads, cuts_heads, is_tensor_parallel, whole
 
 
@@ -287,6 +290,7 @@ class DSLAModel(BaseTuner):
                     f"target_modules {peft_config.target_modules} names no attention of layer {index}, whose modules are "
                     f"{[name for name, _ in layer.named_children()]}; leave target_modules out"
                 )
+            _check_readable(layer.self_attn, peft_config)
         base: Any = model.config
         if peft_config.base_model_type in (None, base.model_type):  # else the next line says that it is another base
             peft_config.take_rotary(base, base.model_type)
@@ -344,11 +348,7 @@ class DSLAModel(BaseTuner):
         if config is not None and config.level:
             if is_tensor_parallel(model):
                 raise ValueError(f"each process holds a part of base and adapter, which are merged whole: {MERGE_FIRST}")
-            if getattr(model, "hf_quantizer", None) is not None:
-                raise ValueError(
-                    "the base is quantised, and a hybrid is made of weights in full precision: load the base without "
-                    "quantization_config, merge and save; then load the hybrid with quantization_config"
-                )
+            _check_full_precision(model)
             hybrid_class = hybrid_classes(config.base_model_type or "")[1]
             if not issubclass(hybrid_class, type(model)):
                 raise ValueError(f"only a causal LM becomes a hybrid, not {type(model).__name__}: wrap AutoModelForCausalLM")
@@ -431,7 +431,7 @@ def _copy_linear(linear: nn.Linear, rows: slice) -> AdapterLinear:
     """A trainable copy of some rows, in full precision if the original is quantised; on the meta device if the original is there,
     or where PEFT makes empty weights (`low_cpu_mem_usage`)."""
     with align_module_device(linear):  # offloaded weights are brought in for as long as it takes
-        weight = dequantize_module_weight(linear)
+        weight: Any = dequantised(linear)
         device = "meta" if weight.device.type == "meta" else None
         size = len(range(*rows.indices(linear.out_features)))
         copy = AdapterLinear(linear.in_features, size, bias=linear.bias is not None, dtype=weight.dtype, device=device)
@@ -459,16 +459,48 @@ def _check_finite(model: nn.Module) -> None:
 def _become_hybrid(model: Any, hybrid_class: type, config: DSLAConfig) -> None:
     """Turn the base, whose converted layers are in place, into the hybrid class; the config object of the base stays as it was."""
     values = {name: value for name, value in model.config.to_dict().items() if name not in ("model_type", "architectures")}
-    hybrid_config = hybrid_class.config_class(**values, dsla_config=config.to_hybrid_dict())  # type: ignore[attr-defined]
+    values.pop("quantization_config", None)  # of a file whose weights were dequantised as they were loaded
+    dsla_config = config.to_hybrid_dict()
+    if model.config._name_or_path:
+        dsla_config.setdefault("base_model_name_or_path", model.config._name_or_path)
+    hybrid_config = hybrid_class.config_class(**values, dsla_config=dsla_config)  # type: ignore[attr-defined]
     hybrid_config._attn_implementation = model.config._attn_implementation
     hybrid_config._experts_implementation = getattr(model.config, "_experts_implementation", None)
-    hybrid_config._name_or_path = model.config._name_or_path
     base_config = model.config
     for module in model.modules():
         if getattr(module, "config", None) is base_config:
             module.config = hybrid_config
     model.__class__ = hybrid_class
     hybrid_config.architectures = [hybrid_class.__name__]
+    name_model(model, "")  # it lies nowhere yet: whoever loads by name would get the base
+    if (quantiser := getattr(model, "hf_quantizer", None)) is not None:
+        quantiser.remove_quantization_config(model)
+
+
+def _check_full_precision(model: Any) -> None:
+    """Refuse a merge over quantised weights: a hybrid is made of whole ones."""
+    quantiser = getattr(model, "hf_quantizer", None)
+    method = getattr(getattr(quantiser, "quantization_config", None), "quant_method", None)
+    name = quantised_weight(model)
+    name = name and name.replace(".base_layer", "")
+    if name is None and (quantiser is None or method == "gguf"):  # weights of a GGUF file that are not packed were dequantised
+        return
+    raise ValueError(
+        f"the base is quantised ({name or 'by quantization_config'}), and a hybrid is made of weights in full precision: load the base "
+        "without quantization_config, merge and save; then load the hybrid with quantization_config, or quantize_() it"
+    )
+
+
+def _check_readable(attention: Any, config: DSLAConfig) -> None:
+    """Refuse a base of whose weights no trained copy can be made."""
+    for name in config.trained_projections:
+        linear = projection(attention, name)[0]
+        if dequantised(linear) is None:
+            raise ValueError(
+                f"{name} of layer {attention.layer_idx} is a {type(linear).__name__}, whose weights DSLA cannot copy in full precision: "
+                "load the base without quantization_config (a GGUF file: with GgufConfig(dequantize=True)), or in 4 or 8 bits by "
+                "bitsandbytes or torchao"
+            )
 
 
 def _check_base(model: Any) -> None:
@@ -499,9 +531,10 @@ def _record_base(config: DSLAConfig, model: Any) -> None:
         "num_key_value_heads": getattr(base, "num_key_value_heads", None) or base.num_attention_heads,
         "head_dim": first.self_attn.head_dim,
     }
-    fingerprint = _fingerprint(config, model)
+    layers: Any = decoder_layers(model)
+    attention = {i: getattr(layers[i].self_attn, "base_layer", layers[i].self_attn) for i in config.conversion_order or ()}
     if config.base_model_type is None:
-        config.base_model_type, config.base_dimensions, config.base_fingerprint = base.model_type, dimensions, fingerprint
+        config.base_model_type, config.base_dimensions, config.base_fingerprint = base.model_type, dimensions, fingerprint_of(attention)
         return
     for what, recorded, found in (
         ("model type", config.base_model_type, base.model_type),
@@ -512,31 +545,8 @@ def _record_base(config: DSLAConfig, model: Any) -> None:
                 f"this DSLA adapter was made for another base model: its {what} {recorded}, this model's {found} "
                 "(a DSLAConfig belongs to one base: make a new one for another)"
             )
-    recorded_prints = config.base_fingerprint or {}
-    for name, found_print in (fingerprint or {}).items():
-        recorded_print = recorded_prints.get(name, found_print)
-        if not same_magnitude(recorded_print, found_print):
-            raise ValueError(
-                f"this DSLA adapter was made for other weights of the same shape: mean |{name}| was {recorded_print:.6g} and is "
-                f"{found_print:.6g} here. Load the base it was trained on ({config.base_model_name_or_path or 'see its model card'}); "
-                "if the base was changed on purpose, remove base_fingerprint from adapter_config.json"
-            )
-
-
-def _fingerprint(config: DSLAConfig, model: nn.Module) -> dict[str, float] | None:
-    """Mean magnitude of the key and value weights of the planned layers; None where weights are not real or quantised."""
-    if getattr(model, "hf_quantizer", None) is not None:
-        return None
-    prints = {}
-    for index in config.conversion_order or ():
-        layer: Any = decoder_layers(model)[index]
-        for name in ("k_proj", "v_proj"):
-            linear, rows = projection(layer.self_attn, name)
-            weight = getattr(linear, "weight", None)
-            if weight is None or not weight.is_floating_point() or weight.device.type == "meta":
-                return None
-            prints[f"layers.{index}.{name}"] = float(f"{whole(weight.detach())[rows].float().abs().mean().item():.8g}")
-    return prints
+    if config.base_fingerprint:
+        check_base(config.base_fingerprint, attention, config.base_model_name_or_path, config.trained_projections)
 
 
 def _guard_level(decoder: nn.Module, args: Any, output: Any) -> None:

@@ -67,9 +67,9 @@ def adapter_card(config: DSLAConfig, model_config: Any = None) -> str:
     )
 
 
-def hybrid_card(model_config: Any, config: DSLAConfig) -> str:
+def hybrid_card(config: DSLAConfig) -> str:
     """The README.md of a hybrid's directory."""
-    base = _base(config, model_config)
+    base = _base(config)  # not the model's own name, which is the hybrid's
     return _HEADER.format(library="transformers", base=base) + _HYBRID.format(
         base=base,
         layers=", ".join(map(str, sorted(config.converted_layers))),
@@ -79,7 +79,7 @@ def hybrid_card(model_config: Any, config: DSLAConfig) -> str:
     )
 
 
-def _base(config: DSLAConfig, model_config: Any) -> str:
+def _base(config: DSLAConfig, model_config: Any = None) -> str:
     return config.base_model_name_or_path or getattr(model_config, "_name_or_path", "") or f"a {config.base_model_type} model"
 
 

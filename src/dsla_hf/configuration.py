@@ -17,8 +17,6 @@ from .peft_type import DSLA
 
 FORMAT_VERSION = 2
 
-# Mean magnitudes of a bf16 copy of fp32 weights differ by less, those of another checkpoint by more.
-FINGERPRINT_TOLERANCE = 3e-4
 # Which release of this package reads which format, for the message of an older release that meets a newer file.
 FIRST_RELEASE_OF_FORMAT = {1: "0.1", 2: "0.1"}
 
@@ -97,8 +95,8 @@ class DSLAConfig(PeftConfig):
     )
     base_model_type: str | None = field(default=None, metadata={"help": "`model_type` of the base (written by the library)."})
     base_dimensions: dict[str, int] | None = field(default=None, metadata={"help": "Sizes of the base (written by the library)."})
-    base_fingerprint: dict[str, float] | None = field(
-        default=None, metadata={"help": "Magnitudes of the base's key and value weights (written by the library)."}
+    base_fingerprint: dict[str, Any] | None = field(
+        default=None, repr=False, metadata={"help": "Random projections of the base's attention weights (written by the library)."}
     )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the file format."})
 
@@ -181,11 +179,14 @@ class DSLAConfig(PeftConfig):
         self.format_version = FORMAT_VERSION
 
     def to_hybrid_dict(self) -> dict[str, Any]:
-        """The plain dict that a hybrid checkpoint stores as `config.dsla_config`: mathematics, converted layers, no PEFT fields."""
+        """The plain dict that a hybrid checkpoint stores as `config.dsla_config`: mathematics, converted layers, the base's name if
+        it has one, no further PEFT fields."""
         mathematics = self.mathematics() | {"half_lives": [list(pair) for pair in self.half_lives]}
+        name = {"base_model_name_or_path": self.base_model_name_or_path} if self.base_model_name_or_path else {}
         return {
             "format_version": self.format_version,
             "base_model_type": self.base_model_type,
+            **name,
             "converted_layers": list(self.converted_layers),
             **mathematics,
         }
@@ -207,12 +208,16 @@ class DSLAConfig(PeftConfig):
                 f"give all of {sorted(expected)}, or leave it out"
             )
         check_format_version(hybrid["format_version"], source)
-        if unknown := sorted(hybrid.keys() - known):
+        if unknown := sorted(hybrid.keys() - known - {"base_model_name_or_path"}):
             raise ValueError(f"{source}: 'dsla_config' has unknown entries {unknown}; known are {sorted(known)}")
+        name = hybrid.get("base_model_name_or_path")
+        if not isinstance(name, str | None):
+            raise ValueError(f"{source}: 'dsla_config' must name the base by text, got base_model_name_or_path {name!r}")
         try:
             return cls(
                 conversion_order=check_order(hybrid["converted_layers"], name="converted_layers"),
                 base_model_type=hybrid["base_model_type"],
+                base_model_name_or_path=name,
                 format_version=hybrid["format_version"],
                 **{name: hybrid[name] for name in MATHEMATICS if name in hybrid},
             )
@@ -339,8 +344,3 @@ def check_format_version(version: Any, source: str = "adapter_config.json") -> N
             f"{source}: written in format {version}, this release of dsla-hf reads up to {FORMAT_VERSION}; "
             f"install a release {release} or newer"
         )
-
-
-def same_magnitude(recorded: float, found: float) -> bool:
-    """Whether two entries of `base_fingerprint` can be of the same weights."""
-    return abs(recorded - found) <= FINGERPRINT_TOLERANCE * abs(recorded)

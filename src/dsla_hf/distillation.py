@@ -180,6 +180,13 @@ class DSLATrainer(Trainer):
                 "training under tensor parallelism is not supported: load the base without tp_plan, and train with FSDP2 "
                 "(examples/configs/fsdp2.yaml) if it does not fit on one device"
             )
+        quantiser = getattr(model.get_base_model(), "hf_quantizer", None)
+        if quantiser is not None and not quantiser.is_trainable:
+            method = quantiser.quantization_config.quant_method
+            raise ValueError(
+                f"transformers trains nothing over a base that it marks as quantised by {getattr(method, 'value', method)}; if the weights "
+                "are dequantised, as those from a GGUF file are, call base.hf_quantizer.remove_quantization_config(base) first"
+            )
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
