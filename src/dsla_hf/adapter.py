@@ -94,6 +94,10 @@ class DSLALayer(nn.Module, BaseTunerLayer):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_view": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._prepare_view()
+
     @property
     def adapter_name(self) -> str | None:
         """The active adapter, if this layer has weights of it."""
@@ -132,6 +136,11 @@ class DSLALayer(nn.Module, BaseTunerLayer):
         view.training = self.training
         return view
 
+    def _prepare_view(self) -> None:
+        """Build the DSLA attention before a forward needs it: compiled code cannot, and would break its graph in every layer."""
+        if self.adapter_name is not None:
+            self.dsla_attention()
+
     def update_layer(self, adapter_name: str, config: DSLAConfig, inference_mode: bool = False, model: Any = None, key: str = "") -> None:
         """Add the weights of an adapter: projections copied from the base, the rest new. Both are cut as the model is in which this
         layer has the name `key`."""
@@ -152,6 +161,7 @@ class DSLALayer(nn.Module, BaseTunerLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode or self.frozen)
+        self._prepare_view()
 
     def enable_adapters(self, enabled: bool) -> None:
         # PEFT's own also resets requires_grad, which would thaw frozen layers after one pass of the teacher.
@@ -254,8 +264,7 @@ class DSLAModel(BaseTuner):
             layer.set_adapter(layer.active_adapters)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, with a cache that fits assisted decoding and prompt lookup, and with `level_policy`: a policy, its name
-        such as "prompt-length", a level, or a `LevelProcessor`."""
+        """As in transformers, and with `level_policy`: a policy, its name such as "prompt-length", a level, or a `LevelProcessor`."""
         return generate_with_levels(self.model.generate, self.model, self, args, kwargs)
 
     def level_sizes(self) -> dict[str, int]:
