@@ -23,6 +23,9 @@ FIRST_RELEASE_OF_FORMAT = {1: "0.1"}
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
+# Tasks for which PEFT trains no head beside the adapter.
+HEADLESS = ("CAUSAL_LM", "FEATURE_EXTRACTION")
+
 # What the mathematics of a converted layer depends on: stored in hybrids, equal in adapter and hybrid.
 MATHEMATICS = ("window_size", "sink_tokens", "gate_rank", "gate_normalizer", "gate_lower_bound", "half_lives", "write_gate")
 
@@ -112,6 +115,27 @@ class DSLAConfig(PeftConfig):
         self.level = self.check_level(self.level)
         if self.level_metrics is not None:
             self.level_metrics = {str(level): metrics for level, metrics in self.level_metrics.items()}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """As in PEFT, which keeps what is stored; `level`, a number of layers or a share of the model's layers such as "50%", and
+        `task_type` take the place of it.
+
+        Raises:
+            ValueError: if the plan has no such level, or for another field of DSLA, whose stored value the weights go with.
+        """
+        given = {name: kwargs.pop(name) for name in ("task_type", *cls.__annotations__) if name in kwargs}
+        level, task = given.pop("level", None), given.pop("task_type", None)
+        if given:
+            raise ValueError(f"{', '.join(given)} of a saved DSLA adapter cannot be changed when it is loaded: leave out all but level")
+        config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if level is not None and isinstance(config, DSLAConfig):
+            plan = len(config.conversion_order or ())
+            config.level = resolve_level(level, config, (config.base_dimensions or {}).get("num_hidden_layers", plan))
+        if task not in (None, config.task_type, *HEADLESS):
+            raise ValueError(f"task_type={task!r}: {pretrained_model_name_or_path} holds no head for it; give one of {HEADLESS}")
+        config.task_type = task or config.task_type
+        return config
 
     @property
     def layers_to_transform(self) -> list[int] | None:
