@@ -198,6 +198,17 @@ class DSLAModel(BaseTuner):
     tuner_layer_cls = DSLALayer
     target_module_mapping: dict[str, list[str]] = {}
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
+        shared = getattr(model, "peft_config", None)  # PEFT writes into it before anything is checked
+        before = dict(shared or {})
+        try:
+            super().__init__(model, *args, **kwargs)
+        except Exception:
+            if shared is not None:
+                shared.clear()
+                shared.update(before)
+            raise
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.model(*args, **kwargs)
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -302,20 +313,17 @@ class DSLAModel(BaseTuner):
         config = self.peft_config[adapter_name]
         known = next((layer.configs[adapter_name] for layer in dsla_layers(model).values() if adapter_name in layer.configs), None)
         if known is None:
-            # A copy: level, plan and what is recorded of the base belong to this model, whatever else the config is given to.
-            self.peft_config[adapter_name] = copy.deepcopy(config)
+            # A copy: level, plan and what is recorded of the base belong to this model, whatever else the config is given to. PEFT
+            # promises that a loaded adapter has the very config that it is loaded with, so the first model keeps that.
+            if not config.inference_mode or config.taken:
+                config = self.peft_config[adapter_name] = copy.deepcopy(config)
+            config.taken = True
         elif known is not config:
-            self.peft_config[adapter_name] = known
             raise ValueError(
                 f"the model has a DSLA adapter {adapter_name!r} already: set_level() changes its level, another adapter_name adds a second "
                 "one, unload() takes it off"
             )
-        try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except Exception:
-            if known is None:  # transformers' models share the dict
-                self.peft_config.pop(adapter_name, None)
-            raise
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
         decoder: Any = decoder_of(self.model)
         install_layout_hook(decoder)
         if not hasattr(decoder, "_dsla_level_guard"):
@@ -355,7 +363,13 @@ class DSLAModel(BaseTuner):
             names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
             if unknown := sorted(set(names) - set(self.peft_config)):
                 raise ValueError(f"adapter_names: there are no adapters {unknown}, only {sorted(self.peft_config)}")
+            active: Any = self.active_adapters[0]
             self.set_adapter(names)
+            try:
+                return self._unload_and_optionally_merge(merge, progressbar, safe_merge)
+            except Exception:
+                self.set_adapter(active, inference_mode=self.peft_config[active].inference_mode)
+                raise
         config = active_config(model) if merge else None
         if merge and safe_merge:
             _check_finite(model)

@@ -34,7 +34,8 @@ MATHEMATICS = ("window_size", "sink_tokens", "gate_rank", "gate_normalizer", "ga
 class DSLAConfig(PeftConfig):
     """Configuration of a Dual-State Linear Attention conversion.
 
-    `DSLAConfig(conversion_order=[3, 1, 2], level=2)` has weights for layers 3, 1 and 2, and runs layers 3 and 1 as DSLA.
+    `DSLAConfig(conversion_order=[3, 1, 2], level=2)` has weights for layers 3, 1 and 2, and runs layers 3 and 1 as DSLA. A model takes
+    a copy of it, `model.peft_config["default"]`: one config may be given to several models.
 
     Raises:
         ValueError: names the field whose value does not fit, before a model is touched.
@@ -94,6 +95,8 @@ class DSLAConfig(PeftConfig):
         default=None, metadata={"help": "Magnitudes of the base's key and value weights (written by the library)."}
     )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the file format."})
+
+    taken = False  # no field: whether a model has this very object
 
     def __post_init__(self) -> None:
         super().__post_init__()
