@@ -384,7 +384,10 @@ class DSLAModel(BaseTuner):
                 )
             hybrid_class = hybrid_classes(config.base_model_type or "")[1]
             if not issubclass(hybrid_class, type(model)):
-                raise ValueError(f"only a causal LM becomes a hybrid, not {type(model).__name__}: wrap AutoModelForCausalLM")
+                raise ValueError(
+                    f"only a causal LM becomes a hybrid, not {type(model).__name__}: load the adapter over AutoModelForCausalLM, "
+                    "and merge that"
+                )
         decoder: Any = decoder_of(model)
         super()._unload_and_optionally_merge(merge, progressbar=progressbar, safe_merge=safe_merge)
         decoder._dsla_level_guard.remove()
