@@ -47,6 +47,23 @@ def test_first_line_of_code_imports_the_package(kind, config):
     assert not re.search(r"[{}]", card.replace(code_of(card), "")), "a placeholder was left"
 
 
+@pytest.mark.parametrize("kind", ["adapter", "hybrid"])
+def test_first_line_of_text_says_that_the_package_is_needed(kind, config):
+    text = ModelCard(adapter_card(config) if kind == "adapter" else hybrid_card(ModelConfig(), config)).text.strip()
+    first = text.split("\n\n")[0]
+    assert text.splitlines()[0].startswith("Needs the package: `pip install dsla-hf`, and `import dsla_hf`")
+    assert ("KeyError: 'DSLA'" if kind == "adapter" else "LlamaForCausalLM") in first
+
+
+@pytest.mark.parametrize(
+    "task, auto_class, tag", [("FEATURE_EXTRACTION", "AutoModel", "feature-extraction"), (None, "AutoModelForCausalLM", "text-generation")]
+)
+def test_card_of_an_adapter_names_the_class_of_its_task(config, task, auto_class, tag):
+    config.task_type = task
+    card = adapter_card(config)
+    assert f"model = {auto_class}.from_pretrained(" in code_of(card) and ModelCard(card).data.pipeline_tag == tag
+
+
 def test_header_of_an_adapter(config):
     data = ModelCard(adapter_card(config)).data
     assert data.base_model == "someone/base-7b"

@@ -155,6 +155,31 @@ def test_adapter_config_json_of_a_newer_release_says_which_release_reads_it(tmp_
             PeftConfig.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("level, expected", [(0, 0), ("3", 3), ("50%", 4), (None, 2)])
+def test_level_given_at_loading_takes_the_place_of_the_stored_one(level, expected, tmp_path):
+    stored = DSLAConfig(conversion_order=[3, 1, 2, 0, 5], level=2, base_dimensions={"num_hidden_layers": 8}, task_type="CAUSAL_LM")
+    stored.save_pretrained(tmp_path)
+    assert DSLAConfig.from_pretrained(tmp_path, level=level).level == expected
+    with pytest.raises(ValueError, match=r"level 100%, 8 of 8 layers, is above the plan"):
+        DSLAConfig.from_pretrained(tmp_path, level="100%")
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"window_size": 64, "level": 1}, "window_size of a saved DSLA adapter cannot be changed"),
+        ({"conversion_order": [1]}, "conversion_order of a saved DSLA adapter cannot be changed"),
+        ({"task_type": "SEQ_CLS"}, "holds no head for it"),
+        ({"level": True}, "level must be a whole number"),
+    ],
+)
+def test_what_cannot_be_given_at_loading_is_refused(given, message, tmp_path):
+    DSLAConfig(conversion_order=[3, 1, 2]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        DSLAConfig.from_pretrained(tmp_path, **given)
+    assert DSLAConfig.from_pretrained(tmp_path, task_type="FEATURE_EXTRACTION").task_type == "FEATURE_EXTRACTION"
+
+
 def test_hybrid_dict_round_trip():
     config = DSLAConfig.from_hybrid_dict(HYBRID)
     assert config.conversion_order == config.converted_layers == [3, 1]

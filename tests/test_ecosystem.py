@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from huggingface_hub import HfApi, RepoUrl
-from peft import PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -209,6 +209,31 @@ def test_other_auto_classes_refuse_in_one_line(hybrid_directory, auto_class):
         auto_class.from_pretrained(hybrid_directory[0])
     with pytest.raises(ValueError, match=message):
         auto_class.from_config(hybrid_directory[1].config)
+
+
+@pytest.mark.parametrize("kind, targets", [("llama", ["q_proj", "k_proj", "v_proj", "o_proj"]), ("phi3", "all-linear")])
+def test_lora_over_a_hybrid(tiny_model, adapter_model, tmp_path, kind, targets):
+    adapter_model(tiny_model(kind), level=2).merge_and_unload().save_pretrained(tmp_path / "hybrid")
+    hybrid = AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid").eval()
+    plain = hybrid(IDS).logits
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=targets, init_lora_weights=False)
+    model = get_peft_model(hybrid, config).eval()
+    assert {name.split("layers.")[1][0] for name, _ in model.named_parameters() if "proj.lora_A" in name} == {"0", "1", "2", "3"}
+    with torch.no_grad():
+        tuned = model(IDS).logits
+        assert (tuned - plain).abs().max() > 0.1
+        with model.disable_adapter():
+            assert torch.equal(model(IDS).logits, plain), "DSLA stays on"
+        past = model(IDS[:, :40], use_cache=True).past_key_values
+        torch.testing.assert_close(model(IDS[:, 40:], past_key_values=past).logits, tuned[:, 40:], atol=1e-4, rtol=1e-4)
+        model.save_pretrained(tmp_path / "lora")
+        loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora").eval()
+        assert torch.equal(loaded(IDS).logits, tuned)
+        merged = loaded.merge_and_unload()
+        assert type(merged) is type(hybrid) and merged.config.get_dsla_config().converted_layers == [2, 0]
+        torch.testing.assert_close(merged(IDS).logits, tuned, atol=1e-4, rtol=1e-4)
+    model.train()(IDS, labels=IDS).loss.backward()
+    assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
 def test_offloaded_cache_needs_a_gpu_and_dsla_layers_stay_resident(tiny_model, adapter_model):

@@ -7,11 +7,13 @@ so no weight has two names. Which layers are DSLA is read from the config at eve
 
 from __future__ import annotations
 
+import copy
 import functools
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 from torch import Tensor, nn
@@ -126,7 +128,7 @@ class DSLALayer(nn.Module, BaseTunerLayer):
             raise RuntimeError(f"the active adapter {self.active_adapters} has no weights for layer {self.layer_idx}")
         own = {part: getattr(self, f"dsla_{part}")[name] for part in self.configs[name].trained_projections}
         made_of = (name, self.dsla_core[name], dict(self.base_layer._modules), own)
-        # Rebuilt when a module was replaced, e.g. by quantisation or by a LoRA on the base.
+        # Rebuilt when a module was replaced, e.g. by quantisation.
         if self._view is None or self._view[0] != made_of:
             modules = {**self.base_layer._modules, "dsla": self.dsla_core[name], **_own_projections(self.base_layer, own)}
             view: Any = _new_view(self.base_layer, modules)
@@ -207,11 +209,28 @@ class DSLALayer(nn.Module, BaseTunerLayer):
 
 
 class DSLAModel(BaseTuner):
-    """Wraps a causal LM of transformers; made by `get_peft_model(model, DSLAConfig(...))`."""
+    """Wraps a model of transformers, such as a causal LM or its bare decoder; made by `get_peft_model(model, DSLAConfig(...))`."""
 
     prefix = "dsla_"
     tuner_layer_cls = DSLALayer
     target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
+        shared = getattr(model, "peft_config", None)  # PEFT writes into it before anything is checked
+        before = dict(shared or {})
+        try:
+            super().__init__(model, *args, **kwargs)
+        except Exception:
+            if shared is not None:
+                shared.clear()
+                shared.update(before)
+            raise
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.model(*args, **kwargs)
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            _guard_training(self.model, output)
+        return output
 
     # --- levels -------------------------------------------------------------------------------------------------
 
@@ -277,6 +296,11 @@ class DSLAModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: DSLAConfig, model_config: dict) -> DSLAConfig:
         return peft_config
 
+    @staticmethod
+    def _check_target_module_exists(peft_config: DSLAConfig, key: str) -> Any:
+        # PEFT finds the number of a layer only in names that have something before "layers", which a bare decoder's lack.
+        return BaseTuner._check_target_module_exists(peft_config, f".{key}")
+
     def _prepare_model(self, peft_config: DSLAConfig, model: nn.Module) -> None:
         """Checks before anything is changed; records the base in the config, or compares it with what is recorded."""
         _check_base(model)
@@ -306,6 +330,19 @@ class DSLAModel(BaseTuner):
         _record_base(peft_config, model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = self.peft_config[adapter_name]
+        known = next((layer.configs[adapter_name] for layer in dsla_layers(model).values() if adapter_name in layer.configs), None)
+        if known is None:
+            # A copy: level, plan and what is recorded of the base belong to this model, whatever else the config is given to. PEFT
+            # promises that a loaded adapter has the very config that it is loaded with, so the first model keeps that.
+            if not config.inference_mode or config.taken:
+                config = self.peft_config[adapter_name] = copy.deepcopy(config)
+            config.taken = True
+        elif known is not config:
+            raise ValueError(
+                f"the model has a DSLA adapter {adapter_name!r} already: set_level() changes its level, another adapter_name adds a second "
+                "one, unload() takes it off"
+            )
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         decoder: Any = decoder_of(self.model)
         install_layout_hook(decoder)
@@ -349,7 +386,13 @@ class DSLAModel(BaseTuner):
             names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
             if unknown := sorted(set(names) - set(self.peft_config)):
                 raise ValueError(f"adapter_names: there are no adapters {unknown}, only {sorted(self.peft_config)}")
+            active: Any = self.active_adapters[0]
             self.set_adapter(names)
+            try:
+                return self._unload_and_optionally_merge(merge, progressbar, safe_merge)
+            except Exception:
+                self.set_adapter(active, inference_mode=self.peft_config[active].inference_mode)
+                raise
         config = active_config(model) if merge else None
         if merge and safe_merge:
             _check_finite(model)
@@ -360,7 +403,10 @@ class DSLAModel(BaseTuner):
             _check_full_precision(model)
             hybrid_class = hybrid_classes(config.base_model_type or "")[1]
             if not issubclass(hybrid_class, type(model)):
-                raise ValueError(f"only a causal LM becomes a hybrid, not {type(model).__name__}: wrap AutoModelForCausalLM")
+                raise ValueError(
+                    f"only a causal LM becomes a hybrid, not {type(model).__name__}: load the adapter over AutoModelForCausalLM, "
+                    "and merge that"
+                )
         decoder: Any = decoder_of(model)
         super()._unload_and_optionally_merge(merge, progressbar=progressbar, safe_merge=safe_merge)
         decoder._dsla_level_guard.remove()
@@ -513,6 +559,11 @@ def _check_readable(attention: Any, config: DSLAConfig) -> None:
 
 
 def _check_base(model: Any) -> None:
+    if isinstance(model, (PeftModel, PeftMixedModel)):
+        raise ValueError(
+            f"this is a {type(model).__name__} already: a second DSLA adapter is added by model.add_adapter(name, DSLAConfig(...)); one of "
+            "another PEFT method must be merged first, with merge_and_unload(), or taken off"
+        )
     if getattr(getattr(model, "config", None), "model_type", None) not in SUPPORTED_BASES:
         raise ValueError(why_unsupported(getattr(model, "config", None)))
     if "disk" in getattr(model, "hf_device_map", {}).values():
@@ -556,6 +607,30 @@ def _record_base(config: DSLAConfig, model: Any) -> None:
             )
     if config.base_fingerprint:
         check_base(config.base_fingerprint, attention, config.base_model_name_or_path, config.trained_projections)
+
+
+def _guard_training(model: nn.Module, output: Any) -> None:
+    """Refuse the backward pass from a loss that no trained weight has a part in: with the weights of layers that are not DSLA now alone,
+    PyTorch's error names no cause, and checkpointed activations hide even that."""
+    loss = getattr(output, "loss", None)
+    layers = dsla_layers(model)
+    if not isinstance(loss, Tensor) or any(layer.disable_adapters for layer in layers.values()):
+        return
+    idle = [layer for layer in layers.values() if not layer.converted]
+    unused = {id(p) for layer in idle for part in layer.adapter_layer_names for p in getattr(layer, part).parameters()}
+    trained = [id(p) for p in model.parameters() if p.requires_grad]
+    if not trained or not unused.issuperset(trained):
+        return
+    level, plan = get_level(model), active_config(model).conversion_order
+
+    def refuse(grad: Tensor) -> None:
+        raise RuntimeError(
+            f"nothing can be trained at level {level}: the weights that are trained belong to layers that are not DSLA now (the plan is "
+            f"{plan}). Call set_level() before training, or use DSLATrainer, which draws a level for every step"
+        )
+
+    output.loss = loss if loss.requires_grad else loss.detach().requires_grad_().clone()
+    output.loss.register_hook(refuse)
 
 
 def _guard_level(decoder: nn.Module, args: Any, output: Any) -> None:

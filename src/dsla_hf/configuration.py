@@ -24,6 +24,9 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 # Which channels share a decay. Files of format 1 do not say: their layers paired all channels as (i, i + K/2).
 ROTARY = ("rotary_layout", "rotary_dim")
+# Tasks for which PEFT trains no head beside the adapter.
+HEADLESS = ("CAUSAL_LM", "FEATURE_EXTRACTION")
+
 # What the mathematics of a converted layer depends on: stored in hybrids, equal in adapter and hybrid.
 MATHEMATICS = ("window_size", "sink_tokens", "gate_rank", "gate_normalizer", "gate_lower_bound", "half_lives", "write_gate", *ROTARY)
 
@@ -32,7 +35,8 @@ MATHEMATICS = ("window_size", "sink_tokens", "gate_rank", "gate_normalizer", "ga
 class DSLAConfig(PeftConfig):
     """Configuration of a Dual-State Linear Attention conversion.
 
-    `DSLAConfig(conversion_order=[3, 1, 2], level=2)` has weights for layers 3, 1 and 2, and runs layers 3 and 1 as DSLA.
+    `DSLAConfig(conversion_order=[3, 1, 2], level=2)` has weights for layers 3, 1 and 2, and runs layers 3 and 1 as DSLA. A model takes
+    a copy of it, `model.peft_config["default"]`: one config may be given to several models.
 
     Raises:
         ValueError: names the field whose value does not fit, before a model is touched.
@@ -100,6 +104,8 @@ class DSLAConfig(PeftConfig):
     )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the file format."})
 
+    taken = False  # no field: whether a model has this very object
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = DSLA
@@ -120,6 +126,27 @@ class DSLAConfig(PeftConfig):
         self.level = self.check_level(self.level)
         if self.level_metrics is not None:
             self.level_metrics = {str(level): metrics for level, metrics in self.level_metrics.items()}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """As in PEFT, which keeps what is stored; `level`, a number of layers or a share of the model's layers such as "50%", and
+        `task_type` take the place of it.
+
+        Raises:
+            ValueError: if the plan has no such level, or for another field of DSLA, whose stored value the weights go with.
+        """
+        given = {name: kwargs.pop(name) for name in ("task_type", *cls.__annotations__) if name in kwargs}
+        level, task = given.pop("level", None), given.pop("task_type", None)
+        if given:
+            raise ValueError(f"{', '.join(given)} of a saved DSLA adapter cannot be changed when it is loaded: leave out all but level")
+        config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if level is not None and isinstance(config, DSLAConfig):
+            plan = len(config.conversion_order or ())
+            config.level = resolve_level(level, config, (config.base_dimensions or {}).get("num_hidden_layers", plan))
+        if task not in (None, config.task_type, *HEADLESS):
+            raise ValueError(f"task_type={task!r}: {pretrained_model_name_or_path} holds no head for it; give one of {HEADLESS}")
+        config.task_type = task or config.task_type
+        return config
 
     @property
     def layers_to_transform(self) -> list[int] | None:

@@ -175,6 +175,8 @@ class DSLATrainer(Trainer):
     def __init__(self, model: PeftModel, args: DSLATrainingArguments, **kwargs: Any):
         if not isinstance(getattr(model, "base_model", None), DSLAModel):
             raise ValueError("DSLATrainer trains a DSLA adapter: give it get_peft_model(model, DSLAConfig(...))")
+        if args.stage == "logits":
+            _check_logits(model)
         if is_tensor_parallel(model):
             raise ValueError(
                 "training under tensor parallelism is not supported: load the base without tp_plan, and train with FSDP2 "
@@ -585,6 +587,8 @@ def distill(
     tuner: Any = model.base_model
     output = Path(args.output_dir)
     levels = len(active_config(model).conversion_order or ())
+    if logits_steps:
+        _check_logits(model)
     if method == "chain" and 0 < logits_steps < levels:
         raise ValueError(f"a chain over {levels} layers needs {levels} steps or more, got logits_steps {logits_steps}")
     folders = [path for stage in STAGES for path in (output / stage, *sorted(output.glob(f"{stage}/level_*")))]
@@ -610,6 +614,16 @@ def distill(
         model.save_pretrained(str(output), **weights)
     PartialState().wait_for_everyone()  # the adapter is there when any process returns
     return ranking
+
+
+def _check_logits(model: Any) -> None:
+    """Raises ValueError if `model` is no causal LM, whose logits stage 2 is about."""
+    base = model.get_base_model()
+    if base.get_output_embeddings() is None:
+        raise ValueError(
+            f"stage 'logits' needs a causal LM, and {type(base).__name__} is none: distil over AutoModelForCausalLM, and load the adapter "
+            'over the other model with PeftModel.from_pretrained(model, adapter, task_type="FEATURE_EXTRACTION")'
+        )
 
 
 def _run_chain(model: PeftModel, dataset: Any, args: DSLATrainingArguments, directory: Path, steps: int, options: dict[str, Any]) -> None:

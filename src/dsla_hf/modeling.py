@@ -54,6 +54,12 @@ NO_CONTINUOUS_BATCHING = (
     "text with DSLA layers: use generate()"
 )
 
+NO_ATTENTION_IMPLEMENTATION = (
+    'attn_implementation="dsla" is no way to convert a model, whose layers would lack DSLA\'s weights: use '
+    "get_peft_model(model, DSLAConfig(...)), or load an adapter or a hybrid; leave attn_implementation out, or choose that of the softmax "
+    'layers, such as "sdpa"'
+)
+
 
 # --- the drop-in attention --------------------------------------------------------------------------------------
 
@@ -70,7 +76,9 @@ def dsla_attention_function(
 ) -> tuple[Tensor, None]:
     """The attention function of converted layers, in transformers' interface: q, k, v `[B, H, T, D]`, output `[B, T, H, D]`."""
     layout = dsla_layout or TokenLayout()
-    dsla: Any = module.dsla
+    dsla: Any = getattr(module, "dsla", None)
+    if dsla is None:  # someone wrote the name into the config of a model
+        raise ValueError(NO_ATTENTION_IMPLEMENTATION)
     shape = query.shape[0], query.shape[2]
     if key.shape[1] != dsla.num_kv_heads:
         raise ValueError(
