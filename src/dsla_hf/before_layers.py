@@ -75,7 +75,7 @@ def _folds(decoder: nn.Module, cache: Any) -> bool:
 def _before_layers(names: tuple[str, ...], decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """The forward pre-hook."""
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    mask = given.get("attention_mask")
+    mask: Any = given.get("attention_mask")
     carried = isinstance(mask, dict) and PADDING in mask
     if carried:
         others = {kind: x for kind, x in mask.items() if kind != PADDING}
@@ -157,8 +157,8 @@ def _check_packed(decoder: Any, given: dict[str, Any], ids: Tensor, mixed: bool)
     flash = "flash" in str(decoder.config._attn_implementation)
     if boundaries is not None and not flash and mixed:
         whole = [0, ids.shape[0] * ids.shape[1]]
-        found = read_layout(given.get("attention_mask"), given.get("position_ids"), tokens=ids.shape[1]).cu_seqlens
-        found = whole if found is None else found.tolist()
+        layout = read_layout(given.get("attention_mask"), given.get("position_ids"), tokens=ids.shape[1])
+        found = whole if layout.cu_seqlens is None else layout.cu_seqlens.tolist()
         if found != boundaries.tolist():
             raise ValueError(
                 f"cu_seq_lens_q {boundaries.tolist()} marks other texts than position_ids or attention_mask, {found}: softmax layers of "
