@@ -39,12 +39,29 @@ def table_of(card):
 
 @pytest.mark.parametrize("kind", ["adapter", "hybrid"])
 def test_first_line_of_code_imports_the_package(kind, config):
-    card = adapter_card(config) if kind == "adapter" else hybrid_card(ModelConfig(), config)
+    card = adapter_card(config) if kind == "adapter" else hybrid_card(config)
     lines = code_of(card).splitlines()
     assert lines[0].startswith("import dsla_hf")
     ast.parse(code_of(card))
     assert any("from_pretrained(" in line for line in lines)
     assert not re.search(r"[{}]", card.replace(code_of(card), "")), "a placeholder was left"
+
+
+@pytest.mark.parametrize("kind", ["adapter", "hybrid"])
+def test_first_line_of_text_says_that_the_package_is_needed(kind, config):
+    text = ModelCard(adapter_card(config) if kind == "adapter" else hybrid_card(ModelConfig(), config)).text.strip()
+    first = text.split("\n\n")[0]
+    assert text.splitlines()[0].startswith("Needs the package: `pip install dsla-hf`, and `import dsla_hf`")
+    assert ("KeyError: 'DSLA'" if kind == "adapter" else "LlamaForCausalLM") in first
+
+
+@pytest.mark.parametrize(
+    "task, auto_class, tag", [("FEATURE_EXTRACTION", "AutoModel", "feature-extraction"), (None, "AutoModelForCausalLM", "text-generation")]
+)
+def test_card_of_an_adapter_names_the_class_of_its_task(config, task, auto_class, tag):
+    config.task_type = task
+    card = adapter_card(config)
+    assert f"model = {auto_class}.from_pretrained(" in code_of(card) and ModelCard(card).data.pipeline_tag == tag
 
 
 def test_header_of_an_adapter(config):
@@ -55,10 +72,10 @@ def test_header_of_an_adapter(config):
 
 
 def test_header_of_a_hybrid(config):
-    data = ModelCard(hybrid_card(ModelConfig(), config)).data
+    data = ModelCard(hybrid_card(config)).data
     assert data.library_name == "transformers" and data.base_model == "someone/base-7b"
     config.base_model_name_or_path = None
-    assert ModelCard(hybrid_card(ModelConfig(), config)).data.base_model == "someone/other-name"
+    assert ModelCard(hybrid_card(config)).data.base_model == "a llama model"
 
 
 def test_adapter_card_tells_base_plan_level_and_usage(config):
@@ -92,7 +109,7 @@ def test_level_table_shows_what_was_measured(config):
 
 
 def test_hybrid_card_tells_layers_and_both_ways_to_load(config):
-    card = hybrid_card(ModelConfig(), config)
+    card = hybrid_card(config)
     assert "# Hybrid of someone/base-7b" in card
     assert "Layers 1, 3 are Dual-State" in card, "at level 2 of the plan 3, 1, 2"
     assert "trust_remote_code=True" in card and "Window size 8" in card and "llama base" in card

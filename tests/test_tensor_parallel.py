@@ -19,7 +19,7 @@ from transformers.distributed import DistributedConfig
 
 from dsla_hf import DSLACacheLayer, GraphDecoder
 from dsla_hf.distillation import DSLATrainer, DSLATrainingArguments
-from dsla_hf.tensor_parallel import HeadShardedAttention
+from dsla_hf.head_sharding import HeadShardedAttention
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CASES = {"llama": {}, "llama-pure": {"window_size": 0}, "qwen3": {}, "olmo2": {}}  # options of their adapters

@@ -32,6 +32,8 @@ from dsla_kernels import (
 NORM_EPS = 1e-6
 # Blocks of half a window that a continued row takes over from the state: the last W tokens reach into three.
 PAST_BLOCKS = 3
+# Which of the R channels that a base rotates are a pair: (i, i + R/2), or (2i, 2i + 1).
+ROTARY_LAYOUTS = ("halves", "interleaved")
 
 
 class DualState(NamedTuple):
@@ -40,6 +42,7 @@ class DualState(NamedTuple):
     recurrent: `[B, Hkv, 2, K, V]` fp32, history and recency. With a window they hold the blocks (of W / 2 tokens) before the
         last full one.
     window_k, window_v: `[B, S + W, Hkv, K or V]`, the sinks, then the last W tokens; token j lies at slot S + j % W.
+        Channels of keys, here and in `recurrent`, lie so that i and i + K/2 are a rotary pair, whatever the base's layout.
     lengths: int64 `[B]`, tokens seen per row, padding not counted.
     """
 
@@ -73,6 +76,11 @@ class DualStateAttention(nn.Module):
             slowest, or one number for all channels.
         write_gate: whether a token's value decides how much of it each state takes in. The paper's layer has none.
         scale: of the scores, `K ** -0.5` when None.
+        rotary_layout: one of ROTARY_LAYOUTS; channels of q and k that rotate together share a decay.
+        rotary_dim: R, the channels from the first on that rotate, all when None. The others are paired with one another, behind.
+
+    Raises:
+        ValueError: names the argument whose value does not fit.
     """
 
     def __init__(
@@ -90,6 +98,8 @@ class DualStateAttention(nn.Module):
         half_lives: tuple[float | tuple[float, float], ...] = ((64.0, 4096.0), (8.0, 256.0)),
         write_gate: bool = True,
         scale: float | None = None,
+        rotary_layout: str = "halves",
+        rotary_dim: int | None = None,
     ):
         super().__init__()
         check_lower_bound(gate_lower_bound)
@@ -97,16 +107,21 @@ class DualStateAttention(nn.Module):
             raise ValueError(f"the {num_heads} query heads must be a multiple of the {num_kv_heads} key-value heads")
         if key_dim % 2:
             raise ValueError(f"key_dim must be even (rotary pairs share a decay), got {key_dim}")
+        rotary_dim = key_dim if rotary_dim is None else rotary_dim
+        check_rotary(rotary_layout, rotary_dim)
+        if rotary_dim > key_dim:
+            raise ValueError(f"rotary_dim must be at most the {key_dim} channels of a head, got {rotary_dim}")
         check_window(window_size, sink_tokens)
         if len(half_lives) != 2:
             raise ValueError(f"half_lives must be two, of the history and the recency state, got {half_lives}")
         value_dim = key_dim if value_dim is None else value_dim
-        decays = key_dim // 2  # one per rotary pair (i, i + K/2): a decay then commutes with the rotation
+        decays = key_dim // 2  # one per rotary pair: a decay then commutes with the rotation
         self.num_heads, self.num_kv_heads, self.key_dim, self.value_dim = num_heads, num_kv_heads, key_dim, value_dim
         self.window_size, self.sink_tokens = window_size, sink_tokens if window_size else 0
         self.gate_normalizer, self.gate_lower_bound, self.write_gate = gate_normalizer, gate_lower_bound, write_gate
         self.half_lives = tuple(half_life_range(entry) for entry in half_lives)
         self.scale = key_dim**-0.5 if scale is None else scale
+        self.rotary_layout, self.rotary_dim = rotary_layout, rotary_dim
 
         self.gate_down = nn.Parameter(torch.empty(num_kv_heads, value_dim, gate_rank))
         self.gate_up = nn.Parameter(torch.empty(num_kv_heads, gate_rank, 2 * decays))
@@ -193,6 +208,7 @@ class DualStateAttention(nn.Module):
             raise ValueError(f"the state holds {state.lengths.shape[0]} sequences, the input {q.shape[0]}")
         dtype = q.dtype
         state, q, k, v = one_dtype(state, q, k, v)
+        q, k = self.in_halves(q), self.in_halves(k)
         with autocast_off(q):
             if state is not None and q.shape[1] == 1 and self._decodes_in_kernel(q, k, v, state, sink_logits):
                 # A state that takes part in a gradient is not written over: what was computed from it needs it as it was.
@@ -205,7 +221,19 @@ class DualStateAttention(nn.Module):
                 new = new if counts else new._replace(lengths=state.lengths)
             else:
                 o, new = self._window(
-                    q, k, v, padding_mask, padding_at_end, shared, cu_seqlens, state, output_state, softcap, sink_logits, seen, whole_windows
+                    q,
+                    k,
+                    v,
+                    padding_mask,
+                    padding_at_end,
+                    shared,
+                    cu_seqlens,
+                    state,
+                    output_state,
+                    softcap,
+                    sink_logits,
+                    seen,
+                    whole_windows,
                 )
         return o.to(dtype), new
 
@@ -219,6 +247,7 @@ class DualStateAttention(nn.Module):
         otherwise no graph is kept. Autocast is off within, as in `forward`.
         """
         state, k, v = one_dtype(state, k, v)
+        k = self.in_halves(k)
         gradient = torch.is_grad_enabled() and requires_gradient(k, v, *(state or ()))
         with torch.set_grad_enabled(gradient), autocast_off(k):
             return self._fold(k, v, padding_mask, state, padding_at_end)
@@ -237,6 +266,17 @@ class DualStateAttention(nn.Module):
         masked = self._taken_in(k, None, state)
         recurrent = self._final_state(k, v, taken_in if masked is None else taken_in & masked, recurrent)
         return self._state_after(k, v, None if valid is None else tokens, recurrent, self._sinks(k, v, state), start)
+
+    def in_halves(self, x: Tensor) -> Tensor:
+        """Queries or keys `[..., K]` as the base rotated them, channels put so that i and i + K/2 are a pair, as kernels have it: the pairs
+        that rotate from the fastest to the slowest, then those that do not. Both in the same order: their products stay what they are."""
+        if self.rotary_layout == "interleaved":
+            return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        if self.rotary_dim == self.key_dim:
+            return x
+        rotated, still = self.rotary_dim // 2, (self.key_dim - self.rotary_dim) // 2
+        a, b, c, d = x.split([rotated, rotated, still, still], -1)
+        return torch.cat([a, c, b, d], -1)
 
     def gate_logits(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
         """Raw gates `[B, T, Hkv, 2, K/2]` and raw write gates `[B, T, Hkv, 2]` (or None), fp32 (fp64 for fp64 inputs), from
@@ -610,6 +650,14 @@ def check_window(window_size: int, sink_tokens: int) -> None:
         raise ValueError(f"window_size must be an even number of tokens, or 0 for no window, got {window_size}")
     if sink_tokens < 0 or (window_size and sink_tokens > window_size // 2):
         raise ValueError(f"sink_tokens must be from 0 to half the window of {window_size}, got {sink_tokens}")
+
+
+def check_rotary(layout: str, dim: int) -> None:
+    """Raises ValueError unless the layout is known and the channels that rotate are pairs."""
+    if layout not in ROTARY_LAYOUTS:
+        raise ValueError(f"rotary_layout must be one of {list(ROTARY_LAYOUTS)}, got {layout!r}")
+    if not isinstance(dim, int) or isinstance(dim, bool) or dim < 0 or dim % 2:
+        raise ValueError(f"rotary_dim must be an even number of channels, got {dim!r}")
 
 
 def half_life_range(half_life: float | tuple[float, float]) -> tuple[float, float]:

@@ -480,7 +480,7 @@ class GraphDecoder:
         if self._wrapped:
             first = self._wrapped[0]
             name = first.adapter_name
-            seen = (name, first.disable_adapters, None if name is None else first.configs[name].level)
+            seen = (name, first.disable_adapters, None if name is None else first.configs[name].converted_layers)
         if anew or seen != self._seen:
             layers = decoder_layers(self.causal_lm)
             self._layers = tuple(index for index, layer in enumerate(layers) if dsla_attention_of(layer) is not None)
