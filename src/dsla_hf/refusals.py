@@ -74,8 +74,8 @@ def _wrap_load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
             raise ValueError(f"load_adapter takes no {', '.join(fields)}: set_adapter({adapter_name!r}) and set_level() after loading")
         if isinstance(self.base_model, DSLAModel) and not kwargs.get("key_mapping"):
             # A bare decoder and a model with a head have the same layers under different names: an adapter of one fits the other.
-            names = (name for name, module in self.base_model.model.named_modules() if isinstance(module, DSLALayer))
-            kwargs["key_mapping"] = {r"^(\w+\.)*layers\.": next(names).partition("layers.")[0] + "layers."}
+            names = [name for name, module in self.base_model.model.named_modules() if isinstance(module, DSLALayer)]
+            kwargs["key_mapping"] = {r"^(\w+\.)*layers\.": name.partition("layers.")[0] + "layers." for name in names[:1]}
         return original(self, model_id, adapter_name, *args, **kwargs)
 
     return load_adapter
@@ -90,7 +90,6 @@ PeftModel.load_adapter = _wrap_load_adapter(PeftModel.load_adapter)
 
 
 # --- transformers -----------------------------------------------------------------------------------------------
-
 
 OF_A_HYBRID = "this is a DSLA hybrid, of which {} would make a softmax model with other outputs: load it with AutoModelForCausalLM"
 
