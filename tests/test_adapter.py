@@ -629,6 +629,9 @@ def test_backward_says_that_nothing_can_be_trained(llama, adapter_model, checkpo
         (output.loss / 2).backward()
     with torch.no_grad(), model.disable_adapter():
         assert model(ids, labels=ids).loss.requires_grad is False
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+    model(inputs_embeds=embeddings, labels=ids).loss.backward()
+    assert embeddings.grad.any(), "prompts of one's own are trained as over the base"
     model.set_level(2)
     assert backward(model, ids)[1]
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from dsla_hf import DSLAConfig
 from dsla_hf.cards import adapter_card, hybrid_card
+from dsla_hf.configuration import FORMAT_VERSION
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def test_header_of_a_hybrid(config):
 def test_adapter_card_tells_base_plan_level_and_usage(config):
     card = adapter_card(config)
     assert "# DSLA adapter for someone/base-7b" in card
-    assert "layers 3, 1, 2 of" in card and "Saved at level 2" in card and "Window size 8" in card and "format 1" in card
+    assert "layers 3, 1, 2 of" in card and "Saved at level 2" in card and "Window size 8" in card and f"format {FORMAT_VERSION}" in card
     code = code_of(card)
     assert 'AutoModelForCausalLM.from_pretrained("someone/base-7b")' in code
     assert "model.set_level(2)  # 0 to 3" in code

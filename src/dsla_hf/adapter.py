@@ -229,7 +229,7 @@ class DSLAModel(BaseTuner):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.model(*args, **kwargs)
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            _guard_training(self.model, output)
+            _guard_training(self.model, kwargs, output)
         return output
 
     # --- levels -------------------------------------------------------------------------------------------------
@@ -298,8 +298,8 @@ class DSLAModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: DSLAConfig, key: str) -> Any:
-        # PEFT finds the number of a layer only in names that have something before "layers", which a bare decoder's lack.
-        return BaseTuner._check_target_module_exists(peft_config, f".{key}")
+        # PEFT finds the number of a layer only in names that have something before "layers", which those of a bare decoder lack.
+        return BaseTuner._check_target_module_exists(peft_config, f".{key}" if key.startswith("layers.") else key)
 
     def _prepare_model(self, peft_config: DSLAConfig, model: nn.Module) -> None:
         """Checks before anything is changed; records the base in the config, or compares it with what is recorded."""
@@ -609,12 +609,16 @@ def _record_base(config: DSLAConfig, model: Any) -> None:
         check_base(config.base_fingerprint, attention, config.base_model_name_or_path, config.trained_projections)
 
 
-def _guard_training(model: nn.Module, output: Any) -> None:
-    """Refuse the backward pass from a loss that no trained weight has a part in: with the weights of layers that are not DSLA now alone,
-    PyTorch's error names no cause, and checkpointed activations hide even that."""
+def _guard_training(model: nn.Module, inputs: dict[str, Any], output: Any) -> None:
+    """Refuse the backward pass from a loss in which no trained weight has a part, because all are of layers that are not DSLA now:
+    PyTorch's error names no cause, and embeddings that require gradients for checkpointing hide even that."""
     loss = getattr(output, "loss", None)
+    if not isinstance(loss, Tensor):
+        return
+    if loss.requires_grad and any(inputs.get(name) is not None for name in ("inputs_embeds", "past_key_values")):
+        return  # what is trained may be among them
     layers = dsla_layers(model)
-    if not isinstance(loss, Tensor) or any(layer.disable_adapters for layer in layers.values()):
+    if any(layer.disable_adapters for layer in layers.values()):
         return
     idle = [layer for layer in layers.values() if not layer.converted]
     unused = {id(p) for layer in idle for part in layer.adapter_layer_names for p in getattr(layer, part).parameters()}

@@ -121,10 +121,10 @@ def _figures(name: str, weight: Tensor) -> list[float]:
 
 
 def _narrowest_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype that a weight was rounded to at last, as far as a few rows tell."""
+    """The narrowest dtype that holds a weight's values, as far as a few rows tell."""
     sample = weight[:16]
-    for dtype in (torch.bfloat16, torch.float16):
-        if sample.dtype == dtype or torch.equal(sample.to(dtype).to(sample.dtype), sample):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        if torch.equal(sample.to(dtype).to(sample.dtype), sample):
             return dtype
     return sample.dtype
 
@@ -153,6 +153,11 @@ class Distance:
     one: str
     of_one: float
 
+    def within_rounding_to(self, *dtypes: torch.dtype) -> bool:
+        """Whether rounding to these dtypes may have made it: it makes a fifth of their epsilon, which one weight's figures tell roughly."""
+        epsilon = max(torch.finfo(dtype).eps for dtype in dtypes)
+        return self.of_kind <= epsilon / 2 and self.of_one <= epsilon
+
     def __str__(self) -> str:
         return f"{self.kind} differs by {_percent(self.of_kind)} over all layers, most in {self.one} ({_percent(self.of_one)})"
 
@@ -172,6 +177,7 @@ def distance(recorded: dict[str, Any], found: dict[str, Any]) -> Distance:
             old, new = before[index].get(name, absent), now[index].get(name, absent)
             square = sum((a - b) ** 2 for a, b in zip(old[:-1], new[:-1], strict=True)) / DIRECTIONS
             relative = math.sqrt(square) / (old[-1] or new[-1] or 1.0)
+            relative = math.inf if math.isnan(relative) else relative
             kinds.setdefault(name, []).append(relative)
             if relative >= of_one:
                 one, of_one = f"layers.{index}.{name}", relative
@@ -194,10 +200,14 @@ def _dtype(fingerprint: dict[str, Any]) -> torch.dtype:
 
 
 def same_base(recorded: dict[str, Any] | None, found: dict[str, Any] | None) -> bool:
-    """Whether two fingerprints can be of the same weights, rounding apart. What one of them does not have is not compared."""
+    """Whether two fingerprints can be of the same weights, rounding apart. What one of them does not have is not compared; one that
+    cannot be read is of other weights."""
     recorded, found = recorded or {}, found or {}
     if "weights" in recorded and "weights" in found:
-        return distance(recorded, found).of_one <= torch.finfo(torch.bfloat16).eps / 2
+        try:
+            return distance(recorded, found).within_rounding_to(torch.bfloat16)
+        except ValueError:
+            return False
     return all(_same_magnitude(recorded[name], found[name]) for name in _magnitudes(recorded) & _magnitudes(found))
 
 
@@ -245,12 +255,10 @@ def check_base(recorded: dict[str, Any], layers: dict[int, nn.Module], base_name
 def _is_rounded(recorded: dict[str, Any], found: dict[str, Any], layers: dict[int, nn.Module], off: Distance) -> bool:
     """Whether one's weights are the other's in a narrower dtype."""
     before, now = _dtype(recorded), _dtype(found)
-    if before == now:
-        return False
-    if now == torch.float32:
+    if torch.finfo(now).bits > torch.finfo(before).bits:
         rounded = fingerprint_of(layers, rounded_to=before)
         return rounded is not None and distance(recorded, rounded).of_one <= SAME
-    return off.of_one <= max(torch.finfo(dtype).eps for dtype in (before, now)) / 2
+    return before != now and off.within_rounding_to(before, now)
 
 
 def _refusal(what: str, base_name: str | None, own: tuple[str, ...] = ()) -> str:

@@ -69,13 +69,16 @@ def _wrap_add_adapter(original: Callable[..., None]) -> Callable[..., None]:
 def _wrap_load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        tuner: Any = self.base_model
+        if not isinstance(tuner, DSLAModel):
+            return original(self, model_id, adapter_name, *args, **kwargs)
         fields = sorted(DSLAConfig.__annotations__.keys() & kwargs.keys())
-        if fields and isinstance(self.base_model, DSLAModel) and adapter_name not in self.peft_config:
+        if fields and adapter_name not in self.peft_config:
             raise ValueError(f"load_adapter takes no {', '.join(fields)}: set_adapter({adapter_name!r}) and set_level() after loading")
-        if isinstance(self.base_model, DSLAModel) and not kwargs.get("key_mapping"):
-            # A bare decoder and a model with a head have the same layers under different names: an adapter of one fits the other.
-            names = (name for name, module in self.base_model.model.named_modules() if isinstance(module, DSLALayer))
-            kwargs["key_mapping"] = {r"^(\w+\.)*layers\.": next(names).partition("layers.")[0] + "layers."}
+        # A bare decoder and a model with a head have the same layers under different names: an adapter of one fits the other.
+        layer = next((name for name, module in tuner.model.named_modules() if isinstance(module, DSLALayer)), None)
+        if layer is not None and not kwargs.get("key_mapping"):
+            kwargs["key_mapping"] = {r"^(\w+\.)*layers\.": layer.partition("layers.")[0] + "layers."}
         return original(self, model_id, adapter_name, *args, **kwargs)
 
     return load_adapter
@@ -90,7 +93,6 @@ PeftModel.load_adapter = _wrap_load_adapter(PeftModel.load_adapter)
 
 
 # --- transformers -----------------------------------------------------------------------------------------------
-
 
 OF_A_HYBRID = "this is a DSLA hybrid, of which {} would make a softmax model with other outputs: load it with AutoModelForCausalLM"
 

@@ -235,7 +235,7 @@ def _wrap_save_pretrained(original: Callable[..., None]) -> Callable[..., None]:
         selected = kwargs.get("selected_adapters") or list(self.peft_config)
         configs = {name: c for name, c in self.peft_config.items() if isinstance(c, DSLAConfig) and name in selected}
         if not configs:
-            _warn_of_nameless_base(self.get_base_model(), [self.peft_config[name] for name in selected])
+            _warn_of_nameless_base(self.get_base_model(), [self.peft_config[name] for name in selected if name in self.peft_config])
             return original(self, save_directory, *args, **kwargs)
         if is_tensor_parallel(self):
             raise ValueError(
