@@ -604,12 +604,12 @@ def records_steps(x: Tensor) -> bool:
 
 def autocast_off(x: Tensor) -> Any:
     """A context in which operations on x's device keep the dtypes of their inputs."""
-    return torch.autocast(x.device.type, enabled=False) if autocast_dtype(x) is not None else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if autocast_dtype(x.device) is not None else nullcontext()
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast rounds to on x's device, or None where it is off."""
-    kind = x.device.type
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast rounds to on a device, or None where it is off."""
+    kind = device.type
     if _knows_autocast(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
@@ -627,7 +627,7 @@ def one_dtype(state: DualState | None, *tensors: Tensor) -> tuple[Any, ...]:
     autocast it is fp32 at least, also where all come in fp16, whose range states and decays pass. Of bf16 autocast it is bf16 where
     kernels run: there fp32 takes several times the time, and the base's attention rounds all to bf16 too.
     """
-    low = autocast_dtype(tensors[0])
+    low = autocast_dtype(tensors[0].device)
     dtypes = {x.dtype for x in (*tensors, *((state.window_k, state.window_v) if state is not None else ()))}
     if low is None and len(dtypes) == 1:
         return state, *tensors
