@@ -148,15 +148,9 @@ def test_fold_refuses_masks_that_do_not_fit(shape):
 # --- the layer in a cache -----------------------------------------------------------------------------------------
 
 
-def test_update_passes_through_once_for_a_dsla_layer_and_refuses_others():
-    layer, (keys, values) = DSLACacheLayer(), make_kv()
+def test_update_is_for_softmax_layers_and_refused():
     with pytest.raises(RuntimeError, match="level was lowered"):
-        layer.update(keys, values)
-    layer.expect_update()
-    found = layer.update(keys, values)
-    assert found[0] is keys and found[1] is values
-    with pytest.raises(RuntimeError, match="level was lowered"):
-        layer.update(keys, values)
+        DSLACacheLayer().update(*make_kv())
 
 
 def test_an_empty_layer_knows_that_it_is_empty():

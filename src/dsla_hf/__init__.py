@@ -6,6 +6,7 @@ Importing the package registers hybrids with transformers' Auto classes and DSLA
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from . import refusals  # noqa: F401
 from .adapter import DSLALayer, DSLAModel, get_level, set_level
 from .attention import DualState, DualStateAttention
 from .cache import DSLACacheLayer, cache_bytes, fold
