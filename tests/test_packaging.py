@@ -187,6 +187,7 @@ features = {
     "a hybrid": lambda: AutoModelForCausalLM.from_pretrained("hybrid"),
     "a quantised base": lambda: adapter(quantised),
     "a base with offloaded weights": lambda: adapter(offloaded),
+    "generate with a static cache": lambda: adapter(base()).generate(input_ids=ids, max_new_tokens=3, cache_implementation="static"),
     "an upload to the hub": lambda: push_folder(Path("hybrid"), "me/hybrid"),
 }
 for feature, use in features.items():
@@ -206,6 +207,7 @@ def test_what_one_feature_needs_breaks_neither_the_import_nor_other_features(tmp
         "a hybrid": "transformers.initialization",
         "a quantised base": "peft.utils.integrations",
         "a base with offloaded weights": "accelerate.utils",
+        "generate with a static cache": "transformers.masking_utils",
         "an upload to the hub": "huggingface_hub",
     }
     assert len(lines) == len(moved)

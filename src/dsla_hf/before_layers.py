@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import logging
 
 from .architectures import sliding_window_of
 from .attention import records_steps
 from .cache import DSLACacheLayer, check_cache
+from .compat import needed_for
 from .layout import read_layout
 
 logger = logging.get_logger(__name__)
@@ -47,6 +47,8 @@ def masks_with_padding(make_masks: Any, decoder: nn.Module, *args: Any, **kwargs
     2-D mask beside them, for the values of 4-D masks cannot be looked at in compiled steps. The hook of the decoder takes both apart.
 
     The 2-D mask is cut to the new tokens, whose number does not change from step to step, unless a layer is about to fold its cache."""
+    with needed_for("generate with a static cache"):
+        from transformers.masking_utils import create_masks_for_generate
     call = inspect.signature(create_masks_for_generate).bind(*args, **kwargs).arguments
     cache, padding = call.get("past_key_values"), call.get("attention_mask")
     masks = (make_masks or create_masks_for_generate)(*args, **kwargs)

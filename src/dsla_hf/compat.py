@@ -50,7 +50,8 @@ def dequantize_module_weight(module: Any) -> Tensor:
         return weight
     with needed_for("a quantised base"):
         from peft.utils.integrations import dequantize_module_weight
-    return dequantize_module_weight(module)
+
+        return dequantize_module_weight(module)  # imports the package that quantised it
 
 
 def guard_torch_init_functions() -> AbstractContextManager[Any]:

@@ -25,6 +25,6 @@ def dequantised(module: Any) -> Tensor | None:
     """The weight `[out, in]` of a linear module in floating point, None where its form is not known here."""
     try:
         weight = dequantize_module_weight(module)
-    except (AttributeError, TypeError, ValueError, ImportError):  # no weight, or of a package that is not there
+    except (AttributeError, TypeError, ValueError):  # no weight
         return None
     return None if is_quantised(weight) else weight
