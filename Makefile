@@ -43,7 +43,8 @@ types: $(VENV)/.installed-dev ## mypy over the packages
 	$(BIN)/python -m mypy
 
 # PyPI's torch, a CUDA build, asks for more than a CPU build: the versions must exist for it too, whatever is installed here.
-RESOLVE = $(BIN)/uv pip compile --quiet --no-python-downloads --python $(BIN)/python --python-platform x86_64-manylinux_2_28 --extra dev
+RESOLVE = UV_HTTP_TIMEOUT=20 UV_HTTP_RETRIES=1 $(BIN)/uv pip compile --quiet --no-python-downloads --python $(BIN)/python \
+	--python-platform x86_64-manylinux_2_28 --extra dev
 resolve: $(VENV)/.installed-dev ## check that the pinned versions fit together: those installed, and beside a GPU for each Python
 	$(BIN)/python -m pip check
 	@for run in 3.11:constraints.txt 3.12:constraints.txt 3.13:constraints.txt 3.11:constraints-minimum.txt; do \

@@ -22,11 +22,15 @@ RANKS = {
     "compat": 0,
     "peft_type": 0,
     "tensor_parallel": 0,
+    "masks": 0,
     "layout": 0,
     "architectures": 0,
     "attention": 0,
     "sharding": 1,
+    "quantised": 1,
     "cache": 1,
+    "before_layers": 2,
+    "fingerprint": 2,
     "head_sharding": 1,
     "configuration": 1,
     "cards": 2,
@@ -262,9 +266,9 @@ def test_no_cycle_between_modules():
 
 def test_the_layer_knows_neither_transformers_nor_peft():
     imports = own_imports()
-    for module in ("attention", "layout"):
+    for module, needed in (("attention", set()), ("masks", set()), ("layout", {"attention", "masks"})):
         assert not imports[module][1] & {"transformers", "peft", "accelerate"}, module
-        assert not imports[module][0], f"{module} needs nothing else of dsla_hf"
+        assert imports[module][0] == needed, f"{module} needs nothing else of dsla_hf"
 
 
 def test_kernels_need_torch_and_triton_alone():

@@ -88,9 +88,8 @@ def test_layouts_that_cannot_be_are_refused(options, message):
 
 
 @pytest.mark.parametrize("kind, config", [*BASES.values(), ("cohere2", EVERY_LAYER)], ids=[*BASES, "cohere2, all layers rotate"])
-def test_shifting_all_positions_changes_nothing(kind, config, tiny_model, adapter_model, monkeypatch):
-    """Layers that slide, that see everything and that do not rotate, with and without a window."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # angles as exact as the rest
+def test_shifting_all_positions_changes_nothing(kind, config, tiny_model, adapter_model):
+    """Layers that slide, that see everything and that do not rotate, with and without a window. Angles are fp32, as in the base."""
     ids, positions = ids_of(1, 60), torch.arange(60)[None]
     for window_size in (0, 8):
         base = tiny_model(kind, **config)
@@ -102,7 +101,7 @@ def test_shifting_all_positions_changes_nothing(kind, config, tiny_model, adapte
                 if name.endswith("state_bias"):
                     parameter.fill_(3.0)  # states that are heard
             near, far = (model(input_ids=ids, position_ids=positions + shift, use_cache=False).logits for shift in (0, 1000))
-        assert (far - near).abs().max() <= 1e-6 * near.abs().max()
+        assert (far - near).abs().max() <= 1e-4 * near.abs().max()
 
 
 @pytest.mark.parametrize("window_size", [0, 8])

@@ -610,9 +610,14 @@ def autocast_off(x: Tensor) -> Any:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast rounds to on a device, or None where it is off."""
     kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if _knows_autocast(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
+
+
+@torch.compiler.assume_constant_result  # dynamo before torch 2.13 cannot trace the question
+def _knows_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
 
 
 def one_dtype(state: DualState | None, *tensors: Tensor) -> tuple[Any, ...]:
