@@ -4,16 +4,51 @@ import copy
 
 import pytest
 import torch
-from transformers import StaticCache
+import transformers
+from packaging.version import Version
+from torch._dynamo.testing import CompileCounter
+from transformers import DynamicCache, StaticCache
 
-from dsla_hf.cache import DSLACacheLayer, StaticDSLACacheLayer, recording_cache
+from dsla_hf.cache import DSLACacheLayer, StaticDSLACacheLayer, cache_bytes
 
 WINDOWS = [0, 8]
+KINDS = ["adapter", "hybrid", "load_adapter"]
 PROMPT = torch.tensor([[5, 17, 31, 5, 17, 44, 9, 5, 17, 31, 5, 60, 61, 62, 5, 17, 31]])
 
 
 def greedy(model, **options):
-    return model.generate(input_ids=PROMPT, max_new_tokens=40, do_sample=False, **options)
+    return model.generate(**{"input_ids": PROMPT, "max_new_tokens": 40, "do_sample": False, **options})
+
+
+def few_guesses(model):
+    """As an assistant, or by early exit, it guesses four tokens at a time: by default 20, of which a random model guesses most wrong."""
+    model.generation_config.num_assistant_tokens = 4
+    return model
+
+
+def recording_cache(config):
+    cache = DynamicCache(config=config)
+    cache.activate_past_recording()
+    return cache
+
+
+@pytest.fixture
+def model_from(tiny_model, adapter_model, tmp_path):
+    """The same model at level 2 whose `generate` is that of the adapter, of the hybrid, or after `load_adapter` that of transformers."""
+
+    def make(kind):
+        torch.manual_seed(0)
+        model = adapter_model(tiny_model("llama"), level=2)
+        if kind == "hybrid":
+            return model.merge_and_unload().eval()
+        if kind == "load_adapter":
+            model.save_pretrained(tmp_path / "adapter")
+            torch.manual_seed(0)
+            model = tiny_model("llama")
+            model.load_adapter(str(tmp_path / "adapter"))
+        return model
+
+    return make
 
 
 @pytest.mark.parametrize("window_size", WINDOWS)
@@ -25,14 +60,47 @@ def test_prompt_lookup_gives_the_greedy_text(tiny_model, adapter_model, base_kin
 
 @pytest.mark.parametrize("window_size", WINDOWS)
 def test_an_assistant_gives_the_greedy_text_of_adapters_and_hybrids(tiny_model, adapter_model, window_size):
-    adapter = adapter_model(tiny_model("llama"), window_size=window_size, level=2)
+    adapter = few_guesses(adapter_model(tiny_model("llama"), window_size=window_size, level=2))
     near = copy.deepcopy(adapter)
     near.set_level(4)
     hybrid = copy.deepcopy(adapter).merge_and_unload()
-    expected = greedy(adapter)
+    expected = greedy(adapter, max_new_tokens=24)
     for model in (adapter, hybrid):
-        for assistant in (near, copy.deepcopy(near).merge_and_unload(), tiny_model("llama"), hybrid):
-            assert torch.equal(greedy(model, assistant_model=assistant), expected)
+        for assistant in (near, copy.deepcopy(near).merge_and_unload(), few_guesses(tiny_model("llama")), hybrid):
+            assert torch.equal(greedy(model, max_new_tokens=24, assistant_model=assistant), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_assisted_text_is_the_greedy_one_wherever_generate_comes_from(tiny_model, model_from, kind):
+    model, base = few_guesses(model_from(kind)), few_guesses(tiny_model("llama"))
+    expected = greedy(model, max_new_tokens=24)
+    padded = {"input_ids": torch.cat([torch.zeros(1, 3, dtype=torch.long), PROMPT], 1)}
+    padded["attention_mask"] = (padded["input_ids"] > 0).long()
+    for way in (
+        {"prompt_lookup_num_tokens": 3, **padded},
+        {"prompt_lookup_num_tokens": 3, "do_sample": True, "top_k": 1},
+        {"assistant_model": base},
+        {"assistant_early_exit": 3},
+    ):
+        assert torch.equal(greedy(model, max_new_tokens=24, **way)[:, -24:], expected[:, -24:]), way
+    assert model.config.num_hidden_layers == 4
+    text = greedy(base, max_new_tokens=24)
+    assert torch.equal(greedy(base, max_new_tokens=24, assistant_model=model), text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_assisted_decoding_goes_on_from_a_cache_that_did_not_record(model_from, kind):
+    model = model_from(kind)
+    expected = greedy(model)
+    first = greedy(model, max_new_tokens=20, return_dict_in_generate=True)
+    cache, mask = first.past_key_values, torch.ones_like(first.sequences)
+    if kind != "load_adapter":
+        with pytest.raises(ValueError, match="reads all 37 tokens given, though past_key_values holds 36 of them"):
+            greedy(model, input_ids=first.sequences, past_key_values=cache, prompt_lookup_num_tokens=3)
+    if Version(transformers.__version__) >= Version("5.23"):  # older ones count the tokens wrong there, with any model
+        rest = {"input_ids": first.sequences[:, 36:], "attention_mask": mask, "past_key_values": cache}
+        text = greedy(model, **rest, max_new_tokens=20, prompt_lookup_num_tokens=3)
+        assert torch.equal(text[:, 1:], expected[:, 37:])
 
 
 def test_the_level_can_rise_during_prompt_lookup(tiny_model, adapter_model):
@@ -84,18 +152,117 @@ def test_tokens_taken_back_leave_no_trace(tiny_model, adapter_model, window_size
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-def test_taking_back_what_was_not_recorded_is_refused(tiny_model, adapter_model):
+@pytest.mark.parametrize("config", [True, False])
+def test_a_cache_asked_to_record_does_so_whatever_its_layers_become(tiny_model, adapter_model, config):
+    model = adapter_model(tiny_model("llama"), level=2)
+    with torch.no_grad():
+        expected = model(PROMPT[:, :10]).logits[:, -1:]
+        cache = DynamicCache(config=model.config) if config else DynamicCache()
+        cache.activate_past_recording()
+        model(PROMPT, past_key_values=copy.deepcopy(cache))
+        model(PROMPT, past_key_values=cache)
+        cache.crop(-8)
+        assert cache.get_seq_length() == 9
+        torch.testing.assert_close(model(PROMPT[:, 9:10], past_key_values=cache).logits, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("order", [[0, 2], [1, 3]])
+def test_a_refused_crop_leaves_all_layers_as_they_were(tiny_model, adapter_model, order):
+    model = adapter_model(tiny_model("llama"), conversion_order=order, level=2)
+    with torch.no_grad():
+        expected = model(PROMPT).logits[:, -3:]
+        cache = model(PROMPT[:, :-3], use_cache=True).past_key_values
+        with pytest.raises(NotImplementedError, match="forget 2 tokens, 0 are recorded: call activate_past_recording"):
+            cache.crop(-2)
+        assert [layer.get_seq_length() for layer in cache.layers] == [14] * 4
+        # A softmax layer refuses, after DSLA layers have cropped.
+        cache.activate_past_recording()
+        recorded = copy.deepcopy(cache)
+        model(PROMPT[:, -3:], past_key_values=recorded)
+        recorded.layers[4 - order[0] - 1].crop = refuse
+        with pytest.raises(RuntimeError, match="not this one"):
+            recorded.crop(-3)
+        assert [layer.get_seq_length() for layer in recorded.layers] == [17] * 4
+        torch.testing.assert_close(model(PROMPT[:, -3:], past_key_values=cache).logits, expected, atol=1e-5, rtol=0)
+
+
+def refuse(tokens):
+    raise RuntimeError("not this one")
+
+
+def test_taking_back_more_than_was_recorded_is_refused(tiny_model, adapter_model):
     model = adapter_model(tiny_model("llama"))
     with torch.no_grad():
-        cache = model(PROMPT, use_cache=True).past_key_values
-        with pytest.raises(NotImplementedError, match=r"forget 2 tokens, 0 are recorded: call generate\(\)"):
-            cache.crop(-2)
         cache = recording_cache(model.config)
         model(PROMPT, past_key_values=cache)
         cache.crop(0)
         model(PROMPT[:, :3], past_key_values=cache)
         with pytest.raises(NotImplementedError, match="forget 4 tokens, 3 are recorded"):
             cache.crop(-4)
+        for layer in cache.layers:  # as transformers ends a recording
+            layer.record_past = False
+        model(PROMPT[:, :1], past_key_values=cache)
+        cache.activate_past_recording()
+        model(PROMPT[:, :2], past_key_values=cache)
+        with pytest.raises(NotImplementedError, match="forget 3 tokens, 2 are recorded"):
+            cache.crop(-3)
+
+
+@pytest.mark.parametrize("window_size", WINDOWS)
+@pytest.mark.parametrize("piece", [1, 60])
+def test_what_is_recorded_has_a_bound(tiny_model, adapter_model, monkeypatch, window_size, piece):
+    monkeypatch.setattr("dsla_hf.cache.RECORDED_TOKENS", 10)
+    model = adapter_model(tiny_model("llama"), window_size=window_size)
+    ids = torch.randint(3, 97, (2, 61))
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    sizes = []
+    with torch.no_grad():
+        expected = model(ids[:, :52], attention_mask=mask[:, :52]).logits[:, -1:]
+        cache = recording_cache(model.config)
+        for start in range(0, 60, piece):
+            model(ids[:, start : start + piece], past_key_values=cache, attention_mask=mask[:, : start + piece])
+            sizes.append(cache_bytes(cache))
+        with pytest.raises(NotImplementedError, match="forget 21 tokens, [0-9]+ are recorded, the last 10 of a longer text"):
+            cache.crop(-21)
+        cache.crop(-9)
+        found = model(ids[:, 51:52], past_key_values=cache, attention_mask=mask[:, :52]).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert sizes[-1] <= max(sizes[:31])
+
+
+def test_a_static_cache_refuses_to_be_cropped(tiny_model, adapter_model):
+    model = adapter_model(tiny_model("llama"), level=4)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    cache.activate_past_recording()  # as transformers has it: nothing records, and nothing is said
+    with torch.no_grad():
+        model(PROMPT, past_key_values=cache)
+    with pytest.raises(NotImplementedError, match="static cache cannot be rolled back: use a dynamic one"):
+        cache.crop(-2)
+    with pytest.raises(ValueError, match="not supported with Static cache"):
+        greedy(model, prompt_lookup_num_tokens=3, cache_implementation="static")
+
+
+def test_an_adapter_is_compiled_before_its_first_forward_in_one_graph_a_level(tiny_model, adapter_model):
+    """A copy, to which no layer's DSLA attention comes from the original. Its attentions alone: the rest of a model takes long."""
+    model = adapter_model(tiny_model("llama"), window_size=0)
+    copied, x = copy.deepcopy(model), torch.randn(1, 4, 32)
+    rotary = model.get_decoder().rotary_emb(x, torch.arange(4)[None])
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+
+    def attend(model, x):
+        for layer in model.get_decoder().layers:
+            x = layer.self_attn(x, position_embeddings=rotary, attention_mask=None)[0]
+        return x
+
+    with torch.no_grad():
+        compiled = torch.compile(attend, backend=graphs, fullgraph=True)
+        for level, count in ((1, 1), (4, 2), (1, 2)):
+            copied.set_level(level)
+            model.set_level(level)
+            torch.testing.assert_close(compiled(copied, x), attend(model, x))
+            assert graphs.frame_count == count
 
 
 @pytest.mark.parametrize("window_size", WINDOWS)
@@ -119,27 +286,21 @@ def test_a_compiled_step_with_a_static_cache_equals_the_eager_text(tiny_model, a
 
     backend = Compiled()
     step = torch.compile(model, backend=backend, fullgraph=True)
-    full = torch.cat([mask, torch.zeros(2, 4, dtype=mask.dtype)], 1)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
+    make_masks = (model if merged else model.get_base_model()).create_masks_for_generate  # as `generate` does
     with torch.no_grad():
         expected = model(ids, attention_mask=mask, position_ids=positions).logits
         cache = StaticCache(config=model.config, max_cache_len=64)
-        outputs = [
-            model(ids[:, :20], attention_mask=static_mask(full, 0, 20), position_ids=positions[:, :20], past_key_values=cache).logits
-        ]
+        outputs = [model(ids[:, :20], attention_mask=mask[:, :20], position_ids=positions[:, :20], past_key_values=cache).logits]
         for t in range(20, 60):
-            options = {"attention_mask": static_mask(full, t, 1), "position_ids": positions[:, t : t + 1]}
+            masks = make_masks(
+                config=model.config, inputs_embeds=torch.empty(2, 1, 0), attention_mask=mask[:, : t + 1], past_key_values=cache
+            )
+            options = {"attention_mask": masks, "position_ids": positions[:, t : t + 1]}
             outputs.append(step(ids[:, t : t + 1], past_key_values=cache, **options).logits)
     assert sum(isinstance(layer, StaticDSLACacheLayer) for layer in cache.layers) == 2
     torch.testing.assert_close(torch.cat(outputs, 1), expected, atol=2e-5, rtol=0)
     assert backend.steps <= 2, "a step was compiled again and again"
-
-
-def static_mask(mask, past, tokens):
-    """The 4-D mask that `generate` prepares for a static cache: which of its places each query sees."""
-    places = torch.arange(mask.shape[1])
-    causal = places <= (past + torch.arange(tokens))[:, None]
-    return (causal & mask.bool()[:, None])[:, None]
 
 
 def test_generate_with_a_static_cache_keeps_the_addresses_of_the_states(tiny_model, adapter_model):

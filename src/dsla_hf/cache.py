@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
-    DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    StaticCache,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
@@ -28,6 +28,8 @@ logger = logging.get_logger(__name__)
 
 # Attribute of a `Cache` whose DSLA layers shall record; transformers marks only layers that exist when it asks for it.
 RECORDS_PAST = "dsla_records_past"
+# Tokens that a layer which records can forget at any time; of more than twice as many it keeps these alone, so that its size has a bound.
+RECORDED_TOKENS = 4096
 # Tokens of all rows that are folded at a time: their gates and decayed keys take many times the bytes that the cache has for them.
 FOLDED_AT_ONCE = 8192
 LEVEL_LOWERED = (
@@ -43,7 +45,8 @@ class DSLACacheLayer(CacheLayerMixin):
     gets an error.
 
     A state cannot be rolled back, so for assisted decoding the layer records (`activate_past_recording`): it keeps the state
-    of the last `crop` and the keys and values since, and builds the state anew from those that a crop leaves.
+    of the last `crop` and the keys and values since, and builds the state anew from those that a crop leaves. Of a text longer
+    than twice `RECORDED_TOKENS` since then the older part goes into that state.
     """
 
     is_sliding = False
@@ -61,6 +64,7 @@ class DSLACacheLayer(CacheLayerMixin):
         self.record_past = False
         self._state_before_log: DualState | None = None
         self._log: list[tuple[Tensor, Tensor, Tensor]] = []  # k, v `[B, T, Hkv, D]` and mask `[B, T]` of each call since then
+        self._recorded = 0  # tokens in it
         self._replay = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -73,18 +77,24 @@ class DSLACacheLayer(CacheLayerMixin):
     def current_state(self, attention: DualStateAttention) -> DualState | None:
         """The state that `attention` reads next, built anew after a crop."""
         if self._replay:
-            k, v, mask = (torch.cat(parts, dim=1) for parts in zip(*self._log, strict=True))
-            self.state, self.seen = attention.fold(k, v, mask, self._state_before_log), None
+            self.state, self.seen = _fold_in_pieces(attention, *self._joined_log(), self._state_before_log), None
             self._clear_log()
         return self.state
 
-    def advance(self, state: DualState, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> None:
-        """Store the state after the tokens with these k, v `[B, T, Hkv, D]`."""
+    def advance(
+        self, state: DualState, k: Tensor, v: Tensor, padding_mask: Tensor | None = None, attention: DualStateAttention | None = None
+    ) -> None:
+        """Store the state after the tokens with these k, v `[B, T, Hkv, D]`, which is `attention`'s."""
         if self.record_past:
             if not self._log:
                 self._state_before_log = self.state
             mask = k.new_ones(k.shape[:2], dtype=torch.bool) if padding_mask is None else padding_mask.bool()
             self._log.append((k, v, mask))
+            self._recorded += k.shape[1]
+            if attention is not None and self._recorded > 2 * RECORDED_TOKENS:
+                self._shorten_log(attention)
+        elif self._recorded:  # before the recording was ended
+            self._clear_log()
         self.state, self.is_initialized = state, True
         self.tokens = self.tokens + k.shape[1]
         self.seen = None if self.seen is None or padding_mask is not None else self.seen + k.shape[1]
@@ -98,7 +108,7 @@ class DSLACacheLayer(CacheLayerMixin):
         is to remain as a positive one. Also marks the point up to which later calls can crop.
 
         Raises:
-            NotImplementedError: if they were not recorded.
+            NotImplementedError: if they were not recorded; nothing is forgotten then.
         """
         remove = int(tokens_to_remove)
         remove = max(int(self.tokens) - remove, 0) if remove > 0 else -remove
@@ -106,17 +116,13 @@ class DSLACacheLayer(CacheLayerMixin):
             if not self._replay:
                 self._clear_log()
             return
-        recorded = sum(k.shape[1] for k, _, _ in self._log)
-        if remove > recorded:
-            raise NotImplementedError(
-                f"a DSLA state cannot forget {remove} tokens, {recorded} are recorded: call generate() on the model itself for assisted "
-                "decoding and prompt lookup, or activate_past_recording() on the cache before the text"
-            )
-        keep = recorded - remove
-        joined = [torch.cat(parts, dim=1)[:, :keep] for parts in zip(*self._log, strict=True)]
+        if remove > self._recorded:
+            raise NotImplementedError(self._why_not(remove))
+        keep = self._recorded - remove
         self.tokens = self.tokens - remove
         if keep:
-            self._log, self._replay = [(joined[0], joined[1], joined[2])], True
+            k, v, mask = (x[:, :keep] for x in self._joined_log())
+            self._log, self._recorded, self._replay = [(k, v, mask)], keep, True
         else:
             self.state, self.seen = self._state_before_log, None
             self._clear_log()
@@ -160,8 +166,27 @@ class DSLACacheLayer(CacheLayerMixin):
     def prefetch(self) -> None:
         """Never offloaded."""
 
+    def _why_not(self, remove: int) -> str:
+        bound = f", the last {RECORDED_TOKENS} of a longer text" if self._recorded >= RECORDED_TOKENS else ""
+        return (
+            f"a DSLA state cannot forget {remove} tokens, {self._recorded} are recorded{bound}: call activate_past_recording() on the cache "
+            "before the tokens that may be taken back, or read the text again up to there"
+        )
+
+    def _joined_log(self) -> tuple[Tensor, Tensor, Tensor]:
+        k, v, mask = (torch.cat(parts, dim=1) for parts in zip(*self._log, strict=True))
+        return k, v, mask
+
+    def _shorten_log(self, attention: DualStateAttention) -> None:
+        k, v, mask = self._joined_log()
+        older = self._recorded - RECORDED_TOKENS
+        self._state_before_log = _fold_in_pieces(attention, k[:, :older], v[:, :older], mask[:, :older], self._state_before_log)
+        # Copies: views would keep all of it alive.
+        self._log = [(k[:, older:].clone(), v[:, older:].clone(), mask[:, older:].clone())]
+        self._recorded = RECORDED_TOKENS
+
     def _clear_log(self) -> None:
-        self._state_before_log, self._log, self._replay = None, [], False
+        self._state_before_log, self._log, self._recorded, self._replay = None, [], 0, False
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.state is not None:
@@ -197,7 +222,9 @@ class StaticDSLACacheLayer(DSLACacheLayer):
         self.tokens.copy_(torch.as_tensor(other.tokens))  # type: ignore[union-attr]
         self._empty = False
 
-    def advance(self, state: DualState, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> None:
+    def advance(
+        self, state: DualState, k: Tensor, v: Tensor, padding_mask: Tensor | None = None, attention: DualStateAttention | None = None
+    ) -> None:
         if self.state is None:
             self.state, self.is_initialized = DualState(*(x.clone() for x in state)), True
             self.tokens = torch.as_tensor(self.tokens, device=k.device).clone()
@@ -222,7 +249,10 @@ class StaticDSLACacheLayer(DSLACacheLayer):
         self.state, self.tokens = self.state._replace(lengths=lengths), tokens
 
     def activate_past_recording(self) -> None:
-        raise NotImplementedError("a static cache cannot be rolled back: use a dynamic one for assisted decoding")
+        raise NotImplementedError(self._why_not(0))
+
+    def _why_not(self, remove: int) -> str:
+        return "a static cache cannot be rolled back: use a dynamic one for assisted decoding"
 
     def get_seq_length(self) -> int:
         return self.tokens if self.is_initialized else 0  # type: ignore[return-value]
@@ -304,14 +334,21 @@ def fold(
             raise ValueError("position_ids restart inside a row: several texts in one row cannot be folded into one state")
     layer = DSLACacheLayer() if max_length is None else StaticDSLACacheLayer(max_length)
     k, v = keys.transpose(1, 2), values.transpose(1, 2)
+    state = _fold_in_pieces(attention, k, v, mask)
+    layer.advance(state, k, v, mask)
+    return layer
+
+
+def _fold_in_pieces(
+    attention: DualStateAttention, k: Tensor, v: Tensor, mask: Tensor | None = None, state: DualState | None = None
+) -> DualState:
+    """`attention.fold` of k, v `[B, T, Hkv, D]` and mask `[B, T]`, some tokens at a time."""
     piece = max(FOLDED_AT_ONCE // k.shape[0], 1)
     masks = [None] * -(-k.shape[1] // piece) if mask is None else mask.split(piece, 1)
-    state = None
     for k_part, v_part, mask_part in zip(k.split(piece, 1), v.split(piece, 1), masks, strict=True):
         state = attention.fold(k_part, v_part, mask_part, state)
     assert state is not None
-    layer.advance(state, k, v, mask)
-    return layer
+    return state
 
 
 # Cache layers of which keys and values can be read, so that they can be folded; subclasses may hold them otherwise (quantised, say).
@@ -418,24 +455,35 @@ def _cached(layer: Any, tokens: int) -> tuple[Tensor, Tensor]:
     return layer.keys[:, :, :kept], layer.values[:, :, :kept]
 
 
-def recording_cache(config: PreTrainedConfig) -> DynamicCache:
-    """An empty cache from which tokens can be removed again, as assisted decoding and prompt lookup do; layers that become DSLA
-    in it record from the start."""
-    cache = DynamicCache(config=config)
-    cache.activate_past_recording()
-    setattr(cache, RECORDS_PAST, True)
-    return cache
+def _teach_caches() -> None:
+    """Give `Cache` what its layers cannot know or do alone, wherever `generate` comes from. Caches without DSLA layers work as before.
+
+    transformers asks a cache to record before the first forward, when the layers that DSLA layers will replace are still there: the cache
+    remembers it. And a crop that one layer refuses leaves the others as they were.
+    """
+    activate, crop = Cache.activate_past_recording, Cache.crop
+
+    @functools.wraps(activate)
+    def activate_past_recording(self: Cache) -> None:
+        activate(self)
+        if not isinstance(self, StaticCache):
+            setattr(self, RECORDS_PAST, True)
+
+    @functools.wraps(crop)
+    def crop_all_or_none(self: Cache, tokens_to_remove: int) -> None:
+        # Layers crop by assignment, never in place.
+        before = [dict(vars(layer)) for layer in self.layers] if any(isinstance(layer, DSLACacheLayer) for layer in self.layers) else []
+        try:
+            crop(self, tokens_to_remove)
+        except BaseException:
+            for layer, values in zip(self.layers, before, strict=False):
+                layer.__dict__ = values
+            raise
+
+    Cache.activate_past_recording, Cache.crop = activate_past_recording, crop_all_or_none  # type: ignore[method-assign]
 
 
-def with_recording_cache(model: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Options of `generate`, with a cache that can forget tokens where the decoding asked for will do that and none was given."""
-    config = options.get("generation_config") or model.generation_config
-    forgets = options.get("assistant_model") is not None or any(
-        options.get(name, getattr(config, name, None)) for name in ("prompt_lookup_num_tokens", "is_assistant")
-    )
-    if not forgets or options.get("past_key_values") is not None:
-        return options
-    return {**options, "past_key_values": recording_cache(model.config.get_text_config(decoder=True))}
+_teach_caches()
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList
 from transformers.utils import logging
 
-from .cache import with_recording_cache
 from .policies import Policy, Stats, as_policy
 from .tensor_parallel import agreed_level
 
@@ -142,27 +141,28 @@ class LevelProcessor(StoppingCriteria):
 
 
 def generate_with_levels(generate: Callable[..., Any], model: Any, leveled: HasLevels, args: tuple, options: dict[str, Any]) -> Any:
-    """`generate` with `level_policy`, and with a cache that fits assisted decoding.
+    """`generate` with `level_policy`.
 
     Args:
         generate: the transformers method. model: whose method it is. leveled: what has the levels.
         args, options: of the call. `level_policy`: a policy, its name, a level, or a `LevelProcessor`.
+
+    Raises:
+        ValueError: for assisted decoding that would read tokens twice.
     """
-    if options.get("level_policy") is None:
-        options = {name: value for name, value in options.items() if name != "level_policy"}
-        return generate(*args, **with_recording_cache(model, options))
     names = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
     options = dict(zip(names, args, strict=False)) | options
-    policy = options.pop("level_policy")
+    _check_read_once(model, options)
+    policy = options.pop("level_policy", None)
+    if policy is None:
+        return generate(**options)
     processor = policy if isinstance(policy, LevelProcessor) else LevelProcessor(leveled, policy)
-    options = with_recording_cache(model, options)
     options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), processor])
 
-    prompt = next((options[name] for name in ("inputs", "input_ids", "inputs_embeds") if options.get(name) is not None), None)
-    config = options.get("generation_config") or model.generation_config
+    prompt = _prompt(options)
 
     def option(name: str) -> Any:
-        return options.get(name, getattr(config, name, None))
+        return _option(model, options, name)
 
     tokens, rows = (1, 1) if prompt is None else (prompt.shape[1], prompt.shape[0])
     cache = options.get("past_key_values")
@@ -176,6 +176,28 @@ def generate_with_levels(generate: Callable[..., Any], model: Any, leveled: HasL
     finally:
         if hook is not None:
             hook.remove()
+
+
+def _prompt(options: dict[str, Any]) -> Tensor | None:
+    return next((options[name] for name in ("inputs", "input_ids", "inputs_embeds") if options.get(name) is not None), None)
+
+
+def _option(model: Any, options: dict[str, Any], name: str) -> Any:
+    config = options.get("generation_config") or model.generation_config
+    return options.get(name, getattr(config, name, None))
+
+
+def _check_read_once(model: Any, options: dict[str, Any]) -> None:
+    """Refuse what other decoding of transformers takes and its assisted decoding gets wrong: a text of which a cache holds the beginning.
+    It is read as a whole, behind what is there."""
+    cache, prompt, mask = options.get("past_key_values"), _prompt(options), options.get("attention_mask")
+    whole = prompt is not None and (mask is None or mask.shape[1] == prompt.shape[1])
+    assisted = any(_option(model, options, name) for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"))
+    if assisted and whole and cache is not None and not _option(model, options, "is_assistant") and cache.get_seq_length() > 0:
+        raise ValueError(
+            f"assisted decoding of transformers reads all {prompt.shape[1]} tokens given, though past_key_values holds "  # type: ignore[union-attr]
+            f"{cache.get_seq_length()} of them: leave out past_key_values, or give the other tokens alone, with an attention_mask of all"
+        )
 
 
 def lower_level(model: HasLevels, level: int, input_ids: Tensor, **inputs: Any) -> Any:

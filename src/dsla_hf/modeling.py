@@ -107,7 +107,7 @@ def dsla_attention_function(
         counts=dsla_layer is None or dsla_layer.counts,
     )
     if dsla_layer is not None:
-        dsla_layer.advance(state, k, v, padding_mask)
+        dsla_layer.advance(state, k, v, padding_mask, dsla)
     return o if layout.cu_seqlens is None else layout.apart(o, shape), None
 
 
