@@ -223,7 +223,7 @@ def test_what_is_recorded_has_a_bound(tiny_model, adapter_model, monkeypatch, wi
         for start in range(0, 60, piece):
             model(ids[:, start : start + piece], past_key_values=cache, attention_mask=mask[:, : start + piece])
             sizes.append(cache_bytes(cache))
-        with pytest.raises(NotImplementedError, match="forget 21 tokens, [0-9]+ are recorded, the last 10 of a longer text"):
+        with pytest.raises(NotImplementedError, match=r"forget 21 tokens, [0-9]+ are recorded, the last 10 of a longer text"):
             cache.crop(-21)
         cache.crop(-9)
         found = model(ids[:, 51:52], past_key_values=cache, attention_mask=mask[:, :52]).logits

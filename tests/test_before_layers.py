@@ -116,32 +116,38 @@ def test_static_caches_beyond_twice_every_window(tiny_model, adapter_model, kind
 # --- compiled -----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def small(tiny_model, adapter_model):
+    """Two layers, one of them DSLA: compiling takes seconds a layer."""
+    return adapter_model(tiny_model("llama", num_hidden_layers=2), conversion_order=[1, 0], level=1).requires_grad_(False)
+
+
 def compiled(model, **options):
     torch._dynamo.reset()
     return torch.compile(model, backend="eager", **options)
 
 
-def test_compiled_code_reads_packed_texts_apart_or_refuses(model):
+def test_compiled_code_reads_packed_texts_apart_or_refuses(small):
     positions = torch.cat([torch.arange(25), torch.arange(15)])[None].expand(2, -1)
     with torch.no_grad():
-        expected = torch.cat([model(IDS[:, :25], use_cache=False).logits, model(IDS[:, 25:], use_cache=False).logits], 1)
-        found = compiled(model)(IDS, position_ids=positions, use_cache=False).logits
+        expected = torch.cat([small(IDS[:, :25], use_cache=False).logits, small(IDS[:, 25:], use_cache=False).logits], 1)
+        found = compiled(small)(IDS, position_ids=positions, use_cache=False).logits
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
         with pytest.raises(Exception, match="position_ids mark packed texts"):
-            compiled(model, fullgraph=True)(IDS, position_ids=positions, use_cache=False)
+            compiled(small, fullgraph=True)(IDS, position_ids=positions, use_cache=False)
         ones = torch.ones_like(IDS)
-        found = compiled(model, fullgraph=True)(IDS, attention_mask=ones, position_ids=positions, use_cache=False).logits
-        torch.testing.assert_close(found, model(IDS, attention_mask=ones, position_ids=positions, use_cache=False).logits)
+        found = compiled(small, fullgraph=True)(IDS, attention_mask=ones, position_ids=positions, use_cache=False).logits
+        torch.testing.assert_close(found, small(IDS, attention_mask=ones, position_ids=positions, use_cache=False).logits)
 
 
-def test_compiled_code_refuses_masks_whose_values_it_cannot_see(model):
+def test_compiled_code_refuses_masks_whose_values_it_cannot_see(small):
     ahead = torch.ones(1, 1, 40, 40, dtype=torch.bool)
     with torch.no_grad():
         for mask in (ahead, ahead.tril()):
             with pytest.raises(Exception, match="4-D mask cannot be looked at in compiled"):
-                compiled(model, fullgraph=True)(IDS, attention_mask=mask, use_cache=False)
+                compiled(small, fullgraph=True)(IDS, attention_mask=mask, use_cache=False)
         with pytest.raises(ValueError, match="attention_mask"):
-            compiled(model)(IDS, attention_mask=ahead, use_cache=False)
+            compiled(small)(IDS, attention_mask=ahead, use_cache=False)
 
 
 def test_models_with_the_mask_hand_over_are_copied_and_pickled(tiny_model, adapter_model):

@@ -169,8 +169,8 @@ class DSLACacheLayer(CacheLayerMixin):
     def _why_not(self, remove: int) -> str:
         bound = f", the last {RECORDED_TOKENS} of a longer text" if self._recorded >= RECORDED_TOKENS else ""
         return (
-            f"a DSLA state cannot forget {remove} tokens, {self._recorded} are recorded{bound}: call activate_past_recording() on the cache "
-            "before the tokens that may be taken back, or read the text again up to there"
+            f"a DSLA state cannot forget {remove} tokens, {self._recorded} are recorded{bound}: call activate_past_recording() on the "
+            "cache before the tokens that may be taken back, or read the text again up to there"
         )
 
     def _joined_log(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -480,7 +480,7 @@ def _teach_caches() -> None:
                 layer.__dict__ = values
             raise
 
-    Cache.activate_past_recording, Cache.crop = activate_past_recording, crop_all_or_none  # type: ignore[method-assign]
+    Cache.activate_past_recording, Cache.crop = activate_past_recording, crop_all_or_none
 
 
 _teach_caches()
