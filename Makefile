@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart setup test test-minimum lint types format clean
+.PHONY: help quickstart setup test test-minimum lint types resolve format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do printf '%-21s%s\n' "$$target" "$$text"; done
@@ -42,6 +42,22 @@ lint: $(VENV)/.installed-dev ## ruff: rules and formatting
 types: $(VENV)/.installed-dev ## mypy over the packages
 	$(BIN)/python -m mypy
 
+# PyPI's torch, a CUDA build, asks for more than a CPU build: the versions must exist for it too, whatever is installed here.
+RESOLVE = UV_HTTP_TIMEOUT=20 UV_HTTP_RETRIES=1 $(BIN)/uv pip compile --quiet --no-python-downloads --python $(BIN)/python \
+	--python-platform x86_64-manylinux_2_28 --extra dev
+resolve: $(VENV)/.installed-dev ## check that the pinned versions fit together: those installed, and beside a GPU for each Python
+	$(BIN)/python -m pip check
+	@for run in 3.11:constraints.txt 3.12:constraints.txt 3.13:constraints.txt 3.11:constraints-minimum.txt; do \
+		python=$${run%%:*}; file=$${run#*:}; \
+		if said=$$($(RESOLVE) --python-version $$python --constraint $$file pyproject.toml 2>&1 >/dev/null); then \
+			echo "$$file resolves for Python $$python with torch from PyPI"; \
+		elif echo "$$said" | grep -q 'Failed to fetch'; then \
+			echo "Skipped: the package index does not answer, so whether the versions resolve is not known"; exit 0; \
+		else \
+			echo "$$file, Python $$python: $$said" >&2; exit 1; \
+		fi; \
+	done
+
 format: $(VENV)/.installed-dev ## rewrite the sources as `make lint` wants them
 	$(BIN)/python -m ruff check --fix
 	$(BIN)/python -m ruff format
@@ -52,11 +68,24 @@ clean: ## remove the virtual environment, caches and build outputs
 
 # The set-up is redone when pyproject.toml or constraints.txt change.
 
+# Run pip; meanwhile the stamp of the first step is away, so that an environment in which pip was interrupted is made anew. After an
+# error of pip's own, such as an index that does not answer, the environment is as it was.
+pip_install = echo "$(PIP_INSTALL) $(1)"; trap 'exit 1' HUP INT TERM; \
+	mv $(VENV)/.torch $(VENV)/.torch-before 2>/dev/null; \
+	$(PIP_INSTALL) $(1); status=$$?; \
+	mv $(VENV)/.torch-before $(VENV)/.torch 2>/dev/null; exit $$status
+
+# Whether pip finds torch on the index of CPU builds. No answer is waited for longer than 20 seconds: pip itself would try each of the
+# index's addresses several times.
+FIND_CPU_TORCH = PIP_EXTRA_INDEX_URL=$(CPU_TORCH_INDEX) PIP_FIND_LINKS=$(VENV) $(BIN)/python -c \
+	'import subprocess, sys; sys.exit(subprocess.run([sys.executable, "-m", "pip", *sys.argv[1:]], timeout=20).returncode)' \
+	index versions --index-url $(CPU_TORCH_INDEX) --retries 0 --timeout 5 torch
+
 # Where no NVIDIA driver answers, torch comes first, alone, as a CPU build: a "+cpu" version counts as newer than PyPI's
-# CUDA build of the same release. Should the CPU index not answer, pip goes on with PyPI's build after the retries.
+# CUDA build of the same release. Should the CPU index not answer, pip goes on with what it finds elsewhere, PyPI's build.
 # --no-deps keeps everything but torch away from that index; the next step installs torch's dependencies.
 $(VENV)/.torch: $(CONSTRAINTS)
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 && exit; \
+	@[ -e $@ ] && $(BIN)/python -m pip --version >/dev/null 2>&1 && exit; \
 	for python in $(PYTHONS); do \
 		if $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
 			echo "$$python -m venv $(VENV)"; exec $$python -m venv --clear $(VENV); \
@@ -66,18 +95,22 @@ $(VENV)/.torch: $(CONSTRAINTS)
 	echo "Install one (Debian, Ubuntu: apt-get install python3 python3-venv), or name one: make PYTHON=/path/to/python" >&2; \
 	exit 1
 	@if nvidia-smi >/dev/null 2>&1; then \
-		echo "NVIDIA driver found: torch comes from PyPI"; \
+		echo "NVIDIA driver found: torch comes from PyPI"; exit; \
+	fi; \
+	echo "No NVIDIA driver found: installing a CPU build of torch"; \
+	if $(FIND_CPU_TORCH) >/dev/null 2>&1; then \
+		index="--extra-index-url $(CPU_TORCH_INDEX)"; \
 	else \
-		echo "No NVIDIA driver found: installing a CPU build of torch"; \
-		$(PIP_INSTALL) --no-deps --retries 2 --timeout 20 --extra-index-url $(CPU_TORCH_INDEX) torch; \
-	fi
+		echo "$(CPU_TORCH_INDEX) does not answer: torch comes from where pip finds it, PyPI's is a CUDA build"; \
+	fi; \
+	$(call pip_install,--no-deps $$index torch)
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
-	$(PIP_INSTALL) --editable '.[plot]'
+	@$(call pip_install,--editable '.[plot]')
 	@touch $@
 
 # The development extras contain the ones above.
 $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml
-	$(PIP_INSTALL) --editable '.[dev]'
+	@$(call pip_install,--editable '.[dev]')
 	@touch $(VENV)/.installed $@

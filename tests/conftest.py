@@ -1,6 +1,5 @@
 """Fixtures shared by all tests: small random models of both kinds, adapters far from their start, the shared folder."""
 
-import importlib.util
 import os
 from pathlib import Path
 
@@ -14,18 +13,6 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dsla_hf import DSLAConfig
-
-if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
-    from triton.runtime import interpreter
-
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patch_tensor_for_new_numpy(tensor, scope):
-        """NumPy 2.4 no longer takes an array of one element for an integer, as Triton 3.6 does with a loop's bounds."""
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patch_tensor_for_new_numpy
 
 # What is tested in depth: with and without norms of queries and keys.
 KINDS = ("llama", "qwen3")

@@ -120,6 +120,38 @@ def test_layers_outside_the_plan_are_not_wrapped(base):
     assert sorted(layers_of(model)) == [1, 3]
 
 
+def test_one_config_given_to_several_models(tiny_model):
+    config = DSLAConfig(task_type="CAUSAL_LM", level=2)
+    first, second = get_peft_model(tiny_model("llama"), config), get_peft_model(tiny_model("qwen3", num_hidden_layers=3), config)
+    third = tiny_model("llama", num_hidden_layers=2)
+    third.add_adapter(config, "third")
+    assert [dsla_hf.get_level(model) for model in (first, second, third)] == [2, 2, 2]
+    first.set_level(1)
+    second.set_conversion_order([2, 1, 0])
+    first.add_adapter("b", config)
+    assert [dsla_hf.get_level(model) for model in (first, second, third)] == [1, 2, 2]
+    assert [first.peft_config[name].level for name in ("default", "b")] == [1, 2]
+    assert config == DSLAConfig(task_type="CAUSAL_LM", level=2, base_model_name_or_path=config.base_model_name_or_path)
+
+
+def test_one_config_of_a_file_given_to_two_models(llama, adapter_model, tmp_path):
+    untouched, other = copy.deepcopy(llama), copy.deepcopy(llama)
+    adapter_model(llama, level=3).save_pretrained(tmp_path)
+    config = DSLAConfig.from_pretrained(tmp_path)
+    first, second = (PeftModel.from_pretrained(base, tmp_path, config=config) for base in (untouched, other))
+    assert first.peft_config["default"] is config, "as PEFT has it"
+    first.set_level(1)
+    assert first.get_level() == 1 and second.get_level() == 3
+
+
+def test_the_same_model_given_twice(llama, adapter_model):
+    model, ids = adapter_model(llama, level=2), token_ids()
+    expected, config = logits(model, ids), model.peft_config["default"]
+    with pytest.raises(ValueError, match=r"has a DSLA adapter 'default' already: set_level\(\).* unload\(\) takes it off"):
+        get_peft_model(llama, DSLAConfig(level=4))
+    assert model.peft_config["default"] is config and torch.equal(logits(model, ids), expected)
+
+
 # --- levels -----------------------------------------------------------------------------------------------------
 
 
@@ -585,6 +617,31 @@ def test_gradients_reach_converted_layers_and_checkpointing_agrees(base, window_
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("level, trained", [(0, None), (1, [0, 3])])
+def test_backward_says_that_nothing_can_be_trained(llama, adapter_model, checkpointing, level, trained):
+    model, ids = adapter_model(llama, level=level).train(), token_ids()
+    model.set_trainable_layers(trained)
+    if checkpointing:
+        enable_checkpointing(model)
+        model.enable_input_require_grads()
+    output = model(ids, labels=ids)
+    with pytest.raises(RuntimeError, match=rf"nothing can be trained at level {level}: .* \[2, 0, 3, 1\].* DSLATrainer"):
+        (output.loss / 2).backward()
+    with torch.no_grad(), model.disable_adapter():
+        assert model(ids, labels=ids).loss.requires_grad is False
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+    model(inputs_embeds=embeddings, labels=ids).loss.backward()
+    assert embeddings.grad.any(), "prompts of one's own are trained as over the base"
+    model.set_level(2)
+    assert backward(model, ids)[1]
+
+
+def test_other_weights_are_trained_at_level_0(llama, adapter_model):
+    model, ids = adapter_model(llama, level=0, modules_to_save=["model.norm"]).train(), token_ids()
+    assert set(backward(model, ids)[1]) == {name for name in trainable(model) if "norm.modules_to_save" in name}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("change", ["lower", "raise", "disable", "order"])
 def test_level_changed_between_forward_and_backward_is_an_error(llama, checkpointing, change, adapter_model):
     model, ids = adapter_model(llama, level=2).train(), token_ids()
@@ -793,7 +850,7 @@ def test_fingerprint_can_be_removed_on_purpose(tiny_model, adapter_model, tmp_pa
     adapter_model(tiny_model("llama")).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     values = json.loads(path.read_text())
-    assert len(values["base_fingerprint"]) == 8
+    assert set(values["base_fingerprint"]["layers"]) == {"0", "1", "2", "3"}
     other = tiny_model("llama")
     with pytest.raises(ValueError, match="remove base_fingerprint"):
         PeftModel.from_pretrained(other, tmp_path)

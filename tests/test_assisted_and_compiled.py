@@ -286,27 +286,21 @@ def test_a_compiled_step_with_a_static_cache_equals_the_eager_text(tiny_model, a
 
     backend = Compiled()
     step = torch.compile(model, backend=backend, fullgraph=True)
-    full = torch.cat([mask, torch.zeros(2, 4, dtype=mask.dtype)], 1)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
+    make_masks = (model if merged else model.get_base_model()).create_masks_for_generate  # as `generate` does
     with torch.no_grad():
         expected = model(ids, attention_mask=mask, position_ids=positions).logits
         cache = StaticCache(config=model.config, max_cache_len=64)
-        outputs = [
-            model(ids[:, :20], attention_mask=static_mask(full, 0, 20), position_ids=positions[:, :20], past_key_values=cache).logits
-        ]
+        outputs = [model(ids[:, :20], attention_mask=mask[:, :20], position_ids=positions[:, :20], past_key_values=cache).logits]
         for t in range(20, 60):
-            options = {"attention_mask": static_mask(full, t, 1), "position_ids": positions[:, t : t + 1]}
+            masks = make_masks(
+                config=model.config, inputs_embeds=torch.empty(2, 1, 0), attention_mask=mask[:, : t + 1], past_key_values=cache
+            )
+            options = {"attention_mask": masks, "position_ids": positions[:, t : t + 1]}
             outputs.append(step(ids[:, t : t + 1], past_key_values=cache, **options).logits)
     assert sum(isinstance(layer, StaticDSLACacheLayer) for layer in cache.layers) == 2
     torch.testing.assert_close(torch.cat(outputs, 1), expected, atol=2e-5, rtol=0)
     assert backend.steps <= 2, "a step was compiled again and again"
-
-
-def static_mask(mask, past, tokens):
-    """The 4-D mask that `generate` prepares for a static cache: which of its places each query sees."""
-    places = torch.arange(mask.shape[1])
-    causal = places <= (past + torch.arange(tokens))[:, None]
-    return (causal & mask.bool()[:, None])[:, None]
 
 
 def test_generate_with_a_static_cache_keeps_the_addresses_of_the_states(tiny_model, adapter_model):

@@ -446,6 +446,25 @@ def test_gradients_flow_to_every_parameter_and_input(way):
         assert x.grad.flatten(1).any(1).all() if x.ndim > 1 else x.grad.all(), name
 
 
+@every_way
+@pytest.mark.parametrize("cuts", [(30,), (5, 12, 30)], ids=str)
+def test_gradients_flow_through_folds(way, cuts):
+    """Of inputs and parameters, as if the layer itself had read what is folded, in one piece or several."""
+    attention, mask = make_attention(**way), make_mask(40)
+    q, k, v = (x.requires_grad_() for x in make_qkv(attention, batch=5, tokens=40))
+
+    def gradients(state):
+        o, _ = attention(q[:, 30:], k[:, 30:], v[:, 30:], padding_mask=mask[:, 30:], state=state)
+        return torch.autograd.grad(o.sin().sum(), [q, k, v, *attention.parameters()])
+
+    state = None
+    for a, b in itertools.pairwise((0, *cuts)):
+        state = attention.fold(k[:, a:b], v[:, a:b], mask[:, a:b], state)
+    expected = gradients(attention(*(x[:, :30] for x in (q, k, v)), padding_mask=mask[:, :30], output_state=True)[1])
+    for found, x in zip(gradients(state), expected, strict=True):
+        torch.testing.assert_close(found, x, rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize("window_size, sink_tokens", [(0, 0), (2, 0), (2, 1), (4, 1)])
 @pytest.mark.parametrize("write_gate", [False, True])
 def test_gradcheck_in_fp64(window_size, sink_tokens, write_gate):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import PrefixTuningConfig, get_peft_model
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
@@ -87,10 +88,34 @@ def test_fold_leaves_no_trace_of_padding(window_size, dtype):
 
 
 @windows
-def test_fold_keeps_no_gradient_graph(window_size):
+def test_fold_keeps_a_graph_only_where_keys_or_values_require_a_gradient(window_size):
     attention = make_attention(window_size).requires_grad_(True)
-    keys, values = (x.requires_grad_() for x in make_kv())
+    keys, values = make_kv()
     assert not any(x.requires_grad for x in fold(attention, keys, values).state)
+    for x in (keys, values):
+        x.requires_grad_()
+        assert fold(attention, keys, values).state.recurrent.requires_grad
+        with torch.no_grad():
+            assert not any(x.requires_grad for x in fold(attention, keys, values).state)
+        x.requires_grad_(False)
+
+
+@windows
+@pytest.mark.parametrize("max_length", [None, 50])
+def test_gradients_flow_through_a_fold_in_pieces(window_size, max_length, monkeypatch):
+    attention, mask = make_attention(window_size).requires_grad_(True).double(), left_mask()
+    leaves = [x.double().requires_grad_() for x in make_kv()]
+
+    def gradients(state):
+        q, k, v = (torch.randn(3, 20, heads, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64) for heads in (4, 2, 2))
+        o = attention(q, k, v, state=state)[0].square().sum()
+        return torch.autograd.grad(o, [*leaves, *attention.parameters()])
+
+    expected = gradients(forward_state(attention, *leaves, mask))
+    monkeypatch.setattr(dsla_hf.cache, "FOLDED_AT_ONCE", 30)
+    layer = fold(attention, *leaves, attention_mask=mask, max_length=max_length)
+    for x, y in zip(gradients(layer.current_state(attention)), expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
 
 
 @windows
@@ -148,15 +173,9 @@ def test_fold_refuses_masks_that_do_not_fit(shape):
 # --- the layer in a cache -----------------------------------------------------------------------------------------
 
 
-def test_update_passes_through_once_for_a_dsla_layer_and_refuses_others():
-    layer, (keys, values) = DSLACacheLayer(), make_kv()
+def test_update_is_for_softmax_layers_and_refused():
     with pytest.raises(RuntimeError, match="level was lowered"):
-        layer.update(keys, values)
-    layer.expect_update()
-    found = layer.update(keys, values)
-    assert found[0] is keys and found[1] is values
-    with pytest.raises(RuntimeError, match="level was lowered"):
-        layer.update(keys, values)
+        DSLACacheLayer().update(*make_kv())
 
 
 def test_an_empty_layer_knows_that_it_is_empty():
@@ -356,3 +375,91 @@ def test_a_whole_cache_of_dsla_layers_can_be_reordered_reset_and_copied():
     assert cache.get_seq_length() == 37
     cache.reset()
     assert cache.get_seq_length() == 0 and cache_bytes(cache) == 0
+
+
+# --- training through a cache -------------------------------------------------------------------------------------
+
+
+def slope(function, x, step=3e-3):
+    """How the gradient of `function` at `x` compares with what it gains along it: 1."""
+    (gradient,) = torch.autograd.grad(function(), x)
+    along = gradient / gradient.norm()
+    with torch.no_grad():
+        x += step * along
+        ahead = function()
+        x -= 2 * step * along
+        behind = function()
+        x += step * along
+    return float((ahead - behind) / (2 * step) / gradient.norm())
+
+
+TEXT = torch.arange(3, 33)[None]
+
+
+@windows
+@pytest.mark.parametrize("static", [False, True])
+def test_gradients_of_pieces_are_those_of_the_whole_text(tiny_model, adapter_model, window_size, static):
+    model = adapter_model(tiny_model("llama"), level=4, window_size=window_size).double()
+    embedded = model.get_input_embeddings()(TEXT).detach().requires_grad_()
+    trained = [embedded, *(p for p in model.parameters() if p.requires_grad)]
+
+    def gradients(*cuts):
+        cache = StaticCache(config=model.config, max_cache_len=40) if static else DynamicCache(config=model.config)
+        pieces = embedded.split([b - a for a, b in zip((0, *cuts), (*cuts, 30), strict=True)], 1)
+        logits = torch.cat([model(inputs_embeds=x, past_key_values=cache).logits for x in pieces], 1)
+        found = torch.autograd.grad(logits[:, -10:].square().mean(), trained)
+        cache.reset()  # what a text has left behind is no part of the next one's gradient
+        model(inputs_embeds=embedded, past_key_values=cache).logits.mean().backward()
+        return found
+
+    for x, y in zip(gradients(9, 25, 26, 27, 28, 29), gradients(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-9)
+
+
+def test_without_gradients_a_text_is_cut_off_from_what_came_before(tiny_model, adapter_model):
+    for make in (DynamicCache, lambda config: StaticCache(config=config, max_cache_len=40)):
+        model = adapter_model(tiny_model("llama"), level=4)
+        embedded = model.get_input_embeddings()(TEXT).detach().requires_grad_()
+        cache = make(config=model.config)
+        model(inputs_embeds=embedded[:, :9], past_key_values=cache)
+        with torch.no_grad():
+            model(inputs_embeds=embedded[:, 9:10], past_key_values=cache)
+        model(inputs_embeds=embedded[:, 10:], past_key_values=cache).logits.square().mean().backward()
+        assert not embedded.grad[:, :10].any() and embedded.grad[:, 10:].any()
+
+
+@windows
+def test_gradients_flow_through_a_raise(tiny_model, adapter_model, window_size):
+    model = adapter_model(tiny_model("llama"), window_size=window_size).double()
+    embedded = model.get_input_embeddings()(TEXT).detach().requires_grad_()
+    direction = torch.randn(1, 10, 97, dtype=torch.float64)
+
+    def score():
+        model.set_level(1)
+        cache = model(inputs_embeds=embedded[:, :20].clone()).past_key_values
+        model.set_level(4)
+        return (model(TEXT[:, 20:], past_key_values=cache).logits * direction).sum()
+
+    assert slope(score, embedded) == pytest.approx(1, abs=2e-3)
+
+
+@pytest.mark.parametrize("level", [0, 2, 4])
+def test_prefixes_of_every_layer_are_trained(tiny_model, adapter_model, level):
+    """PEFT's prefix tuning puts trained keys and values into a cache, which converted layers fold."""
+    model = adapter_model(tiny_model("llama"), level=level)
+    model = get_peft_model(
+        model.merge_and_unload().double() if level else model.unload().double(),
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+    )
+    prefix = model.eval().prompt_encoder["default"].embedding
+    prefix.weight = torch.nn.Parameter(torch.randn_like(prefix.weight, dtype=torch.float64))
+    mask = torch.ones_like(TEXT)
+    mask[:, :4] = 0
+    direction = torch.randn(1, 30, 97, dtype=torch.float64)
+
+    def score():
+        return (model(TEXT, attention_mask=mask).logits * direction).sum()
+
+    (gradient,) = torch.autograd.grad(score(), prefix.weight)
+    assert gradient.view(5, 4, -1).abs().amax((0, 2)).min() > 1e-3, "each of the four layers"
+    assert slope(score, prefix.weight) == pytest.approx(1, abs=2e-3)

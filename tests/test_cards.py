@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from dsla_hf import DSLAConfig
 from dsla_hf.cards import adapter_card, hybrid_card
+from dsla_hf.configuration import FORMAT_VERSION
 
 
 @pytest.fixture
@@ -21,10 +22,6 @@ def config():
         base_model_type="llama",
         base_model_name_or_path="someone/base-7b",
     )
-
-
-class ModelConfig:
-    _name_or_path = "someone/other-name"
 
 
 def code_of(card):
@@ -39,12 +36,29 @@ def table_of(card):
 
 @pytest.mark.parametrize("kind", ["adapter", "hybrid"])
 def test_first_line_of_code_imports_the_package(kind, config):
-    card = adapter_card(config) if kind == "adapter" else hybrid_card(ModelConfig(), config)
+    card = adapter_card(config) if kind == "adapter" else hybrid_card(config)
     lines = code_of(card).splitlines()
     assert lines[0].startswith("import dsla_hf")
     ast.parse(code_of(card))
     assert any("from_pretrained(" in line for line in lines)
     assert not re.search(r"[{}]", card.replace(code_of(card), "")), "a placeholder was left"
+
+
+@pytest.mark.parametrize("kind", ["adapter", "hybrid"])
+def test_first_line_of_text_says_that_the_package_is_needed(kind, config):
+    text = ModelCard(adapter_card(config) if kind == "adapter" else hybrid_card(config)).text.strip()
+    first = text.split("\n\n")[0]
+    assert text.splitlines()[0].startswith("Needs the package: `pip install dsla-hf`, and `import dsla_hf`")
+    assert ("KeyError: 'DSLA'" if kind == "adapter" else "LlamaForCausalLM") in first
+
+
+@pytest.mark.parametrize(
+    "task, auto_class, tag", [("FEATURE_EXTRACTION", "AutoModel", "feature-extraction"), (None, "AutoModelForCausalLM", "text-generation")]
+)
+def test_card_of_an_adapter_names_the_class_of_its_task(config, task, auto_class, tag):
+    config.task_type = task
+    card = adapter_card(config)
+    assert f"model = {auto_class}.from_pretrained(" in code_of(card) and ModelCard(card).data.pipeline_tag == tag
 
 
 def test_header_of_an_adapter(config):
@@ -55,16 +69,16 @@ def test_header_of_an_adapter(config):
 
 
 def test_header_of_a_hybrid(config):
-    data = ModelCard(hybrid_card(ModelConfig(), config)).data
+    data = ModelCard(hybrid_card(config)).data
     assert data.library_name == "transformers" and data.base_model == "someone/base-7b"
     config.base_model_name_or_path = None
-    assert ModelCard(hybrid_card(ModelConfig(), config)).data.base_model == "someone/other-name"
+    assert ModelCard(hybrid_card(config)).data.base_model == "a llama model"
 
 
 def test_adapter_card_tells_base_plan_level_and_usage(config):
     card = adapter_card(config)
     assert "# DSLA adapter for someone/base-7b" in card
-    assert "layers 3, 1, 2 of" in card and "Saved at level 2" in card and "Window size 8" in card and "format 1" in card
+    assert "layers 3, 1, 2 of" in card and "Saved at level 2" in card and "Window size 8" in card and f"format {FORMAT_VERSION}" in card
     code = code_of(card)
     assert 'AutoModelForCausalLM.from_pretrained("someone/base-7b")' in code
     assert "model.set_level(2)  # 0 to 3" in code
@@ -92,7 +106,7 @@ def test_level_table_shows_what_was_measured(config):
 
 
 def test_hybrid_card_tells_layers_and_both_ways_to_load(config):
-    card = hybrid_card(ModelConfig(), config)
+    card = hybrid_card(config)
     assert "# Hybrid of someone/base-7b" in card
     assert "Layers 1, 3 are Dual-State" in card, "at level 2 of the plan 3, 1, 2"
     assert "trust_remote_code=True" in card and "Window size 8" in card and "llama base" in card

@@ -11,7 +11,7 @@ from dsla_hf.configuration import FORMAT_VERSION, check_order
 
 # What a complete conversion looks like in a hybrid's config.json.
 HYBRID = {
-    "format_version": 1,
+    "format_version": FORMAT_VERSION,
     "base_model_type": "llama",
     "converted_layers": [3, 1],
     "window_size": 8,
@@ -21,7 +21,10 @@ HYBRID = {
     "gate_lower_bound": -0.5,
     "half_lives": [[64.0, 512.0], [4.0, 4.0]],
     "write_gate": False,
+    "rotary_layout": "interleaved",
+    "rotary_dim": 6,
 }
+FROM_THE_BASE = {"rotary_layout", "rotary_dim"}
 
 
 def test_defaults():
@@ -152,6 +155,31 @@ def test_adapter_config_json_of_a_newer_release_says_which_release_reads_it(tmp_
             PeftConfig.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("level, expected", [(0, 0), ("3", 3), ("50%", 4), (None, 2)])
+def test_level_given_at_loading_takes_the_place_of_the_stored_one(level, expected, tmp_path):
+    stored = DSLAConfig(conversion_order=[3, 1, 2, 0, 5], level=2, base_dimensions={"num_hidden_layers": 8}, task_type="CAUSAL_LM")
+    stored.save_pretrained(tmp_path)
+    assert DSLAConfig.from_pretrained(tmp_path, level=level).level == expected
+    with pytest.raises(ValueError, match=r"level 100%, 8 of 8 layers, is above the plan"):
+        DSLAConfig.from_pretrained(tmp_path, level="100%")
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"window_size": 64, "level": 1}, "window_size of a saved DSLA adapter cannot be changed"),
+        ({"conversion_order": [1]}, "conversion_order of a saved DSLA adapter cannot be changed"),
+        ({"task_type": "SEQ_CLS"}, "holds no head for it"),
+        ({"level": True}, "level must be a whole number"),
+    ],
+)
+def test_what_cannot_be_given_at_loading_is_refused(given, message, tmp_path):
+    DSLAConfig(conversion_order=[3, 1, 2]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        DSLAConfig.from_pretrained(tmp_path, **given)
+    assert DSLAConfig.from_pretrained(tmp_path, task_type="FEATURE_EXTRACTION").task_type == "FEATURE_EXTRACTION"
+
+
 def test_hybrid_dict_round_trip():
     config = DSLAConfig.from_hybrid_dict(HYBRID)
     assert config.conversion_order == config.converted_layers == [3, 1]
@@ -163,17 +191,24 @@ def test_hybrid_dict_round_trip():
     assert json.loads(json.dumps(written)) == written, "must be plain JSON"
 
 
+def test_hybrid_dict_names_the_base_where_that_has_a_name():
+    named = {**HYBRID, "base_model_name_or_path": "some/base"}
+    config = DSLAConfig.from_hybrid_dict(named)
+    assert config.base_model_name_or_path == "some/base" and config.to_hybrid_dict() == named
+    assert DSLAConfig.from_hybrid_dict(HYBRID).base_model_name_or_path is None, "as files of earlier releases"
+
+
 def test_hybrid_dict_holds_the_converted_layers_only_and_nothing_of_peft():
     config = DSLAConfig(conversion_order=[3, 1, 2], level=2, base_model_type="qwen3", modules_to_save=["lm_head"])
     hybrid = config.to_hybrid_dict()
-    assert set(hybrid) == set(HYBRID)
+    assert set(hybrid) == set(HYBRID) - FROM_THE_BASE
     assert hybrid["converted_layers"] == [3, 1]
     hybrid["converted_layers"].append(2)
     assert config.converted_layers == [3, 1], "the dict must not share its list with the config"
     assert DSLAConfig.from_hybrid_dict(config.to_hybrid_dict()).mathematics() == config.mathematics()
 
 
-@pytest.mark.parametrize("missing", sorted(HYBRID))
+@pytest.mark.parametrize("missing", sorted(HYBRID.keys() - FROM_THE_BASE))
 def test_partial_hybrid_dict_is_refused(missing):
     partial = {name: value for name, value in HYBRID.items() if name != missing}
     with pytest.raises(ValueError, match=rf"here/config.json.*{missing}"):
@@ -195,6 +230,9 @@ def test_partial_hybrid_dict_is_refused(missing):
         ("gate_lower_bound", -2.0),
         ("half_lives", [16.0]),
         ("write_gate", 1),
+        ("rotary_layout", "thirds"),
+        ("rotary_dim", 7),
+        ("base_model_name_or_path", 1),
     ],
 )
 def test_bad_entry_of_a_hybrid_dict_is_refused_with_the_file(entry, value):
@@ -266,6 +304,8 @@ def test_hybrid_dict_that_is_no_dict_is_refused():
         ("half_lives", (16.0, (8.0, -3.0)), r"-3\.0"),
         ("half_lives", (16.0, (float("nan"), 8.0)), "nan"),
         ("half_lives", "16", "16"),
+        ("rotary_layout", "halves", "None"),
+        ("rotary_dim", 8, "None and 8"),
         ("trained_projections", ["q_proj", "gate_proj"], "gate_proj"),
         ("trained_projections", "q_proj", "'q_proj'"),
         ("target_modules", r".*\.self_attn", r"self_attn"),

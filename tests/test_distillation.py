@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import DynamicCache, HfArgumentParser, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import AutoConfig, AutoModel, DynamicCache, HfArgumentParser, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from dsla_hf import DSLAConfig, DSLALayer, set_level
 from dsla_hf.adapter import dsla_layers
@@ -948,6 +948,15 @@ def test_hidden_term_is_the_mean_alignment_after_each_block(llama, tmp_path):
     found = logged(trainer, "hidden")[1]
     assert found == pytest.approx(sum(terms) / len(terms), rel=1e-4) and found > 0
     assert logged(trainer, "loss")[1] == pytest.approx(logged(trainer, "kl")[1] + 0.5 * found, rel=1e-4)
+
+
+def test_bare_decoders_are_aligned_but_have_no_logits(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97}
+    model = get_peft_model(AutoModel.from_config(AutoConfig.for_model("llama", **sizes)), DSLAConfig(task_type="FEATURE_EXTRACTION"))
+    with pytest.raises(ValueError, match="stage 'logits' needs a causal LM, and LlamaModel is none: distil over AutoModelForCausalLM"):
+        train(model, tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match="needs a causal LM"):
+        distill(model, None, arguments(tmp_path), alignment_steps=1, logits_steps=1)
 
 
 def test_half_life_gap_term_drives_the_states_apart(tiny_model, tmp_path):

@@ -1,13 +1,15 @@
 """What users do with a model around it: offloading, the hub, pipelines, other Auto classes."""
 
+import copy
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import cpu_offload
 from huggingface_hub import HfApi, RepoUrl
-from peft import PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -112,6 +114,20 @@ def test_adapters_and_hybrids_are_pushed_with_card_and_shim(tiny_model, adapter_
     assert "modeling_dsla_hf.py" in hub.files and (tmp_path / "saved" / "config.json").exists()
 
 
+def test_a_pushed_hybrid_is_named_by_its_repository(hybrid_directory, tmp_path, monkeypatch):
+    Hub(monkeypatch)
+    directory, hybrid = hybrid_directory
+    for elsewhere in ({"create_pr": True}, {"revision": "trial"}):  # what the repository's name leads to is another model
+        hybrid.push_to_hub("someone/hybrid", **elsewhere)
+        assert hybrid.name_or_path == hybrid.config.name_or_path == str(directory)
+    hybrid.push_to_hub("someone/hybrid")
+    assert hybrid.name_or_path == hybrid.config.name_or_path == "someone/hybrid"
+    hybrid.save_pretrained(tmp_path / "again")
+    assert hybrid.name_or_path == str(tmp_path / "again")
+    hybrid.save_pretrained(tmp_path / "again", push_to_hub=True, repo_id="someone/other")
+    assert hybrid.name_or_path == hybrid.model.name_or_path == "someone/other"
+
+
 def test_text_generation_pipeline(tiny_model, adapter_model, tmp_path, caplog):
     tokenizer = train_tokenizer(["the answer is that a layer reads the state of the text " * 20], vocab_size=300)
     base = tiny_model("llama")
@@ -130,6 +146,62 @@ def test_text_generation_pipeline(tiny_model, adapter_model, tmp_path, caplog):
     assert texts[0][0]["generated_text"] == alone
 
 
+@pytest.fixture
+def unsaved(tiny_model, adapter_model, tmp_path):
+    """A hybrid made in memory, its tokenizer, and the folder with base and tokenizer whose name it must not bear."""
+    tokenizer = train_tokenizer(["the answer is that a layer reads the state of the text " * 20], vocab_size=300)
+    tiny_model("llama", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    hybrid = adapter_model(AutoModelForCausalLM.from_pretrained(tmp_path), level=2).merge_and_unload()
+    return hybrid.eval(), tokenizer, tmp_path
+
+
+def test_what_looks_up_a_tokenizer_by_name_is_given_it(unsaved):
+    hybrid, tokenizer, folder = unsaved
+    with pytest.raises(Exception, match="Impossible to guess which tokenizer to use"):
+        pipeline("text-generation", model=hybrid)
+    text = pipeline("text-generation", model=hybrid, tokenizer=tokenizer)("the answer", max_new_tokens=4, do_sample=False)
+    hybrid.save_pretrained(folder / "hybrid")
+    tokenizer.save_pretrained(folder / "hybrid")
+    again = pipeline("text-generation", model=str(folder / "hybrid"))("the answer", max_new_tokens=4, do_sample=False)
+    assert again == text
+
+
+def test_lm_eval_is_given_the_tokenizer(unsaved):
+    HFLM = pytest.importorskip("lm_eval.models.huggingface", reason="needs lm-eval: pip install 'dsla-hf[eval]'").HFLM
+    hybrid, tokenizer, folder = unsaved
+    with pytest.raises(OSError, match="Repo id must"):
+        HFLM(hybrid)
+    request = type("Request", (), {"args": ("the answer", " is that")})
+    expected = HFLM(hybrid, tokenizer=tokenizer).loglikelihood([request], disable_tqdm=True)
+    hybrid.save_pretrained(folder / "hybrid")
+    tokenizer.save_pretrained(folder / "hybrid")
+    assert HFLM(hybrid).loglikelihood([request], disable_tqdm=True) == expected
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of options that trl itself sets
+def test_dpo_refers_to_the_hybrid_and_never_to_its_base(unsaved):
+    trl = pytest.importorskip("trl", reason="needs trl, which nothing else here does")
+    datasets = pytest.importorskip("datasets")
+    hybrid, tokenizer, folder = unsaved
+    pairs = {"prompt": ["the answer"] * 2, "chosen": [" is that a layer"] * 2, "rejected": [" reads the text"] * 2}
+    options = {"max_steps": 1, "logging_steps": 1, "report_to": [], "use_cpu": True, "bf16": False, "save_strategy": "no"}
+
+    def first_loss(model, **references):
+        args = trl.DPOConfig(output_dir=str(folder / "dpo"), **options)
+        data = datasets.Dataset.from_dict(pairs)
+        trainer = trl.DPOTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer, **references)
+        trainer.train()
+        return trainer.state.log_history[0]["loss"]
+
+    same = pytest.approx(math.log(2), abs=1e-5)  # where the reference is the model itself
+    with pytest.raises(OSError, match="Repo id must"):
+        first_loss(hybrid)
+    assert first_loss(hybrid, ref_model=copy.deepcopy(hybrid)) == same
+    hybrid.save_pretrained(folder / "hybrid")
+    assert first_loss(hybrid) == same
+
+
 @pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification])
 def test_other_auto_classes_refuse_in_one_line(hybrid_directory, auto_class):
     message = rf"load them with AutoModelForCausalLM, not {auto_class.__name__}$"
@@ -137,6 +209,31 @@ def test_other_auto_classes_refuse_in_one_line(hybrid_directory, auto_class):
         auto_class.from_pretrained(hybrid_directory[0])
     with pytest.raises(ValueError, match=message):
         auto_class.from_config(hybrid_directory[1].config)
+
+
+@pytest.mark.parametrize("kind, targets", [("llama", ["q_proj", "k_proj", "v_proj", "o_proj"]), ("phi3", "all-linear")])
+def test_lora_over_a_hybrid(tiny_model, adapter_model, tmp_path, kind, targets):
+    adapter_model(tiny_model(kind), level=2).merge_and_unload().save_pretrained(tmp_path / "hybrid")
+    hybrid = AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid").eval()
+    plain = hybrid(IDS).logits
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=targets, init_lora_weights=False)
+    model = get_peft_model(hybrid, config).eval()
+    assert {name.split("layers.")[1][0] for name, _ in model.named_parameters() if "proj.lora_A" in name} == {"0", "1", "2", "3"}
+    with torch.no_grad():
+        tuned = model(IDS).logits
+        assert (tuned - plain).abs().max() > 0.1
+        with model.disable_adapter():
+            assert torch.equal(model(IDS).logits, plain), "DSLA stays on"
+        past = model(IDS[:, :40], use_cache=True).past_key_values
+        torch.testing.assert_close(model(IDS[:, 40:], past_key_values=past).logits, tuned[:, 40:], atol=1e-4, rtol=1e-4)
+        model.save_pretrained(tmp_path / "lora")
+        loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora").eval()
+        assert torch.equal(loaded(IDS).logits, tuned)
+        merged = loaded.merge_and_unload()
+        assert type(merged) is type(hybrid) and merged.config.get_dsla_config().converted_layers == [2, 0]
+        torch.testing.assert_close(merged(IDS).logits, tuned, atol=1e-4, rtol=1e-4)
+    model.train()(IDS, labels=IDS).loss.backward()
+    assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
 def test_offloaded_cache_needs_a_gpu_and_dsla_layers_stay_resident(tiny_model, adapter_model):

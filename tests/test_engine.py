@@ -84,8 +84,9 @@ def assert_empty(engine):
 
 
 @pytest.fixture
-def tuned(tiny_model, adapter_model):
-    return adapter_model(tiny_model("llama"))
+def tuned(request, tiny_model, adapter_model):
+    kind, config = getattr(request, "param", ("llama", {}))
+    return adapter_model(tiny_model(kind, **config))
 
 
 @pytest.mark.parametrize("level", [0, 2, 4])
@@ -210,6 +211,12 @@ def test_draws_depend_on_the_seed_and_not_on_company(tuned):
 # --- levels -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "tuned",
+    [("llama", {}), ("phi3", {"partial_rotary_factor": 0.5}), ("cohere2", {"layer_types": ["full_attention"] * 4})],
+    ids=["llama", "rotary on a part", "interleaved"],
+    indirect=True,
+)
 def test_a_raise_folds_running_texts_exactly_and_frees_their_blocks(tuned):
     wanted = [(prompt, 20) for prompt in prompts(3, 10, 30)]
     level = [0]

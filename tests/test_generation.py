@@ -258,7 +258,7 @@ def test_next_request_may_be_lower_and_a_text_that_goes_on_may_not(llama):
     long, short = text(1, 30), text(1, 10)
     first = generate(llama, long, level_policy=policy, max_new_tokens=3, return_dict_in_generate=True)
     assert llama.get_level() == 3
-    generate(llama, long, level_policy=FixedLevel(0), past_key_values=first.past_key_values, max_new_tokens=1)
+    generate(llama, first.sequences, level_policy=FixedLevel(0), past_key_values=first.past_key_values, max_new_tokens=1)
     assert llama.get_level() == 3, "the cache holds states"
     generate(llama, short, level_policy=policy, max_new_tokens=3)
     assert llama.get_level() == 1

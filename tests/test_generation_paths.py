@@ -163,7 +163,7 @@ def test_packed_texts_equal_the_texts_alone(model):
         packed = model(tokens, position_ids=positions, use_cache=False).logits
         for start, end in itertools.pairwise(cuts):
             assert_close(packed[:, start:end], full_logits(model, tokens[:, start:end]))
-        with pytest.raises(ValueError, match="packed sequences"):
+        with pytest.raises(ValueError, match="packed texts"):
             model(tokens, position_ids=positions, use_cache=True)
 
 

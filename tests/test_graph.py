@@ -276,6 +276,15 @@ def test_what_a_recorded_step_cannot_do(tiny_model, options, words):
     assert decoder.obstacle(input_ids=IDS) is None
 
 
+def test_under_autocast_nothing_is_recorded(tiny_model, adapter_model):
+    model = adapter_model(tiny_model("llama"), level=2)
+    decoder = GraphDecoder(model, record=PlainRecording)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert re.search("autocast is on.*torch.bfloat16", decoder.obstacle(input_ids=IDS))
+        options = {"input_ids": IDS, "max_new_tokens": 4, "do_sample": False}
+        assert torch.equal(decoder.generate(**options), model.generate(**options))
+
+
 def test_models_whose_steps_look_at_the_length_are_left_alone(tiny_model):
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     for model, words in (

@@ -186,6 +186,21 @@ def test_single_tokens_with_gradients_run_in_pytorch(layer, monkeypatch):
     assert layer.mix_logits.grad is not None
 
 
+def test_what_requires_a_gradient_is_not_decoded_in_place(layer, monkeypatch):
+    """A token over a state that takes part in one, with gradients on and off, and a fold of trained keys."""
+    monkeypatch.setattr(dispatch, "choice", "triton")
+    layer.requires_grad_(False)
+    k, v = (x.requires_grad_() for x in inputs(torch.float32, 1, 40)[1:])
+    state = layer.fold(k, v)
+    before, token = state.recurrent.detach().clone(), inputs(torch.float32, 1, 1)
+    with torch.no_grad():
+        kernel, after = layer(*token, state=state, output_state=True, in_place=True)
+    assert torch.equal(state.recurrent, before) and not after.recurrent.requires_grad
+    o, _ = layer(*token, state=state, output_state=True, in_place=True)
+    torch.testing.assert_close(o.detach(), kernel, rtol=1e-4, atol=1e-4)
+    assert all(x.any() for x in torch.autograd.grad(o.square().sum(), (k, v)))
+
+
 def test_the_choice_is_told(monkeypatch):
     heads = torch.zeros(1, 1, 1, 16)
     assert not dispatch.uses_triton(heads, heads) or dispatch.choice == "triton"

@@ -5,7 +5,8 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import create_causal_mask
 
-from dsla_hf.layout import TokenLayout, install_layout_hook, read_layout, remove_layout_hook
+from dsla_hf.before_layers import install_layout_hook, remove_layout_hook
+from dsla_hf.layout import TokenLayout, read_layout
 
 
 def left_padded(tokens=9):
@@ -49,8 +50,8 @@ def test_masks_of_transformers_are_read(tiny_model, base_kind, implementation, d
     mask = left_padded()
     full = causal_mask(tiny_model(base_kind), mask, implementation)
     assert full.dtype == dtype and full.shape == (3, 1, 9, 9)
-    assert_padding(read_layout(full), mask)
-    assert_padding(read_layout({"full_attention": full, "sliding_attention": full[..., :2]}), mask)
+    assert_padding(read_layout(full, tokens=9), mask)
+    assert_padding(read_layout({"full_attention": full, "sliding_attention": full}, tokens=9), mask)
 
 
 def test_additive_masks_in_low_precision_are_read(tiny_model):
@@ -58,8 +59,8 @@ def test_additive_masks_in_low_precision_are_read(tiny_model):
     full = causal_mask(tiny_model("llama"), mask, "eager")
     for dtype in (torch.bfloat16, torch.float16):
         additive = torch.zeros(full.shape, dtype=dtype).masked_fill(full != 0, torch.finfo(dtype).min)
-        assert_padding(read_layout(additive), mask)
-        assert_padding(read_layout(torch.zeros(full.shape, dtype=dtype).masked_fill(full != 0, float("-inf"))), mask)
+        assert_padding(read_layout(additive, tokens=9), mask)
+        assert_padding(read_layout(torch.zeros(full.shape, dtype=dtype).masked_fill(full != 0, float("-inf")), tokens=9), mask)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -70,7 +71,7 @@ def test_masks_after_cached_tokens_cover_past_and_new(tiny_model, implementation
     past = 9 - queries
     for layer in range(4):
         cache.update(torch.zeros(3, 2, past, 8), torch.zeros(3, 2, past, 8), layer)
-    layout = read_layout(causal_mask(model, mask, implementation, cache, queries), has_past=True)
+    layout = read_layout(causal_mask(model, mask, implementation, cache, queries), past=past, tokens=queries)
     assert_padding(layout, mask)
     assert torch.equal(layout.past_mask(past, past), mask[:, :past].bool())
     assert torch.equal(layout.new_mask(past, queries), mask[:, past:].bool())
@@ -82,9 +83,9 @@ def test_masks_of_static_caches_reach_past_the_text_and_are_cut(tiny_model, impl
     cache = StaticCache(config=model.config, max_cache_len=20)
     full = causal_mask(model, mask, implementation, cache)
     assert full.shape == (3, 1, 9, 20)
-    layout = read_layout(full)
+    layout = read_layout(full, tokens=9)
+    assert_padding(layout, mask)
     assert torch.equal(layout.new_mask(0, 9), mask.bool())
-    assert not layout.padding_mask[:, 9:].any()
 
 
 def test_dicts_without_full_attention_are_no_layout():
@@ -129,16 +130,17 @@ def test_positions_that_run_on_are_one_text(positions):
     assert read_layout(position_ids=torch.tensor(positions)) == TokenLayout(None, None)
 
 
-def test_positions_are_not_read_where_a_mask_or_a_past_explains_them():
+def test_positions_are_not_read_where_a_mask_explains_them():
     positions = torch.tensor([[1, 1, 0, 1]])
     assert read_layout(torch.ones(1, 4), positions) == TokenLayout(None, None)
     assert_padding(read_layout(torch.tensor([[0, 0, 1, 1]]), positions), torch.tensor([[0, 0, 1, 1]]))
-    assert read_layout(None, positions, has_past=True) == TokenLayout(None, None)
 
 
-def test_packed_sequences_in_two_rows_are_refused():
-    with pytest.raises(ValueError, match=r"position_ids restart.*batch size 1"):
-        read_layout(position_ids=torch.tensor([[0, 1, 0], [0, 1, 2]]))
+def test_packed_texts_in_several_rows_are_joined_into_one_and_taken_apart():
+    layout = read_layout(position_ids=torch.tensor([[0, 1, 0], [0, 1, 2]]))
+    assert layout.cu_seqlens.tolist() == [0, 2, 3, 6] and layout.real is None
+    x = torch.arange(6.0).view(2, 3, 1)
+    assert torch.equal(layout.joined(x), x.view(1, 6, 1)) and torch.equal(layout.apart(layout.joined(x), (2, 3)), x)
 
 
 def test_given_boundaries_are_taken_as_they_are():
@@ -151,10 +153,11 @@ def test_given_boundaries_are_taken_as_they_are():
 
 
 def seen_layouts(model, monkeypatch):
-    """The `dsla_layout` that the first decoder layer of a model gets at each call."""
+    """The `dsla_layout` that the first decoder layer of a model gets at each call, as if it were DSLA."""
     layouts = []
     layer = model.model.layers[0]
     forward = layer.forward
+    layer.self_attn.converted = True
 
     def spy(*args, dsla_layout="none", **kwargs):
         layouts.append(dsla_layout)
@@ -165,20 +168,20 @@ def seen_layouts(model, monkeypatch):
 
 
 def test_hook_hands_the_layout_to_the_layers_once_and_can_be_removed(tiny_model, base_kind, monkeypatch):
-    model, mask = tiny_model(base_kind), left_padded()
+    model, mask = tiny_model(base_kind, use_cache=False), left_padded()
     layouts = seen_layouts(model, monkeypatch)
     tokens = torch.randint(1, 97, (3, 9))
     install_layout_hook(model.model)
     install_layout_hook(model.model)
     assert len(model.model._forward_pre_hooks) == 1
     model(tokens, attention_mask=mask)
-    model(tokens, mask)
+    model.model(tokens, mask)
     for layout in layouts:
         assert_padding(layout, mask)
-    model(tokens[:1], position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]))
-    assert layouts[2].cu_seqlens.tolist() == [0, 4, 9]
-    model(tokens[:1], cu_seq_lens_q=torch.tensor([0, 2, 9], dtype=torch.int32))
-    assert layouts[3].cu_seqlens.tolist() == [0, 2, 9]
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    model(tokens[:1], position_ids=positions)
+    model(tokens[:1], position_ids=positions, cu_seq_lens_q=torch.tensor([0, 4, 9], dtype=torch.int32))
+    assert [layout.cu_seqlens.tolist() for layout in layouts[2:]] == [[0, 4, 9]] * 2
     remove_layout_hook(model.model)
     remove_layout_hook(model.model)
     model(tokens, attention_mask=mask)
@@ -193,3 +196,13 @@ def test_hook_reads_positions_only_without_a_past(tiny_model, monkeypatch):
     for positions in ([0, 1, 2, 3], [0, 1]):  # the second call goes on, at positions of the caller's choice
         model(tokens[:, : len(positions)], past_key_values=cache, position_ids=torch.tensor([positions]))
     assert layouts == [TokenLayout(), TokenLayout()]
+
+
+def test_without_dsla_layers_the_base_gets_what_it_was_given(tiny_model, monkeypatch):
+    model = tiny_model("llama")
+    layouts = seen_layouts(model, monkeypatch)
+    model.model.layers[0].self_attn.converted = False
+    install_layout_hook(model.model)
+    tokens = torch.randint(1, 97, (1, 6))
+    model(tokens, attention_mask=torch.ones(1, 1, 6, 6), position_ids=torch.tensor([[0, 1, 0, 1, 0, 1]]))
+    assert layouts == ["none"]

@@ -36,6 +36,14 @@ def test_adapters_that_cannot_be_merged_are_refused_and_nothing_changes(two_adap
     assert torch.equal(two_adapters(IDS).logits, expected)
 
 
+def test_a_merge_refused_for_another_reason_leaves_the_active_adapter(two_adapters):
+    expected = two_adapters(IDS).logits
+    two_adapters.get_base_model().hf_quantizer = object()
+    with pytest.raises(ValueError, match="the base is quantised"):
+        two_adapters.merge_and_unload(adapter_names=["b"])
+    assert two_adapters.active_adapters == ["default"] and torch.equal(two_adapters(IDS).logits, expected)
+
+
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 @pytest.mark.parametrize("weight", ["dsla_q_proj.default.weight", "dsla_core.default.norm_weight"])
 def test_safe_merge_refuses_broken_weights_and_nothing_changes(tiny_model, adapter_model, broken, weight):

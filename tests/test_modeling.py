@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 import dsla_hf
 from dsla_hf import DSLAConfig, DSLAForCausalLM, DSLAHybridConfig, DualStateAttention
 from dsla_hf.attention import half_life_to_logit
+from dsla_hf.configuration import FORMAT_VERSION
 from dsla_hf.modeling import decoder_layers, hybrid_classes
 
 CONVERTED = [2, 0]  # of four layers
@@ -288,7 +289,7 @@ def test_hybrids_load_in_fresh_processes(hybrid, tmp_path):
         pytest.param({"window_size": -8}, "window_size.*-8", id="bad window"),
         pytest.param({"window_size": 9}, "window_size.*even.*9", id="odd window"),
         pytest.param({"sink_tokens": 5}, "sink_tokens.*half the window of 8.*5", id="too many sinks"),
-        pytest.param({"format_version": 2}, "format 2.*install a release", id="newer format"),
+        pytest.param({"format_version": FORMAT_VERSION + 1}, f"format {FORMAT_VERSION + 1}.*install a release", id="newer format"),
         pytest.param({"new_feature": 1}, "new_feature", id="unknown entry"),
     ],
 )

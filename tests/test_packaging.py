@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -18,13 +19,19 @@ HF_FOLDER, KERNELS_FOLDER = (Path(package.__file__).parent for package in (dsla_
 
 # A module imports modules of lower ranks, or of its own rank; modules not listed are applications of the library.
 RANKS = {
+    "compat": 0,
     "peft_type": 0,
+    "tensor_parallel": 0,
+    "masks": 0,
     "layout": 0,
     "architectures": 0,
     "attention": 0,
-    "sharding": 0,
+    "sharding": 1,
+    "quantised": 1,
     "cache": 1,
-    "tensor_parallel": 1,
+    "before_layers": 2,
+    "fingerprint": 2,
+    "head_sharding": 1,
     "configuration": 1,
     "cards": 2,
     "policies": 2,
@@ -124,6 +131,91 @@ print("ran")
     assert run_python(code, cwd=tmp_path).strip() == "ran"
 
 
+# What only some users need: modules of other packages, as they look to our modules when they have moved.
+WITHOUT_WHAT_ONE_FEATURE_NEEDS = """
+import builtins, sys
+from pathlib import Path
+
+ONE_FEATURE = (
+    "accelerate", "huggingface_hub", "peft.utils.integrations", "safetensors", "torch._dynamo", "torch._inductor", "torch.distributed",
+    "torch.nn.attention", "tqdm", "transformers.activations", "transformers.distributed", "transformers.generation",
+    "transformers.initialization", "transformers.integrations", "transformers.masking_utils", "transformers.modeling_utils",
+    "transformers.models", "transformers.quantizers", "triton",
+)
+original = builtins.__import__
+
+def without(name, scope=None, names=None, fromlist=(), level=0):
+    if not level and (scope or {}).get("__name__", "").startswith("dsla_") and any(f"{name}.".startswith(f"{x}.") for x in ONE_FEATURE):
+        raise ImportError(f"{name} has moved", name=name)
+    return original(name, scope, names, fromlist, level)
+
+builtins.__import__ = without
+import dsla_hf
+heavy = ("graph", "decode_attention", "fused_steps", "head_sharding", "sharding", "distillation", "serving")
+assert not {f"dsla_hf.{name}" for name in heavy} & sys.modules.keys()
+assert set(dsla_hf.__all__) <= set(dir(dsla_hf))
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+from dsla_hf.saving import push_folder
+
+sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "eos_token_id": None}
+def base():
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes))
+def adapter(model):
+    return get_peft_model(model, dsla_hf.DSLAConfig(task_type="CAUSAL_LM", conversion_order=[1, 0], window_size=8))
+ids = torch.arange(1, 8)[None]
+model = adapter(base())
+model.set_level(1)
+model(input_ids=ids, labels=ids).loss.backward()
+model.generate(input_ids=ids, max_new_tokens=3, level_policy=2)
+model.save_pretrained("adapter")
+PeftModel.from_pretrained(base(), "adapter").generate(input_ids=ids, max_new_tokens=3)
+hybrid = model.merge_and_unload()
+hybrid.generate(input_ids=ids, max_new_tokens=3)
+hybrid.save_pretrained("hybrid")
+
+quantised, offloaded = base(), base()
+weight = quantised.model.layers[1].self_attn.q_proj.weight
+quantised.model.layers[1].self_attn.q_proj.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
+offloaded.model.layers[1].self_attn.q_proj._hf_hook = object()
+features = {
+    "GraphDecoder": lambda: dsla_hf.GraphDecoder,
+    "tensor parallelism": lambda: AutoModelForCausalLM.from_pretrained("hybrid", tp_plan="auto"),
+    "a hybrid": lambda: AutoModelForCausalLM.from_pretrained("hybrid"),
+    "a quantised base": lambda: adapter(quantised),
+    "a base with offloaded weights": lambda: adapter(offloaded),
+    "generate with a static cache": lambda: adapter(base()).generate(input_ids=ids, max_new_tokens=3, cache_implementation="static"),
+    "an upload to the hub": lambda: push_folder(Path("hybrid"), "me/hybrid"),
+}
+for feature, use in features.items():
+    try:
+        use()
+        print(feature, "needs nothing")
+    except ImportError as error:
+        print(error)
+"""
+
+
+def test_what_one_feature_needs_breaks_neither_the_import_nor_other_features(tmp_path):
+    lines = run_python(WITHOUT_WHAT_ONE_FEATURE_NEEDS, cwd=tmp_path).splitlines()
+    moved = {
+        "GraphDecoder": r"[\w.]+",
+        "tensor parallelism": r"(transformers|torch)\.distributed[\w.]*",
+        "a hybrid": "transformers.initialization",
+        "a quantised base": "peft.utils.integrations",
+        "a base with offloaded weights": "accelerate.utils",
+        "generate with a static cache": "transformers.masking_utils",
+        "an upload to the hub": "huggingface_hub",
+    }
+    assert len(lines) == len(moved)
+    installed = re.escape(f"(torch {version('torch')}, transformers {version('transformers')}, ")
+    for line, (feature, module) in zip(lines, moved.items(), strict=True):
+        assert re.match(rf"{feature} cannot be used with the installed releases {installed}.*: {module} has moved\. Everything else", line)
+
+
 @pytest.mark.parametrize("folder", [HF_FOLDER, KERNELS_FOLDER], ids=["dsla_hf", "dsla_kernels"])
 def test_ships_type_hints(folder):
     assert (folder / "py.typed").is_file()
@@ -176,9 +268,9 @@ def test_no_cycle_between_modules():
 
 def test_the_layer_knows_neither_transformers_nor_peft():
     imports = own_imports()
-    for module in ("attention", "layout"):
+    for module, needed in (("attention", set()), ("masks", set()), ("layout", {"attention", "masks"})):
         assert not imports[module][1] & {"transformers", "peft", "accelerate"}, module
-        assert not imports[module][0], f"{module} needs nothing else of dsla_hf"
+        assert imports[module][0] == needed, f"{module} needs nothing else of dsla_hf"
 
 
 def test_kernels_need_torch_and_triton_alone():

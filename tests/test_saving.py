@@ -1,5 +1,6 @@
 """Writing a directory: nothing of another model is overwritten, nothing is left half-written."""
 
+import copy
 import hashlib
 import inspect
 import json
@@ -8,7 +9,7 @@ import peft.peft_model
 import pytest
 import torch
 import transformers.modeling_utils
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -296,3 +297,108 @@ def test_saving_removes_no_file_that_is_not_its_own(tiny_model, adapter_model, t
     model.merge_and_unload().save_pretrained(tmp_path / "hybrid")
     assert (tmp_path / "adapter" / "model.safetensors").read_text() == "mine"
     assert all((tmp_path / folder / "model_backup.safetensors").read_text() == "mine" for folder in ("adapter", "hybrid"))
+
+
+# --- who a hybrid says it is ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def named(tiny_model, adapter_model, tmp_path):
+    """A hybrid made in memory over a base that lies in a folder, and that folder."""
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    return adapter_model(base, level=2).merge_and_unload(), str(tmp_path / "base")
+
+
+def names_of(model):
+    """Every name that is written on a model and on its parts."""
+    attributes = [vars(module) for module in model.modules()]
+    configs = [values["config"] for values in attributes if "config" in values] + [model.generation_config]
+    found = {values["name_or_path"] for values in attributes if "name_or_path" in values}
+    return found | {value for config in configs for name, value in config.to_dict().items() if "name_or_path" in name}
+
+
+def test_a_hybrid_made_in_memory_has_no_name_and_knows_its_base(named):
+    hybrid, base = named
+    assert names_of(hybrid) == names_of(copy.deepcopy(hybrid)) == {""}
+    assert hybrid.config.dsla_config["base_model_name_or_path"] == base
+    assert hybrid.config.get_dsla_config().base_model_name_or_path == base
+
+
+def test_a_hybrid_is_named_by_where_it_was_saved_last(named, tmp_path):
+    hybrid, base = named
+    for folder in (tmp_path / "first", str(tmp_path / "second")):
+        hybrid.save_pretrained(folder)
+        assert names_of(hybrid) == {str(folder)}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    assert names_of(loaded) == {str(tmp_path / "first")}
+    assert loaded.config.dsla_config == hybrid.config.dsla_config
+    card = (tmp_path / "first" / "README.md").read_text()
+    assert f"base_model: {base}\n" in card
+    loaded.save_pretrained(tmp_path / "first")
+    assert (tmp_path / "first" / "README.md").read_text() == card, "of the base, not of the folder it was loaded from"
+
+
+def test_a_hybrid_keeps_its_name_where_saving_fails(named, tmp_path, monkeypatch):
+    hybrid = named[0]
+    hybrid.save_pretrained(tmp_path / "here")
+    with pytest.raises(ValueError, match="holds another model"):
+        hybrid.save_pretrained(tmp_path / "base")
+    monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        hybrid.save_pretrained(tmp_path / "there")
+    with pytest.raises(ZeroDivisionError):
+        hybrid.push_to_hub("someone/hybrid")
+    assert names_of(hybrid) == {str(tmp_path / "here")}
+
+
+def test_a_folder_is_saved_over_wherever_the_base_lay(named, tmp_path):
+    hybrid = named[0]
+    hybrid.save_pretrained(tmp_path / "hybrid")
+    for name in ("moved/base", None):
+        conversion = {k: v for k, v in hybrid.config.dsla_config.items() if k != "base_model_name_or_path"}
+        hybrid.config.dsla_config = conversion | ({"base_model_name_or_path": name} if name else {})
+        hybrid.save_pretrained(tmp_path / "hybrid")
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid").config.get_dsla_config().base_model_name_or_path == name
+
+
+def test_the_base_that_level_0_gives_back_keeps_its_name(tiny_model, adapter_model, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    model = adapter_model(AutoModelForCausalLM.from_pretrained(tmp_path), level=0)
+    assert model.merge_and_unload().name_or_path == str(tmp_path)
+
+
+def test_lora_over_a_saved_hybrid_finds_the_hybrid_again(named, tmp_path):
+    hybrid, ids = named[0], token_ids()
+    hybrid.save_pretrained(tmp_path / "hybrid")
+    model = lora(hybrid)
+    model.save_pretrained(tmp_path / "lora")
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tmp_path / "hybrid")
+    expected = logits(model, ids)
+    for auto_class in (AutoPeftModelForCausalLM, AutoModelForCausalLM):
+        loaded = auto_class.from_pretrained(tmp_path / "lora")
+        assert [m for m in loaded.modules() if type(m).__name__ == "DSLALlamaForCausalLM"]
+        assert torch.equal(logits(loaded, ids), expected)
+
+
+@pytest.mark.parametrize("by", ["peft", "transformers"])
+def test_lora_over_an_unsaved_hybrid_names_no_base_and_says_so(named, by, tmp_path):
+    hybrid = named[0]
+    if by == "peft":
+        model = lora(hybrid)
+    else:
+        model = hybrid
+        model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    with pytest.warns(UserWarning, match=r"a DSLA hybrid that was never saved.*save the hybrid by save_pretrained\(\) before"):
+        model.save_pretrained(tmp_path / "lora")
+    assert not json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert {"config.json", "modeling_dsla_hf.py"}.isdisjoint(fingerprints(tmp_path / "lora")) and names_of(hybrid) == {""}
+
+
+def test_weights_quantised_in_place_are_not_saved(adapter, hybrid, tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    for model, what in ((adapter, "adapter"), (hybrid, "hybrid")):
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+        with pytest.raises(ValueError, match=rf"was quantised in place.*save the {what} before quantize_\(\)"):
+            model.save_pretrained(tmp_path)
+        assert not fingerprints(tmp_path)

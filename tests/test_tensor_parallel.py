@@ -19,7 +19,8 @@ from transformers.distributed import DistributedConfig
 
 from dsla_hf import DSLACacheLayer, GraphDecoder
 from dsla_hf.distillation import DSLATrainer, DSLATrainingArguments
-from dsla_hf.tensor_parallel import HeadShardedAttention
+from dsla_hf.head_sharding import HeadShardedAttention
+from dsla_hf.tensor_parallel import asks_for_tensor_parallel
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CASES = {"llama": {}, "llama-pure": {"window_size": 0}, "qwen3": {}, "olmo2": {}}  # options of their adapters
@@ -158,6 +159,14 @@ def ran(device, tiny_model, adapter_model, tmp_path_factory):
     launch(top, device)
     RAN[device] = top
     return top
+
+
+def test_whether_options_ask_for_it():
+    for options in ({"tp_plan": "auto"}, {"tp_size": 2}):
+        assert asks_for_tensor_parallel(options) and asks_for_tensor_parallel({"distributed_config": options})
+    assert asks_for_tensor_parallel({"distributed_config": DistributedConfig(tp_size=2)})
+    for config in (None, {}, {"fsdp_size": 2}, DistributedConfig(fsdp_size=2), DistributedConfig(tp_size=1)):
+        assert not asks_for_tensor_parallel({"distributed_config": config, "tp_plan": None, "dtype": "auto"})
 
 
 def test_two_processes_write_what_one_writes(ran, device):

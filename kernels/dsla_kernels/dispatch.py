@@ -109,9 +109,11 @@ def fused_window_attention(
 
 
 def final_state(k: Tensor, v: Tensor, gate_logits: Tensor, **options) -> Tensor:
-    """The states after rows of keys and values, `[B, Hkv, 2, K, V]`: the last entry of `reference.block_states`. On a GPU it has no
-    gradient."""
-    if uses_triton(k, v):
+    """The states after rows of keys and values, `[B, Hkv, 2, K, V]`: the last entry of `reference.block_states`, which itself runs where a
+    gradient is asked for: the kernel has none."""
+    tensors = (k, v, gate_logits, options.get("write_logits"), options.get("initial_state"))
+    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if uses_triton(k, v) and not needs_gradient:
         from . import states
 
         return states.final_state(k, v, gate_logits, **options)

@@ -7,21 +7,25 @@ so no weight has two names. Which layers are DSLA is read from the config at eve
 
 from __future__ import annotations
 
+import copy
+import functools
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
+from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import GenerationMixin
 
 from .architectures import SHORT_WINDOW, SUPPORTED_BASES, fused_into, projection, sliding_window_of, why_unsupported
-from .configuration import PROJECTIONS, DSLAConfig, check_order, same_magnitude
+from .before_layers import install_layout_hook, masks_with_padding, remove_layout_hook
+from .compat import align_module_device, needed_for
+from .configuration import PROJECTIONS, DSLAConfig, check_order
+from .fingerprint import check_base, fingerprint_of
 from .generation import generate_with_levels
-from .layout import install_layout_hook, remove_layout_hook
 from .modeling import (
     attention_config,
     decoder_layers,
@@ -31,8 +35,9 @@ from .modeling import (
     layer_bytes,
     new_dual_state_attention,
 )
-from .sharding import whole
-from .tensor_parallel import MERGE_FIRST, check_heads, cut_adapter_core, cut_adapter_linear, cuts_heads, is_tensor_parallel
+from .quantised import dequantised, quantised_weight
+from .saving import name_model
+from .tensor_parallel import FEATURE, MERGE_FIRST, check_heads, cuts_heads, is_tensor_parallel, whole
 
 
 class AdapterLinear(nn.Linear):
@@ -123,7 +128,7 @@ class DSLALayer(nn.Module, BaseTunerLayer):
             raise RuntimeError(f"the active adapter {self.active_adapters} has no weights for layer {self.layer_idx}")
         own = {part: getattr(self, f"dsla_{part}")[name] for part in self.configs[name].trained_projections}
         made_of = (name, self.dsla_core[name], dict(self.base_layer._modules), own)
-        # Rebuilt when a module was replaced, e.g. by quantisation or by a LoRA on the base.
+        # Rebuilt when a module was replaced, e.g. by quantisation.
         if self._view is None or self._view[0] != made_of:
             modules = {**self.base_layer._modules, "dsla": self.dsla_core[name], **_own_projections(self.base_layer, own)}
             view: Any = _new_view(self.base_layer, modules)
@@ -145,10 +150,14 @@ class DSLALayer(nn.Module, BaseTunerLayer):
             return
         self.configs[adapter_name] = config
         core = self.dsla_core[adapter_name] = new_dual_state_attention(self.base_layer, config)
-        cut_adapter_core(model, core)
         for name in config.trained_projections:
-            linear = getattr(self, f"dsla_{name}")[adapter_name] = _copy_linear(*projection(self.base_layer, name))
-            cut_adapter_linear(model, linear, f"{key}.{fused_into(self.base_layer, name)[0]}")
+            getattr(self, f"dsla_{name}")[adapter_name] = _copy_linear(*projection(self.base_layer, name))
+        if is_tensor_parallel(model):
+            with needed_for(FEATURE):
+                from .head_sharding import cut_adapter_core, cut_adapter_linear
+            cut_adapter_core(model, core)
+            for name in config.trained_projections:
+                cut_adapter_linear(model, getattr(self, f"dsla_{name}")[adapter_name], f"{key}.{fused_into(self.base_layer, name)[0]}")
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters or [adapter_name], inference_mode=inference_mode)
 
@@ -200,11 +209,28 @@ class DSLALayer(nn.Module, BaseTunerLayer):
 
 
 class DSLAModel(BaseTuner):
-    """Wraps a causal LM of transformers; made by `get_peft_model(model, DSLAConfig(...))`."""
+    """Wraps a model of transformers, such as a causal LM or its bare decoder; made by `get_peft_model(model, DSLAConfig(...))`."""
 
     prefix = "dsla_"
     tuner_layer_cls = DSLALayer
     target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
+        shared = getattr(model, "peft_config", None)  # PEFT writes into it before anything is checked
+        before = dict(shared or {})
+        try:
+            super().__init__(model, *args, **kwargs)
+        except Exception:
+            if shared is not None:
+                shared.clear()
+                shared.update(before)
+            raise
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.model(*args, **kwargs)
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            _guard_training(self.model, kwargs, output)
+        return output
 
     # --- levels -------------------------------------------------------------------------------------------------
 
@@ -270,6 +296,11 @@ class DSLAModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: DSLAConfig, model_config: dict) -> DSLAConfig:
         return peft_config
 
+    @staticmethod
+    def _check_target_module_exists(peft_config: DSLAConfig, key: str) -> Any:
+        # PEFT finds the number of a layer only in names that have something before "layers", which those of a bare decoder lack.
+        return BaseTuner._check_target_module_exists(peft_config, f".{key}" if key.startswith("layers.") else key)
+
     def _prepare_model(self, peft_config: DSLAConfig, model: nn.Module) -> None:
         """Checks before anything is changed; records the base in the config, or compares it with what is recorded."""
         _check_base(model)
@@ -292,12 +323,32 @@ class DSLAModel(BaseTuner):
                     f"target_modules {peft_config.target_modules} names no attention of layer {index}, whose modules are "
                     f"{[name for name, _ in layer.named_children()]}; leave target_modules out"
                 )
+            _check_readable(layer.self_attn, peft_config)
+        base: Any = model.config
+        if peft_config.base_model_type in (None, base.model_type):  # else the next line says that it is another base
+            peft_config.take_rotary(base, base.model_type)
         _record_base(peft_config, model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = self.peft_config[adapter_name]
+        known = next((layer.configs[adapter_name] for layer in dsla_layers(model).values() if adapter_name in layer.configs), None)
+        if known is None:
+            # A copy: level, plan and what is recorded of the base belong to this model, whatever else the config is given to. PEFT
+            # promises that a loaded adapter has the very config that it is loaded with, so the first model keeps that.
+            if not config.inference_mode or config.taken:
+                config = self.peft_config[adapter_name] = copy.deepcopy(config)
+            config.taken = True
+        elif known is not config:
+            raise ValueError(
+                f"the model has a DSLA adapter {adapter_name!r} already: set_level() changes its level, another adapter_name adds a second "
+                "one, unload() takes it off"
+            )
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         decoder: Any = decoder_of(self.model)
         install_layout_hook(decoder)
+        if isinstance(self.model, GenerationMixin):
+            make_masks = getattr(type(self.model), "create_masks_for_generate", None)
+            self.model.create_masks_for_generate = functools.partial(masks_with_padding, make_masks, decoder)
         if not hasattr(decoder, "_dsla_level_guard"):
             decoder._dsla_level_guard = decoder.register_forward_hook(_guard_level)
 
@@ -335,7 +386,13 @@ class DSLAModel(BaseTuner):
             names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
             if unknown := sorted(set(names) - set(self.peft_config)):
                 raise ValueError(f"adapter_names: there are no adapters {unknown}, only {sorted(self.peft_config)}")
+            active: Any = self.active_adapters[0]
             self.set_adapter(names)
+            try:
+                return self._unload_and_optionally_merge(merge, progressbar, safe_merge)
+            except Exception:
+                self.set_adapter(active, inference_mode=self.peft_config[active].inference_mode)
+                raise
         config = active_config(model) if merge else None
         if merge and safe_merge:
             _check_finite(model)
@@ -343,18 +400,18 @@ class DSLAModel(BaseTuner):
         if config is not None and config.level:
             if is_tensor_parallel(model):
                 raise ValueError(f"each process holds a part of base and adapter, which are merged whole: {MERGE_FIRST}")
-            if getattr(model, "hf_quantizer", None) is not None:
-                raise ValueError(
-                    "the base is quantised, and a hybrid is made of weights in full precision: load the base without "
-                    "quantization_config, merge and save; then load the hybrid with quantization_config"
-                )
+            _check_full_precision(model)
             hybrid_class = hybrid_classes(config.base_model_type or "")[1]
             if not issubclass(hybrid_class, type(model)):
-                raise ValueError(f"only a causal LM becomes a hybrid, not {type(model).__name__}: wrap AutoModelForCausalLM")
+                raise ValueError(
+                    f"only a causal LM becomes a hybrid, not {type(model).__name__}: load the adapter over AutoModelForCausalLM, "
+                    "and merge that"
+                )
         decoder: Any = decoder_of(model)
         super()._unload_and_optionally_merge(merge, progressbar=progressbar, safe_merge=safe_merge)
         decoder._dsla_level_guard.remove()
         del decoder._dsla_level_guard
+        model.__dict__.pop("create_masks_for_generate", None)
         if hybrid_class is None or config is None:
             remove_layout_hook(decoder)
         else:
@@ -429,7 +486,7 @@ def _copy_linear(linear: nn.Linear, rows: slice) -> AdapterLinear:
     """A trainable copy of some rows, in full precision if the original is quantised; on the meta device if the original is there,
     or where PEFT makes empty weights (`low_cpu_mem_usage`)."""
     with align_module_device(linear):  # offloaded weights are brought in for as long as it takes
-        weight = dequantize_module_weight(linear)
+        weight: Any = dequantised(linear)
         device = "meta" if weight.device.type == "meta" else None
         size = len(range(*rows.indices(linear.out_features)))
         copy = AdapterLinear(linear.in_features, size, bias=linear.bias is not None, dtype=weight.dtype, device=device)
@@ -457,19 +514,56 @@ def _check_finite(model: nn.Module) -> None:
 def _become_hybrid(model: Any, hybrid_class: type, config: DSLAConfig) -> None:
     """Turn the base, whose converted layers are in place, into the hybrid class; the config object of the base stays as it was."""
     values = {name: value for name, value in model.config.to_dict().items() if name not in ("model_type", "architectures")}
-    hybrid_config = hybrid_class.config_class(**values, dsla_config=config.to_hybrid_dict())  # type: ignore[attr-defined]
+    values.pop("quantization_config", None)  # of a file whose weights were dequantised as they were loaded
+    dsla_config = config.to_hybrid_dict()
+    if model.config._name_or_path:
+        dsla_config.setdefault("base_model_name_or_path", model.config._name_or_path)
+    hybrid_config = hybrid_class.config_class(**values, dsla_config=dsla_config)  # type: ignore[attr-defined]
     hybrid_config._attn_implementation = model.config._attn_implementation
     hybrid_config._experts_implementation = getattr(model.config, "_experts_implementation", None)
-    hybrid_config._name_or_path = model.config._name_or_path
     base_config = model.config
     for module in model.modules():
         if getattr(module, "config", None) is base_config:
             module.config = hybrid_config
     model.__class__ = hybrid_class
     hybrid_config.architectures = [hybrid_class.__name__]
+    name_model(model, "")  # it lies nowhere yet: whoever loads by name would get the base
+    if (quantiser := getattr(model, "hf_quantizer", None)) is not None:
+        quantiser.remove_quantization_config(model)
+
+
+def _check_full_precision(model: Any) -> None:
+    """Refuse a merge over quantised weights: a hybrid is made of whole ones."""
+    quantiser = getattr(model, "hf_quantizer", None)
+    method = getattr(getattr(quantiser, "quantization_config", None), "quant_method", None)
+    name = quantised_weight(model)
+    name = name and name.replace(".base_layer", "")
+    if name is None and (quantiser is None or method == "gguf"):  # weights of a GGUF file that are not packed were dequantised
+        return
+    raise ValueError(
+        f"the base is quantised ({name or 'by quantization_config'}), and a hybrid is made of weights in full precision: load the base "
+        "without quantization_config, merge and save; then load the hybrid with quantization_config, or quantize_() it"
+    )
+
+
+def _check_readable(attention: Any, config: DSLAConfig) -> None:
+    """Refuse a base of whose weights no trained copy can be made."""
+    for name in config.trained_projections:
+        linear = projection(attention, name)[0]
+        if dequantised(linear) is None:
+            raise ValueError(
+                f"{name} of layer {attention.layer_idx} is a {type(linear).__name__}, whose weights DSLA cannot copy in full precision: "
+                "load the base without quantization_config (a GGUF file: with GgufConfig(dequantize=True)), or in 4 or 8 bits by "
+                "bitsandbytes or torchao"
+            )
 
 
 def _check_base(model: Any) -> None:
+    if isinstance(model, (PeftModel, PeftMixedModel)):
+        raise ValueError(
+            f"this is a {type(model).__name__} already: a second DSLA adapter is added by model.add_adapter(name, DSLAConfig(...)); one of "
+            "another PEFT method must be merged first, with merge_and_unload(), or taken off"
+        )
     if getattr(getattr(model, "config", None), "model_type", None) not in SUPPORTED_BASES:
         raise ValueError(why_unsupported(getattr(model, "config", None)))
     if "disk" in getattr(model, "hf_device_map", {}).values():
@@ -497,9 +591,10 @@ def _record_base(config: DSLAConfig, model: Any) -> None:
         "num_key_value_heads": getattr(base, "num_key_value_heads", None) or base.num_attention_heads,
         "head_dim": first.self_attn.head_dim,
     }
-    fingerprint = _fingerprint(config, model)
+    layers: Any = decoder_layers(model)
+    attention = {i: getattr(layers[i].self_attn, "base_layer", layers[i].self_attn) for i in config.conversion_order or ()}
     if config.base_model_type is None:
-        config.base_model_type, config.base_dimensions, config.base_fingerprint = base.model_type, dimensions, fingerprint
+        config.base_model_type, config.base_dimensions, config.base_fingerprint = base.model_type, dimensions, fingerprint_of(attention)
         return
     for what, recorded, found in (
         ("model type", config.base_model_type, base.model_type),
@@ -510,31 +605,36 @@ def _record_base(config: DSLAConfig, model: Any) -> None:
                 f"this DSLA adapter was made for another base model: its {what} {recorded}, this model's {found} "
                 "(a DSLAConfig belongs to one base: make a new one for another)"
             )
-    recorded_prints = config.base_fingerprint or {}
-    for name, found_print in (fingerprint or {}).items():
-        recorded_print = recorded_prints.get(name, found_print)
-        if not same_magnitude(recorded_print, found_print):
-            raise ValueError(
-                f"this DSLA adapter was made for other weights of the same shape: mean |{name}| was {recorded_print:.6g} and is "
-                f"{found_print:.6g} here. Load the base it was trained on ({config.base_model_name_or_path or 'see its model card'}); "
-                "if the base was changed on purpose, remove base_fingerprint from adapter_config.json"
-            )
+    if config.base_fingerprint:
+        check_base(config.base_fingerprint, attention, config.base_model_name_or_path, config.trained_projections)
 
 
-def _fingerprint(config: DSLAConfig, model: nn.Module) -> dict[str, float] | None:
-    """Mean magnitude of the key and value weights of the planned layers; None where weights are not real or quantised."""
-    if getattr(model, "hf_quantizer", None) is not None:
-        return None
-    prints = {}
-    for index in config.conversion_order or ():
-        layer: Any = decoder_layers(model)[index]
-        for name in ("k_proj", "v_proj"):
-            linear, rows = projection(layer.self_attn, name)
-            weight = getattr(linear, "weight", None)
-            if weight is None or not weight.is_floating_point() or weight.device.type == "meta":
-                return None
-            prints[f"layers.{index}.{name}"] = float(f"{whole(weight.detach())[rows].float().abs().mean().item():.8g}")
-    return prints
+def _guard_training(model: nn.Module, inputs: dict[str, Any], output: Any) -> None:
+    """Refuse the backward pass from a loss in which no trained weight has a part, because all are of layers that are not DSLA now:
+    PyTorch's error names no cause, and embeddings that require gradients for checkpointing hide even that."""
+    loss = getattr(output, "loss", None)
+    if not isinstance(loss, Tensor):
+        return
+    if loss.requires_grad and any(inputs.get(name) is not None for name in ("inputs_embeds", "past_key_values")):
+        return  # what is trained may be among them
+    layers = dsla_layers(model)
+    if any(layer.disable_adapters for layer in layers.values()):
+        return
+    idle = [layer for layer in layers.values() if not layer.converted]
+    unused = {id(p) for layer in idle for part in layer.adapter_layer_names for p in getattr(layer, part).parameters()}
+    trained = [id(p) for p in model.parameters() if p.requires_grad]
+    if not trained or not unused.issuperset(trained):
+        return
+    level, plan = get_level(model), active_config(model).conversion_order
+
+    def refuse(grad: Tensor) -> None:
+        raise RuntimeError(
+            f"nothing can be trained at level {level}: the weights that are trained belong to layers that are not DSLA now (the plan is "
+            f"{plan}). Call set_level() before training, or use DSLATrainer, which draws a level for every step"
+        )
+
+    output.loss = loss if loss.requires_grad else loss.detach().requires_grad_().clone()
+    output.loss.register_hook(refuse)
 
 
 def _guard_level(decoder: nn.Module, args: Any, output: Any) -> None:

@@ -17,9 +17,13 @@ SHORT_WINDOW = 1024
 
 @dataclass(frozen=True)
 class Architecture:
-    """fused: projections that lie in one matrix, by its name, in the order of its rows. notes: for the table in the docs."""
+    """fused: projections that lie in one matrix, by its name, in the order of its rows. rotary_layout: which channels of a head rotate
+    together, one of `attention.ROTARY_LAYOUTS`. partial_rotary: whether `partial_rotary_factor` says how many of them rotate (the first
+    ones), all if not. notes: for the table in the docs."""
 
     fused: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    rotary_layout: str = "halves"
+    partial_rotary: bool = False
     notes: str = ""
 
 
@@ -32,11 +36,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3_moe": Architecture(notes="mixture of experts"),
     "gemma2": Architecture(notes="score cap kept in the window; every second layer slides over 4,096 tokens"),
     "gemma3_text": Architecture(notes="local layers (512 or 1,024 tokens) are left out of the plan by default"),
-    "phi3": Architecture(fused={"qkv_proj": ("q_proj", "k_proj", "v_proj")}, notes="fused projection, split for training"),
+    "phi3": Architecture(
+        fused={"qkv_proj": ("q_proj", "k_proj", "v_proj")}, partial_rotary=True, notes="fused projection, split for training"
+    ),
     "olmo2": Architecture(),
     "smollm3": Architecture(notes="layers without rotary embedding stay so"),
     "granite": Architecture(),
-    "cohere2": Architecture(notes="local layers slide over 4,096 tokens; global ones have no rotary embedding"),
+    "cohere2": Architecture(
+        rotary_layout="interleaved", notes="local layers slide over 4,096 tokens; global ones have no rotary embedding"
+    ),
     "gpt_oss": Architecture(notes="sink logits kept in the window; local layers (128 tokens) are left out of the plan by default"),
 }
 SUPPORTED_BASES = tuple(ARCHITECTURES)
@@ -64,6 +72,20 @@ def sliding_window_of(attention: Any) -> int | None:
     if hasattr(attention, "sliding_window"):
         return attention.sliding_window
     return getattr(attention.config, "sliding_window", None)
+
+
+def rotary_of(config: Any, model_type: str) -> tuple[str, int]:
+    """How a base with this config rotates the channels of a head: `rotary_layout` and `rotary_dim` of `DualStateAttention`."""
+    architecture = ARCHITECTURES[model_type]
+    rotated = head_dim_of(config)
+    if architecture.partial_rotary:
+        rotated = int(rotated * config.rope_parameters.get("partial_rotary_factor", 1.0))
+    return architecture.rotary_layout, rotated + rotated % 2  # a frequency rotates two channels
+
+
+def head_dim_of(config: Any) -> int:
+    """Channels of a head, as transformers' rotary embeddings count them."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def fused_into(attention: Any, name: str) -> tuple[str, tuple[str, ...]]:

@@ -4,8 +4,10 @@ Shape legend as in `dsla_kernels.reference`: B batch, T tokens, Hq query heads, 
 size, W window size, S sink tokens.
 """
 
+import functools
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +32,8 @@ from dsla_kernels import (
 NORM_EPS = 1e-6
 # Blocks of half a window that a continued row takes over from the state: the last W tokens reach into three.
 PAST_BLOCKS = 3
+# Which of the R channels that a base rotates are a pair: (i, i + R/2), or (2i, 2i + 1).
+ROTARY_LAYOUTS = ("halves", "interleaved")
 
 
 class DualState(NamedTuple):
@@ -38,6 +42,7 @@ class DualState(NamedTuple):
     recurrent: `[B, Hkv, 2, K, V]` fp32, history and recency. With a window they hold the blocks (of W / 2 tokens) before the
         last full one.
     window_k, window_v: `[B, S + W, Hkv, K or V]`, the sinks, then the last W tokens; token j lies at slot S + j % W.
+        Channels of keys, here and in `recurrent`, lie so that i and i + K/2 are a rotary pair, whatever the base's layout.
     lengths: int64 `[B]`, tokens seen per row, padding not counted.
     """
 
@@ -71,6 +76,11 @@ class DualStateAttention(nn.Module):
             slowest, or one number for all channels.
         write_gate: whether a token's value decides how much of it each state takes in. The paper's layer has none.
         scale: of the scores, `K ** -0.5` when None.
+        rotary_layout: one of ROTARY_LAYOUTS; channels of q and k that rotate together share a decay.
+        rotary_dim: R, the channels from the first on that rotate, all when None. The others are paired with one another, behind.
+
+    Raises:
+        ValueError: names the argument whose value does not fit.
     """
 
     def __init__(
@@ -88,6 +98,8 @@ class DualStateAttention(nn.Module):
         half_lives: tuple[float | tuple[float, float], ...] = ((64.0, 4096.0), (8.0, 256.0)),
         write_gate: bool = True,
         scale: float | None = None,
+        rotary_layout: str = "halves",
+        rotary_dim: int | None = None,
     ):
         super().__init__()
         check_lower_bound(gate_lower_bound)
@@ -95,16 +107,21 @@ class DualStateAttention(nn.Module):
             raise ValueError(f"the {num_heads} query heads must be a multiple of the {num_kv_heads} key-value heads")
         if key_dim % 2:
             raise ValueError(f"key_dim must be even (rotary pairs share a decay), got {key_dim}")
+        rotary_dim = key_dim if rotary_dim is None else rotary_dim
+        check_rotary(rotary_layout, rotary_dim)
+        if rotary_dim > key_dim:
+            raise ValueError(f"rotary_dim must be at most the {key_dim} channels of a head, got {rotary_dim}")
         check_window(window_size, sink_tokens)
         if len(half_lives) != 2:
             raise ValueError(f"half_lives must be two, of the history and the recency state, got {half_lives}")
         value_dim = key_dim if value_dim is None else value_dim
-        decays = key_dim // 2  # one per rotary pair (i, i + K/2): a decay then commutes with the rotation
+        decays = key_dim // 2  # one per rotary pair: a decay then commutes with the rotation
         self.num_heads, self.num_kv_heads, self.key_dim, self.value_dim = num_heads, num_kv_heads, key_dim, value_dim
         self.window_size, self.sink_tokens = window_size, sink_tokens if window_size else 0
         self.gate_normalizer, self.gate_lower_bound, self.write_gate = gate_normalizer, gate_lower_bound, write_gate
         self.half_lives = tuple(half_life_range(entry) for entry in half_lives)
         self.scale = key_dim**-0.5 if scale is None else scale
+        self.rotary_layout, self.rotary_dim = rotary_layout, rotary_dim
 
         self.gate_down = nn.Parameter(torch.empty(num_kv_heads, value_dim, gate_rank))
         self.gate_up = nn.Parameter(torch.empty(num_kv_heads, gate_rank, 2 * decays))
@@ -159,10 +176,11 @@ class DualStateAttention(nn.Module):
         whole_windows: bool = False,
         counts: bool = True,
     ) -> tuple[Tensor, DualState | None]:
-        """Attend, after `state` if one is given.
+        """Attend, after `state` if one is given. Autocast is off within: see `one_dtype` for what is computed in.
 
         Args:
-            q: `[B, T, Hq, K]`, k: `[B, T, Hkv, K]`, v: `[B, T, Hkv, V]`, as the base model rotated and normalised them.
+            q: `[B, T, Hq, K]`, k: `[B, T, Hkv, K]`, v: `[B, T, Hkv, V]`, as the base model rotated and normalised them. Their dtypes,
+                and those of the keys and values in `state`, may differ.
             padding_mask: `[B, T]`, True at real tokens; padding may lie anywhere and leaves no trace.
             padding_at_end: it lies behind all real tokens of each row: these then need not be moved together (without `state`, or with
                 `whole_windows`).
@@ -188,26 +206,53 @@ class DualStateAttention(nn.Module):
             )
         if state is not None and state.lengths.shape[0] != q.shape[0]:
             raise ValueError(f"the state holds {state.lengths.shape[0]} sequences, the input {q.shape[0]}")
-        if state is not None and q.shape[1] == 1 and self._decodes_in_kernel(q, v):
-            return self._kernel_step(q, k, v, padding_mask, state if in_place else clone_state(state), softcap, sink_logits, counts)
-        if not self.window_size:
-            return self._pure(q, k, v, padding_mask, cu_seqlens, state, output_state)
-        if state is not None and q.shape[1] == 1:
-            o, new = self._window_step(q, k, v, padding_mask, state, softcap, sink_logits)
-            return o, new if counts else new._replace(lengths=state.lengths)
-        return self._window(
-            q, k, v, padding_mask, padding_at_end, shared, cu_seqlens, state, output_state, softcap, sink_logits, seen, whole_windows
-        )
+        dtype = q.dtype
+        state, q, k, v = one_dtype(state, q, k, v)
+        q, k = self.in_halves(q), self.in_halves(k)
+        with autocast_off(q):
+            if state is not None and q.shape[1] == 1 and self._decodes_in_kernel(q, k, v, state, sink_logits):
+                # A state that takes part in a gradient is not written over: what was computed from it needs it as it was.
+                written = state if in_place and not requires_gradient(*state) else clone_state(state)
+                o, new = self._kernel_step(q, k, v, padding_mask, written, softcap, sink_logits, counts)
+            elif not self.window_size:
+                o, new = self._pure(q, k, v, padding_mask, cu_seqlens, state, output_state)
+            elif state is not None and q.shape[1] == 1:
+                o, new = self._window_step(q, k, v, padding_mask, state, softcap, sink_logits)
+                new = new if counts else new._replace(lengths=state.lengths)
+            else:
+                o, new = self._window(
+                    q,
+                    k,
+                    v,
+                    padding_mask,
+                    padding_at_end,
+                    shared,
+                    cu_seqlens,
+                    state,
+                    output_state,
+                    softcap,
+                    sink_logits,
+                    seen,
+                    whole_windows,
+                )
+        return o.to(dtype), new
 
-    @torch.no_grad()
     def fold(
         self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None, state: DualState | None = None, *, padding_at_end: bool = False
     ) -> DualState:
         """The state after tokens of which only keys and values are left: what `forward` would have returned, up to rounding.
 
         k `[B, T, Hkv, K]`, v `[B, T, Hkv, V]`, `padding_mask` `[B, T]`, `padding_at_end` as in `forward`; `state` of the tokens before
-        them, if any.
+        them, if any. Where k, v or `state` require a gradient it flows through the fold, to them and to the parameters of the gates;
+        otherwise no graph is kept. Autocast is off within, as in `forward`.
         """
+        state, k, v = one_dtype(state, k, v)
+        k = self.in_halves(k)
+        gradient = torch.is_grad_enabled() and requires_gradient(k, v, *(state or ()))
+        with torch.set_grad_enabled(gradient), autocast_off(k):
+            return self._fold(k, v, padding_mask, state, padding_at_end)
+
+    def _fold(self, k, v, padding_mask, state, padding_at_end):
         recurrent = None if state is None else state.recurrent
         if not self.window_size:
             return self._state_without_window(self._final_state(k, v, padding_mask, recurrent), k, v, padding_mask, state)
@@ -221,6 +266,17 @@ class DualStateAttention(nn.Module):
         masked = self._taken_in(k, None, state)
         recurrent = self._final_state(k, v, taken_in if masked is None else taken_in & masked, recurrent)
         return self._state_after(k, v, None if valid is None else tokens, recurrent, self._sinks(k, v, state), start)
+
+    def in_halves(self, x: Tensor) -> Tensor:
+        """Queries or keys `[..., K]` as the base rotated them, channels put so that i and i + K/2 are a pair, as kernels have it: the pairs
+        that rotate from the fastest to the slowest, then those that do not. Both in the same order: their products stay what they are."""
+        if self.rotary_layout == "interleaved":
+            return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        if self.rotary_dim == self.key_dim:
+            return x
+        rotated, still = self.rotary_dim // 2, (self.key_dim - self.rotary_dim) // 2
+        a, b, c, d = x.split([rotated, rotated, still, still], -1)
+        return torch.cat([a, c, b, d], -1)
 
     def gate_logits(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
         """Raw gates `[B, T, Hkv, 2, K/2]` and raw write gates `[B, T, Hkv, 2]` (or None), fp32 (fp64 for fp64 inputs), from
@@ -339,9 +395,9 @@ class DualStateAttention(nn.Module):
 
     # --- one token --------------------------------------------------------------------------------------------------
 
-    def _decodes_in_kernel(self, q: Tensor, v: Tensor) -> bool:
+    def _decodes_in_kernel(self, q, k, v, state, sink_logits) -> bool:
         """Whether a kernel takes a token: where Triton runs, and no gradient is asked for."""
-        needs_gradient = torch.is_grad_enabled() and (q.requires_grad or v.requires_grad or self.mix_logits.requires_grad)
+        needs_gradient = torch.is_grad_enabled() and requires_gradient(q, k, v, *state, sink_logits, *self.parameters())
         return uses_triton(q, v) and not needs_gradient
 
     def _kernel_step(self, q, k, v, padding_mask, state, softcap, sink_logits, counts):
@@ -546,6 +602,49 @@ def records_steps(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
+def autocast_off(x: Tensor) -> Any:
+    """A context in which operations on x's device keep the dtypes of their inputs."""
+    return torch.autocast(x.device.type, enabled=False) if autocast_dtype(x.device) is not None else nullcontext()
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast rounds to on a device, or None where it is off."""
+    kind = device.type
+    if _knows_autocast(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
+@torch.compiler.assume_constant_result  # dynamo before torch 2.13 cannot trace the question
+def _knows_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
+
+
+def one_dtype(state: DualState | None, *tensors: Tensor) -> tuple[Any, ...]:
+    """State and tensors, with the keys and values that the state holds, in one dtype: the widest among them.
+
+    Under autocast they differ: over fp32 weights rotated and normalised keys are fp32, and values what autocast rounds to. Of fp16
+    autocast it is fp32 at least, also where all come in fp16, whose range states and decays pass. Of bf16 autocast it is bf16 where
+    kernels run: there fp32 takes several times the time, and the base's attention rounds all to bf16 too.
+    """
+    low = autocast_dtype(tensors[0].device)
+    dtypes = {x.dtype for x in (*tensors, *((state.window_k, state.window_v) if state is not None else ()))}
+    if low is None and len(dtypes) == 1:
+        return state, *tensors
+    if low == torch.float16:
+        dtypes.add(torch.float32)
+    elif low == torch.bfloat16 and tensors[0].device.type != "cpu" and uses_triton(tensors[0], tensors[-1], quietly=True):
+        dtypes = {low}
+    dtype = functools.reduce(torch.promote_types, dtypes)
+    if state is not None:
+        state = state._replace(window_k=state.window_k.to(dtype), window_v=state.window_v.to(dtype))
+    return state, *(x.to(dtype) for x in tensors)
+
+
+def requires_gradient(*tensors: Tensor | None) -> bool:
+    return any(x is not None and x.requires_grad for x in tensors)
+
+
 def clone_state(state: DualState) -> DualState:
     return DualState(*(x.clone() for x in state))
 
@@ -556,6 +655,14 @@ def check_window(window_size: int, sink_tokens: int) -> None:
         raise ValueError(f"window_size must be an even number of tokens, or 0 for no window, got {window_size}")
     if sink_tokens < 0 or (window_size and sink_tokens > window_size // 2):
         raise ValueError(f"sink_tokens must be from 0 to half the window of {window_size}, got {sink_tokens}")
+
+
+def check_rotary(layout: str, dim: int) -> None:
+    """Raises ValueError unless the layout is known and the channels that rotate are pairs."""
+    if layout not in ROTARY_LAYOUTS:
+        raise ValueError(f"rotary_layout must be one of {list(ROTARY_LAYOUTS)}, got {layout!r}")
+    if not isinstance(dim, int) or isinstance(dim, bool) or dim < 0 or dim % 2:
+        raise ValueError(f"rotary_dim must be an even number of channels, got {dim!r}")
 
 
 def half_life_range(half_life: float | tuple[float, float]) -> tuple[float, float]:

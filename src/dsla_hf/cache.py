@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from dsla_kernels import append
 
-from .attention import DualState, DualStateAttention
+from .attention import DualState, DualStateAttention, clone_state
 from .layout import TokenLayout
 
 logger = logging.get_logger(__name__)
@@ -32,13 +32,17 @@ RECORDS_PAST = "dsla_records_past"
 RECORDED_TOKENS = 4096
 # Tokens of all rows that are folded at a time: their gates and decayed keys take many times the bytes that the cache has for them.
 FOLDED_AT_ONCE = 8192
+LEVEL_LOWERED = (
+    "this cache layer holds DSLA states, but the model's layer is softmax attention now: the keys and values of the text so far are gone. "
+    "The level was lowered within one text; go back up, or start again with a new cache (past_key_values=None)"
+)
 
 
 class DSLACacheLayer(CacheLayerMixin):
     """Two states, the softmax window and a token count: constant size, whatever the length.
 
-    It takes the place of the key-value layer at its index. `update` only passes keys and values through, and only when
-    the DSLA layer has announced itself by `expect_update`; a softmax layer that finds it gets an error.
+    It takes the place of the key-value layer at its index. A DSLA layer fills it by `advance`; `update` is what a softmax layer calls, and
+    gets an error.
 
     A state cannot be rolled back, so for assisted decoding the layer records (`activate_past_recording`): it keeps the state
     of the last `crop` and the keys and values since, and builds the state anew from those that a crop leaves. Of a text longer
@@ -58,7 +62,6 @@ class DSLACacheLayer(CacheLayerMixin):
         self.tokens: int | Tensor = 0  # cached positions, padding included: what other layers of the cache count
         self.seen: int | None = 0  # what every entry of `state.lengths` is, None where rows differ or the host does not know
         self.record_past = False
-        self._update_expected = False
         self._state_before_log: DualState | None = None
         self._log: list[tuple[Tensor, Tensor, Tensor]] = []  # k, v `[B, T, Hkv, D]` and mask `[B, T]` of each call since then
         self._recorded = 0  # tokens in it
@@ -67,23 +70,9 @@ class DSLACacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the state is made by the layer that fills it."""
 
-    def expect_update(self) -> None:
-        """Announce that the next `update` comes from a DSLA layer."""
-        self._update_expected = True
-
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Keys and values as they come: earlier ones are in the state.
-
-        Raises:
-            RuntimeError: when a softmax layer calls it.
-        """
-        if not self._update_expected:
-            raise RuntimeError(
-                "this cache layer holds DSLA states, but the model's layer is softmax attention now: the keys and values of the "
-                "text so far are gone. The level was lowered within one text; start again with a new cache (past_key_values=None)"
-            )
-        self._update_expected = False
-        return key_states, value_states
+        """For softmax layers: raises RuntimeError, earlier keys and values are in the state alone."""
+        raise RuntimeError(LEVEL_LOWERED)
 
     def current_state(self, attention: DualStateAttention) -> DualState | None:
         """The state that `attention` reads next, built anew after a crop."""
@@ -219,7 +208,10 @@ class StaticDSLACacheLayer(DSLACacheLayer):
         self._empty = True  # what the host knows of `tokens`: a prompt after `reset` is read as the first one is
 
     def current_state(self, attention: DualStateAttention) -> DualState | None:
-        return None if self._empty else self.state
+        if self._empty or self.state is None:
+            return None
+        # A backward pass needs what was read as it was, and `advance` writes over these tensors.
+        return clone_state(self.state) if torch.is_grad_enabled() else self.state
 
     def take(self, other: DSLACacheLayer) -> None:
         """Copy what `other` remembers into this layer's own tensors (`other` and this one have been filled)."""
@@ -239,6 +231,8 @@ class StaticDSLACacheLayer(DSLACacheLayer):
         else:
             for old, new in zip(self.state, state, strict=True):
                 if old is not new:  # a kernel has written it already
+                    if old.requires_grad:  # all of it is replaced: no gradient goes back to what it was
+                        old.detach_()
                     old.copy_(new)
         if self.counts:
             self.tokens.add_(k.shape[1])  # type: ignore[union-attr]
@@ -313,6 +307,8 @@ def fold(
             cached keys are rotated already.
         max_length: of the `StaticCache` the layer is for; None for a dynamic one.
 
+    Where keys or values require a gradient (trained ones, or those of text that is trained on), it flows through the fold.
+
     Raises:
         ValueError: if shapes do not fit, or positions of a row restart (packed texts must not share a state).
     """
@@ -352,6 +348,60 @@ def _fold_in_pieces(
     return state
 
 
+# Cache layers of which keys and values can be read, so that they can be folded; subclasses may hold them otherwise (quantised, say).
+FOLDABLE = (DynamicLayer, StaticLayer, VisibleStaticLayer, DynamicSlidingWindowLayer, StaticSlidingWindowLayer)
+
+
+def check_cache(cache: Any, converted: list[bool], rows: int, tokens: int, recorded: bool = False) -> int | Tensor:
+    """Make sure that a call can go on from `cache`, before its first layer runs; the tokens that it holds.
+
+    Args:
+        cache: as the model was given it.
+        converted: which of the model's layers are DSLA now.
+        rows, tokens: of the call.
+        recorded: the call is compiled or captured: no value is looked at.
+
+    Raises:
+        RuntimeError: if a layer was DSLA and is softmax attention now, or a call has failed midway and left the cache half advanced.
+        ValueError: for keys and values that cannot be folded, other rows, or too many tokens for a static cache.
+    """
+    layers = list(zip(getattr(cache, "layers", ()), converted, strict=False))
+    for index, (layer, is_dsla) in enumerate(layers):
+        if isinstance(layer, DSLACacheLayer):
+            if not is_dsla:
+                raise RuntimeError(f"layer {index}: {LEVEL_LOWERED}")
+            if layer.state is not None and layer.batch_size != rows:
+                raise ValueError(f"the cache holds {layer.batch_size} rows, the call has {rows}: give it a cache of its own")
+        elif is_dsla and (recorded or _tokens_of(layer) > 0):
+            _check_foldable(index, layer)
+    if recorded or not any(is_dsla for _, is_dsla in layers):
+        return cache.get_seq_length()
+    counts = [_tokens_of(layer) for layer, _ in layers]
+    if len(set(counts)) > 1:
+        raise RuntimeError(
+            f"the layers of the cache hold different numbers of tokens, {counts}: a call has failed midway. Start again with a new cache"
+        )
+    for layer, is_dsla in layers:
+        if not is_dsla and type(layer) is StaticLayer and counts[0] + tokens > layer.get_max_length():
+            raise ValueError(
+                f"the static cache has room for {layer.get_max_length()} tokens; {counts[0]} are there, and {tokens} come: make it with a "
+                f"max_cache_len of {counts[0] + tokens} or more"
+            )
+    return counts[0]
+
+
+def _check_foldable(index: int, layer: Any) -> None:
+    if type(layer) not in FOLDABLE:
+        raise ValueError(
+            f"layer {index} cannot become DSLA in mid-text: its cache is a {type(layer).__name__}, whose keys and values cannot be "
+            "read in full. Set the level before the text begins, or use a DynamicCache"
+        )
+
+
+def _tokens_of(layer: Any) -> int:
+    return int(layer.get_seq_length())
+
+
 def dsla_cache_layer(
     cache: Cache, layer_idx: int, attention: DualStateAttention, layout: TokenLayout, exact: bool = True
 ) -> DSLACacheLayer:
@@ -368,11 +418,12 @@ def dsla_cache_layer(
     layer = cache.layers[layer_idx]
     if isinstance(layer, DSLACacheLayer):
         return layer
-    tokens = int(layer.get_seq_length())
+    tokens = _tokens_of(layer)
     max_length = max(other.get_max_length() for other in cache.layers) if isinstance(layer, StaticLayer) else None
     if tokens == 0:
         new = DSLACacheLayer() if max_length is None else StaticDSLACacheLayer(max_length)
-    elif type(layer) in (DynamicLayer, StaticLayer, VisibleStaticLayer, DynamicSlidingWindowLayer, StaticSlidingWindowLayer):
+    else:
+        _check_foldable(layer_idx, layer)
         if not exact:
             logger.warning_once(
                 "a text goes on at a higher level with trained k_proj or v_proj: the states are folded from the original model's keys "
@@ -386,11 +437,6 @@ def dsla_cache_layer(
             )
         new = fold(attention, keys, values, attention_mask=layout.past_mask(tokens, cached), max_length=max_length)
         new.tokens = new.tokens + (tokens - cached)
-    else:
-        raise ValueError(
-            f"layer {layer_idx} cannot become DSLA in mid-text: its cache is a {type(layer).__name__}, whose keys and values cannot be "
-            "read in full. Set the level before the text begins, or use a DynamicCache"
-        )
     if getattr(cache, RECORDS_PAST, False):
         new.activate_past_recording()
     cache.layers[layer_idx] = new

@@ -9,14 +9,17 @@ from .configuration import DSLAConfig
 _HEADER = """---
 library_name: {library}
 base_model: {base}
-pipeline_tag: text-generation
+pipeline_tag: {pipeline}
 tags:
 - dsla
 - linear-attention
 ---
 """
 
-_ADAPTER = """# DSLA adapter for {base}
+_ADAPTER = """Needs the package: `pip install dsla-hf`, and `import dsla_hf` before loading; without it PEFT stops with
+`KeyError: 'DSLA'`.
+
+# DSLA adapter for {base}
 
 Dual-State Linear Attention ([arXiv 2506.09316](https://arxiv.org/abs/2506.09316)) weights for layers {layers} of `{base}`, least
 harmful first. Level L runs the first L of them with constant memory; level 0 is the original model. Saved at level {level}.
@@ -24,9 +27,9 @@ harmful first. Level L runs the first L of them with constant memory; level 0 is
 ```python
 import dsla_hf  # registers DSLA with PEFT
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {auto_class}
 
-model = AutoModelForCausalLM.from_pretrained("{base}")
+model = {auto_class}.from_pretrained("{base}")
 model = PeftModel.from_pretrained(model, "path/to/this/adapter")
 model.set_level({level})  # 0 to {depth}, at any time, also while text is generated
 ```
@@ -34,7 +37,10 @@ model.set_level({level})  # 0 to {depth}, at any time, also while text is genera
 {metrics}Window size {window}, {base_type} base. Made with [dsla-hf](https://pypi.org/project/dsla-hf), format {version}.
 """
 
-_HYBRID = """# Hybrid of {base}
+_HYBRID = """Needs the package: `pip install dsla-hf`, and `import dsla_hf` before `AutoModelForCausalLM` loads it. The base's own class (as
+`LlamaForCausalLM`) would make another model of it.
+
+# Hybrid of {base}
 
 Layers {layers} are Dual-State Linear Attention ([arXiv 2506.09316](https://arxiv.org/abs/2506.09316)): constant memory, O(T) time. The
 others are the softmax attention of the {base_type} base.
@@ -50,13 +56,24 @@ Where the package is installed, `trust_remote_code=True` loads it without the im
 [dsla-hf](https://pypi.org/project/dsla-hf), format {version}.
 """
 
+# Auto class and pipeline by PEFT's task type; adapters of none are of causal LMs.
+_TASKS = {
+    "FEATURE_EXTRACTION": ("AutoModel", "feature-extraction"),
+    "SEQ_CLS": ("AutoModelForSequenceClassification", "text-classification"),
+    "TOKEN_CLS": ("AutoModelForTokenClassification", "token-classification"),
+    "QUESTION_ANS": ("AutoModelForQuestionAnswering", "question-answering"),
+}
+_CAUSAL_LM = ("AutoModelForCausalLM", "text-generation")
+
 
 def adapter_card(config: DSLAConfig, model_config: Any = None) -> str:
     """The README.md of an adapter directory."""
     order = config.conversion_order or []
     level = len(order) if config.level is None else config.level
-    return _HEADER.format(library="peft", base=_base(config, model_config)) + _ADAPTER.format(
+    auto_class, pipeline = _TASKS.get(config.task_type or "", _CAUSAL_LM)
+    return _HEADER.format(library="peft", base=_base(config, model_config), pipeline=pipeline) + _ADAPTER.format(
         base=_base(config, model_config),
+        auto_class=auto_class,
         layers=", ".join(map(str, order)),
         level=level,
         depth=len(order),
@@ -67,10 +84,10 @@ def adapter_card(config: DSLAConfig, model_config: Any = None) -> str:
     )
 
 
-def hybrid_card(model_config: Any, config: DSLAConfig) -> str:
+def hybrid_card(config: DSLAConfig) -> str:
     """The README.md of a hybrid's directory."""
-    base = _base(config, model_config)
-    return _HEADER.format(library="transformers", base=base) + _HYBRID.format(
+    base = _base(config)  # not the model's own name, which is the hybrid's
+    return _HEADER.format(library="transformers", base=base, pipeline=_CAUSAL_LM[1]) + _HYBRID.format(
         base=base,
         layers=", ".join(map(str, sorted(config.converted_layers))),
         window=config.window_size,
@@ -79,7 +96,7 @@ def hybrid_card(model_config: Any, config: DSLAConfig) -> str:
     )
 
 
-def _base(config: DSLAConfig, model_config: Any) -> str:
+def _base(config: DSLAConfig, model_config: Any = None) -> str:
     return config.base_model_name_or_path or getattr(model_config, "_name_or_path", "") or f"a {config.base_model_type} model"
 
 

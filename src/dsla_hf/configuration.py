@@ -11,27 +11,32 @@ from peft import PeftConfig
 
 from dsla_kernels import check_lower_bound
 
-from .attention import check_window, half_life_to_logit
+from .architectures import head_dim_of, rotary_of
+from .attention import check_rotary, check_window, half_life_to_logit
 from .peft_type import DSLA
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
-# Mean magnitudes of a bf16 copy of fp32 weights differ by less, those of another checkpoint by more.
-FINGERPRINT_TOLERANCE = 3e-4
 # Which release of this package reads which format, for the message of an older release that meets a newer file.
-FIRST_RELEASE_OF_FORMAT = {1: "0.1"}
+FIRST_RELEASE_OF_FORMAT = {1: "0.1", 2: "0.1"}
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
+# Which channels share a decay. Files of format 1 do not say: their layers paired all channels as (i, i + K/2).
+ROTARY = ("rotary_layout", "rotary_dim")
+# Tasks for which PEFT trains no head beside the adapter.
+HEADLESS = ("CAUSAL_LM", "FEATURE_EXTRACTION")
+
 # What the mathematics of a converted layer depends on: stored in hybrids, equal in adapter and hybrid.
-MATHEMATICS = ("window_size", "sink_tokens", "gate_rank", "gate_normalizer", "gate_lower_bound", "half_lives", "write_gate")
+MATHEMATICS = ("window_size", "sink_tokens", "gate_rank", "gate_normalizer", "gate_lower_bound", "half_lives", "write_gate", *ROTARY)
 
 
 @dataclass
 class DSLAConfig(PeftConfig):
     """Configuration of a Dual-State Linear Attention conversion.
 
-    `DSLAConfig(conversion_order=[3, 1, 2], level=2)` has weights for layers 3, 1 and 2, and runs layers 3 and 1 as DSLA.
+    `DSLAConfig(conversion_order=[3, 1, 2], level=2)` has weights for layers 3, 1 and 2, and runs layers 3 and 1 as DSLA. A model takes
+    a copy of it, `model.peft_config["default"]`: one config may be given to several models.
 
     Raises:
         ValueError: names the field whose value does not fit, before a model is touched.
@@ -72,6 +77,13 @@ class DSLAConfig(PeftConfig):
         default=True,
         metadata={"help": "Whether a token's value decides how much of it each state takes in. False: all of it, as in the paper."},
     )
+    rotary_layout: str | None = field(
+        default=None,
+        metadata={"help": "How the base pairs the channels that it rotates, 'halves' or 'interleaved' (written by the library)."},
+    )
+    rotary_dim: int | None = field(
+        default=None, metadata={"help": "How many channels of a head the base rotates, the first ones (written by the library)."}
+    )
     trained_projections: tuple[str, ...] = field(
         default=("q_proj", "o_proj"),
         metadata={
@@ -87,10 +99,12 @@ class DSLAConfig(PeftConfig):
     )
     base_model_type: str | None = field(default=None, metadata={"help": "`model_type` of the base (written by the library)."})
     base_dimensions: dict[str, int] | None = field(default=None, metadata={"help": "Sizes of the base (written by the library)."})
-    base_fingerprint: dict[str, float] | None = field(
-        default=None, metadata={"help": "Magnitudes of the base's key and value weights (written by the library)."}
+    base_fingerprint: dict[str, Any] | None = field(
+        default=None, repr=False, metadata={"help": "Random projections of the base's attention weights (written by the library)."}
     )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the file format."})
+
+    taken = False  # no field: whether a model has this very object
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,6 +126,27 @@ class DSLAConfig(PeftConfig):
         self.level = self.check_level(self.level)
         if self.level_metrics is not None:
             self.level_metrics = {str(level): metrics for level, metrics in self.level_metrics.items()}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """As in PEFT, which keeps what is stored; `level`, a number of layers or a share of the model's layers such as "50%", and
+        `task_type` take the place of it.
+
+        Raises:
+            ValueError: if the plan has no such level, or for another field of DSLA, whose stored value the weights go with.
+        """
+        given = {name: kwargs.pop(name) for name in ("task_type", *cls.__annotations__) if name in kwargs}
+        level, task = given.pop("level", None), given.pop("task_type", None)
+        if given:
+            raise ValueError(f"{', '.join(given)} of a saved DSLA adapter cannot be changed when it is loaded: leave out all but level")
+        config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if level is not None and isinstance(config, DSLAConfig):
+            plan = len(config.conversion_order or ())
+            config.level = resolve_level(level, config, (config.base_dimensions or {}).get("num_hidden_layers", plan))
+        if task not in (None, config.task_type, *HEADLESS):
+            raise ValueError(f"task_type={task!r}: {pretrained_model_name_or_path} holds no head for it; give one of {HEADLESS}")
+        config.task_type = task or config.task_type
+        return config
 
     @property
     def layers_to_transform(self) -> list[int] | None:
@@ -145,15 +180,40 @@ class DSLAConfig(PeftConfig):
         return level
 
     def mathematics(self) -> dict[str, Any]:
-        """Keyword arguments of `DualStateAttention` that are the same for every layer."""
-        return {name: getattr(self, name) for name in MATHEMATICS}
+        """Keyword arguments of `DualStateAttention` that are the same for every layer; the rotary ones once the base is known."""
+        return {name: value for name in MATHEMATICS if (value := getattr(self, name)) is not None}
+
+    def take_rotary(self, base: Any, base_model_type: str, source: str = "adapter_config.json") -> None:
+        """Record how the base with this config rotates channels, or compare it with what is recorded.
+
+        Raises:
+            ValueError: if that is something else, or was not yet heeded when the weights were trained.
+        """
+        found, recorded = rotary_of(base, base_model_type), (self.rotary_layout, self.rotary_dim)
+        rotates = "rotates {1} channels of a head in the layout {0!r}"
+        if self.format_version == 1 and self.base_model_type is not None and found != ("halves", head_dim_of(base)):
+            raise ValueError(
+                f"{source}: written in format 1, in which channels i and i + {head_dim_of(base) // 2} of a head share a decay, but a "
+                f"{base_model_type} base {rotates.format(*found)}: what it reads from far back depends on absolute positions. Such weights "
+                "cannot be converted: distil them again with this release"
+            )
+        if recorded not in ((None, None), found):
+            raise ValueError(
+                f"{source}: made for a base that {rotates.format(*recorded)}, and this one {rotates.format(*found)}: "
+                "load the base it was trained on, or leave rotary_layout and rotary_dim out of a new DSLAConfig"
+            )
+        self.rotary_layout, self.rotary_dim = found
+        self.format_version = FORMAT_VERSION
 
     def to_hybrid_dict(self) -> dict[str, Any]:
-        """The plain dict that a hybrid checkpoint stores as `config.dsla_config`: mathematics, converted layers, no PEFT fields."""
+        """The plain dict that a hybrid checkpoint stores as `config.dsla_config`: mathematics, converted layers, the base's name if
+        it has one, no further PEFT fields."""
         mathematics = self.mathematics() | {"half_lives": [list(pair) for pair in self.half_lives]}
+        name = {"base_model_name_or_path": self.base_model_name_or_path} if self.base_model_name_or_path else {}
         return {
             "format_version": self.format_version,
             "base_model_type": self.base_model_type,
+            **name,
             "converted_layers": list(self.converted_layers),
             **mathematics,
         }
@@ -167,20 +227,26 @@ class DSLAConfig(PeftConfig):
         """
         if not isinstance(hybrid, dict):
             raise ValueError(f"{source}: 'dsla_config' must be a dict as DSLAConfig.to_hybrid_dict() writes it, got {hybrid!r}")
-        expected = {"format_version", "base_model_type", "converted_layers", *MATHEMATICS}
+        known = {"format_version", "base_model_type", "converted_layers", *MATHEMATICS}
+        expected = known - set(ROTARY)  # which follow from the base
         if missing := sorted(expected - hybrid.keys()):
             raise ValueError(
                 f"{source}: 'dsla_config' lacks {missing}. It replaces the stored one as a whole: "
                 f"give all of {sorted(expected)}, or leave it out"
             )
         check_format_version(hybrid["format_version"], source)
-        if unknown := sorted(hybrid.keys() - expected):
-            raise ValueError(f"{source}: 'dsla_config' has unknown entries {unknown}; known are {sorted(expected)}")
+        if unknown := sorted(hybrid.keys() - known - {"base_model_name_or_path"}):
+            raise ValueError(f"{source}: 'dsla_config' has unknown entries {unknown}; known are {sorted(known)}")
+        name = hybrid.get("base_model_name_or_path")
+        if not isinstance(name, str | None):
+            raise ValueError(f"{source}: 'dsla_config' must name the base by text, got base_model_name_or_path {name!r}")
         try:
             return cls(
                 conversion_order=check_order(hybrid["converted_layers"], name="converted_layers"),
                 base_model_type=hybrid["base_model_type"],
-                **{name: hybrid[name] for name in MATHEMATICS},
+                base_model_name_or_path=name,
+                format_version=hybrid["format_version"],
+                **{name: hybrid[name] for name in MATHEMATICS if name in hybrid},
             )
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
@@ -207,6 +273,13 @@ class DSLAConfig(PeftConfig):
             check_lower_bound(self.gate_lower_bound)
         except ValueError as error:
             raise ValueError(f"gate_lower_bound: {error}") from None
+        if self.rotary_layout is not None and self.rotary_dim is not None:
+            check_rotary(self.rotary_layout, self.rotary_dim)
+        elif (self.rotary_layout, self.rotary_dim) != (None, None):
+            raise ValueError(
+                f"rotary_layout and rotary_dim say one thing together, got {self.rotary_layout!r} and {self.rotary_dim!r}: leave both out, "
+                "they follow from the base"
+            )
         for half_life in (life for pair in self.half_lives for life in pair):
             half_life_to_logit(half_life, self.gate_normalizer)
 
@@ -298,8 +371,3 @@ def check_format_version(version: Any, source: str = "adapter_config.json") -> N
             f"{source}: written in format {version}, this release of dsla-hf reads up to {FORMAT_VERSION}; "
             f"install a release {release} or newer"
         )
-
-
-def same_magnitude(recorded: float, found: float) -> bool:
-    """Whether two entries of `base_fingerprint` can be of the same weights."""
-    return abs(recorded - found) <= FINGERPRINT_TOLERANCE * abs(recorded)

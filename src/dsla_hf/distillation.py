@@ -175,10 +175,19 @@ class DSLATrainer(Trainer):
     def __init__(self, model: PeftModel, args: DSLATrainingArguments, **kwargs: Any):
         if not isinstance(getattr(model, "base_model", None), DSLAModel):
             raise ValueError("DSLATrainer trains a DSLA adapter: give it get_peft_model(model, DSLAConfig(...))")
+        if args.stage == "logits":
+            _check_logits(model)
         if is_tensor_parallel(model):
             raise ValueError(
                 "training under tensor parallelism is not supported: load the base without tp_plan, and train with FSDP2 "
                 "(examples/configs/fsdp2.yaml) if it does not fit on one device"
+            )
+        quantiser = getattr(model.get_base_model(), "hf_quantizer", None)
+        if quantiser is not None and not quantiser.is_trainable:
+            method = quantiser.quantization_config.quant_method
+            raise ValueError(
+                f"transformers trains nothing over a base that it marks as quantised by {getattr(method, 'value', method)}; if the weights "
+                "are dequantised, as those from a GGUF file are, call base.hf_quantizer.remove_quantization_config(base) first"
             )
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -578,6 +587,8 @@ def distill(
     tuner: Any = model.base_model
     output = Path(args.output_dir)
     levels = len(active_config(model).conversion_order or ())
+    if logits_steps:
+        _check_logits(model)
     if method == "chain" and 0 < logits_steps < levels:
         raise ValueError(f"a chain over {levels} layers needs {levels} steps or more, got logits_steps {logits_steps}")
     folders = [path for stage in STAGES for path in (output / stage, *sorted(output.glob(f"{stage}/level_*")))]
@@ -603,6 +614,16 @@ def distill(
         model.save_pretrained(str(output), **weights)
     PartialState().wait_for_everyone()  # the adapter is there when any process returns
     return ranking
+
+
+def _check_logits(model: Any) -> None:
+    """Raises ValueError if `model` is no causal LM, whose logits stage 2 is about."""
+    base = model.get_base_model()
+    if base.get_output_embeddings() is None:
+        raise ValueError(
+            f"stage 'logits' needs a causal LM, and {type(base).__name__} is none: distil over AutoModelForCausalLM, and load the adapter "
+            'over the other model with PeftModel.from_pretrained(model, adapter, task_type="FEATURE_EXTRACTION")'
+        )
 
 
 def _run_chain(model: PeftModel, dataset: Any, args: DSLATrainingArguments, directory: Path, steps: int, options: dict[str, Any]) -> None:

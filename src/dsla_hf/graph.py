@@ -23,6 +23,7 @@ from transformers.utils import logging
 from dsla_kernels import uses_triton
 
 from .adapter import DSLALayer, dsla_layers
+from .attention import autocast_dtype
 from .cache import DSLACacheLayer, StaticDSLACacheLayer, VisibleStaticLayer, dsla_cache_layer
 from .decode_attention import CachedTokens, attends_where_cached, can_attend_where_cached, over_cache, over_prompt
 from .fused_steps import LONG_PROMPT, can_compile, fused
@@ -196,6 +197,8 @@ class GraphDecoder:
         config = model.config.get_text_config(decoder=True)
         if self.record is CudaRecording and model.device.type != "cuda":
             return f"CUDA graphs need a CUDA device, and this model is on {model.device.type}"
+        if (rounds_to := autocast_dtype(model.device)) is not None:
+            return f"autocast is on, whose rounded weights no graph can keep: load the model in {rounds_to} and leave autocast out"
         if is_tensor_parallel(model):
             return "tensor parallel: processes exchange activations in every layer"
         places = set(map(str, getattr(model, "hf_device_map", {}).values()))
@@ -480,7 +483,7 @@ class GraphDecoder:
         if self._wrapped:
             first = self._wrapped[0]
             name = first.adapter_name
-            seen = (name, first.disable_adapters, None if name is None else first.configs[name].level)
+            seen = (name, first.disable_adapters, None if name is None else first.configs[name].converted_layers)
         if anew or seen != self._seen:
             layers = decoder_layers(self.causal_lm)
             self._layers = tuple(index for index, layer in enumerate(layers) if dsla_attention_of(layer) is not None)

@@ -12,50 +12,52 @@ import functools
 from contextlib import contextmanager
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AttentionInterface,
     AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForMultipleChoice,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.initialization import guard_torch_init_functions
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .architectures import SUPPORTED_BASES
 from .attention import DualStateAttention
+from .before_layers import install_layout_hook, masks_with_padding
 from .cache import DSLACacheLayer, dsla_cache_layer
+from .compat import guard_torch_init_functions, needed_for
 from .configuration import DSLAConfig, check_order
 from .generation import generate_with_levels
-from .layout import TokenLayout, install_layout_hook, read_layout
+from .layout import TokenLayout, read_layout
 from .saving import push_saved, save_hybrid
-from .tensor_parallel import DSLA, HEADS, hybrid_plan
+from .tensor_parallel import DSLA, FEATURE, HEADS, asks_for_tensor_parallel, hybrid_plan
 
 ATTENTION_FUNCTION = "dsla"
 
+# By name: a release may lack one.
 OTHER_AUTO_CLASSES = (
-    AutoModel,
-    AutoModelForMaskedLM,
-    AutoModelForMultipleChoice,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
+    "AutoModel",
+    "AutoModelForMaskedLM",
+    "AutoModelForMultipleChoice",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
 )
 
 NO_CONTINUOUS_BATCHING = (
     "transformers' continuous batching (generate_batch, serve --continuous-batching) keeps keys and values only, and would give wrong "
     "text with DSLA layers: use generate()"
+)
+
+NO_ATTENTION_IMPLEMENTATION = (
+    'attn_implementation="dsla" is no way to convert a model, whose layers would lack DSLA\'s weights: use '
+    "get_peft_model(model, DSLAConfig(...)), or load an adapter or a hybrid; leave attn_implementation out, or choose that of the softmax "
+    'layers, such as "sdpa"'
 )
 
 
@@ -74,13 +76,18 @@ def dsla_attention_function(
 ) -> tuple[Tensor, None]:
     """The attention function of converted layers, in transformers' interface: q, k, v `[B, H, T, D]`, output `[B, T, H, D]`."""
     layout = dsla_layout or TokenLayout()
-    dsla: Any = module.dsla
+    dsla: Any = getattr(module, "dsla", None)
+    if dsla is None:  # someone wrote the name into the config of a model
+        raise ValueError(NO_ATTENTION_IMPLEMENTATION)
+    shape = query.shape[0], query.shape[2]
     if key.shape[1] != dsla.num_kv_heads:
         raise ValueError(
             f"this process has the keys of {key.shape[1]} heads and the DSLA weights of {dsla.num_kv_heads}: a tp_plan of your own that "
             f"cuts the projections must cut these, too: {{'model.{DSLA}': '{HEADS}'}}; tp_plan=\"auto\" does"
         )
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if layout.cu_seqlens is not None:  # one row of all texts, without padding
+        q, k, v = (layout.joined(x) for x in (q, k, v))
     padding_mask = layout.new_mask(0 if dsla_layer is None else dsla_layer.tokens, q.shape[1])
     o, state = dsla(
         q,
@@ -102,10 +109,17 @@ def dsla_attention_function(
     if dsla_layer is not None:
         dsla_layer.advance(state, k, v, padding_mask)
         dsla_layer.shorten_record(dsla)
-    return o, None
+    return o if layout.cu_seqlens is None else layout.apart(o, shape), None
 
 
 AttentionInterface.register(ATTENTION_FUNCTION, dsla_attention_function)
+
+
+class _PassThrough:
+    """What a converted layer's base sees as its cache: earlier tokens are in the states, new ones go by."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
 
 
 class DSLAAttentionMixin:
@@ -114,6 +128,7 @@ class DSLAAttentionMixin:
     config: PreTrainedConfig
     dsla: DualStateAttention
     layer_idx: int
+    converted = True
     exact_fold = True  # False where keys and values in a softmax layer's cache are not those of this layer
 
     def convert(self, dsla: DualStateAttention) -> None:
@@ -132,11 +147,11 @@ class DSLAAttentionMixin:
     ) -> Any:
         if "cache" in kwargs:  # the paged cache of continuous batching, which knows keys and values only
             raise NotImplementedError(NO_CONTINUOUS_BATCHING)
-        layout = read_layout(attention_mask) if dsla_layout is None else dsla_layout
+        layout = read_layout(attention_mask, tokens=hidden_states.shape[1]) if dsla_layout is None else dsla_layout
         layer = None
         if past_key_values is not None:
             layer = dsla_cache_layer(past_key_values, self.layer_idx, self.dsla, layout, self.exact_fold)
-            layer.expect_update()
+            past_key_values = _PassThrough()
         return super().forward(  # type: ignore[misc]
             hidden_states,
             *args,
@@ -233,7 +248,7 @@ class DSLAHybridConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.dsla_config is not None:
-            self.get_dsla_config()
+            self.dsla_config = self.get_dsla_config().to_hybrid_dict()  # whole, also if its author left out what follows from the base
 
     def get_dsla_config(self) -> DSLAConfig:
         """The conversion that this hybrid is, checked."""
@@ -243,6 +258,7 @@ class DSLAHybridConfig(PreTrainedConfig):
             check_order(config.conversion_order, self.num_hidden_layers, name="converted_layers")
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
+        config.take_rotary(self, self.base_model_type, source)
         return config
 
     @classmethod
@@ -297,6 +313,14 @@ class DSLAHybridMixin:
         install_layout_hook(decoder_of(self))  # type: ignore[arg-type]
         self.post_init()  # type: ignore[attr-defined]
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; the style by which a `tp_plan` cuts DSLA's own weights is made known first."""
+        if asks_for_tensor_parallel(kwargs):
+            with needed_for(FEATURE):
+                from . import head_sharding  # noqa: F401
+        return super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+
     def initialize_weights(self) -> None:
         """As in transformers, whose decoders do not know DSLA's parameters: those missing from a checkpoint get their initial
         values, those loaded keep theirs."""
@@ -305,6 +329,11 @@ class DSLAHybridMixin:
             for module in self.modules():  # type: ignore[attr-defined]
                 if isinstance(module, DualStateAttention):
                     module.reset_parameters()
+
+    def create_masks_for_generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, with the 2-D mask that the masks are made of."""
+        make_masks = getattr(super(), "create_masks_for_generate", None)
+        return masks_with_padding(make_masks, decoder_of(self), *args, **kwargs)  # type: ignore[arg-type]
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -370,8 +399,11 @@ def hybrid_classes(base_model_type: str) -> tuple[type[PreTrainedConfig], type[P
     names = {"config_class": config_class, "base_model_class": base_model, "__module__": __name__}
     model_class: Any = type(f"DSLA{base_model.__name__}", (DSLAHybridMixin, base_model), names)
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
-    for auto_class in OTHER_AUTO_CLASSES:
-        names = {"config_class": config_class, "auto_class": auto_class.__name__, "__module__": __name__}
+    for name in OTHER_AUTO_CLASSES:
+        auto_class = getattr(transformers, name, None)
+        if auto_class is None:
+            continue
+        names = {"config_class": config_class, "auto_class": name, "__module__": __name__}
         auto_class.register(config_class, type(f"DSLA{base_config.__name__}Refused", (_Refused,), names), exist_ok=True)
     return config_class, model_class
 

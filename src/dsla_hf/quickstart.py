@@ -67,7 +67,7 @@ def run(output: str | Path = "quickstart-output", steps: int = 400, seed: int = 
     for row in rows:
         model.set_level(int(row["level"]))
         row["bytes_1k"], row["bytes_32k"] = (cache_bytes_per_sequence(model, tokens) for tokens in (1024, 32768))
-    plan.level_metrics = {str(row["level"]): {name: row[name] for name in ("perplexity", "kl")} for row in rows}
+    model.peft_config["default"].level_metrics = {str(row["level"]): {name: row[name] for name in ("perplexity", "kl")} for row in rows}
 
     print("4/5  Saving adapter and hybrid, and loading both again")
     model.set_level(LAYERS // 2)

@@ -19,17 +19,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .tensor_parallel import whole
+
 ANCHOR = "dsla_anchor"
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 holds the weights of a model in parts."""
     return isinstance(model, FSDPModule)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor, put together if processes hold parts of it. Gradients go back to the parts."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
