@@ -81,18 +81,14 @@ class DSLACacheLayer(CacheLayerMixin):
             self._clear_log()
         return self.state
 
-    def advance(
-        self, state: DualState, k: Tensor, v: Tensor, padding_mask: Tensor | None = None, attention: DualStateAttention | None = None
-    ) -> None:
-        """Store the state after the tokens with these k, v `[B, T, Hkv, D]`, which is `attention`'s."""
+    def advance(self, state: DualState, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> None:
+        """Store the state after the tokens with these k, v `[B, T, Hkv, D]`."""
         if self.record_past:
             if not self._log:
                 self._state_before_log = self.state
             mask = k.new_ones(k.shape[:2], dtype=torch.bool) if padding_mask is None else padding_mask.bool()
             self._log.append((k, v, mask))
             self._recorded += k.shape[1]
-            if attention is not None and self._recorded > 2 * RECORDED_TOKENS:
-                self._shorten_log(attention)
         elif self._recorded:  # before the recording was ended
             self._clear_log()
         self.state, self.is_initialized = state, True
@@ -102,6 +98,17 @@ class DSLACacheLayer(CacheLayerMixin):
     def activate_past_recording(self) -> None:
         """From now on keep what `crop` needs."""
         self.record_past = True
+
+    def shorten_record(self, attention: DualStateAttention) -> None:
+        """Of a long record keep the newest tokens, and of the others `attention`'s state."""
+        if self._recorded <= 2 * RECORDED_TOKENS:
+            return
+        k, v, mask = self._joined_log()
+        older = self._recorded - RECORDED_TOKENS
+        self._state_before_log = _fold_in_pieces(attention, k[:, :older], v[:, :older], mask[:, :older], self._state_before_log)
+        # Copies: views would keep all of it alive.
+        self._log = [(k[:, older:].clone(), v[:, older:].clone(), mask[:, older:].clone())]
+        self._recorded = RECORDED_TOKENS
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens: their number as a negative one, or as older releases of transformers have it, the number that
@@ -177,14 +184,6 @@ class DSLACacheLayer(CacheLayerMixin):
         k, v, mask = (torch.cat(parts, dim=1) for parts in zip(*self._log, strict=True))
         return k, v, mask
 
-    def _shorten_log(self, attention: DualStateAttention) -> None:
-        k, v, mask = self._joined_log()
-        older = self._recorded - RECORDED_TOKENS
-        self._state_before_log = _fold_in_pieces(attention, k[:, :older], v[:, :older], mask[:, :older], self._state_before_log)
-        # Copies: views would keep all of it alive.
-        self._log = [(k[:, older:].clone(), v[:, older:].clone(), mask[:, older:].clone())]
-        self._recorded = RECORDED_TOKENS
-
     def _clear_log(self) -> None:
         self._state_before_log, self._log, self._recorded, self._replay = None, [], 0, False
 
@@ -222,9 +221,7 @@ class StaticDSLACacheLayer(DSLACacheLayer):
         self.tokens.copy_(torch.as_tensor(other.tokens))  # type: ignore[union-attr]
         self._empty = False
 
-    def advance(
-        self, state: DualState, k: Tensor, v: Tensor, padding_mask: Tensor | None = None, attention: DualStateAttention | None = None
-    ) -> None:
+    def advance(self, state: DualState, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> None:
         if self.state is None:
             self.state, self.is_initialized = DualState(*(x.clone() for x in state)), True
             self.tokens = torch.as_tensor(self.tokens, device=k.device).clone()

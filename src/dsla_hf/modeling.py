@@ -107,7 +107,8 @@ def dsla_attention_function(
         counts=dsla_layer is None or dsla_layer.counts,
     )
     if dsla_layer is not None:
-        dsla_layer.advance(state, k, v, padding_mask, dsla)
+        dsla_layer.advance(state, k, v, padding_mask)
+        dsla_layer.shorten_record(dsla)
     return o if layout.cu_seqlens is None else layout.apart(o, shape), None
 
 

@@ -50,9 +50,7 @@ class SlotStates(DSLACacheLayer):
         for kept, new in zip(self.all_slots, state, strict=True):
             kept[slots] = new
 
-    def advance(
-        self, state: DualState, k: Tensor, v: Tensor, padding_mask: Tensor | None = None, attention: DualStateAttention | None = None
-    ) -> None:
+    def advance(self, state: DualState, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> None:
         assert self._slots is not None, "open() comes before a model call"
         viewed = self.state if isinstance(self._slots, slice) else None
         for index, (kept, new) in enumerate(zip(self.all_slots, state, strict=True)):
