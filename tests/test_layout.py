@@ -143,10 +143,9 @@ def test_packed_texts_in_several_rows_are_joined_into_one_and_taken_apart():
     assert torch.equal(layout.joined(x), x.view(1, 6, 1)) and torch.equal(layout.apart(layout.joined(x), (2, 3)), x)
 
 
-def test_given_boundaries_are_taken_as_they_are():
-    boundaries = torch.tensor([0, 3, 8], dtype=torch.int32)
-    layout = read_layout(None, torch.arange(8)[None], boundaries)
-    assert layout.cu_seqlens is boundaries and layout.padding_mask is None
+def test_positions_given_once_are_those_of_all_rows():
+    layout = read_layout(position_ids=torch.tensor([[0, 1, 0]]), rows=2)
+    assert layout.cu_seqlens.tolist() == [0, 2, 3, 5, 6]
 
 
 # --- the hook -----------------------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """Every form of mask that transformers documents: DSLA layers give what the texts alone give, without packing and padding, or refuse."""
 
+import copy
 import functools
 import itertools
 
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.masking_utils import create_masks_for_generate
 
 from dsla_hf.masks import read_mask
 
@@ -85,6 +87,18 @@ def test_block_diagonal_masks_of_any_form(model):
         assert_as_alone(model, attention_mask=mask, position_ids=positions())
 
 
+def test_packed_texts_given_once_for_all_rows(model):
+    ids = rows()[0]
+    expected = torch.cat([model(ids[:, :12], use_cache=False).logits, model(ids[:, 12:], use_cache=False).logits], 1)
+    for options in ({}, {"attention_mask": block_diagonal()[:1]}):
+        found = model(ids, position_ids=positions()[:1], use_cache=False, **options).logits
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    padding = torch.ones(1, 32, dtype=torch.bool)
+    padding[0, 28:] = False
+    found = model(ids, attention_mask=causal(padding=padding), use_cache=False).logits
+    torch.testing.assert_close(found[:, :28], model(ids[:, :28], use_cache=False).logits, atol=2e-5, rtol=0)
+
+
 def test_padding_inside_packed_rows_leaves_no_trace(model):
     padding = torch.ones(4, 32, dtype=torch.bool)
     padding[0, 12:15] = padding[1, 30:] = padding[2, :4] = padding[3, 18] = False
@@ -123,9 +137,16 @@ def test_boundaries_must_be_known_to_every_layer(model):
     ids, cut = rows()[0][:1], torch.tensor([0, 12, 32], dtype=torch.int32)
     found = model(ids, position_ids=positions()[:1], cu_seq_lens_q=cut, use_cache=False).logits
     torch.testing.assert_close(found, alone(model)[:1], atol=2e-5, rtol=0)
-    for wrong in ({}, {"position_ids": torch.arange(32)[None]}, {"position_ids": positions()[1:2]}):
+    padded = torch.ones_like(ids)
+    padded[:, :4] = 0
+    if hasattr(model, "disable_adapter"):
+        model.set_level(4)  # no softmax layer is left, and it means the same
+    for wrong in ({}, {"position_ids": torch.arange(32)[None]}, {"position_ids": positions()[1:2]}, {"attention_mask": padded}):
         with pytest.raises(ValueError, match=r"cu_seq_lens_q \[0, 12, 32\] marks other texts"):
             model(ids, cu_seq_lens_q=cut, use_cache=False, **wrong)
+    for wrong in (cut.tolist(), cut[:2], cut.flip(0)):
+        with pytest.raises(ValueError, match="cu_seq_lens_q must be"):
+            model(ids, position_ids=positions()[:1], cu_seq_lens_q=wrong, use_cache=False)
 
 
 # --- one text a row -----------------------------------------------------------------------------------------------
@@ -192,7 +213,12 @@ REFUSED = {
     "integers": (causal().long(), "neither bool nor"),
     "3-D": (causal()[0], "no mask that DSLA layers can read"),
     "object": (object(), "no mask that DSLA layers can read"),
-    "too few queries": (causal()[:, :, :5], "5, 32"),
+    "too few queries": (causal()[:, :, :5], r"\[1, 1, 5, 32\] does not fit this call, it must be \[4 or 1, 4 or 1, 32, 32\]"),
+    "too short": (causal()[..., 5:], "does not fit this call"),
+    "too long": (torch.nn.functional.pad(causal(), (0, 5)), "does not fit this call"),
+    "other rows": (causal().expand(3, 1, -1, -1), "does not fit this call"),
+    "other heads": (causal().expand(1, 3, -1, -1), "does not fit this call"),
+    "2-D, other rows": (torch.ones(3, 32), r"does not fit this call, it must be \[4, cached"),
 }
 
 
@@ -213,6 +239,29 @@ def test_the_original_model_takes_any_mask(tiny_model, adapter_model, name):
         assert torch.equal(model(rows()[0], attention_mask=REFUSED[name][0]).logits, expected)
     model.set_level(0)
     assert torch.equal(model(rows()[0], attention_mask=REFUSED[name][0]).logits, expected)
+
+
+def test_masks_shorter_than_the_text_are_those_of_sliding_windows(tiny_model, adapter_model):
+    """Of others the padding in the part that is left out would be folded, and after a window the new token would be padding."""
+    ids, padding = rows()[0], torch.ones(4, 32, dtype=torch.bool)
+    padding[0, :6] = False
+    full = causal(padding=padding)
+    model = adapter_model(tiny_model("llama"), level=0).requires_grad_(False)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :20], attention_mask=padding[:, :20].long(), past_key_values=cache)
+    model.set_level(4)
+    with pytest.raises(ValueError, match="does not fit this call"):
+        model(ids[:, 20:], attention_mask=full[:, :, 20:, 10:], past_key_values=cache)
+    expected = model(ids[:, 20:], attention_mask=padding.long(), past_key_values=copy.deepcopy(cache)).logits
+    found = model(ids[:, 20:], attention_mask=full[:, :, 20:], past_key_values=cache).logits
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+    model = adapter_model(tiny_model("mistral", sliding_window=12), level=4).requires_grad_(False)
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    model(ids[:, :20], past_key_values=cache)
+    masks = create_masks_for_generate(model.config, torch.empty(4, 1, 0), torch.ones(4, 21), cache)
+    with pytest.raises(ValueError, match="does not fit this call"):
+        model(ids[:, 20:21], attention_mask=masks.get("sliding_attention") if isinstance(masks, dict) else masks, past_key_values=cache)
 
 
 def test_trees_of_drafts_are_refused(model):

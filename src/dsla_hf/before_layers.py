@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from .architectures import sliding_window_of
 from .attention import records_steps
 from .cache import DSLACacheLayer, check_cache
 from .compat import needed_for
-from .layout import read_layout
+from .layout import TokenLayout, read_layout
+from .masks import check_shape
 
 logger = logging.get_logger(__name__)
 
@@ -103,22 +105,46 @@ def _before_layers(names: tuple[str, ...], decoder: Any, args: tuple, kwargs: di
     if isinstance(mask, dict) or getattr(mask, "ndim", 0) == 4:
         windows = {sliding_window_of(attention) for attention in converted} - ({None} if isinstance(mask, dict) else set())
         window = windows.pop() if len(windows) == 1 else None
+    if not carried:
+        for kind, x in mask.items() if isinstance(mask, dict) else [(None, mask)]:
+            if isinstance(x, Tensor) and x.ndim in (2, 4):
+                heads = decoder.config.num_attention_heads
+                check_shape(
+                    x, ids.shape[0], heads, ids.shape[1], _lengths(decoder, cache, kind, past, ids.shape[1]) if x.ndim == 4 else set()
+                )
     alone = mask is None and not carried
-    given["dsla_layout"] = layout = read_layout(
+    layout = read_layout(
         mask,
         given.get("position_ids") if alone and _may_pack(given.get("position_ids"), past) else None,
-        given.get("cu_seq_lens_q"),
         past=past,
+        rows=ids.shape[0],
         tokens=ids.shape[1],
         sliding_window=window,
     )
+    if given.get("cu_seq_lens_q") is not None:
+        layout = _with_boundaries(given["cu_seq_lens_q"], layout, str(decoder.config._attn_implementation), ids.shape[0] * ids.shape[1])
+    given["dsla_layout"] = layout
     if layout.cu_seqlens is not None:
-        _check_packed(decoder, given, ids, len(converted) < len(attentions))
-    elif isinstance(mask, Tensor) and not carried and isinstance(past, int) and mask.shape[-1] < past + ids.shape[1] and mask.ndim == 2:
+        _check_packed(decoder, given)
+    elif isinstance(mask, Tensor) and not carried and isinstance(past, int) and mask.ndim == 2 and mask.shape[1] < past + ids.shape[1]:
         raise ValueError(
             f"attention_mask covers {mask.shape[1]} tokens, but {past} cached and {ids.shape[1]} new ones are there: it must cover both"
         )
     return (), given
+
+
+def _lengths(decoder: Any, cache: Any, kind: str | None, past: int, tokens: int) -> set[int]:
+    """What the last dimension of a 4-D mask (of layers of this kind, None: of all) must be."""
+    attentions = attentions_of(decoder)
+    layers = [
+        layer
+        for layer, attention in zip(getattr(cache, "layers", ()), attentions, strict=False)
+        if kind is None or _layer_type(decoder.config, attention) == kind
+    ]
+    if cached := {layer.get_mask_sizes(tokens)[0] for layer in layers if not isinstance(layer, DSLACacheLayer)}:
+        return cached
+    places = {layer.get_mask_sizes(tokens)[0] for layer in layers}  # of a static cache there are more than tokens
+    return places if places and min(places) >= past + tokens else {past + tokens}
 
 
 def _layer_type(config: Any, attention: Any) -> str | None:
@@ -149,24 +175,36 @@ def _may_pack(position_ids: Tensor | None, past: Any) -> bool:
     return True
 
 
-def _check_packed(decoder: Any, given: dict[str, Any], ids: Tensor, mixed: bool) -> None:
+def _with_boundaries(boundaries: Any, layout: TokenLayout, implementation: str, tokens: int) -> TokenLayout:
+    """The layout of a call that gives `cu_seq_lens_q`, which flash attention alone heeds, and where no mask is given.
+
+    Raises:
+        ValueError: if they are no boundaries, or others than those that this model's softmax layers know.
+    """
+    whole = [0, tokens]
+    given = boundaries.tolist() if isinstance(boundaries, Tensor) and boundaries.ndim == 1 else None
+    if given is None or given[:1] + given[-1:] != whole or any(x > y for x, y in itertools.pairwise(given)):
+        raise ValueError(
+            f"cu_seq_lens_q must be an integer tensor that rises from 0 to {tokens}, all tokens of the call, got {boundaries!r}"
+        )
+    if "flash" in implementation and layout.padding_mask is None:
+        return TokenLayout(cu_seqlens=boundaries)
+    found = whole if layout.cu_seqlens is None or layout.real is not None else layout.cu_seqlens.tolist()
+    if found != given:
+        raise ValueError(
+            f"cu_seq_lens_q {given} marks other texts than position_ids or attention_mask, {found}: softmax layers of this model "
+            f"({implementation}) know the latter only. Pass position_ids that restart with each text, and no attention_mask, as "
+            "DataCollatorWithFlattening does"
+        )
+    return layout
+
+
+def _check_packed(decoder: Any, given: dict[str, Any]) -> None:
     """Packed texts leave no cache behind, and every layer must read them as such.
 
     Raises:
         ValueError: says what to change.
     """
-    boundaries = given.get("cu_seq_lens_q")
-    flash = "flash" in str(decoder.config._attn_implementation)
-    if boundaries is not None and not flash and mixed:
-        whole = [0, ids.shape[0] * ids.shape[1]]
-        layout = read_layout(given.get("attention_mask"), given.get("position_ids"), tokens=ids.shape[1])
-        found = whole if layout.cu_seqlens is None else layout.cu_seqlens.tolist()
-        if found != boundaries.tolist():
-            raise ValueError(
-                f"cu_seq_lens_q {boundaries.tolist()} marks other texts than position_ids or attention_mask, {found}: softmax layers of "
-                f"this model ({decoder.config._attn_implementation}) know the latter only. Pass position_ids that restart with each text, "
-                "and no attention_mask, as DataCollatorWithFlattening does"
-            )
     cache, use_cache = given.get("past_key_values"), given.get("use_cache")
     use_cache = getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache
     if cache is None and not use_cache:

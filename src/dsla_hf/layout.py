@@ -81,9 +81,9 @@ class TokenLayout:
 def read_layout(
     attention_mask: Any = None,
     position_ids: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
     *,
     past: int | Tensor = 0,
+    rows: int | None = None,
     tokens: int | None = None,
     sliding_window: int | None = None,
 ) -> TokenLayout:
@@ -92,20 +92,18 @@ def read_layout(
     Args:
         attention_mask: None, 2-D `[B, past + T]`, 4-D `[B, 1 or heads, T, S]` (bool or additive), or a dict of masks: those of the
             converted layers by their type.
-        position_ids: `[B, T]`, where they are to be looked at: steps other than one then mark packed texts, as in transformers.
-        cu_seqlens: int `[N + 1]`, boundaries of texts packed into one row, where the caller gives them (`cu_seq_lens_q`).
+        position_ids: `[B or 1, T]`, where they are to be looked at: steps other than one then mark packed texts, as in transformers.
         past: tokens before the new ones. tokens: T, where the mask is 4-D.
+        rows: B, where a mask or positions may be given once for all rows.
         sliding_window: of the converted layers, if all slide; in a dict, of those whose type says so.
 
     Raises:
         ValueError: for a mask that a state cannot follow.
     """
-    if cu_seqlens is not None:
-        return TokenLayout(cu_seqlens=cu_seqlens)
     masks = attention_mask if isinstance(attention_mask, dict) else {"": attention_mask}
     if all(mask is None for mask in masks.values()):
         starts = None if position_ids is None else packed_starts(position_ids)
-        return TokenLayout() if starts is None else _packed(starts, None)
+        return TokenLayout() if starts is None else _packed(starts, None, rows)
     given = [mask for mask in masks.values() if mask is not None]
     for mask in given:
         if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
@@ -124,18 +122,17 @@ def read_layout(
             "attention_mask: the values of a 4-D mask cannot be looked at in compiled or captured code. Pass a 2-D attention_mask "
             "[batch, tokens] (generate() with a static cache hands its own over), or call the model as it is"
         )
-    assert tokens is not None
-    length = int(past) + tokens
+    tokens = given[0].shape[2] if tokens is None else tokens
     found = [
         ReadMask(None, None)
         if mask is None
         else read_mask(mask, int(past), tokens, None if kind and not kind.startswith("sliding") else sliding_window)
         for kind, mask in masks.items()
     ]
-    return _agreed(found, length, tokens)
+    return _agreed(found, int(past) + tokens, tokens, rows)
 
 
-def _agreed(found: Iterable[ReadMask], length: int, tokens: int) -> TokenLayout:
+def _agreed(found: Iterable[ReadMask], length: int, tokens: int, rows: int | None) -> TokenLayout:
     """The layout that all masks of a call agree on, as far as each goes."""
     first, *others = found
     for other in others:
@@ -146,8 +143,8 @@ def _agreed(found: Iterable[ReadMask], length: int, tokens: int) -> TokenLayout:
         if first.real is None or (other.real is not None and int(other.real.sum()) < int(first.real.sum())):
             first = other._replace(starts=first.starts)
     if first.starts is not None:
-        return _packed(first.starts, None if first.real is None else first.real[:, length - tokens :])
-    return TokenLayout(padding_mask=first.real)
+        return _packed(first.starts, None if first.real is None else first.real[:, length - tokens :], rows)
+    return TokenLayout(padding_mask=None if first.real is None else first.real.expand(rows or len(first.real), -1))
 
 
 def _same(x: Tensor | None, y: Tensor | None) -> bool:
@@ -163,14 +160,16 @@ def packed_starts(position_ids: Tensor) -> Tensor | None:
     return torch.nn.functional.pad(steps, (1, 0))
 
 
-def _packed(starts: Tensor, padding_mask: Tensor | None) -> TokenLayout:
-    """The layout of rows `[B, T]` of several texts."""
-    first = starts.clone()
+def _packed(starts: Tensor, padding_mask: Tensor | None, rows: int | None) -> TokenLayout:
+    """The layout of rows of several texts; starts, padding_mask `[B or 1, T]`, rows: B."""
+    rows = rows or starts.shape[0]
+    first = starts.expand(rows, -1).clone()
     real = None
     if padding_mask is None:
         first[:, 0] = True
         first = first.flatten()
     else:
+        padding_mask = padding_mask.expand(rows, -1)
         first |= padding_mask & (padding_mask.cumsum(1) == 1)
         real = padding_mask.flatten().nonzero().flatten()
         first = first.flatten()[real]

@@ -7,7 +7,7 @@ additive biases, other windows) is told apart here and refused by name.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,19 +29,19 @@ class ReadMask(NamedTuple):
     starts: Tensor | None
 
 
-def read_mask(mask: Any, past: int, tokens: int, sliding_window: int | None = None) -> ReadMask:
+def read_mask(mask: Tensor, past: int, tokens: int, sliding_window: int | None = None) -> ReadMask:
     """The padding and the texts that a 4-D mask stands for. Looks at its values.
 
     Args:
         mask: bool (True: sees) or additive (0: sees) `[B, 1 or heads, T, S]`, over the last S of `past + T` tokens or, from a static cache,
-            over more places than there are tokens.
+            over more places than there are tokens. That its shape fits the call is `check_shape`'s to say.
         past, tokens: tokens before the new ones, and T.
         sliding_window: of the layers that the mask is for, if they have one.
 
     Raises:
         ValueError: says what the mask does that a state cannot follow.
     """
-    sees = _sees(mask, tokens)
+    sees = _sees(mask)
     end = past + tokens
     offset = max(end - sees.shape[2], 0)
     if bool(sees[:, :, end - offset :].any()):
@@ -70,10 +70,20 @@ def read_mask(mask: Any, past: int, tokens: int, sliding_window: int | None = No
     return ReadMask(None if bool(real.all()) else real, starts)
 
 
-def _sees(mask: Any, tokens: int) -> Tensor:
+def check_shape(mask: Tensor, rows: int, heads: int, tokens: int, lengths: set[int]) -> None:
+    """Raises ValueError unless a 2-D or 4-D mask fits a call of `rows` and `tokens`; `lengths` are those that its last dimension may have
+    (4-D)."""
+    if mask.ndim == 2:
+        fits, wanted = mask.shape[0] == rows, f"[{rows}, cached and new tokens]"
+    else:
+        fits = mask.shape[0] in (1, rows) and mask.shape[1] in (1, heads) and mask.shape[2] == tokens and {mask.shape[3]} == lengths
+        wanted = f"[{rows} or 1, {heads} or 1, {tokens}, {' and '.join(map(str, sorted(lengths)))}]"
+    if not fits:
+        raise ValueError(f"attention_mask: {_name(mask)} does not fit this call, it must be {wanted}. {WAY_OUT}")
+
+
+def _sees(mask: Tensor) -> Tensor:
     """Who sees whom, bool `[B, T, S]`."""
-    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[2] != tokens:
-        raise ValueError(f"attention_mask: {_name(mask)} for {tokens} new tokens, which {tokens} queries would have to match. {WAY_OUT}")
     if mask.dtype == torch.bool:
         sees = mask
     elif mask.is_floating_point():
@@ -103,9 +113,9 @@ def _what_it_does(sees: Tensor, causal: Tensor, past: int) -> str:
     return "tokens leave out earlier ones that others see (a tree, a hole in the text, or a window that is not the model's)"
 
 
-def _refusal(mask: Any, why: str) -> ValueError:
+def _refusal(mask: Tensor, why: str) -> ValueError:
     return ValueError(f"attention_mask: {_name(mask)} cannot be followed, {why}. {WAY_OUT}")
 
 
-def _name(mask: Any) -> str:
-    return f"a mask {list(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+def _name(mask: Tensor) -> str:
+    return f"a mask {list(mask.shape)}"
