@@ -238,6 +238,7 @@ if TRANSFORMERS:
             config = self.model_tester.get_config()
             # The test's configs have heads of other sizes, from which the rotary layout follows anew.
             conversion = {name: value for name, value in config.dsla_config.items() if name not in ("rotary_layout", "rotary_dim")}
+            conversion = type(config)(hidden_size=32, dsla_config=conversion).dsla_config
             tester = ConfigTester(BarePaths(), config_class=type(config), hidden_size=32, dsla_config=conversion)
             tester.parent.model_tester = self.model_tester
             tester.run_common_tests()
