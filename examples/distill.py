@@ -10,7 +10,7 @@ when the same command is given again.
 
 import sys
 
-from dsla_hf.cli import main
+from dsla_cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["distill", *sys.argv[1:]]))

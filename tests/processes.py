@@ -18,8 +18,8 @@ from pathlib import Path
 
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 
+from dsla_cli import main
 from dsla_hf import distillation  # noqa: F401, imported before the forks
-from dsla_hf.cli import main
 
 
 def run(job, processes):

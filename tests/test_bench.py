@@ -8,9 +8,9 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 import dsla_hf.bench
+from dsla_cli import main
 from dsla_hf import DSLAConfig, cache_bytes
 from dsla_hf.bench import PRESETS, TRIED, Case, Results, Runner, bench, largest, measure_largest, preset_config
-from dsla_hf.cli import main
 from dsla_hf.costs import costs_of
 from dsla_hf.graph import GraphDecoder, PlainRecording
 from dsla_hf.measurements import read_measurements

@@ -5,7 +5,7 @@ import hashlib
 import io
 import re
 import sys
-from importlib.metadata import entry_points, version
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +13,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dsla_cli import main
 from dsla_hf import DSLAConfig, cache_bytes, quickstart
-from dsla_hf.cli import main
 from dsla_kernels import kernel_path
 
 LAYERS, LENGTH, WINDOW = 2, 32, 8
@@ -56,12 +56,7 @@ def finished(tmp_path_factory):
 # --- the command ------------------------------------------------------------------------------------------------
 
 
-def test_command_is_installed():
-    (command,) = (entry for entry in entry_points(group="console_scripts") if entry.name == "dsla")
-    assert command.load() is main
-
-
-@pytest.mark.parametrize("arguments", [["convert"], [], ["env", "--fast"], ["quickstart", "--steps", "many"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["convert"], ["env", "--fast"], ["quickstart", "--steps", "many"]], ids=" ".join)
 def test_unknown_commands_and_options_give_the_usage(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)

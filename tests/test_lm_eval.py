@@ -15,8 +15,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from dsla_cli import main
 from dsla_hf import DSLAConfig, evaluate_job, long_context
-from dsla_hf.cli import main
 from dsla_hf.evaluate_job import evaluate
 from dsla_hf.quickstart import train_tokenizer
 

@@ -42,7 +42,9 @@ RANKS = {
     "sensitivity": 6,
     "distillation": 6,
     "serving": 7,
-    "cli": 7,
+    "files": 0,
+    "interrupts": 0,
+    "loading": 3,
 }
 APPLICATION_RANK = 6
 

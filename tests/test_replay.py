@@ -7,8 +7,8 @@ from peft import get_peft_model
 from serving import byte_tokenizer, served
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dsla_cli import main
 from dsla_hf import DSLAConfig
-from dsla_hf.cli import main
 from dsla_hf.serving.api import ApiOptions, build_app
 from dsla_hf.serving.engine import Engine, EngineOptions
 from dsla_hf.serving.replay import Outcome, percentile, summarize, table

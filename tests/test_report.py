@@ -6,8 +6,8 @@ import re
 
 import pytest
 
+from dsla_cli import main
 from dsla_hf import published
-from dsla_hf.cli import main
 from dsla_hf.measurements import read_measurements
 from dsla_hf.report import report
 

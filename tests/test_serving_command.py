@@ -11,8 +11,8 @@ import httpx
 import pytest
 from serving import byte_tokenizer
 
+from dsla_cli import main
 from dsla_hf import FixedLevel, Load, PromptLength
-from dsla_hf.cli import main
 from dsla_hf.serving.command import ServeOptions, load_app, policy_of
 from dsla_hf.serving.engine import EngineOptions
 
@@ -30,7 +30,7 @@ def test_serve_and_end(saved):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-c", "from dsla_hf.cli import main; raise SystemExit(main())", "serve", saved[0], "--adapter", saved[1]]
+    command = [sys.executable, "-c", "from dsla_cli import main; raise SystemExit(main())", "serve", saved[0], "--adapter", saved[1]]
     command += ["--policy", "50%", "--port", str(port), "--slots", "2"]
     environment = {**os.environ, "DSLA_API_KEY": "secret", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

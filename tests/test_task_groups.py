@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MambaConfig, PreTrainedTokenizerFast
 
 import dsla_hf.tasks.documents
-from dsla_hf.cli import main
+from dsla_cli import main
 from dsla_hf.evaluate_job import evaluate
 from dsla_hf.local_datasets import local_datasets
 from dsla_hf.quickstart import train_tokenizer

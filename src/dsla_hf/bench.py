@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import itertools
 import json
-import os
 import platform
 import shlex
 import statistics
@@ -26,10 +25,11 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from .cache import cache_bytes
-from .commands import device, load_adapter, load_model, read_adapter_config
 from .configuration import DSLAConfig, resolve_level
 from .costs import Costs, copy_bandwidth, costs_of, matmul_rate, synchronize
+from .files import write_whole
 from .graph import GraphDecoder
+from .loading import device, load_adapter, load_config, load_model, read_adapter_config
 
 ENGINES = ("eager", "compiled", "graph")
 # Shapes of well-known models, to be filled with random weights; nothing is downloaded.
@@ -340,7 +340,7 @@ def largest(fits: Callable[[int], bool], most: int = MOST_ROWS) -> int:
 def networks(model: str, adapter: str | None, levels: list[str] | None, dtype: str, where: torch.device) -> Iterator[tuple[Any, int]]:
     """The models to measure with their levels, one at a time: the unconverted one, then the others."""
     preset = model in PRESETS and not Path(model).exists()
-    config = preset_config(model) if preset else AutoConfig.from_pretrained(model)
+    config = preset_config(model) if preset else load_config(model)
     if not preset and config.model_type == "dsla":
         if adapter is not None or levels:
             raise ValueError(f"{model} is a hybrid of one level: leave adapter and levels out")
@@ -435,9 +435,7 @@ class Results:
             "rows": self.rows,
         }
         file = self.folder / "bench.json"
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, file)
+        write_whole(file, json.dumps(content, indent=1) + "\n")
 
     def table(self) -> str:
         """The rows as a Markdown table."""

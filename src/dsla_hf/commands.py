@@ -6,15 +6,23 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+from transformers import TextStreamer, set_seed
 
 from .cards import adapter_card
-from .configuration import DSLAConfig, resolve_level
+from .configuration import resolve_level
 from .data import PackedTokens, read_texts
-from .saving import written_whole
+from .loading import (
+    check_at_least_one,
+    device,
+    level_to_run_at,
+    load_adapter,
+    load_config,
+    load_model,
+    load_tokenizer,
+    num_layers,
+    read_adapter_config,
+)
+from .saving import WEIGHT_FILES, check_hybrid_directory, name_model, written_whole
 from .sensitivity import LayerRanking, rank_layers
 
 
@@ -37,11 +45,12 @@ def order(
         ValueError: if there is too little text, or `adapter` is no DSLA adapter of this model.
         OSError: if a file is missing.
     """
+    check_convertible(model, load_config(model))
     config = read_adapter_config(adapter)
     if not dry_run and not Path(adapter).is_dir():
         raise ValueError(f"{adapter} is not a folder, so the order cannot be stored in it: give a folder, or --dry-run to print only")
     check_at_least_one("sequences", sequences)
-    blocks = packed(data, AutoTokenizer.from_pretrained(model), length, sequences * length).blocks
+    blocks = packed(data, load_tokenizer(model), length, sequences * length).blocks
     tuned = load_adapter(model, adapter, dtype).to(device())
     ranking = rank_layers(tuned, list(blocks.split(1)), metric=metric)
     print(ranking_table(ranking))
@@ -67,13 +76,16 @@ def merge(model: str, adapter: str, level: int | str, output: str, *, dtype: str
         raise ValueError(f"level {level} converts no layer: the merged model would be {model} itself; levels to merge start at 1")
     if Path(output).is_file():
         raise ValueError(f"{output} is a file: give a folder to save into")
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     tuned = load_adapter(model, adapter, dtype)
     tuned.set_level(number)
     layers = sorted(tuned.peft_config["default"].converted_layers)
     hybrid = tuned.merge_and_unload()
-    hybrid.save_pretrained(output)  # refuses a folder with another model, so it goes before the tokenizer
-    tokenizer.save_pretrained(output)
+    check_hybrid_directory(Path(output), hybrid.config)
+    with written_whole(Path(output), WEIGHT_FILES) as temporary:
+        tokenizer.save_pretrained(temporary)
+        hybrid.save_pretrained(temporary)
+    name_model(hybrid, output)
     print(f"hybrid saved in {output}: layers {layers} of {hybrid.config.num_hidden_layers} are DSLA (level {number})")
     return hybrid
 
@@ -101,9 +113,9 @@ def generate(
     given = {name: value for name, value in (("temperature", temperature), ("top-p", top_p)) if value is not None}
     if given and not do_sample:
         raise ValueError(f"{' and '.join(f'--{name}' for name in given)} shape the sampling: give --do-sample too, or leave them out")
-    base_config = AutoConfig.from_pretrained(model)
+    base_config = load_config(model)
     number = level_to_run_at(model, base_config, adapter, level)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     inputs = tokenizer(prompt, return_tensors="pt")
     if not inputs["input_ids"].numel():
         raise ValueError("the prompt is empty: give some text to go on from")
@@ -130,89 +142,7 @@ def generate(
     return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-# --- shared by all commands, `dsla distill` among them ----------------------------------------------------------
-
-
-def level_to_run_at(
-    model: str, base_config: Any, adapter: str | None, level: int | str | None, names: tuple[str, str] = ("--adapter", "--level")
-) -> int | None:
-    """The level to set, None where there is none; `names` are what the user calls adapter and level.
-
-    Raises:
-        ValueError: for an adapter or a level that `model` cannot have.
-    """
-    if base_config.model_type == "dsla":
-        layers = base_config.get_dsla_config().converted_layers
-        given = " and ".join(name for name, value in zip(names, (adapter, level), strict=True) if value is not None)
-        if given:
-            raise ValueError(
-                f"{given} cannot be had with {model}: it is a hybrid, merged with layers {sorted(layers)} as DSLA and without "
-                "their softmax weights; levels need the original model and its adapter"
-            )
-        return None
-    if adapter is None:
-        if level is not None:
-            raise ValueError(f"{names[1]} needs {names[0]}: {model} alone has no DSLA layers")
-        return None
-    config = read_adapter_config(adapter)
-    # Without a level, that of the adapter; None there is the whole plan.
-    return config.level if level is None else resolve_level(level, config, base_config.num_hidden_layers)
-
-
-def read_adapter_config(adapter: str) -> DSLAConfig:
-    """The configuration of a DSLA adapter, without its weights.
-
-    Raises:
-        ValueError: if there is no adapter, or one of another method.
-    """
-    path = Path(adapter)
-    if path.exists() and not (path / "adapter_config.json").is_file():
-        raise ValueError(f"{adapter} is not an adapter: it has no adapter_config.json")
-    config = PeftConfig.from_pretrained(adapter)
-    if not isinstance(config, DSLAConfig):
-        raise ValueError(f"{adapter} holds a {getattr(config.peft_type, 'value', config.peft_type)} adapter, not a DSLA adapter")
-    return config
-
-
-def load_model(model: str, dtype: str) -> Any:
-    """A checkpoint on the CPU; `dtype` "auto" is the one it was saved in.
-
-    Raises:
-        ValueError: if it is of an unknown kind, or a file of weights is damaged.
-        OSError: if a file is missing.
-    """
-    try:
-        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-    except SafetensorError as error:
-        raise ValueError(f"{model}: its weights are damaged or incomplete ({error})") from None
-
-
-def load_adapter(model: str, adapter: str, dtype: str, trainable: bool = False) -> Any:
-    """A checkpoint with the adapter on it, on the CPU; `dtype` is that of the checkpoint.
-
-    Raises:
-        ValueError: if the adapter is not of this checkpoint, or a file of weights is damaged.
-        OSError: if a file is missing.
-    """
-    base = load_model(model, dtype)
-    try:
-        return PeftModel.from_pretrained(base, adapter, is_trainable=trainable)
-    except SafetensorError as error:
-        raise ValueError(f"{adapter}: its weights are damaged or incomplete ({error})") from None
-
-
-def num_layers(model: str) -> int:
-    """How many decoder layers a checkpoint has, by its configuration."""
-    return AutoConfig.from_pretrained(model).num_hidden_layers
-
-
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def check_at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} must be 1 or more, got {value}")
+# --- shared with `dsla distill` ---------------------------------------------------------------------------------
 
 
 def packed(files: Iterable[str], tokenizer: Any, length: int, max_tokens: int) -> PackedTokens:

@@ -16,10 +16,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
-
 from . import long_context
-from .commands import check_at_least_one, device, level_to_run_at, load_adapter, load_model, read_adapter_config
+from .files import write_whole
+from .loading import (
+    check_at_least_one,
+    device,
+    level_to_run_at,
+    load_adapter,
+    load_config,
+    load_model,
+    load_tokenizer,
+    read_adapter_config,
+)
 from .local_datasets import local_datasets
 from .tasks import FOLDER as TASKS_FOLDER
 
@@ -114,7 +122,7 @@ def evaluate(
         print(f"level {level}: already in {_result_file(output, level)}")
     missing = [level for level in plan if level not in results]
     if missing:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = load_tokenizer(model)
         prepared = long_context.prepare(tokenizer, own, lengths or LENGTHS, limit or SAMPLES, seed, haystack) if own else []
         harness = _Harness(others, include_path, data, model, lengths) if others else None
         network = load_model(model, dtype) if adapter is None else load_adapter(model, adapter, dtype)
@@ -139,7 +147,7 @@ def evaluate(
                 "device": network.device.type,
                 "seconds": round(time.perf_counter() - start, 1),
             }
-            _write_whole(_result_file(output, level), result)
+            write_whole(_result_file(output, level), json.dumps(result, indent=2) + "\n")
             for file in Path(output).glob(f".level-{level:02d}-*"):
                 with suppress(OSError):  # where open files cannot be removed it stays, and is of no use
                     file.unlink()
@@ -235,7 +243,7 @@ class _Harness:
         from lm_eval import simple_evaluate
 
         with _quiet("lm_eval.models.huggingface"):  # it warns of a model that is loaded already
-            harness_model = self.model_class(network, tokenizer=self.model, batch_size=batch_size)
+            harness_model = self.model_class(network, tokenizer=load_tokenizer(self.model), batch_size=batch_size)
         with local_datasets(self.data):
             found: Any = simple_evaluate(
                 model=harness_model,
@@ -285,7 +293,7 @@ def _plain(values: dict[str, Any]) -> dict[str, float]:
 
 def _layers_by_level(model: str, adapter: str | None, levels: Sequence[int | str] | None) -> dict[int, list[int]]:
     """The levels to measure, each with the layers that are DSLA there."""
-    base_config = AutoConfig.from_pretrained(model)
+    base_config = load_config(model)
     if levels is not None and not levels:
         raise ValueError("no level is named: give some, such as 0,4,50%, or leave --levels out for the adapter's own")
     numbers = [
@@ -350,13 +358,6 @@ def _finished(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         differences = ", ".join(f"{name} ({before.get(name)} there, {settings.get(name)} now)" for name in names)
         raise ValueError(f"{file} was made with other settings: {differences}; give another --output, or remove the file")
     return result
-
-
-def _write_whole(file: Path, result: dict[str, Any]) -> None:
-    """Written beside, then renamed: a file that is there is complete."""
-    temporary = file.with_name(f"{file.name}.tmp")
-    temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
 
 
 def _command(

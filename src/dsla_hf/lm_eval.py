@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers import AutoConfig
 
 from .batching import halve_until_it_fits
-from .commands import level_to_run_at
+from .loading import level_to_run_at
 from .tasks import FOLDER
 
 NOT_INSTALLED = "lm-eval is not installed: pip install 'dsla-hf[eval]' (from a clone: pip install -e '.[eval]')"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -19,6 +20,7 @@ from transformers import PreTrainedConfig
 from .cards import adapter_card, hybrid_card
 from .compat import needed_for
 from .configuration import DSLAConfig
+from .files import is_disk_full
 from .fingerprint import same_base
 from .peft_type import DSLA
 from .quantised import quantised_weight
@@ -51,7 +53,7 @@ def save_hybrid(model: Any, save: Callable[..., None], save_directory: Any, *arg
         return save(save_directory, *args, **kwargs)
     directory = Path(save_directory)
     dsla_config = model.config.get_dsla_config()
-    _check_hybrid_directory(directory, model.config)
+    check_hybrid_directory(directory, model.config)
     if getattr(model, "hf_quantizer", None) is None:
         _check_not_quantised(model, "save the hybrid")
     push_to_hub = kwargs.pop("push_to_hub", False)
@@ -146,7 +148,7 @@ def push_folder(
     return repo_id, uploaded
 
 
-def _check_hybrid_directory(directory: Path, config: Any) -> None:
+def check_hybrid_directory(directory: Path, config: Any) -> None:
     found = _read_json(directory / "config.json")
     if found is None:
         if (directory / "adapter_config.json").exists():
@@ -201,6 +203,9 @@ class written_whole:
 
     Files of `directory` whose whole name matches `replaced` and that are not written anew are removed: an earlier save may have
     cut the weights into other files, which would be loaded first. Without it nothing is removed.
+
+    Raises:
+        OSError: on leaving, with the directory, where the disk is full.
     """
 
     def __init__(self, directory: Path, replaced: re.Pattern[str] | None = None):
@@ -209,11 +214,21 @@ class written_whole:
     def __enter__(self) -> Path:
         if self.directory.is_file():
             raise ValueError(f"{self.directory} is a file: give a directory to save into")
+        self._made = not self.directory.exists()
         self.directory.mkdir(parents=True, exist_ok=True)
         self._temporary = tempfile.TemporaryDirectory(dir=self.directory, prefix=".saving-")
         return Path(self._temporary.name)
 
-    def __exit__(self, error: Any, *_: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, *_: Any) -> None:
+        try:
+            self._move(error)
+        finally:
+            if self._made and not any(self.directory.iterdir()):
+                self.directory.rmdir()
+        if error is not None and is_disk_full(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.directory)) from error
+
+    def _move(self, error: BaseException | None) -> None:
         with self._temporary as name:
             if error is not None:
                 return

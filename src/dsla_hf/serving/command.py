@@ -11,11 +11,10 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from transformers import AutoConfig, AutoTokenizer
 
-from ..commands import device, level_to_run_at, load_adapter, load_model, read_adapter_config
 from ..configuration import resolve_level
 from ..graph import CudaRecording
+from ..loading import device, level_to_run_at, load_adapter, load_config, load_model, load_tokenizer, read_adapter_config
 from ..policies import Load, Policy, as_policy
 from .api import ApiOptions, build_app
 from .engine import Engine, EngineOptions
@@ -65,7 +64,7 @@ def load_app(options: ServeOptions) -> FastAPI:
         ValueError: if the options contradict each other, or the adapter is not of this model.
         OSError: if a file is missing.
     """
-    base_config = AutoConfig.from_pretrained(options.model)
+    base_config = load_config(options.model)
     policy = policy_of(options, base_config.num_hidden_layers)
     level_to_run_at(options.model, base_config, options.adapter, None)
     limit = None
@@ -75,7 +74,7 @@ def load_app(options: ServeOptions) -> FastAPI:
         limit = resolve_level(options.max_level, read_adapter_config(options.adapter), base_config.num_hidden_layers)
     name = options.name or Path(options.model).name
     api_options = ApiOptions(name, options.api_key, max_new_tokens=options.max_new_tokens, drain_seconds=options.drain_seconds)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = load_tokenizer(options.model)
     model = (
         load_model(options.model, options.dtype) if options.adapter is None else load_adapter(options.model, options.adapter, options.dtype)
     )

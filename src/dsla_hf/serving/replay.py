@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 
+from ..files import write_whole
 from .trace import TracedRequest, drawn_to_mix, read_trace, scaled
 
 LOOK_SECONDS = 1.0  # how often the level is looked up
@@ -101,7 +102,7 @@ def replay(options: ReplayOptions) -> dict[str, Any]:
         "tokens_at_level": tokens_at_level(looks),
         "requests": [{**asdict(outcome), "per_token": outcome.per_token} for outcome in outcomes],
     }
-    (out / "replay.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_whole(out / "replay.json", json.dumps(result, indent=1) + "\n")
     print(table(summary))
     if importlib.util.find_spec("matplotlib") is not None:
         plot(outcomes, looks, out / "replay.png")

@@ -1,0 +1,17 @@
+"""Messages of other libraries that a user of the command cannot act on."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+# torchao names each of its compiled parts that this torch cannot load; none is used here.
+SILENT_LOGGERS = ("torchao", "torch.utils._pytree")
+
+
+def quiet_libraries() -> None:
+    """To be called before they are imported."""
+    # peft 0.21 asks transformers 5.23 by an old name.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    for name in SILENT_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,153 @@
+"""Checkpoints and adapters by the names that a user gives: folders, names on the hub, GGUF files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from .architectures import SUPPORTED_BASES, why_unsupported
+from .configuration import DSLAConfig, resolve_level
+
+
+def source(model: str) -> dict[str, Any]:
+    """Keyword arguments of transformers' `from_pretrained` for a checkpoint. A GGUF file is named behind its folder or repository."""
+    folder, _, file = model.rpartition("/")
+    if not file.endswith(".gguf"):
+        return {"pretrained_model_name_or_path": model}
+    return {"pretrained_model_name_or_path": folder or ".", "gguf_file": file}
+
+
+def load_config(model: str) -> Any:
+    """The config of a checkpoint.
+
+    Raises:
+        ValueError: if it is of a kind that transformers does not know.
+        OSError: if a file is missing.
+    """
+    try:
+        return AutoConfig.from_pretrained(**source(model))
+    except ValueError as error:
+        raise ValueError(f"{model}: its config.json cannot be read: {_first_sentence(error)}") from None
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        ValueError: if there is none, or it is damaged.
+        OSError: if a file is missing.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(**source(model))
+    except ValueError as error:
+        raise ValueError(
+            f"{model} has no tokenizer that can be read ({_first_sentence(error)}): copy the tokenizer's files of the original "
+            "checkpoint into it"
+        ) from None
+
+
+def check_convertible(model: str, config: Any) -> None:
+    """Raises ValueError if DSLA cannot replace the attention of a checkpoint with this config."""
+    if config.model_type not in SUPPORTED_BASES:
+        raise ValueError(f"{model}: {why_unsupported(config)}")
+
+
+def _first_sentence(error: Exception) -> str:
+    """Of what transformers says: its further sentences are lists of everything it knows, and hints for its own developers."""
+    return " ".join(str(error).split()).split(". ")[0][:300]
+
+
+def level_to_run_at(
+    model: str, base_config: Any, adapter: str | None, level: int | str | None, names: tuple[str, str] = ("--adapter", "--level")
+) -> int | None:
+    """The level to set, None where there is none; `names` are what the user calls adapter and level.
+
+    Raises:
+        ValueError: for an adapter or a level that `model` cannot have.
+    """
+    if base_config.model_type == "dsla":
+        layers = base_config.get_dsla_config().converted_layers
+        given = " and ".join(name for name, value in zip(names, (adapter, level), strict=True) if value is not None)
+        if given:
+            raise ValueError(
+                f"{given} cannot be had with {model}: it is a hybrid, merged with layers {sorted(layers)} as DSLA and without "
+                "their softmax weights; levels need the original model and its adapter"
+            )
+        return None
+    if adapter is None:
+        if level is not None:
+            raise ValueError(f"{names[1]} needs {names[0]}: {model} alone has no DSLA layers")
+        return None
+    config = read_adapter_config(adapter)
+    # Without a level, that of the adapter; None there is the whole plan.
+    return config.level if level is None else resolve_level(level, config, base_config.num_hidden_layers)
+
+
+def read_adapter_config(adapter: str) -> DSLAConfig:
+    """The configuration of a DSLA adapter, without its weights.
+
+    Raises:
+        ValueError: if there is no adapter, or one of another method.
+    """
+    path = Path(adapter)
+    if path.exists() and not (path / "adapter_config.json").is_file():
+        raise ValueError(f"{adapter} is not an adapter: it has no adapter_config.json")
+    config = PeftConfig.from_pretrained(adapter)
+    if not isinstance(config, DSLAConfig):
+        raise ValueError(f"{adapter} holds a {getattr(config.peft_type, 'value', config.peft_type)} adapter, not a DSLA adapter")
+    return config
+
+
+def load_model(model: str, dtype: str) -> Any:
+    """A checkpoint on the CPU; `dtype` "auto" is the one it was saved in.
+
+    Raises:
+        ValueError: if it is of an unknown kind, or a file of weights is damaged.
+        OSError: if a file is missing.
+    """
+    try:
+        network = AutoModelForCausalLM.from_pretrained(**source(model), dtype=dtype)
+    except SafetensorError as error:
+        raise ValueError(f"{model}: its weights are damaged or incomplete ({error}): copy or download it again") from None
+    except ValueError as error:
+        if "nrecognized configuration class" not in str(error):
+            raise
+        raise ValueError(f"{model} writes no text by itself: give a causal language model, such as a Llama") from None
+    if "gguf_file" in source(model):  # dequantised as it was read, though transformers marks it as quantised and would not train over it
+        network.hf_quantizer.remove_quantization_config(network)
+    return network
+
+
+def load_adapter(model: str, adapter: str, dtype: str, trainable: bool = False) -> Any:
+    """A checkpoint with the adapter on it, on the CPU; `dtype` is that of the checkpoint.
+
+    Raises:
+        ValueError: if the adapter is not of this checkpoint, or a file of weights is damaged.
+        OSError: if a file is missing.
+    """
+    base = load_model(model, dtype)
+    try:
+        return PeftModel.from_pretrained(base, adapter, is_trainable=trainable)
+    except SafetensorError as error:
+        raise ValueError(f"{adapter}: its weights are damaged or incomplete ({error})") from None
+
+
+def num_layers(model: str) -> int:
+    """How many decoder layers a checkpoint has, by its configuration."""
+    return load_config(model).num_hidden_layers
+
+
+def device() -> str:
+    """Where commands run: a GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_at_least_one(name: str, value: int) -> None:
+    """Raises ValueError if it is not."""
+    if value < 1:
+        raise ValueError(f"{name} must be 1 or more, got {value}")
