@@ -13,6 +13,7 @@ from .configuration import resolve_level
 from .data import PackedTokens, read_texts
 from .loading import (
     check_at_least_one,
+    check_convertible,
     device,
     level_to_run_at,
     load_adapter,
