@@ -3,9 +3,6 @@
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import fields
@@ -179,11 +176,9 @@ def test_drawn_level_is_a_pure_function():
     assert [draw_level(3, step, 6) for step in reversed(range(50))] == levels[::-1]
 
 
-def test_drawn_levels_in_another_process():
-    code = "from dsla_hf.distillation import draw_level; print([draw_level(3, step, 6) for step in range(50)])"
-    environment = {**os.environ, "PYTHONHASHSEED": "123"}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert json.loads(result.stdout) == [draw_level(3, step, 6) for step in range(50)]
+def test_drawn_levels_are_the_same_in_every_process_and_release():
+    """They depend on no hash of the process: a run may go on elsewhere."""
+    assert [draw_level(3, step, 6) for step in range(12)] == [5, 5, 6, 2, 5, 5, 5, 2, 4, 5, 3, 4]
 
 
 @pytest.mark.parametrize("depth", [1, 2, 7])

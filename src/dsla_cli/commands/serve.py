@@ -75,9 +75,9 @@ def add_to(commands: Any, name: str) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    check_installed("fastapi", "uvicorn", "prometheus_client")
     model = preflight.with_gguf(args.model, args.gguf_file)
     preflight.check(model, args.adapter)
+    check_installed("fastapi", "uvicorn", "prometheus_client")
     from dsla_hf.serving.command import ServeOptions, serve
 
     # The key also from the environment: a command line can be read by every user of a machine.
