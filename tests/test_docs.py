@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from dsla_hf import DSLAConfig
 from dsla_hf.quickstart import train_tokenizer
@@ -68,6 +68,10 @@ def prepared(tmp_path_factory):
     )
     LlamaForCausalLM(config).save_pretrained(folder / "my-checkpoint")
     tokenizer.save_pretrained(folder / "my-checkpoint")
+    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=4)
+    wrapper = LlavaConfig(text_config=config, vision_config=vision)
+    LlavaForConditionalGeneration(wrapper).save_pretrained(folder / "my-multimodal-checkpoint")
+    tokenizer.save_pretrained(folder / "my-multimodal-checkpoint")
     (folder / "my_text.txt").write_text("\0".join(texts))
     base = LlamaForCausalLM.from_pretrained(folder / "my-checkpoint")
     get_peft_model(base, DSLAConfig(task_type="CAUSAL_LM")).save_pretrained(folder / "my-adapter")

@@ -63,7 +63,7 @@ WRONG_MODELS = {
     "encoder": ("bert", {}, ["is an encoder (bert)", "give a decoder"]),
     "encoder by its head": ("odd", {}, ["is an encoder (odd_bert)"]),
     "encoder-decoder": ("t5", {}, ["is an encoder-decoder (t5)"]),
-    "multimodal": ("llava", {}, ["is a multimodal model (llava)", "its text model (llama)", "docs/convert.md"]),
+    "multimodal": ("llava", {}, ["is a multimodal model (llava)", "its text model (llama)", "docs/architectures.md"]),
     "multimodal without parts": ("vision", {}, ["is a multimodal model (qwen2_vl)"]),
     "linear": ("mamba", {"converts": True}, ["has no softmax attention", "linear already"]),
     "hybrid": ("hybrid", {"converts": True}, ["is a hybrid already", "give the original model, some/base"]),

@@ -191,7 +191,7 @@ def _check_kind(name: str, config: dict[str, Any], converts: bool) -> None:
         inner = text.get("model_type") if isinstance(text, dict) else None
         raise ValueError(
             f"{name} is a multimodal model ({kind}): DSLA is for its text model{f' ({inner})' if inner else ''} alone. Save "
-            "that in a folder of its own, docs/convert.md shows how, and give the folder"
+            "that in a folder of its own, docs/architectures.md shows how, and give the folder"
         )
     architectures = [str(architecture) for architecture in config.get("architectures") or ()]
     masked = bool(architectures) and all(architecture.endswith(("ForMaskedLM", "ForPreTraining")) for architecture in architectures)
