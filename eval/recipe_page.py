@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from dsla_hf.plots import mark_plain
 from reporting import RESULTS, fill_page, markdown_table
 
 PAGE = Path(__file__).parent.parent / "docs" / "recipe.md"
@@ -202,6 +203,8 @@ def make_plots(rows: list[dict], runs: list[dict]) -> None:
 
 def _save(figure: Any, axes: Any, name: str) -> None:
     for axis in axes:
+        mark_plain(axis.xaxis)
+        mark_plain(axis.yaxis)
         axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(IMAGES / name, dpi=110)

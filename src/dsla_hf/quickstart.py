@@ -26,6 +26,7 @@ from .configuration import DSLAConfig
 from .data import PackedTokens
 from .distillation import DSLATrainingArguments, distill
 from .evaluation import cache_bytes_per_sequence, evaluate_levels
+from .plots import mark_measured, mark_plain
 
 LAYERS, LENGTH, WINDOW = 6, 256, 32
 PROMPT = "The following example shows how a function"
@@ -185,6 +186,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         memory.semilogy(levels, [row[name] / 1024 for row in rows], marker="o", label=label)
     memory.set(xlabel=f"level (layers converted of {LAYERS})", ylabel="cache per sequence, KiB")
     memory.legend()
+    for axes in (quality, memory):
+        mark_measured(axes.xaxis, levels)
+        mark_plain(axes.yaxis)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
