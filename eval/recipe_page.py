@@ -10,8 +10,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from dsla_hf.plots import mark_plain
 from reporting import RESULTS, fill_page, markdown_table
+
+from dsla_hf.plots import mark_plain
 
 PAGE = Path(__file__).parent.parent / "docs" / "recipe.md"
 IMAGES = PAGE.parent / "images"

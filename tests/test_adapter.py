@@ -120,7 +120,9 @@ def test_a_new_adapter_plans_all_layers_and_changes_nothing(base, tmp_path):
     assert loaded.get_level() == 0 and sorted(layers_of(loaded)) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("config, level", [({"conversion_order": [3, 1]}, 2), ({"conversion_order": [3, 1], "level": 1}, 1), ({"level": 3}, 3)])
+@pytest.mark.parametrize(
+    "config, level", [({"conversion_order": [3, 1]}, 2), ({"conversion_order": [3, 1], "level": 1}, 1), ({"level": 3}, 3)]
+)
 def test_a_level_or_an_order_that_is_given_says_where_a_new_adapter_starts(llama, config, level):
     model = get_peft_model(llama, DSLAConfig(**config))
     assert model.get_level() == level and converted_layers(model) == sorted(config.get("conversion_order", [0, 1, 2, 3])[:level])

@@ -14,9 +14,8 @@ from dsla_hf.commands import generate
 
 WORDS = [f"w{i}" for i in range(60)]
 MARKS = ["<system>", "<user>", "<assistant>", "<end>", "<pad>", "<unk>"]
-TEMPLATE = (
-    "{% for m in messages %}{{ '<' + m.role + '> ' + m.content + ' <end> ' }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-)
+TEMPLATE = "{% for m in messages %}{{ '<' + m.role + '> ' + m.content + ' <end> ' }}{% endfor %}"
+TEMPLATE += "{% if add_generation_prompt %}<assistant>{% endif %}"
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + TEMPLATE
 TURNS = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9"]
 
@@ -79,7 +78,9 @@ def test_a_conversation_answers_every_line_with_all_before_it(made, kind, level,
     folder, adapter = str(made / ("base" if kind == "adapter" else kind)), str(made / "adapter") if kind == "adapter" else None
     read = []
     forward = LlamaForCausalLM.forward
-    monkeypatch.setattr(LlamaForCausalLM, "forward", lambda self, *args, **kw: (read.append(kw["input_ids"].shape[1]), forward(self, *args, **kw))[1])
+    monkeypatch.setattr(
+        LlamaForCausalLM, "forward", lambda self, *args, **kw: (read.append(kw["input_ids"].shape[1]), forward(self, *args, **kw))[1]
+    )
     monkeypatch.setattr("sys.stdin", io.StringIO("\n\n".join(TURNS) + "\n"))
     last = generate(folder, adapter, level, None, chat=True, max_new_tokens=6)
     monkeypatch.undo()

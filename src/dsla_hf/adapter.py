@@ -299,8 +299,8 @@ class DSLAModel(BaseTuner):
             layer.set_adapter(layer.active_adapters)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, and with `level_policy`: a policy, its name such as "prompt-length", a level, or a `LevelProcessor`. Says once
-        if layers that take part were never trained."""
+        """As in transformers, and with `level_policy`: a policy, its name such as "prompt-length", a level, or a `LevelProcessor`.
+        Says once if layers that take part were never trained."""
         if not self._warned_of_untrained:
             self._warned_of_untrained = _warn_of_untrained(self.model, any_level=kwargs.get("level_policy") is not None)
         return generate_with_levels(self.model.generate, self.model, self, args, kwargs)
@@ -642,10 +642,10 @@ def _check_training(model: nn.Module, training: bool) -> None:
     if not trained or any(layer.converted or layer.disable_adapters for layer in trained.values()):
         return
     raise RuntimeError(
-        f"nothing of DSLA can be trained at level {get_level(model)}: the weights that require gradients are those of layers {sorted(trained)}, "
-        f"which are not DSLA now (the plan is {active_config(model).conversion_order}). Call set_level(), or give DSLAConfig a level, before "
-        "training; or use DSLATrainer, which draws a level for every step. A pass without gradients takes torch.no_grad(); to train other "
-        "weights alone, call set_trainable_layers([])"
+        f"nothing of DSLA can be trained at level {get_level(model)}: the weights that require gradients are those of layers "
+        f"{sorted(trained)}, which are not DSLA now (the plan is {active_config(model).conversion_order}). Call set_level(), or give "
+        "DSLAConfig a level, before training; or use DSLATrainer without train_level, which draws a level for every step. A pass without "
+        "gradients takes torch.no_grad(); to train other weights alone, call set_trainable_layers([])"
     )
 
 

@@ -169,7 +169,9 @@ def _chat_inputs(tokenizer: Any, messages: list[dict[str, str]], model: str) -> 
         ValueError: if the tokenizer has no chat template, or the template does not take such messages.
     """
     if not tokenizer.chat_template:
-        raise ValueError(f"{model} has no chat template, so it is no chat model: give --prompt without --chat, and it goes on from the text")
+        raise ValueError(
+            f"{model} has no chat template, so it is no chat model: give --prompt without --chat, and it goes on from the text"
+        )
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     except Exception as error:  # templates raise errors of jinja2, which is imported where a template is used

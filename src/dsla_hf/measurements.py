@@ -18,9 +18,10 @@ from typing import Any
 
 NO_METRICS = ("arm", "level", "task", "seed", "length", "batch_size")
 # Patterns of names, in lower case and without lengths; of others nothing is known unless the file tells, as those of lm-eval do.
-HIGHER_IS_BETTER = ("acc", "acc_norm", "accuracy", "recall", "found", "exact_match", "f1", "rouge*", "*tokens_per_second", "*requests_per_second")
-LOWER_IS_BETTER = ("perplexity", "*_perplexity", "ppl", "kl", "loss", "ms", "*_ms", "ms_*", "seconds", "*_seconds", "seconds_per_*")
-LOWER_IS_BETTER += ("bytes", "*_bytes", "bytes_*", "latency*")
+HIGHER_IS_BETTER: tuple[str, ...] = ("acc", "acc_norm", "accuracy", "recall", "found", "exact_match", "f1", "rouge*")
+HIGHER_IS_BETTER += ("*tokens_per_second", "*requests_per_second")
+LOWER_IS_BETTER: tuple[str, ...] = ("perplexity", "*_perplexity", "ppl", "kl", "loss", "latency*", "ms", "*_ms", "ms_*", "seconds")
+LOWER_IS_BETTER += ("*_seconds", "seconds_per_*", "bytes", "*_bytes", "bytes_*")
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,9 @@ def read_measurements(given: str) -> tuple[list[Measurement], list[Source]]:
     measurements = []
     for (arm, level, task, metric), values in found.items():
         better = told.get(task, {}).get(metric)
-        measurements.append(Measurement(arm, level, task, metric, *_joined(values), _higher_is_better(metric) if better is None else better))
+        measurements.append(
+            Measurement(arm, level, task, metric, *_joined(values), _higher_is_better(metric) if better is None else better)
+        )
     return measurements, sources
 
 

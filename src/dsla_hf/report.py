@@ -1,4 +1,4 @@
-"""What `dsla report` does: one page of quality and speed against level, as HTML with its figures inside, or as Markdown with PNGs beside it."""
+"""What `dsla report` does: one page of quality and speed against level, HTML with its figures inside or Markdown with PNGs beside it."""
 
 from __future__ import annotations
 
@@ -187,7 +187,8 @@ def _tables(its: list[Measurement], arms: list[str]) -> list[Table]:
     heads = {level: f"{level}, original" if level == 0 else str(level) for level in levels}
     if len(levels) <= MOST_COLUMNS:
         rows = [
-            [names[metric], *([arm] if several else []), *(cells.get((arm, metric, level), "") for level in levels)] for arm, metric in lines
+            [names[metric], *([arm] if several else []), *(cells.get((arm, metric, level), "") for level in levels)]
+            for arm, metric in lines
         ]
         return [Table(["metric", *(["arm"] if several else []), *(f"level {head}" for head in heads.values())], rows)]
     tables = []
