@@ -32,6 +32,7 @@ from transformers import AutoConfig
 
 from dsla_hf.bench import Case, Runner, measure_largest, measured, networks, random_model, ready
 from dsla_hf.costs import copy_bandwidth, matmul_rate
+from dsla_hf.plots import mark_measured, mark_plain
 
 PARTS = ("token", "batch", "prefill", "largest", "growth", "baseline", "others", "profile")
 PAGE = Path(__file__).parent.parent / "docs" / "inference.md"
@@ -291,6 +292,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 (drawn,) = axis.plot(x, [1e3 * value for value in y], "o-", label=f"level {level}")
                 axis.plot(x, [1e3 * value for value in floor], ":", color=drawn.get_color())
             axis.set(xscale="log", yscale="log", xlabel=along.replace("_", " "), ylabel="ms a step", title=shape)
+            mark_measured(axis.xaxis, {row[along] for row in found})
+            mark_plain(axis.yaxis)
             axis.grid(alpha=0.3)
             axis.legend(fontsize="small", title="dotted: floor by bytes")
     figure.tight_layout()

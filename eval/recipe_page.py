@@ -12,6 +12,8 @@ from typing import Any
 
 from reporting import RESULTS, fill_page, markdown_table
 
+from dsla_hf.plots import mark_plain
+
 PAGE = Path(__file__).parent.parent / "docs" / "recipe.md"
 IMAGES = PAGE.parent / "images"
 LEVELS = (4, 8, 12, 16)
@@ -202,6 +204,8 @@ def make_plots(rows: list[dict], runs: list[dict]) -> None:
 
 def _save(figure: Any, axes: Any, name: str) -> None:
     for axis in axes:
+        mark_plain(axis.xaxis)
+        mark_plain(axis.yaxis)
         axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(IMAGES / name, dpi=110)

@@ -54,6 +54,7 @@ from dsla_hf.bench import preset_config, random_model
 from dsla_hf.configuration import resolve_level
 from dsla_hf.fused_steps import LONG_PROMPT
 from dsla_hf.graph import CudaRecording
+from dsla_hf.plots import mark_measured, mark_plain
 from dsla_hf.policies import FixedLevel, Load, Policy
 from dsla_hf.serving.api import ApiOptions, build_app
 from dsla_hf.serving.control import LevelControl
@@ -718,7 +719,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> bool:
         )
         first.set(xlabel="requests per second", ylabel="to the first token, s", yscale="log")
         level.set(xlabel="seconds", ylabel="level", ylim=(0, 1.05 * max(setup["max_level"], 1)))
+        for axis in (latency, first):
+            mark_measured(axis.xaxis, {row["rate"] for row in whole})
         for axis in (latency, first, level):
+            mark_plain(axis.yaxis)
             axis.grid(alpha=0.3)
             axis.legend(fontsize=7)
     figure.tight_layout()

@@ -18,6 +18,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
 
 from dsla_hf import LevelProcessor, Stats, cache_bytes
+from dsla_hf.plots import mark_plain
 
 
 class Recorder(TextStreamer):
@@ -51,6 +52,7 @@ def plot(rows: list[tuple[int, int, int, float]], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     tokens = [row[0] for row in rows]
     rates = [1 / (b[3] - a[3]) for a, b in pairwise(rows)]
@@ -64,7 +66,9 @@ def plot(rows: list[tuple[int, int, int, float]], path: Path) -> None:
         axis.plot(tokens, values)
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
+        mark_plain(axis.yaxis)
         axis.grid(alpha=0.3)
+    axes[0].yaxis.set_major_locator(MaxNLocator(integer=True))  # half a layer is none
     axes[-1].set_xlabel("tokens, prompt included")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -84,9 +88,12 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=Path("adaptive_generation.png"), help="where to draw (default: %(default)s)")
     args = parser.parse_args()
 
+    tokenizer_of = args.tokenizer or ("quickstart-output/hybrid" if args.model.startswith("quickstart-output") else args.model)
+    for folder in (args.model, args.adapter, tokenizer_of):
+        if folder.startswith("quickstart-output") and not Path(folder).is_dir():
+            sys.exit(f"there is no {folder} here: run `dsla quickstart` in this folder first, or give --model and --adapter")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    default = "quickstart-output/hybrid" if args.model.startswith("quickstart-output") else args.model
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or default)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(args.model), args.adapter).to(device).eval()
     prompt = args.prompt_file.read_text(encoding="utf-8") if args.prompt_file else args.prompt
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import dsla_hf
 from dsla_hf import DSLAConfig, DSLALayer, DualStateAttention
@@ -109,10 +109,23 @@ def test_biases_of_projections_are_copied_and_trained(tiny_model, adapter_model)
     assert torch.equal(logits(model.merge_and_unload(), ids), expected)
 
 
-def test_order_defaults_to_all_layers_at_the_highest_level(base):
-    model = get_peft_model(base, DSLAConfig())
+def test_a_new_adapter_plans_all_layers_and_changes_nothing(base, tmp_path):
+    ids = token_ids()
+    expected = logits(base, ids)
+    model = get_peft_model(base, DSLAConfig(task_type="CAUSAL_LM"))
     assert model.peft_config["default"].conversion_order == [0, 1, 2, 3]
-    assert model.get_level() == 4 and converted_layers(model) == [0, 1, 2, 3]
+    assert model.get_level() == 0 and not converted_layers(model) and torch.equal(logits(model, ids), expected)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(model.unload(), tmp_path)
+    assert loaded.get_level() == 0 and sorted(layers_of(loaded)) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "config, level", [({"conversion_order": [3, 1]}, 2), ({"conversion_order": [3, 1], "level": 1}, 1), ({"level": 3}, 3)]
+)
+def test_a_level_or_an_order_that_is_given_says_where_a_new_adapter_starts(llama, config, level):
+    model = get_peft_model(llama, DSLAConfig(**config))
+    assert model.get_level() == level and converted_layers(model) == sorted(config.get("conversion_order", [0, 1, 2, 3])[:level])
 
 
 def test_layers_outside_the_plan_are_not_wrapped(base):
@@ -624,21 +637,61 @@ def test_backward_says_that_nothing_can_be_trained(llama, adapter_model, checkpo
     if checkpointing:
         enable_checkpointing(model)
         model.enable_input_require_grads()
-    output = model(ids, labels=ids)
-    with pytest.raises(RuntimeError, match=rf"nothing can be trained at level {level}: .* \[2, 0, 3, 1\].* DSLATrainer"):
-        (output.loss / 2).backward()
-    with torch.no_grad(), model.disable_adapter():
+    with pytest.raises(RuntimeError, match=rf"can be trained at level {level}: .* \[2, 0, 3, 1\].* set_level\(\).* DSLATrainer"):
+        model(ids, labels=ids)
+    with model.disable_adapter():
+        assert model(ids, labels=ids).loss.isfinite()
+    with torch.no_grad():
         assert model(ids, labels=ids).loss.requires_grad is False
-    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
-    model(inputs_embeds=embeddings, labels=ids).loss.backward()
-    assert embeddings.grad.any(), "prompts of one's own are trained as over the base"
-    model.set_level(2)
+    assert model.eval()(ids, labels=ids).loss.isfinite()
+    model.train().set_level(2)
     assert backward(model, ids)[1]
 
 
-def test_other_weights_are_trained_at_level_0(llama, adapter_model):
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("how", ["loss of one's own", "transformers"])
+def test_a_training_forward_at_level_0_is_refused_whatever_computes_the_loss(llama, how, checkpointing):
+    """A loop over logits, and adapters that transformers put in: no loss passes the library there."""
+    config, ids = DSLAConfig(task_type="CAUSAL_LM"), token_ids()
+    if how == "transformers":
+        llama.add_adapter(config)
+        model = llama
+    else:
+        model = get_peft_model(llama, config)
+    if checkpointing:
+        enable_checkpointing(model)
+        model.enable_input_require_grads()
+    with pytest.raises(RuntimeError, match=r"at level 0: .* set_level\(\).* DSLATrainer"):
+        model.train()(ids)
+    dsla_hf.set_level(model.get_base_model() if hasattr(model, "get_base_model") else model, 1)
+    model(ids).logits.sum().backward()
+    assert {name.split(".layers.")[1][0] for name, p in model.named_parameters() if p.grad is not None} == {"0"}
+
+
+def test_the_trainer_of_transformers_is_refused_at_level_0_and_trains_above(llama, tmp_path):
+    options = {"max_steps": 3, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True}
+    names = ("activation_checkpointing", "gradient_checkpointing")  # transformers 5.18 renamed it
+    options[next(name for name in names if name in TrainingArguments.__dataclass_fields__)] = True
+    args = TrainingArguments(str(tmp_path), disable_tqdm=True, **options)
+    model = get_peft_model(llama, DSLAConfig(task_type="CAUSAL_LM", window_size=8))
+    trainer = Trainer(model, args, train_dataset=[{"input_ids": row, "labels": row} for row in token_ids()])
+    with pytest.raises(RuntimeError, match="nothing of DSLA can be trained at level 0"):
+        trainer.train()
+    model.set_level(4)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_other_weights_are_trained_at_level_0_when_those_of_dsla_are_frozen(llama, adapter_model):
     model, ids = adapter_model(llama, level=0, modules_to_save=["model.norm"]).train(), token_ids()
+    with pytest.raises(RuntimeError, match=r"call set_trainable_layers\(\[\]\)"):
+        model(ids, labels=ids)
+    model.set_trainable_layers([])
     assert set(backward(model, ids)[1]) == {name for name in trainable(model) if "norm.modules_to_save" in name}
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+    model(inputs_embeds=embeddings, labels=ids).loss.backward()
+    assert embeddings.grad.any(), "prompts of one's own are trained as over the base"
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -714,6 +767,32 @@ def log_messages():
     yield handler.messages
     for logger in loggers:
         logger.removeHandler(handler)
+
+
+def test_generating_with_weights_that_were_never_trained_is_said_once(llama, log_messages, tmp_path):
+    def said(model, **options):
+        model.eval().generate(input_ids=token_ids(1, 5), max_new_tokens=2, pad_token_id=0, **options)
+        found = [m for m in log_messages if "never trained" in m]
+        log_messages.clear()
+        return found
+
+    model = get_peft_model(llama, DSLAConfig(task_type="CAUSAL_LM", window_size=8))
+    assert not said(model), "level 0 is the original model"
+    model.set_level(1)
+    (message,) = said(model)
+    assert "layers [0] were never trained" in message and "dsla distill" in message and "PeftModel.from_pretrained" in message
+    assert not said(model), "once"
+    fresh = get_peft_model(model.unload(), DSLAConfig(task_type="CAUSAL_LM", window_size=8))
+    assert "layers [0, 1, 2, 3]" in said(fresh, level_policy=2)[0]
+    fresh._modules["base_model"]._warned_of_untrained = False
+    fresh.set_level(2)
+    fresh.set_trainable_layers([0])
+    fresh.train()(token_ids(), labels=token_ids()).loss.backward()
+    torch.optim.AdamW([p for p in fresh.parameters() if p.requires_grad], lr=1e-3).step()
+    assert "layers [1] were" in said(fresh)[0], "one step is training"
+    fresh.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(fresh.unload(), tmp_path, level=1)
+    assert not said(loaded)
 
 
 @torch.no_grad()

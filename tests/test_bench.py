@@ -78,7 +78,7 @@ def test_what_does_not_run_is_a_row_with_its_error(checkpoint, tmp_path, monkeyp
     rows = bench(checkpoint, engines=["compiled", "graph"], levels=["1"], lengths=[20], new_tokens=4, output=str(tmp_path / "out"))
     assert len(rows) == 4
     assert "accelerators only" in rows[0]["error"] and "need a CUDA device" in rows[1]["error"]
-    assert (tmp_path / "out/bench.png").is_file()
+    assert not (tmp_path / "out/bench.png").exists(), "there is nothing to draw"
 
     written = []
     run = Runner.run
@@ -199,6 +199,28 @@ def test_costs_follow_the_level(tiny_model, window_size):
         assert moved == pytest.approx(2 * level * read)
         assert costs.prompt_operations(2, 30) == 2 * costs.prompt_operations(1, 30)
     assert costs.prompt_operations(1, 10**6) < plain.prompt_operations(1, 10**6) / 10
+
+
+@pytest.mark.parametrize(
+    "lengths, batches, titles", [([512, 4096], [1], ["batch size 1"]), ([512], [1, 8], ["length 512"]), ([512], [1], [])]
+)
+def test_a_plot_has_no_panel_of_one_point_and_plain_ticks(lengths, batches, titles, tmp_path, monkeypatch, capsys):
+    from matplotlib.figure import Figure
+
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: (drawn.append(figure), save(figure, *args, **options)))
+    results = Results(tmp_path, 1e9)
+    for length in lengths:
+        for batch in batches:
+            row = {"engine": "eager", "level": 0, "length": length, "batch_size": batch}
+            results.rows.append(row | {"seconds_per_token": 1e-6 * length + batch, "predicted_seconds_per_token": 0.5})
+    results.plot()
+    assert [axes.get_title() for figure in drawn for axes in figure.axes] == titles
+    if titles:
+        ticks = [label.get_text() for label in drawn[0].axes[0].get_xticklabels()]
+        assert ticks == [f"{value:,}" for value in (lengths if len(lengths) > 1 else batches)]
+    else:
+        assert "no plot: it needs two lengths or two batch sizes" in capsys.readouterr().out
 
 
 def test_rows_without_a_file_of_matplotlib(tmp_path, monkeypatch, capsys):

@@ -490,10 +490,27 @@ def test_levels_are_drawn_from_the_plan(fresh, tmp_path):
     assert levels == [sorted([3, 1][: draw_level(0, step, 2, 2)]) for step in range(6)]
 
 
-@pytest.mark.parametrize("level", [0, 3])
-def test_level_of_the_arguments_holds_for_all_steps(llama, level, tmp_path):
-    assert levels_of_steps(llama, tmp_path, train_level=level, max_steps=4) == [sorted(ORDER[:level])] * 4
+def test_level_of_the_arguments_holds_for_all_steps(llama, tmp_path):
+    assert levels_of_steps(llama, tmp_path, train_level=3, max_steps=4) == [sorted(ORDER[:3])] * 4
     assert llama.get_level() == 4
+
+
+def test_level_0_of_the_arguments_would_train_nothing(llama, tmp_path):
+    with pytest.raises(RuntimeError, match="nothing of DSLA can be trained at level 0"):
+        train(llama, tmp_path, stage="logits", train_level=0)
+    assert llama.get_level() == 4
+
+
+@pytest.mark.parametrize("level", [0, 2])
+def test_a_distilled_adapter_is_at_the_whole_plan_unless_a_level_was_chosen(tiny_model, level, tmp_path):
+    config = DSLAConfig(task_type="CAUSAL_LM", window_size=8, **({"level": level} if level else {}))
+    model = get_peft_model(tiny_model("llama"), config)
+    distill(model, token_data(), arguments(tmp_path), alignment_steps=0, logits_steps=0)
+    assert model.get_level() == level, "nothing was trained"
+    distill(model, token_data(), arguments(tmp_path), alignment_steps=1, logits_steps=1)
+    trained = model.get_level()
+    saved = PeftModel.from_pretrained(model.unload(), tmp_path)
+    assert trained == saved.get_level() == (level or 4)
 
 
 @pytest.mark.parametrize("level", [5, -1])

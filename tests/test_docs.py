@@ -74,7 +74,7 @@ def prepared(tmp_path_factory):
     tokenizer.save_pretrained(folder / "my-multimodal-checkpoint")
     (folder / "my_text.txt").write_text("\0".join(texts))
     base = LlamaForCausalLM.from_pretrained(folder / "my-checkpoint")
-    get_peft_model(base, DSLAConfig(task_type="CAUSAL_LM")).save_pretrained(folder / "my-adapter")
+    get_peft_model(base, DSLAConfig(task_type="CAUSAL_LM", level=4)).save_pretrained(folder / "my-adapter")
     return folder
 
 

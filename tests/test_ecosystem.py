@@ -181,7 +181,7 @@ def test_lm_eval_is_given_the_tokenizer(unsaved):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of options that trl itself sets
 def test_dpo_refers_to_the_hybrid_and_never_to_its_base(unsaved):
-    trl = pytest.importorskip("trl", reason="needs trl, which nothing else here does")
+    trl = pytest.importorskip("trl", reason="needs TRL: pip install trl")
     datasets = pytest.importorskip("datasets")
     hybrid, tokenizer, folder = unsaved
     pairs = {"prompt": ["the answer"] * 2, "chosen": [" is that a layer"] * 2, "rejected": [" reads the text"] * 2}

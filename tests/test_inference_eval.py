@@ -82,7 +82,7 @@ def test_the_page(tmp_path):
 
 def test_the_profile_adds_up(checkpoint, monkeypatch):
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(checkpoint), dsla_hf.DSLAConfig(task_type="CAUSAL_LM", window_size=8)
+        AutoModelForCausalLM.from_pretrained(checkpoint), dsla_hf.DSLAConfig(task_type="CAUSAL_LM", window_size=8, level=2)
     ).eval()
     runner = dsla_hf.bench.Runner(dsla_hf.bench.ready(model, model.device))
     monkeypatch.setattr(inference, "Case", lambda engine, *rest: dsla_hf.bench.Case("eager", *rest))

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dsla_cli import main
 from dsla_hf import DSLAConfig, evaluate_job, long_context
-from dsla_hf.evaluate_job import evaluate
+from dsla_hf.evaluate_job import evaluate, table
 from dsla_hf.quickstart import train_tokenizer
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'dsla-hf[eval]'")
@@ -333,6 +333,14 @@ def result(tmp_path, level):
     return json.loads((tmp_path / "results" / f"level-{level:02d}.json").read_text())
 
 
+def test_the_table_of_many_levels_has_a_row_for_each():
+    results = {level: {"piqa": {"acc": level / 40, "acc_stderr": 0.1}} for level in range(33)}
+    lines = [line.split() for line in table(results).splitlines()]
+    assert lines[0] == ["task", "metric", "level"] and len(lines) == 34 and lines[5] == ["piqa", "acc", "4", "0.1000"]
+    few = table({level: results[level] for level in (0, 4)}).splitlines()
+    assert [line.split() for line in few] == [["task", "metric", "level", "0", "level", "4"], ["piqa", "acc", "0.0000", "0.1000"]]
+
+
 def test_sweep_loads_once_and_writes_a_file_per_level(made, at_level, loads, tmp_path, capsys):
     assert main(options(made, tmp_path, "--tasks", ",".join([*TASKS, "far_bigrams"]), "--limit", "12", "--batch-size", "4")) == 0
     output = capsys.readouterr().out
@@ -346,6 +354,8 @@ def test_sweep_loads_once_and_writes_a_file_per_level(made, at_level, loads, tmp
                 assert found["tasks"][task][name.removesuffix(",none")] == value
                 assert f"{value:.4f}" in output
         assert found["tasks"]["bottles_choice"]["acc_stderr"] > 0
+        assert found["higher_is_better"]["bottles_choice"]["acc"] is True
+        assert found["higher_is_better"]["bottles_text"]["byte_perplexity"] is False
         assert found["tasks"]["far_bigrams"]["loss@96[new]"] > 0 and found["samples"]["bottles_text"] == 12
         assert {"dsla-hf", "lm-eval", "torch", "transformers", "python"} <= found["versions"].keys()
         assert found["command"].startswith("dsla eval --model ") and f"--levels {level} " in found["command"]

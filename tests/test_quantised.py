@@ -83,7 +83,7 @@ def test_a_new_adapter_starts_from_the_weights_that_the_base_stands_for(saved):
     full = costs_of(saved[1].get_base_model()).weight_bytes
     assert costs_of(base).weight_bytes < full / 2
     weight = base.model.layers[0].self_attn.q_proj.weight.dequantize()
-    model = get_peft_model(base, DSLAConfig(task_type="CAUSAL_LM", window_size=8))
+    model = get_peft_model(base, DSLAConfig(task_type="CAUSAL_LM", window_size=8, level=4))
     assert torch.equal(model.get_base_model().model.layers[0].self_attn.dsla_q_proj["default"].weight, weight)
     assert model.peft_config["default"].base_fingerprint["quantised"]
     model.train()(IDS, labels=IDS).loss.backward()
@@ -147,7 +147,7 @@ def test_adapters_go_over_a_base_quantised_in_place(saved, kind):
 def test_a_new_adapter_over_a_base_quantised_in_place_is_merged_over_the_whole_one(saved, recwarn):
     folder = saved[0]
     base = in_place(AutoModelForCausalLM.from_pretrained(folder / "base"))
-    model = get_peft_model(base, DSLAConfig(task_type="CAUSAL_LM", window_size=8))
+    model = get_peft_model(base, DSLAConfig(task_type="CAUSAL_LM", window_size=8, level=4))
     model.train()(IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if "dsla_" in name)
     model.save_pretrained(folder / "new")

@@ -3,11 +3,12 @@
 import base64
 import json
 import re
+from urllib.parse import unquote
 
 import pytest
 
 from dsla_cli import main
-from dsla_hf import published
+from dsla_hf import published as paper
 from dsla_hf.measurements import read_measurements
 from dsla_hf.report import report
 
@@ -48,10 +49,26 @@ def cells(text, beginning):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith(f"| {beginning} |")]
 
 
-def figures(text):
+def figures(text, folder):
+    """Those inside an HTML page, those that a Markdown page links."""
     found = [base64.b64decode(image) for image in re.findall(r"data:image/png;base64,([\w+/=]+)", text)]
+    found += [(folder / unquote(name)).read_bytes() for name in re.findall(r"^!\[[^\]]*\]\((?!data:)([^)]+)\)", text, re.MULTILINE)]
     assert all(image.startswith(b"\x89PNG") for image in found)
     return found
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The matplotlib figures that are drawn."""
+    from matplotlib.figure import Figure
+
+    kept, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: (kept.append(figure), save(figure, *args, **options))[1])
+    return kept
+
+
+def labels(axis):
+    return [label.get_text() for label in axis.get_ticklabels()]
 
 
 # --- reading ----------------------------------------------------------------------------------------------------
@@ -89,9 +106,9 @@ def test_path_with_an_equals_sign(tmp_path):
 def test_one_adapter(results, tmp_path):
     text = page(tmp_path, results)
     assert cells(text, "metric")[0] == ["metric", "level 0, original", "level 2", "level 4"]
-    assert cells(text, "acc") == [["acc", *["0.6 ± 0.012"] * 3]]
-    assert cells(text, "accuracy@1024") == [["accuracy@1024", "1", "0.6", "0.2"]]
-    assert len(figures(text)) == 1 and "Not measured (--speed FILE)." in text
+    assert cells(text, "acc ↑") == [["acc ↑", *["0.6 ± 0.012"] * 3]]
+    assert cells(text, "accuracy@1024 ↑") == [["accuracy@1024 ↑", "1", "0.6", "0.2"]]
+    assert len(figures(text, tmp_path)) == 1 and "Not measured (--speed FILE)." in text
     assert "far_bigrams: loss" in text
     assert "```console\ndsla eval --levels 2\n```" in text and "python 3.11, torch 2.9 |" in text
 
@@ -101,53 +118,115 @@ def test_beside_others_and_speed(results, tmp_path):
     speed = save_rows(tmp_path / "fast.json", [{"arm": "mine", "level": level, "length": 4096, "ms": 9 - level} for level in (0, 2, 4)])
     save_level(tmp_path / "other", 2, piqa={"acc": 0.5})
     text = page(tmp_path, results, tmp_path / "other", save_rows(tmp_path / "rows.json", rows), speed=[speed], title="My | title")
-    assert text.startswith("# My | title\n") and len(figures(text)) == 2
-    assert cells(text, "acc") == [["acc", "mine", *["0.6 ± 0.012"] * 3], ["acc", "other", "", "0.5", ""]]
+    assert text.startswith("# My | title\n") and len(figures(text, tmp_path)) == 2
+    assert cells(text, "acc ↑") == [["acc ↑", "mine", *["0.6 ± 0.012"] * 3], ["acc ↑", "other", "", "0.5", ""]]
     assert cells(text, "novels") == [["novels", "one state", "22", "24"], ["novels", "control", "22", "24"]]
-    assert cells(text, "ms@4096") == [["ms@4096", "9", "7", "5"]]
-    assert text.index("## Quality") < text.index("novels") < text.index("## Speed") < text.index("ms@4096") < text.index("## Published")
+    assert cells(text, "ms@4096 ↓") == [["ms@4096 ↓", "9", "7", "5"]]
+    assert text.index("## Quality") < text.index("novels") < text.index("## Speed") < text.index("ms@4096") < text.index("## How it")
 
 
 def test_the_base_alone_is_one_sentence_where_it_is_level_0(results, tmp_path):
     same = json.loads((results / "level-00.json").read_text())["tasks"]
     save_level(tmp_path / "base", 0, **same)
     text = page(tmp_path, results, tmp_path / "base")
-    assert "Level 0 has the numbers of base, to the last digit." in text and cells(text, "acc") == [["acc", *["0.6 ± 0.012"] * 3]]
+    assert "Level 0 has the numbers of base, to the last digit." in text and cells(text, "acc ↑") == [["acc ↑", *["0.6 ± 0.012"] * 3]]
     save_level(tmp_path / "base", 0, **{**same, "piqa": {"acc": 0.6000001}})
     text = page(tmp_path, results, tmp_path / "base")
-    assert "to the last digit" not in text and len(cells(text, "acc")) == 2
+    assert "to the last digit" not in text and len(cells(text, "acc ↑")) == 2
 
 
-def test_published_numbers_stand_alone(results, tmp_path):
+def test_published_numbers_stand_alone_and_only_on_request(results, tmp_path):
     text = page(tmp_path, results)
+    assert "Published" not in text and "arXiv" not in text
+    text = page(tmp_path, results, published=True)
     begin, end = text.index("## Published"), text.index("## How it was measured")
     assert "nothing of it measured here" in text[begin:end] and "arXiv 2506.09316" in text[begin:end]
-    for model, values in published.ROWS.items():
+    for model, values in paper.ROWS.items():
         assert cells(text[begin:end], model)[0][1 : 1 + len(values)] == list(values)
         assert model not in text[:begin] + text[end:]
-        assert len(values) <= len(published.COLUMNS)
+        assert len(values) <= len(paper.COLUMNS)
     assert not any(re.match(r"\| mine", line) for line in text[begin:end].splitlines())
 
 
 def test_html_is_one_file(results, tmp_path):
     text = page(tmp_path, results, name="page.html", title="a <b>")
     assert text.startswith("<!doctype html>") and "<title>a &lt;b&gt;</title>" in text and "<b>" not in text
-    assert len(figures(text)) == 1 and text.count("<table>") == text.count("</table>") == 5
+    assert len(figures(text, tmp_path)) == 1 and text.count("<table>") == text.count("</table>") == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["mine", "page.html"]
     assert not re.search(r"(src|href)=\"(?!data:)", text)
     assert "<td>0.6 ± 0.012</td>" in text
 
 
 def test_metrics_are_chosen(results, tmp_path):
     text = page(tmp_path, results, metrics=["needle accuracy@5*", "piqa"])
-    assert cells(text, "accuracy@512") and cells(text, "acc") and not cells(text, "accuracy@1024") and "loss@512" not in text
+    assert cells(text, "accuracy@512 ↑") and cells(text, "acc ↑") and not cells(text, "accuracy@1024 ↑") and "loss@512" not in text
 
 
 def test_many_metrics_and_the_subjects_of_mmlu(tmp_path):
-    row = {"level": 0} | {f"metric_{i}": i for i in range(20)}
-    assert "Drawn are 12 of 20 metrics" in page(tmp_path, save_rows(tmp_path / "many.json", [row]))
+    rows = [{"level": level} | {f"metric_{i}": i for i in range(20)} for level in (0, 1)]
+    assert "Drawn are 12 of 20 metrics" in page(tmp_path, save_rows(tmp_path / "many.json", rows))
     save_level(tmp_path / "mmlu", 0, mmlu={"acc": 0.3}, mmlu_law={"acc": 0.2})
     assert "mmlu_law" not in page(tmp_path, tmp_path / "mmlu")
     assert "mmlu_law" in page(tmp_path, tmp_path / "mmlu", metrics=["mmlu*"])
+
+
+def test_a_deep_model_has_a_row_per_level_and_few_ticks(tmp_path, drawn):
+    for level in range(37):
+        save_level(tmp_path / "deep", level, piqa={f"m{i}": 10.0**i * (1 + level) for i in range(9)})
+    text = page(tmp_path, tmp_path / "deep")
+    assert cells(text, "level") == [["level", *(f"m{i}" for i in range(8))], ["level", "m8"]]
+    assert cells(text, "0, original")[0][1:3] == ["1", "10"] and cells(text, "36")[0][1:4] == ["37", "370", "3700"]
+    assert len(re.findall(r"^\| \d+", text, re.MULTILINE)) == 2 * 37
+    (figure,) = drawn
+    for axes in figure.axes[:9]:
+        shown = labels(axes.xaxis)
+        assert shown == ["0", "4", "8", "12", "16", "20", "24", "28", "32", "36"]
+        assert all(re.fullmatch(r"[−-]?[\d,]+(\.\d+)?", label) for label in labels(axes.yaxis)), labels(axes.yaxis)
+
+
+def test_what_was_measured_at_one_level_is_no_panel(results, tmp_path, drawn):
+    save_level(results, 2, piqa={"acc": 0.6}, once={"ppl": 3.0})
+    text = page(tmp_path, results, metrics=["acc", "ppl"])
+    assert cells(text, "ppl ↓") == [["ppl ↓", "3"]]
+    assert [axes.get_title() for axes in drawn[0].axes if axes.axison] == ["piqa: acc ↑"]
+    text = page(tmp_path, results, metrics=["ppl"])
+    assert cells(text, "ppl ↓") and not figures(text, tmp_path) and len(drawn) == 1
+
+
+def test_what_the_harness_knows_goes_before_what_names_say(tmp_path, drawn):
+    for level in (0, 1):
+        save_level(tmp_path / "mine", level, odd={"acc": level, "points": level, "wonder": level})
+        file = tmp_path / "mine" / f"level-{level:02d}.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"higher_is_better": {"odd": {"acc": False, "points": True}}}))
+    text = page(tmp_path, tmp_path / "mine")
+    assert cells(text, "acc ↓") and cells(text, "points ↑") and cells(text, "wonder")
+    assert [axes.get_title() for axes in drawn[0].axes] == ["odd: acc ↓", "odd: points ↑", "odd: wonder"]
+
+
+@pytest.mark.parametrize(
+    "metric, better",
+    [
+        ("perplexity@512[64-127]", False),
+        ("kl", False),
+        ("accuracy@1024", True),
+        ("tokens_per_second batch 8", True),
+        ("decode_tokens_per_second@4096", True),
+        ("seconds_per_token@512", False),
+        ("ms@4096", False),
+        ("peak_bytes", False),
+        ("novels", None),
+    ],
+)
+def test_directions_of_our_own_metrics(metric, better, tmp_path):
+    save_level(tmp_path, 1, task={metric: 1.0})
+    assert read_measurements(str(tmp_path))[0][0].higher_is_better is better
+
+
+def test_pictures_lie_beside_a_markdown_page_and_are_named_after_it(results, tmp_path):
+    speed = save_rows(tmp_path / "fast.json", [{"level": level, "ms": 9 - level} for level in (0, 2, 4)])
+    text = page(tmp_path, results, speed=[speed], name="my page.md")
+    assert "](my%20page-quality.png)" in text and "](my%20page-speed.png)" in text and "base64" not in text
+    assert len(figures(text, tmp_path)) == 2 and not list(tmp_path.glob("*.tmp"))
 
 
 # --- what is refused --------------------------------------------------------------------------------------------

@@ -65,11 +65,14 @@ def make_plot(rows: list[dict[str, Any]]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from dsla_hf.plots import mark_plain
+
     figure, axes = plt.subplots(1, len(LAYERS), figsize=(10, 4))
     for ax, layer in zip(axes, LAYERS, strict=True):
         for row in (row for row in rows if row["layer"] == layer):
             ax.plot(range(1, len(row["losses"]) + 1), row["losses"], label=row["path"], alpha=0.7)
         ax.set(title=layer, xlabel="step", ylabel="KL, nats a token", yscale="log")
+        mark_plain(ax.yaxis)
         ax.legend()
     figure.tight_layout()
     IMAGE.parent.mkdir(parents=True, exist_ok=True)

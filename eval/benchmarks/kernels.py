@@ -543,6 +543,8 @@ def make_plots(rows: list[dict[str, Any]]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from dsla_hf.plots import mark_measured, mark_plain
+
     IMAGES.mkdir(parents=True, exist_ok=True)
     for part, axis_key, what, label in (
         ("tokens", "tokens", "forward", "tokens"),
@@ -565,6 +567,8 @@ def make_plots(rows: list[dict[str, Any]]) -> None:
                 lowest = [next(iter(row["floors"].values())) for _, row in points]
                 axes.plot([x for x, _ in points], lowest, ":", color=f"C{i}", label=f"{name[0]}: floor by bytes")
         axes.set(xlabel=label, ylabel=f"ms, {what}", xscale="log", yscale="log")
+        mark_measured(axes.xaxis, {row[axis_key] for row in shown})
+        mark_plain(axes.yaxis)
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
         figure.tight_layout()

@@ -19,6 +19,7 @@ from peft.utils import register_peft_method
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationMixin
+from transformers.utils import logging
 
 from .architectures import SHORT_WINDOW, SUPPORTED_BASES, fused_into, projection, sliding_window_of, why_unsupported
 from .before_layers import install_layout_hook, masks_with_padding, remove_layout_hook
@@ -38,6 +39,8 @@ from .modeling import (
 from .quantised import dequantised, quantised_weight
 from .saving import name_model
 from .tensor_parallel import FEATURE, MERGE_FIRST, check_heads, cuts_heads, is_tensor_parallel, whole
+
+logger = logging.get_logger(__name__)
 
 
 class AdapterLinear(nn.Linear):
@@ -110,6 +113,19 @@ class DSLALayer(nn.Module, BaseTunerLayer):
         """Whether this layer runs as DSLA now."""
         name = self.adapter_name
         return name is not None and not self.disable_adapters and self.layer_idx in self.configs[name].converted_layers
+
+    @property
+    def untrained(self) -> bool:
+        """Whether the active adapter's weights in this layer are those of its start: training moves mix and norm at once."""
+        if self.adapter_name is None:
+            return False
+        core: Any = self.dsla_core[self.adapter_name]
+        with align_module_device(core):
+            return not core.mix_logits.any() and bool((core.norm_weight == 1).all())
+
+    def adapter_parts(self) -> list[nn.Module]:
+        """The modules of the active adapter."""
+        return [getattr(self, part)[self.adapter_name] for part in self.adapter_layer_names if self.adapter_name in getattr(self, part)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.converted:
@@ -214,6 +230,7 @@ class DSLAModel(BaseTuner):
     prefix = "dsla_"
     tuner_layer_cls = DSLALayer
     target_module_mapping: dict[str, list[str]] = {}
+    _warned_of_untrained = False
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
         shared = getattr(model, "peft_config", None)  # PEFT writes into it before anything is checked
@@ -227,10 +244,9 @@ class DSLAModel(BaseTuner):
             raise
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.model(*args, **kwargs)
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            _guard_training(self.model, kwargs, output)
-        return output
+        if kwargs.get("labels") is not None:  # `DSLATrainer`, whose levels may miss the layers that are trained, gives none
+            _check_training(self.model, self.training)
+        return self.model(*args, **kwargs)
 
     # --- levels -------------------------------------------------------------------------------------------------
 
@@ -283,7 +299,10 @@ class DSLAModel(BaseTuner):
             layer.set_adapter(layer.active_adapters)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, and with `level_policy`: a policy, its name such as "prompt-length", a level, or a `LevelProcessor`."""
+        """As in transformers, and with `level_policy`: a policy, its name such as "prompt-length", a level, or a `LevelProcessor`.
+        Says once if layers that take part were never trained."""
+        if not self._warned_of_untrained:
+            self._warned_of_untrained = _warn_of_untrained(self.model, any_level=kwargs.get("level_policy") is not None)
         return generate_with_levels(self.model.generate, self.model, self, args, kwargs)
 
     def level_sizes(self) -> dict[str, int]:
@@ -314,6 +333,8 @@ class DSLAModel(BaseTuner):
                     f"this model has a sliding window of {SHORT_WINDOW} tokens or fewer in every layer, so DSLA has nothing to gain; "
                     "name the layers in conversion_order to convert them all the same"
                 )
+            if peft_config.level is None:
+                peft_config.level = 0  # as a new LoRA, a new adapter changes nothing
         peft_config.conversion_order = check_order(peft_config.conversion_order, len(layers))
         peft_config.level = peft_config.check_level(peft_config.level)
         for index in peft_config.conversion_order:
@@ -351,6 +372,7 @@ class DSLAModel(BaseTuner):
             self.model.create_masks_for_generate = functools.partial(masks_with_padding, make_masks, decoder)
         if not hasattr(decoder, "_dsla_level_guard"):
             decoder._dsla_level_guard = decoder.register_forward_hook(_guard_level)
+            decoder._dsla_training_guard = decoder.register_forward_pre_hook(_check_training_at_level_0)
 
     def _create_and_replace(
         self, peft_config: DSLAConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str
@@ -409,8 +431,9 @@ class DSLAModel(BaseTuner):
                 )
         decoder: Any = decoder_of(model)
         super()._unload_and_optionally_merge(merge, progressbar=progressbar, safe_merge=safe_merge)
-        decoder._dsla_level_guard.remove()
-        del decoder._dsla_level_guard
+        for guard in ("_dsla_level_guard", "_dsla_training_guard"):
+            getattr(decoder, guard).remove()
+            delattr(decoder, guard)
         model.__dict__.pop("create_masks_for_generate", None)
         if hybrid_class is None or config is None:
             remove_layout_hook(decoder)
@@ -609,32 +632,39 @@ def _record_base(config: DSLAConfig, model: Any) -> None:
         check_base(config.base_fingerprint, attention, config.base_model_name_or_path, config.trained_projections)
 
 
-def _guard_training(model: nn.Module, inputs: dict[str, Any], output: Any) -> None:
-    """Refuse the backward pass from a loss in which no trained weight has a part, because all are of layers that are not DSLA now:
-    PyTorch's error names no cause, and embeddings that require gradients for checkpointing hide even that."""
-    loss = getattr(output, "loss", None)
-    if not isinstance(loss, Tensor):
+def _check_training(model: nn.Module, training: bool) -> None:
+    """Refuse a training forward in which no DSLA weight that is to be trained has a part, because all are of layers that are not DSLA now.
+    PyTorch's error names no cause, and embeddings that require gradients for checkpointing, or other trained weights, hide even that."""
+    if not (training and torch.is_grad_enabled()):
         return
-    if loss.requires_grad and any(inputs.get(name) is not None for name in ("inputs_embeds", "past_key_values")):
-        return  # what is trained may be among them
     layers = dsla_layers(model)
-    if any(layer.disable_adapters for layer in layers.values()):
+    trained = {i: layer for i, layer in layers.items() if any(p.requires_grad for part in layer.adapter_parts() for p in part.parameters())}
+    if not trained or any(layer.converted or layer.disable_adapters for layer in trained.values()):
         return
-    idle = [layer for layer in layers.values() if not layer.converted]
-    unused = {id(p) for layer in idle for part in layer.adapter_layer_names for p in getattr(layer, part).parameters()}
-    trained = [id(p) for p in model.parameters() if p.requires_grad]
-    if not trained or not unused.issuperset(trained):
-        return
-    level, plan = get_level(model), active_config(model).conversion_order
+    raise RuntimeError(
+        f"nothing of DSLA can be trained at level {get_level(model)}: the weights that require gradients are those of layers "
+        f"{sorted(trained)}, which are not DSLA now (the plan is {active_config(model).conversion_order}). Call set_level(), or give "
+        "DSLAConfig a level, before training; or use DSLATrainer without train_level, which draws a level for every step. A pass without "
+        "gradients takes torch.no_grad(); to train other weights alone, call set_trainable_layers([])"
+    )
 
-    def refuse(grad: Tensor) -> None:
-        raise RuntimeError(
-            f"nothing can be trained at level {level}: the weights that are trained belong to layers that are not DSLA now (the plan is "
-            f"{plan}). Call set_level() before training, or use DSLATrainer, which draws a level for every step"
+
+def _check_training_at_level_0(decoder: nn.Module, args: Any) -> None:
+    """A forward pre-hook of the decoder: there for every loss, also for adapters that transformers' `add_adapter` put in."""
+    if decoder.training and torch.is_grad_enabled() and not any(layer.converted for layer in dsla_layers(decoder).values()):
+        _check_training(decoder, True)
+
+
+def _warn_of_untrained(model: nn.Module, any_level: bool) -> bool:
+    """Say so if layers that are DSLA now, or at any level, were never trained; returns whether it was said."""
+    untrained = [i for i, layer in dsla_layers(model).items() if (any_level or layer.converted) and layer.untrained]
+    if untrained:
+        logger.warning(
+            f"the DSLA weights of layers {untrained} were never trained, so what is generated tells nothing of the method: distil them "
+            "(`dsla distill`, dsla_hf.distillation), or load trained ones with PeftModel.from_pretrained(base, adapter). Level 0 is the "
+            "original model"
         )
-
-    output.loss = loss if loss.requires_grad else loss.detach().requires_grad_().clone()
-    output.loss.register_hook(refuse)
+    return bool(untrained)
 
 
 def _guard_level(decoder: nn.Module, args: Any, output: Any) -> None:

@@ -30,6 +30,7 @@ from .costs import Costs, copy_bandwidth, costs_of, matmul_rate, synchronize
 from .files import write_whole
 from .graph import GraphDecoder
 from .loading import device, load_adapter, load_config, load_model, read_adapter_config
+from .plots import mark_measured, mark_plain
 
 ENGINES = ("eager", "compiled", "graph")
 # Shapes of well-known models, to be filled with random weights; nothing is downloaded.
@@ -457,13 +458,21 @@ class Results:
         except ImportError:
             print("no plot: it needs matplotlib (pip install 'dsla-hf[plot]')")
             return
+        rows = [row for row in self.rows if "error" not in row]
+        panels = []
+        for along, other in (("length", "batch_size"), ("batch_size", "length")):
+            fixed = min((row[other] for row in rows), default=0)
+            places = {row[along] for row in rows if row[other] == fixed}
+            if len(places) > 1:
+                panels.append((along, other, fixed, places))
+        if not panels:
+            print("no plot: it needs two lengths or two batch sizes")
+            return
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
-        rows = [row for row in self.rows if "error" not in row]
-        figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-        for axis, along, other in ((axes[0], "length", "batch_size"), (axes[1], "batch_size", "length")):
-            fixed = min((row[other] for row in rows), default=0)
+        figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
+        for axis, (along, other, fixed, places) in zip(axes[0], panels, strict=True):
             for engine, level in dict.fromkeys((row["engine"], row["level"]) for row in rows):
                 line = sorted(
                     (row[along], row["seconds_per_token"] * 1e3, row["predicted_seconds_per_token"] * 1e3)
@@ -477,8 +486,9 @@ class Results:
             axis.set(
                 xscale="log", yscale="log", xlabel=along.replace("_", " "), ylabel="ms a token", title=f"{other.replace('_', ' ')} {fixed}"
             )
-        if rows:
-            axes[0].legend(fontsize="small", title="dotted: floor")
+            mark_measured(axis.xaxis, places)
+            mark_plain(axis.yaxis)
+        axes[0, 0].legend(fontsize="small", title="dotted: floor")
         figure.tight_layout()
         figure.savefig(self.folder / "bench.png", dpi=150)
         plt.close(figure)

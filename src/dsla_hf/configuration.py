@@ -36,7 +36,8 @@ class DSLAConfig(PeftConfig):
     """Configuration of a Dual-State Linear Attention conversion.
 
     `DSLAConfig(conversion_order=[3, 1, 2], level=2)` has weights for layers 3, 1 and 2, and runs layers 3 and 1 as DSLA. A model takes
-    a copy of it, `model.peft_config["default"]`: one config may be given to several models.
+    a copy of it, `model.peft_config["default"]`: one config may be given to several models. `DSLAConfig()` has weights for all layers and
+    starts at level 0, the original model.
 
     Raises:
         ValueError: names the field whose value does not fit, before a model is touched.
@@ -56,7 +57,11 @@ class DSLAConfig(PeftConfig):
         },
     )
     level: int | None = field(
-        default=None, metadata={"help": "How many layers of the order are DSLA (0: the original model). Default: all of them."}
+        default=None,
+        metadata={
+            "help": "How many layers of the order are DSLA (0: the original model). Default: all of a conversion_order that is given; "
+            "without one none, until set_level()."
+        },
     )
     window_size: int = field(
         default=128,
@@ -164,7 +169,7 @@ class DSLAConfig(PeftConfig):
         return not {"k_proj", "v_proj"} & set(self.trained_projections)
 
     def check_level(self, level: int | None) -> int | None:
-        """`level` if the plan has it; None stands for the whole plan once the plan is known.
+        """`level` if the plan has it; None stands for the whole plan where one is given.
 
         Raises:
             ValueError: if it is no whole number from 0 to the number of layers in the plan.

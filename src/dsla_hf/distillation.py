@@ -565,7 +565,7 @@ def distill(
     """Stage 1, ranking of the layers, stage 2: an adapter whose every level is trained, saved in `args.output_dir`.
 
     Interrupted runs go on where they were: finished parts are read back, the unfinished one resumes from its last
-    whole checkpoint.
+    whole checkpoint. A model at level 0, as a new one is, ends at the whole plan; another level stays.
 
     Args:
         model: `get_peft_model(base, DSLAConfig(...))`.
@@ -609,6 +609,8 @@ def distill(
         _run_stage(model, train_dataset, args, output / "logits", {"stage": "logits", "max_steps": logits_steps}, trainer_options)
     elif logits_steps:
         _run_chain(model, train_dataset, args, output / "logits", logits_steps, trainer_options)
+    if tuner.get_level() == 0 and (alignment_steps or logits_steps):  # where a new adapter starts; by now every level is trained
+        tuner.set_level(levels)
     weights = {"state_dict": whole_adapter(model)} if is_sharded(model) else {}
     if args.process_index == 0:
         model.save_pretrained(str(output), **weights)

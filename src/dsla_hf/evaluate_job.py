@@ -36,6 +36,7 @@ AUTO_BATCH = {"cuda": 64, "cpu": 8}
 LENGTHS, SAMPLES = (1024,), 40
 # Resampling for the standard errors of metrics that are no means.
 BOOTSTRAP_ITERATIONS = 1000
+MOST_COLUMNS = 8  # of levels, in the table that is printed
 PACKAGES = ("dsla-hf", "torch", "transformers", "peft", "lm-eval")
 
 
@@ -159,13 +160,22 @@ def evaluate(
 
 
 def table(results: dict[int, dict[str, dict[str, float]]]) -> str:
-    """Metrics by level, for a terminal: a row for each metric of each task, without standard errors."""
-    rows = [("task", "metric", *(f"level {level}" for level in results))]
-    names = dict.fromkeys((task, metric) for tasks in results.values() for task, metrics in tasks.items() for metric in metrics)
-    for task, metric in names:
-        if "_stderr" not in metric:
-            values = (tasks.get(task, {}).get(metric) for tasks in results.values())
-            rows.append((task, metric, *("" if value is None else f"{value:.4f}" for value in values)))
+    """Metrics by level, for a terminal: a row for each metric of each task, without standard errors; where there are many levels, for
+    each level of each of them."""
+    found = dict.fromkeys((task, metric) for tasks in results.values() for task, metrics in tasks.items() for metric in metrics)
+    names = [(task, metric) for task, metric in found if "_stderr" not in metric]
+
+    def cell(level: int, task: str, metric: str) -> str:
+        value = results[level].get(task, {}).get(metric)
+        return "" if value is None else f"{value:.4f}"
+
+    rows: list[tuple[str, ...]]
+    if len(results) <= MOST_COLUMNS:
+        rows = [("task", "metric", *(f"level {level}" for level in results))]
+        rows += [(*name, *(cell(level, *name) for level in results)) for name in names]
+    else:
+        rows = [("task", "metric", "level", "")]
+        rows += [(*name, str(level), cell(level, *name)) for name in names for level in results]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
@@ -260,6 +270,7 @@ class _Harness:
             "batch_size": harness_model.batch_size,
             "task_versions": found["versions"],
             "num_fewshot": found["n-shot"],
+            "higher_is_better": found.get("higher_is_better", {}),
             "samples": {task: counts["effective"] for task, counts in found.get("n-samples", {}).items()},
         }
         return {task: values for task, values in metrics.items() if values}, details

@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 NO_METRICS = ("arm", "level", "task", "seed", "length", "batch_size")
+# Patterns of names, in lower case and without lengths; of others nothing is known unless the file tells, as those of lm-eval do.
+HIGHER_IS_BETTER: tuple[str, ...] = ("acc", "acc_norm", "accuracy", "recall", "found", "exact_match", "f1", "rouge*")
+HIGHER_IS_BETTER += ("*tokens_per_second", "*requests_per_second")
+LOWER_IS_BETTER: tuple[str, ...] = ("perplexity", "*_perplexity", "ppl", "kl", "loss", "latency*", "ms", "*_ms", "ms_*", "seconds")
+LOWER_IS_BETTER += ("*_seconds", "seconds_per_*", "bytes", "*_bytes", "bytes_*")
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,7 @@ class Measurement:
     metric: str
     value: float
     error: float | None = None
+    higher_is_better: bool | None = None  # None: not known
 
 
 @dataclass(frozen=True)
@@ -58,12 +66,14 @@ def read_measurements(given: str) -> tuple[list[Measurement], list[Source]]:
     else:
         files = [path]
     found: dict[tuple[str, int, str, str], list[tuple[float, float | None]]] = {}
+    told: dict[str, dict[str, bool]] = {}
     sources = []
     for file in files:
         content = _content(file)
         whose = name or (path.name if path.is_dir() else file.parent.name if "tasks" in content else file.stem)
         sources.append(_source(whose, file, content))
         if "tasks" in content:
+            told |= content.get("higher_is_better") or {}
             for task, metrics in content["tasks"].items():
                 for metric, value in metrics.items():
                     if "_stderr" not in metric:
@@ -72,7 +82,21 @@ def read_measurements(given: str) -> tuple[list[Measurement], list[Source]]:
         else:
             for row, number, key in _rows(content["rows"], whose, file):
                 found.setdefault(key, []).append((number, None if row.get("seed") is not None else row.get(f"{key[3]}_stderr")))
-    return [Measurement(*key, *_joined(values)) for key, values in found.items()], sources
+    measurements = []
+    for (arm, level, task, metric), values in found.items():
+        better = told.get(task, {}).get(metric)
+        measurements.append(
+            Measurement(arm, level, task, metric, *_joined(values), _higher_is_better(metric) if better is None else better)
+        )
+    return measurements, sources
+
+
+def _higher_is_better(metric: str) -> bool | None:
+    name = re.split(r"[@\[ ]", metric)[0].lower()
+    for patterns, answer in ((HIGHER_IS_BETTER, True), (LOWER_IS_BETTER, False)):
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            return answer
+    return None
 
 
 def _named(given: str) -> tuple[str | None, Path]:

@@ -1,4 +1,4 @@
-"""What `dsla report` does: one page of quality and speed against level, as Markdown or HTML, with its figures inside."""
+"""What `dsla report` does: one page of quality and speed against level, HTML with its figures inside or Markdown with PNGs beside it."""
 
 from __future__ import annotations
 
@@ -7,24 +7,27 @@ import html
 import io
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from . import published
+from . import published as paper
 from .measurements import Measurement, Source, read_measurements
+from .plots import mark_measured, mark_plain
 
 INTRODUCTION = (
     "Level 0 is the original model; at level L its L least harmful layers are DSLA. ± is a standard error, or the deviation over seeds "
-    "where there are several. Dotted lines are the original model."
+    "where there are several. Dotted lines are the original model. ↑: more is better, ↓: less is."
 )
 PUBLISHED = (
-    f"From the paper ({published.SOURCE}), as printed there: other models, data and hardware, nothing of it measured here. LongBench in "
+    f"From the paper ({paper.SOURCE}), as printed there: other models, data and hardware, nothing of it measured here. LongBench in "
     "percent; empty where no number is at hand."
 )
 MOST_PANELS, COLUMNS = 12, 3
+MOST_COLUMNS = 8  # of levels, and where there are more, of metrics
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; font-size: .9rem; display: block; overflow-x: auto; }
@@ -59,24 +62,34 @@ class Command:
 
 @dataclass(frozen=True)
 class Figure:
-    """A PNG, and what it shows in words."""
+    """A PNG, what it shows in words, and what a file of it is called after the page's own name."""
 
     image: bytes
     text: str
+    name: str
 
 
 Block = Heading | Paragraph | Table | Command | Figure
 
 
-def report(results: Sequence[str], output: str, *, speed: Sequence[str] = (), metrics: Sequence[str] = (), title: str | None = None) -> str:
+def report(
+    results: Sequence[str],
+    output: str,
+    *,
+    speed: Sequence[str] = (),
+    metrics: Sequence[str] = (),
+    title: str | None = None,
+    published: bool = False,
+) -> str:
     """Write a page of measurements by level, and return its text.
 
     Args:
         results: folders and files of `dsla eval`, and tables of rows, each as in `read_measurements`: a path, or NAME=PATH.
-        output: file to write, .md or .html.
+        output: file to write, .html, or .md with its figures beside it: page-quality.png and page-speed.png of page.md.
         speed: likewise, measurements of speed.
         metrics: patterns such as "needle*" of what is shown, matched with the task, the metric, and "TASK METRIC". Empty: everything.
         title: of the page.
+        published: whether the numbers that the paper reports follow, in a table of their own.
 
     Raises:
         ValueError: for another kind of output, results that are none, two of the same name, or patterns that nothing matches.
@@ -99,16 +112,26 @@ def report(results: Sequence[str], output: str, *, speed: Sequence[str] = (), me
     for name, found in (("Quality", quality), ("Speed", fast)):
         blocks.append(Heading(2, name))
         blocks += _section(name, found) if found else [Paragraph("Not measured." if name == "Quality" else "Not measured (--speed FILE).")]
-    rows = [[model, *values, *[""] * (len(published.COLUMNS) - len(values))] for model, values in published.ROWS.items()]
-    blocks += [Heading(2, "Published"), Paragraph(PUBLISHED), Table(["model", *published.COLUMNS], rows), Paragraph(published.SPEED)]
+    if published:
+        rows = [[model, *values, *[""] * (len(paper.COLUMNS) - len(values))] for model, values in paper.ROWS.items()]
+        blocks += [Heading(2, "Published"), Paragraph(PUBLISHED), Table(["model", *paper.COLUMNS], rows), Paragraph(paper.SPEED)]
     blocks += _provenance([*sources, *fast_sources])
-    text = (_markdown if kind == ".md" else _html)(blocks)
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(f"{output}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, output)
+    page = Path(output)
+    text = _markdown(blocks, page.stem) if kind == ".md" else _html(blocks)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    if kind == ".md":  # before the page that links them
+        for figure in (block for block in blocks if isinstance(block, Figure)):
+            _write_whole(page.with_name(_file_of(figure, page.stem)), figure.image)
+    _write_whole(page, text.encode())
     print(f"{output}: {len({m.arm for m in quality + fast})} arms, {len({(m.task, m.metric) for m in quality + fast})} metrics")
     return text
+
+
+def _write_whole(file: Path, content: bytes) -> None:
+    """Written beside, then renamed: a file that is there is complete."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, file)
 
 
 def _read(given: Sequence[str], patterns: Sequence[str]) -> tuple[list[Measurement], list[Source]]:
@@ -142,24 +165,43 @@ def _section(name: str, found: list[Measurement]) -> list[Block]:
         blocks.append(Paragraph(f"Level 0 has the numbers of {', '.join(same)}, to the last digit."))
         found = [m for m in found if m.arm not in same]
     panels = _panels(found)
-    drawn = f"{name} by level: {', '.join(title for title, _ in panels[:MOST_PANELS])}"
-    blocks.append(Figure(_draw(panels[:MOST_PANELS], found), drawn))
+    if panels:
+        drawn = f"{name} by level: {', '.join(title for title, _ in panels[:MOST_PANELS])}"
+        blocks.append(Figure(_draw(panels[:MOST_PANELS], found), drawn, name.lower()))
     if len(panels) > MOST_PANELS:
         blocks.append(Paragraph(f"Drawn are {MOST_PANELS} of {len(panels)} metrics; --metrics chooses others."))
     arms = list(dict.fromkeys(m.arm for m in found))
     for task in dict.fromkeys(m.task for m in found):
         its = [m for m in found if m.task == task]
-        levels = sorted({m.level for m in its})
-        cells = {(m.arm, m.metric, m.level): _number(m) for m in its}
-        rows = [
-            [metric, *([arm] if len(arms) > 1 else []), *(cells.get((arm, metric, level), "") for level in levels)]
-            for metric in dict.fromkeys(m.metric for m in its)
-            for arm in arms
-            if any((arm, metric, level) in cells for level in levels)
-        ]
-        heads = [f"level {level}" + (", original" if level == 0 else "") for level in levels]
-        blocks += [Heading(3, task), Table(["metric", *(["arm"] if len(arms) > 1 else []), *heads], rows)]
+        blocks += [Heading(3, task), *_tables(its, arms)]
     return blocks
+
+
+def _tables(its: list[Measurement], arms: list[str]) -> list[Table]:
+    """The numbers of a task: a row for each metric of each arm; where there are many levels, for each level."""
+    levels = sorted({m.level for m in its})
+    cells = {(m.arm, m.metric, m.level): _number(m) for m in its}
+    names = {m.metric: _with_arrow(m.metric, m) for m in its}
+    lines = [(arm, metric) for metric in names for arm in arms if any((arm, metric, level) in cells for level in levels)]
+    several = len(arms) > 1
+    heads = {level: f"{level}, original" if level == 0 else str(level) for level in levels}
+    if len(levels) <= MOST_COLUMNS:
+        rows = [
+            [names[metric], *([arm] if several else []), *(cells.get((arm, metric, level), "") for level in levels)]
+            for arm, metric in lines
+        ]
+        return [Table(["metric", *(["arm"] if several else []), *(f"level {head}" for head in heads.values())], rows)]
+    tables = []
+    for begin in range(0, len(lines), MOST_COLUMNS):
+        part = lines[begin : begin + MOST_COLUMNS]
+        rows = [[heads[level], *(cells.get((arm, metric, level), "") for arm, metric in part)] for level in levels]
+        tables.append(Table(["level", *(f"{names[metric]}, {arm}" if several else names[metric] for arm, metric in part)], rows))
+    return tables
+
+
+def _with_arrow(name: str, measurement: Measurement) -> str:
+    """`name`, and an arrow where it is known whether up is good."""
+    return name + {True: " ↑", False: " ↓", None: ""}[measurement.higher_is_better]
 
 
 def _same_as_level_0(found: list[Measurement]) -> list[str]:
@@ -200,11 +242,15 @@ Panel = tuple[str, tuple[str, list[str]]]  # its title; a task, and those of its
 
 def _panels(found: list[Measurement]) -> list[Panel]:
     """The first metric of every task before the second of any. Of a metric that is there at several lengths one for each length: the
-    whole, or the last of its parts, such as the farthest distance."""
+    whole, or the last of its parts, such as the farthest distance. What was measured at one level is in the tables alone."""
     by_task: list[list[Panel]] = []
     for task in dict.fromkeys(m.task for m in found):
         families: dict[str, dict[str, str]] = {}
-        for metric in dict.fromkeys(m.metric for m in found if m.task == task):
+        levels: dict[str, set[int]] = {}
+        for m in found:
+            if m.task == task:
+                levels.setdefault(m.metric, set()).add(m.level)
+        for metric in (metric for metric, its in levels.items() if len(its) > 1):
             base, length, part = _parsed(metric)
             chosen = families.setdefault(base, {})
             if not part or length not in chosen or _parsed(chosen[length])[2]:
@@ -231,8 +277,9 @@ def _draw(panels: list[Panel], found: list[Measurement]) -> bytes:
     for axis, (title, (task, metrics)) in zip(axes, panels, strict=False):
         if len(arms) > 1 and len(metrics) > 1:  # one line an arm: the greatest length
             metrics = [max(metrics, key=lambda metric: float(re.sub(r"\D", "", _parsed(metric)[1]) or 0))]
-        _draw_panel(axis, [m for m in found if m.task == task and m.metric in metrics], metrics, arms)
-        axis.set_title(title if len(metrics) > 1 else f"{task}: {metrics[0]}", fontsize=9)
+        its = [m for m in found if m.task == task and m.metric in metrics]
+        _draw_panel(axis, its, metrics, arms)
+        axis.set_title(_with_arrow(title if len(metrics) > 1 else f"{task}: {metrics[0]}", its[0]), fontsize=9)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     written = io.BytesIO()
@@ -252,7 +299,8 @@ def _draw_panel(axis: Any, its: list[Measurement], metrics: list[str], arms: lis
                 label = (_parsed(metric)[1] or metric) if several else arm
                 color = f"C{(j if several else i) % 10}"
                 axis.errorbar(*zip(*points, strict=True), marker="o", markersize=3.5, linewidth=1.2, color=color, label=label)
-    axis.set_xticks(sorted({m.level for m in its}))
+    mark_measured(axis.xaxis, {m.level for m in its})
+    mark_plain(axis.yaxis)
     axis.set_xlabel("level", fontsize=8)
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.3)
@@ -263,11 +311,11 @@ def _draw_panel(axis: Any, its: list[Measurement], metrics: list[str], arms: lis
 # --- pages ------------------------------------------------------------------------------------------------------
 
 
-def _source_of(figure: Figure) -> str:
-    return f"data:image/png;base64,{base64.b64encode(figure.image).decode()}"
+def _file_of(figure: Figure, page: str) -> str:
+    return f"{page}-{figure.name}.png"
 
 
-def _markdown(blocks: Iterable[Block]) -> str:
+def _markdown(blocks: Sequence[Block], page: str) -> str:
     def row(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -283,7 +331,7 @@ def _markdown(blocks: Iterable[Block]) -> str:
             case Command():
                 parts.append(f"```console\n{block.text}\n```")
             case Figure():
-                parts.append(f"![{block.text}]({_source_of(block)})")
+                parts.append(f"![{block.text}]({quote(_file_of(block, page))})")
     return "\n\n".join(parts) + "\n"
 
 
@@ -304,7 +352,8 @@ def _html(blocks: Sequence[Block]) -> str:
             case Command():
                 parts.append(f"<p><code>{html.escape(block.text)}</code></p>")
             case Figure():
-                parts.append(f'<p><img src="{_source_of(block)}" alt="{html.escape(block.text)}"></p>')
+                source = f"data:image/png;base64,{base64.b64encode(block.image).decode()}"
+                parts.append(f'<p><img src="{source}" alt="{html.escape(block.text)}"></p>')
     title = next((block.text for block in blocks if isinstance(block, Heading)), "")
     head = f'<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n<style>{STYLE}</style>'
     return "\n".join(['<!doctype html>\n<html lang="en">', f"<head>\n{head}\n</head>\n<body>", *parts, "</body>\n</html>\n"])

@@ -17,15 +17,19 @@ def add_to(commands: Any, name: str) -> None:
         commands,
         name,
         "go on from a prompt, at a level of your choice",
-        "Prints the continuation of a prompt as it comes: by a hybrid, or by the original model, with or without adapter.",
+        "Prints the continuation of a prompt as it comes: by a hybrid, or by the original model, with or without adapter. With --chat it "
+        "answers, in the model's chat template.",
         'dsla generate --model BASE --adapter ADAPTER --level 8 --prompt "Once upon a time"',
+        "dsla generate --model BASE --adapter ADAPTER --level 50% --chat",
         "dsla generate --model HYBRID --prompt-file prompt.txt --do-sample --temperature 0.7",
     )
     add_checkpoint(parser, "original model, or a hybrid", adapter_required=False)
     text = parser.add_argument_group("text")
-    prompt = text.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="text to go on from, as it is (no chat template)")
+    prompt = text.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="TEXT", help="text to go on from, as it is; with --chat what a user says")
     prompt.add_argument("--prompt-file", metavar="FILE", help="file with the text to go on from, UTF-8")
+    text.add_argument("--chat", action="store_true", help="apply the chat template; without a prompt: a conversation, a line a turn")
+    text.add_argument("--system", metavar="TEXT", help="with --chat: the system's message")
     text.add_argument("--level", metavar="L", help=LEVEL + " (default: the adapter's)")
     text.add_argument("--max-new-tokens", type=positive, default=128, metavar="N", help="most tokens to generate (default: %(default)s)")
     sampling = parser.add_argument_group("sampling")
@@ -36,9 +40,11 @@ def add_to(commands: Any, name: str) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.prompt is None and args.prompt_file is None and not args.chat:
+        raise ValueError("there is no prompt: give --prompt or --prompt-file, or --chat for a conversation")
+    prompt = args.prompt if args.prompt_file is None else Path(args.prompt_file).read_text(encoding="utf-8")
     model = preflight.with_gguf(args.model, args.gguf_file)
     preflight.check(model, args.adapter)
-    prompt = args.prompt if args.prompt_file is None else Path(args.prompt_file).read_text(encoding="utf-8")
     from dsla_hf.commands import generate
 
     generate(
@@ -46,6 +52,8 @@ def run(args: argparse.Namespace) -> None:
         args.adapter,
         args.level,
         prompt,
+        chat=args.chat,
+        system=args.system,
         max_new_tokens=args.max_new_tokens,
         do_sample=args.do_sample,
         temperature=args.temperature,

@@ -26,13 +26,14 @@ def add_to(commands: Any, name: str) -> None:
     parser.add_argument(
         "--metrics", type=listed, default=[], metavar="P,P", help='tasks and metrics to show, such as "needle*" (default: all)'
     )
+    parser.add_argument("--published", action="store_true", help="show the numbers that the DSLA paper published, too")
     parser.add_argument("--title", metavar="TEXT", help="title of the page")
 
 
 def run(args: argparse.Namespace) -> None:
     from dsla_hf.report import report
 
-    report(args.results, args.out, speed=args.speed, metrics=args.metrics, title=args.title)
+    report(args.results, args.out, speed=args.speed, metrics=args.metrics, title=args.title, published=args.published)
 
 
 def kept(args: argparse.Namespace) -> str:

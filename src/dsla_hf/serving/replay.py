@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 
 from ..files import write_whole
+from ..plots import mark_plain
 from .trace import TracedRequest, drawn_to_mix, read_trace, scaled
 
 LOOK_SECONDS = 1.0  # how often the level is looked up
@@ -277,6 +278,7 @@ def table(summary: dict[str, Any]) -> str:
 def plot(outcomes: list[Outcome], looks: list[dict[str, Any]], path: Path) -> None:
     """Times and level over the replay."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 7), layout="constrained")
     times, each, level = figure.subplots(3, 1, sharex=True)
@@ -292,6 +294,9 @@ def plot(outcomes: list[Outcome], looks: list[dict[str, Any]], path: Path) -> No
     level.set(ylabel="layers, requests", xlabel="seconds", ylim=(0, None))
     if looks:
         level.legend()
+    level.yaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (times, each, level):
+        mark_plain(axes.yaxis)
         axes.grid(alpha=0.3)
+    mark_plain(level.xaxis)
     figure.savefig(path, dpi=120)
