@@ -331,7 +331,7 @@ def test_example_script_is_the_command(monkeypatch, tmp_path):
 
 def distill(made, output, *more, data=None):
     arguments = ["--model", made.base, "--data", *(data or [made.text]), "--output_dir", output, "--length", 32, "--tokens", 256]
-    arguments += ["--ranking_sequences", 2, "--per_device_train_batch_size", 2, "--use_cpu", "--disable_tqdm", "true"]
+    arguments += ["--ranking_sequences", 2, "--per_device_train_batch_size", 2, "--use_cpu", "--window_size", 8]
     return ["distill", *map(str, [*arguments, *more])]
 
 
@@ -414,9 +414,13 @@ def test_distill_gives_an_adapter_of_every_level(made, distilled):
 
 def test_distill_goes_on_from_an_adapter(made, tmp_path, capsys):
     assert main(distill(made, tmp_path / "new", "--adapter", made.adapter, "--ranking_sequences", 0, "--learning_rate", 1e-9)) == 0
-    assert f"adapter saved in {tmp_path / 'new'}; conversion order {ORDER}" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"adapter saved in {tmp_path / 'new'}; level {LAYERS}; conversion order {ORDER}" in output
+    assert re.search(r"level +perplexity +before +KL to level 0 +before", output), "compared with the adapter, not with an untrained layer"
     config = DSLAConfig.from_pretrained(tmp_path / "new")
-    assert config.conversion_order == ORDER and config.window_size == 8 and config.level == LEVEL
+    assert config.conversion_order == ORDER and config.window_size == 8 and config.level == LAYERS
+    metrics = config.level_metrics[str(LAYERS)]
+    assert metrics["kl"] == pytest.approx(metrics["before_kl"], rel=1e-3) and "untrained_kl" not in metrics
     before, after = weights(made.adapter), weights(tmp_path / "new")
     # Not those of a new adapter: at this rate they stay where they were, to the digits of the base's bf16.
     assert before.keys() == after.keys()
@@ -431,7 +435,8 @@ def weights(directory):
 
 def test_same_distill_again_trains_nothing_and_gives_the_same(made, distilled, tmp_path, capsys):
     used = shutil.copytree(distilled, tmp_path / "used")
-    refusal(capsys, distill(made, used, "--window_size", 8, "--dtype", "float32"), used, "learning_rate 0.01 (now 0.001)")
+    line = refusal(capsys, distill(made, used, "--dtype", "float32", "--tokens", 512), used, "--learning_rate 0.01 (now 0.001)")
+    assert "--tokens 256 (now 512)" in line and "max_steps" not in line and "items" not in line
     assert main(distill(made, used, "--window_size", 8, "--dtype", "float32", "--learning_rate", "1e-2")) == 0
     output = capsys.readouterr().out
     assert "adapter saved in" in output and "train_runtime" not in output
@@ -443,9 +448,12 @@ def test_same_distill_again_trains_nothing_and_gives_the_same(made, distilled, t
 def test_distill_again_with_another_window_is_refused(made, distilled, tmp_path, capsys):
     used = shutil.copytree(distilled, tmp_path / "used")
     before = fingerprints(used)
-    refusal(capsys, distill(made, used, "--dtype", "float32", "--window_size", 16), used, "holds another adapter")
+    refusal(capsys, distill(made, used, "--dtype", "float32", "--window_size", 16), used, "--window_size 8 (now 16)")
     for name in ("adapter_config.json", "adapter_model.safetensors"):  # as if stopped before the end
         (used / name).unlink()
+    refusal(capsys, distill(made, used, "--dtype", "float32", "--window_size", 16), used, "--window_size 8 (now 16)")
+    (used / "distill.json").unlink()  # as of a run of the library
+    before.pop("distill.json")
     refusal(capsys, distill(made, used, "--dtype", "float32", "--window_size", 16), used / "alignment", "holds another adapter")
     assert fingerprints(used) == {name: value for name, value in before.items() if (used / name).exists()}
 
@@ -464,6 +472,9 @@ def test_distill_again_with_another_window_is_refused(made, distilled, tmp_path,
         (["--adapter", "{adapter}", "--window_size", "16"], ["window_size 8", "--window_size 16"]),
         (["--adapter", "{other_adapter}"], ["other weights"]),
         (["--window_size", "-1"], ["window_size", "-1"]),
+        (["--eval_sequences", "-1"], ["eval_sequences", "-1"]),
+        (["--window_size", "128"], ["beyond the window", "132 tokens", "window_size"]),
+        (["--window_size", "128", "--streaming", "true"], ["beyond the window"]),
         (["--train_level", "9"], ["level 9"]),
         (["--eval_strategy", "epoch"], ["eval"]),
     ],
@@ -514,7 +525,8 @@ def test_order_is_printed_and_stored(made, adapter, capsys):
     assert f"order: {config.conversion_order}" in output and "64 tokens" in output and f"level stays {LEVEL}" in output
     assert scores == pytest.approx({int(layer): score for layer, score in config.order_scores.items()}, abs=1e-6)
     assert config.level == LEVEL and config.level_metrics is None, "measurements of the old order"
-    assert ", ".join(map(str, config.conversion_order)) in (adapter / "README.md").read_text()
+    scored = ", ".join(f"{layer} ({config.order_scores[str(layer)]:.3g})" for layer in config.conversion_order)
+    assert scored in (adapter / "README.md").read_text()
     after = weights(adapter)
     assert before.keys() == after.keys() and all(before[n].dtype == after[n].dtype and before[n].equal(after[n]) for n in before)
     assert next(iter(after.values())).dtype == torch.float32, "the base is bf16"

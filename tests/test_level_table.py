@@ -21,7 +21,7 @@ BASE = {"level": 0, "perplexity": 20.0, "kl": 0.0, "answers": 1.0, "answers_kl":
 
 
 def test_table_has_the_columns_that_were_measured():
-    lines = table([BASE | {"bytes_1k": 1 << 20}, ROW | {"bytes_1k": 1 << 19}], "at start").splitlines()
+    lines = table([BASE | {"bytes_1k": 1 << 20}, ROW | {"bytes_1k": 1 << 19}]).splitlines()
     assert [len(line) for line in lines] == [len(lines[0])] * 3
     assert lines[0].split() == [
         "level",
@@ -58,6 +58,7 @@ def test_good_levels_give_no_warning():
         ({"kl": 0.71}, "worse than the untrained layer"),
         ({"perplexity": 23.9, "untrained_perplexity": 23.8}, "worse than the untrained layer"),
         ({"kl": math.nan}, "worse than the untrained layer"),
+        ({"before_kl": 0.01}, "worse than the adapter it began with"),
         ({"perplexity": 24.1}, "clearly worse than level 0"),
         ({"perplexity": math.nan, "untrained_perplexity": 30.0, "kl": 0.1}, "clearly worse than level 0"),
         ({"perplexity": math.inf, "untrained_perplexity": math.inf}, "clearly worse than level 0"),

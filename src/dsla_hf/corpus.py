@@ -16,6 +16,11 @@ from typing import Any
 from .chats import marked_chat
 from .data import read_texts
 
+# What `sources` of `token_blocks` may be, for the help of those who read text through it.
+SOURCES = (
+    "files (.txt with documents separated by NUL, .jsonl, either also as .xz; .json, .parquet, .csv) or names of hub datasets, "
+    "'name:configuration'"
+)
 KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 DOCUMENTS_AT_ONCE = 256  # tokenised together
 CACHE_VERSION = 2  # of what `_blocks` makes from the same input

@@ -14,8 +14,10 @@ ANSWERS_KEPT = 0.8  # of level 0's tokens in short answers, at least
 COLUMNS = {
     "perplexity": ("perplexity", "{:.3f}"),
     "untrained_perplexity": ("untrained", "{:.3f}"),
+    "before_perplexity": ("before", "{:.3f}"),
     "kl": ("KL to level 0", "{:.4f}"),
     "untrained_kl": ("untrained", "{:.4f}"),
+    "before_kl": ("before", "{:.4f}"),
     "answers": ("short answers", "{:.0%}"),
     "answers_kl": ("KL on them", "{:.4f}"),
     "bytes_1k": ("cache at 1k tokens", "KiB"),
@@ -25,6 +27,8 @@ COLUMNS = {
 LONG_HEADINGS = {
     "untrained_perplexity": "perplexity untrained",
     "untrained_kl": "KL untrained",
+    "before_perplexity": "perplexity before this training",
+    "before_kl": "KL before this training",
     "answers": "same tokens in short answers",
     "answers_kl": "KL on short answers",
     "bytes_32k": "cache at 32k tokens",
@@ -38,17 +42,12 @@ def measured_levels(highest: int, most: int = MOST_LEVELS) -> list[int]:
     return [(place * highest + (most - 1) // 2) // (most - 1) for place in range(most)]
 
 
-def table(rows: Sequence[Mapping[str, Any]], untrained: str = "untrained") -> str:
-    """The rows for a terminal, with a column for each of `COLUMNS` that they have.
-
-    Args:
-        untrained: what the layer that a level is compared with is called.
-    """
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows for a terminal, with a column for each of `COLUMNS` that they have."""
     names = [name for name in COLUMNS if any(name in row for row in rows)]
     columns = [["level", *(str(row["level"]) for row in rows)]]
     for name in names:
         heading, form = COLUMNS[name]
-        heading = untrained if heading == "untrained" else heading
         columns.append([heading, *("" if name not in row else written(row[name], form) for row in rows)])
     widths = [max(map(len, column)) for column in columns]
     return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in zip(*columns, strict=True))
@@ -81,7 +80,7 @@ def _in_card(name: str, value: float) -> str:
     return written(value, form) if form in ("KiB", "{:.0%}") else f"{value:.4g}"
 
 
-def warnings(rows: Sequence[Mapping[str, Any]], untrained: str = "untrained layer") -> list[str]:
+def warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What a user must know of levels that are worse than they should be, a line for each kind; none if all is well.
 
     A level is worse than it should be if the layer as it was before training does better, if its perplexity is more than 1.2 times that
@@ -93,15 +92,17 @@ def warnings(rows: Sequence[Mapping[str, Any]], untrained: str = "untrained laye
     def levels(worse: Any) -> list[int]:
         return [row["level"] for row in above if worse(row)]
 
-    def not_better(row: Mapping[str, Any], name: str) -> bool:
-        return name in row and f"untrained_{name}" in row and not row[name] <= row[f"untrained_{name}"]
+    def harmed(row: Mapping[str, Any], before: str) -> bool:
+        pairs = [(row[name], row[f"{before}_{name}"]) for name in ("kl", "perplexity") if f"{before}_{name}" in row]
+        return any(not value <= reference for value, reference in pairs)
 
     lines = []
-    if found := levels(lambda row: not_better(row, "kl") or not_better(row, "perplexity")):
-        lines.append(
-            f"{_named(found)} worse than the {untrained}: this training has done harm there. More or other text (--data, --tokens) or a "
-            "lower --learning_rate helps"
-        )
+    for before, what in (("untrained", "the untrained layer"), ("before", "the adapter it began with")):
+        if found := levels(lambda row, before=before: harmed(row, before)):
+            lines.append(
+                f"{_named(found)} worse than {what}: this training has done harm there. More or other text (--data, --tokens) or a lower "
+                "--learning_rate helps"
+            )
     if base is not None and (found := levels(lambda row: not row["perplexity"] <= CLEARLY_WORSE * base)):
         lines.append(
             f"{_named(found)} clearly worse than level 0 (perplexity over {CLEARLY_WORSE} times as high): train on more tokens (--tokens), "

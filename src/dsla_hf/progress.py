@@ -28,6 +28,12 @@ def on_terminal() -> bool:
     return sys.stderr.isatty()
 
 
+def say(line: str) -> None:
+    """A line on stderr, of the first process alone."""
+    if is_first_process():
+        tqdm.write(line, file=sys.stderr)
+
+
 def bar(iterable: Any = None, *, shown: bool = True, **options: Any) -> Any:
     """`tqdm` where somebody sees it: on a terminal, of the first process. In a file each redraw would be a line."""
     return tqdm(iterable, disable=not (shown and on_terminal() and is_first_process()), **options)
@@ -112,9 +118,7 @@ class TrainingProgress(TrainerCallback):
         return f"{rate:,.0f} tokens/s" + (f", {duration(left)} left" if left else "")
 
     def _print(self, state: Any, shown: str) -> None:
-        if is_first_process():
-            parts = filter(None, (f"{self.name}: step {state.global_step} of {state.max_steps}", shown, self._pace(state)))
-            print(", ".join(parts), file=sys.stderr, flush=True)
+        say(", ".join(filter(None, (f"{self.name}: step {state.global_step} of {state.max_steps}", shown, self._pace(state)))))
 
 
 def summary(logs: dict[str, Any]) -> str:
