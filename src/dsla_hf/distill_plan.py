@@ -115,7 +115,7 @@ def _text(plan: Plan, args: DSLATrainingArguments) -> str:
         return f"{tokens:,} tokens to train on, in sequences of {plan.length}, as the text streams"
     passes = plan.passes(args) or 0.0
     there = f"{plan.sequences * plan.length:,} tokens to train on, {plan.sequences:,} sequences of {plan.length}"
-    return f"{there}, each read {passes:.2g} times"
+    return f"{there}, each read {passes:.1f} times"
 
 
 def _where(plan: Plan, args: DSLATrainingArguments) -> str:

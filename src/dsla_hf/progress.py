@@ -41,8 +41,8 @@ def bar(iterable: Any = None, *, shown: bool = True, **options: Any) -> Any:
 
 def quieten_libraries() -> None:
     """Keep from the console what its reader can do nothing about: bars of other libraries where stderr is no terminal (or this is not
-    the first process), and torch's word on old names that torchao uses."""
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    the first process), and transformers' word that the Trainer's copy of a model knows the tokenizer's end-of-text token."""
+    logging.getLogger("transformers.trainer_utils").addFilter(_of_use)
     if on_terminal() and is_first_process():
         return
     transformers_logging.disable_progress_bar()
@@ -51,6 +51,10 @@ def quieten_libraries() -> None:
     except ImportError:
         return
     datasets.disable_progress_bars()
+
+
+def _of_use(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("The tokenizer has new PAD/BOS/EOS tokens")
 
 
 def duration(seconds: float) -> str:
