@@ -123,6 +123,8 @@ class DSLATrainingArguments(TrainingArguments):
         if self.n_gpu > 1:  # transformers would copy the model to each at every step (DataParallel), and the losses stay in the copies
             logger.warning(f"one of {self.n_gpu} GPUs is used; for all: accelerate launch --config_file examples/configs/ddp.yaml")
             self._n_gpu = 1
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # it would have no effect, and a warning
         if getattr(self, "ddp_find_unused_parameters", None) is None:
             # Every trained weight gets a gradient at every step (see `_zero_of_idle_weights`), and alignment would confuse the search.
             self.ddp_find_unused_parameters = False
