@@ -17,7 +17,7 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from dsla_hf import DSLAConfig, distill_job
+from dsla_hf import DSLAConfig, commands, distill_job
 from dsla_hf.cli import main
 from dsla_hf.configuration import resolve_level
 from dsla_hf.distill_job import DistillOptions, parse_options
@@ -306,7 +306,7 @@ def test_missing_config_file(tmp_path, capsys):
 def test_sample_file_is_the_default_recipe():
     options, args = parse_options(["--config", str(ROOT / "examples" / "configs" / "distill.yaml")])
     same, same_args = parse_options(["--model", options.model, "--data", *options.data, "--output_dir", args.output_dir])
-    same.window_size, same_args.save_total_limit = DSLAConfig().window_size, 1
+    same.window_size = DSLAConfig().window_size
     assert options == same
     different = {name for name, value in args.to_dict().items() if value != same_args.to_dict()[name]}
     assert different <= {"logging_dir", "run_name"}
@@ -349,6 +349,13 @@ def test_distill_as_a_chain(made, tmp_path, capsys):
     assert main(distill(made, tmp_path / "out", "--method", "chain", "--ranking_metric", "entropy", "--tokens", 1024)) == 0
     order = DSLAConfig.from_pretrained(tmp_path / "out").conversion_order
     assert json.loads((tmp_path / "out" / "ranking.json").read_text())["metric"] == "entropy"
+    assert "one layer after the other (4 links)" in capsys.readouterr().out
+    assert [DSLAConfig.from_pretrained(tmp_path / "out" / "logits" / f"level_{i:02d}").level for i in range(1, 5)] == [1, 2, 3, 4]
+    assert (
+        DSLAConfig.from_pretrained(tmp_path / "out").level
+        == len(order)
+        == len(DSLAConfig.from_pretrained(tmp_path / "out").level_metrics) - 1
+    )
     assert sorted(path.name for path in (tmp_path / "out" / "logits").glob("level_*")) == [
         f"level_{i:02d}" for i in range(1, len(order) + 1)
     ]
@@ -565,6 +572,7 @@ def test_dry_run_stores_nothing(made, adapter, capsys):
     [
         (["--data", "{short}"], ["less than one block of 32"]),
         (["--data", "{folder}/none.jsonl"], ["no such file", "none.jsonl"]),
+        (["--length", "12"], ["to rank layers on", "beyond the window", "12 tokens"]),
         (["--adapter", "{base}"], ["is not an adapter"]),
         (["--adapter", "{lora}"], ["LORA adapter"]),
         (["--adapter", "{folder}/none"], ["none"]),
@@ -576,6 +584,30 @@ def test_dry_run_stores_nothing(made, adapter, capsys):
 def test_order_refuses_and_changes_nothing(change, words, made, adapter, tmp_path, capsys):
     before = fingerprints(adapter)
     refusal(capsys, order(made, adapter, *[item.format(**vars(made), folder=tmp_path) for item in change]), *words)
+    assert fingerprints(adapter) == before
+
+
+def test_order_reads_what_distill_reads(made, adapter, tmp_path, capsys):
+    messages = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": TEXT}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": messages}))
+    base = shutil.copytree(made.base, tmp_path / "base")
+    (base / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    pd = pytest.importorskip("datasets").Dataset.from_dict({"text": [TEXT]})
+    pd.to_parquet(str(tmp_path / "text.parquet"))
+    for data in ("chats.jsonl", "text.parquet"):
+        assert main([*order(made, adapter, "--dry-run"), "--model", str(base), "--data", str(tmp_path / data)]) == 0
+        assert "64 tokens" in capsys.readouterr().out
+
+
+def test_interrupted_order_says_that_the_adapter_is_as_it_was(made, adapter, monkeypatch):
+    before = fingerprints(adapter)
+
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dsla_hf.commands.rank_layers", interrupt)
+    with pytest.raises(KeyboardInterrupt, match=f"^interrupted; {re.escape(str(adapter))} is as it was$"):
+        commands.order(made.base, str(adapter), [made.text], length=32, sequences=2)
     assert fingerprints(adapter) == before
 
 
