@@ -84,25 +84,41 @@ def test_adapter_card_tells_base_plan_level_and_usage(config):
     assert "model.set_level(2)  # 0 to 3" in code
 
 
-def test_level_table_without_measurements_lists_every_level(config):
-    assert table_of(adapter_card(config)) == [
-        ["level", "converted layers"],
-        ["---", "---"],
-        ["0", "none"],
-        ["1", "3"],
-        ["2", "3, 1"],
-        ["3", "3, 1, 2"],
-    ]
+def test_card_without_measurements_has_no_table(config):
+    assert table_of(adapter_card(config)) == []
+
+
+def test_layers_are_listed_once_with_their_scores_however_deep_the_model(config):
+    config.conversion_order = list(range(99, -1, -1))
+    config.order_scores = {str(layer): 0.001 * (100 - layer) for layer in range(100)}
+    config.level_metrics = {str(level): {"perplexity": 9.0} for level in (0, 50, 100)}
+    card = adapter_card(config)
+    assert "weights for layers 99 (0.001), 98 (0.002), 97 (0.003)" in card and "the measured harm" in card
+    assert card.count("98 (") == 1 and len(table_of(card)) == 2 + 3
 
 
 def test_level_table_shows_what_was_measured(config):
     config.level_metrics = {"2": {"perplexity": 24.123456, "recall": 0.5}, "0": {"perplexity": 23.0}}
     assert table_of(adapter_card(config)) == [
-        ["level", "converted layers", "perplexity", "recall"],
-        ["---", "---", "---", "---"],
-        ["0", "none", "23", ""],
-        ["2", "3, 1", "24.12", "0.5"],
+        ["level", "perplexity", "recall"],
+        ["---", "---", "---"],
+        ["0", "23", ""],
+        ["2", "24.12", "0.5"],
     ]
+
+
+def test_card_says_what_is_wrong_with_a_level(config):
+    good = {"perplexity": 23.5, "untrained_perplexity": 30.0, "kl": 0.01, "untrained_kl": 0.3, "answers": 0.95, "bytes_1k": 4096}
+    config.level_metrics = {"0": {"perplexity": 23.0, "kl": 0.0}, "1": good}
+    assert "**" not in adapter_card(config)
+    config.level_metrics |= {"2": {**good, "kl": 0.4}, "3": {**good, "answers": 0.1}}
+    card = adapter_card(config)
+    assert "**Level 2 is worse than the untrained layer.**" in card and "**Level 3 is wrong in short chats (" in card
+    assert table_of(card)[0] == [
+        *("level", "perplexity", "perplexity untrained", "KL to level 0", "KL untrained", "same tokens in short answers"),
+        "cache at 1k tokens",
+    ]
+    assert table_of(card)[3] == ["1", "23.5", "30", "0.01", "0.3", "95%", "4 KiB"]
 
 
 def test_hybrid_card_tells_layers_and_both_ways_to_load(config):
@@ -121,7 +137,7 @@ def test_level_metrics_reach_the_saved_card(tiny_model, adapter_model, tmp_path)
     model = adapter_model(tiny_model("llama"))
     model.peft_config["default"].level_metrics = {"1": {"perplexity": 31.25}}
     model.save_pretrained(tmp_path)
-    assert ["1", "2", "31.25"] in table_of((tmp_path / "README.md").read_text())
+    assert ["1", "31.25"] in table_of((tmp_path / "README.md").read_text())
     assert DSLAConfig.from_pretrained(tmp_path).level_metrics == {"1": {"perplexity": 31.25}}
 
 

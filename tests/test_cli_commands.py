@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dsla_cli import main, preflight
-from dsla_hf import DSLAConfig, distill_job
+from dsla_hf import DSLAConfig, commands, distill_job
 from dsla_hf.configuration import resolve_level
 from dsla_hf.distill_job import DistillOptions, parse_options
 from dsla_hf.distillation import DSLATrainingArguments
@@ -289,7 +289,7 @@ def test_missing_config_file(tmp_path, capsys):
 def test_sample_file_is_the_default_recipe():
     options, args = parse_options(["--config", str(ROOT / "examples" / "configs" / "distill.yaml")])
     same, same_args = parse_options(["--model", options.model, "--data", *options.data, "--output_dir", args.output_dir])
-    same.window_size, same_args.save_total_limit = DSLAConfig().window_size, 1
+    same.window_size = DSLAConfig().window_size
     assert options == same
     different = {name for name, value in args.to_dict().items() if value != same_args.to_dict()[name]}
     assert different <= {"logging_dir", "run_name"}
@@ -315,7 +315,7 @@ def test_example_script_is_the_command(monkeypatch, tmp_path):
 
 def distill(made, output, *more, data=None):
     arguments = ["--model", made.base, "--data", *(data or [made.text]), "--output_dir", output, "--length", 32, "--tokens", 256]
-    arguments += ["--ranking_sequences", 2, "--per_device_train_batch_size", 2, "--use_cpu", "--disable_tqdm", "true"]
+    arguments += ["--ranking_sequences", 2, "--per_device_train_batch_size", 2, "--use_cpu", "--window_size", 8]
     return ["distill", *map(str, [*arguments, *more])]
 
 
@@ -333,6 +333,13 @@ def test_distill_as_a_chain(made, tmp_path, capsys):
     assert main(distill(made, tmp_path / "out", "--method", "chain", "--ranking_metric", "entropy", "--tokens", 1024)) == 0
     order = DSLAConfig.from_pretrained(tmp_path / "out").conversion_order
     assert json.loads((tmp_path / "out" / "ranking.json").read_text())["metric"] == "entropy"
+    assert "one layer after the other (4 links)" in capsys.readouterr().out
+    assert [DSLAConfig.from_pretrained(tmp_path / "out" / "logits" / f"level_{i:02d}").level for i in range(1, 5)] == [1, 2, 3, 4]
+    assert (
+        DSLAConfig.from_pretrained(tmp_path / "out").level
+        == len(order)
+        == len(DSLAConfig.from_pretrained(tmp_path / "out").level_metrics) - 1
+    )
     assert sorted(path.name for path in (tmp_path / "out" / "logits").glob("level_*")) == [
         f"level_{i:02d}" for i in range(1, len(order) + 1)
     ]
@@ -398,9 +405,13 @@ def test_distill_gives_an_adapter_of_every_level(made, distilled):
 
 def test_distill_goes_on_from_an_adapter(made, tmp_path, capsys):
     assert main(distill(made, tmp_path / "new", "--adapter", made.adapter, "--ranking_sequences", 0, "--learning_rate", 1e-9)) == 0
-    assert f"adapter saved in {tmp_path / 'new'}; conversion order {ORDER}" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"adapter saved in {tmp_path / 'new'}; level {LAYERS}; conversion order {ORDER}" in output
+    assert re.search(r"level +perplexity +before +KL to level 0 +before", output), "compared with the adapter, not with an untrained layer"
     config = DSLAConfig.from_pretrained(tmp_path / "new")
-    assert config.conversion_order == ORDER and config.window_size == 8 and config.level == LEVEL
+    assert config.conversion_order == ORDER and config.window_size == 8 and config.level == LAYERS
+    metrics = config.level_metrics[str(LAYERS)]
+    assert metrics["kl"] == pytest.approx(metrics["before_kl"], rel=1e-3) and "untrained_kl" not in metrics
     before, after = weights(made.adapter), weights(tmp_path / "new")
     # Not those of a new adapter: at this rate they stay where they were, to the digits of the base's bf16.
     assert before.keys() == after.keys()
@@ -415,7 +426,8 @@ def weights(directory):
 
 def test_same_distill_again_trains_nothing_and_gives_the_same(made, distilled, tmp_path, capsys):
     used = shutil.copytree(distilled, tmp_path / "used")
-    refusal(capsys, distill(made, used, "--window_size", 8, "--dtype", "float32"), used, "learning_rate 0.01 (now 0.001)")
+    line = refusal(capsys, distill(made, used, "--dtype", "float32", "--tokens", 512), used, "--learning_rate 0.01 (now 0.001)")
+    assert "--tokens 256 (now 512)" in line and "max_steps" not in line and "items" not in line
     assert main(distill(made, used, "--window_size", 8, "--dtype", "float32", "--learning_rate", "1e-2")) == 0
     output = capsys.readouterr().out
     assert "adapter saved in" in output and "train_runtime" not in output
@@ -427,9 +439,12 @@ def test_same_distill_again_trains_nothing_and_gives_the_same(made, distilled, t
 def test_distill_again_with_another_window_is_refused(made, distilled, tmp_path, capsys):
     used = shutil.copytree(distilled, tmp_path / "used")
     before = fingerprints(used)
-    refusal(capsys, distill(made, used, "--dtype", "float32", "--window_size", 16), used, "holds another adapter")
+    refusal(capsys, distill(made, used, "--dtype", "float32", "--window_size", 16), used, "--window_size 8 (now 16)")
     for name in ("adapter_config.json", "adapter_model.safetensors"):  # as if stopped before the end
         (used / name).unlink()
+    refusal(capsys, distill(made, used, "--dtype", "float32", "--window_size", 16), used, "--window_size 8 (now 16)")
+    (used / "distill.json").unlink()  # as of a run of the library
+    before.pop("distill.json")
     refusal(capsys, distill(made, used, "--dtype", "float32", "--window_size", 16), used / "alignment", "holds another adapter")
     assert fingerprints(used) == {name: value for name, value in before.items() if (used / name).exists()}
 
@@ -448,6 +463,9 @@ def test_distill_again_with_another_window_is_refused(made, distilled, tmp_path,
         (["--adapter", "{adapter}", "--window_size", "16"], ["window_size 8", "--window_size 16"]),
         (["--adapter", "{other_adapter}"], ["other weights"]),
         (["--window_size", "-1"], ["window_size", "-1"]),
+        (["--eval_sequences", "-1"], ["eval_sequences", "-1"]),
+        (["--window_size", "128"], ["beyond the window", "132 tokens", "window_size"]),
+        (["--window_size", "128", "--streaming", "true"], ["beyond the window"]),
         (["--train_level", "9"], ["level 9"]),
         (["--eval_strategy", "epoch"], ["eval"]),
     ],
@@ -498,7 +516,8 @@ def test_order_is_printed_and_stored(made, adapter, capsys):
     assert f"order: {config.conversion_order}" in output and "64 tokens" in output and f"level stays {LEVEL}" in output
     assert scores == pytest.approx({int(layer): score for layer, score in config.order_scores.items()}, abs=1e-6)
     assert config.level == LEVEL and config.level_metrics is None, "measurements of the old order"
-    assert ", ".join(map(str, config.conversion_order)) in (adapter / "README.md").read_text()
+    scored = ", ".join(f"{layer} ({config.order_scores[str(layer)]:.3g})" for layer in config.conversion_order)
+    assert scored in (adapter / "README.md").read_text()
     after = weights(adapter)
     assert before.keys() == after.keys() and all(before[n].dtype == after[n].dtype and before[n].equal(after[n]) for n in before)
     assert next(iter(after.values())).dtype == torch.float32, "the base is bf16"
@@ -537,6 +556,7 @@ def test_dry_run_stores_nothing(made, adapter, capsys):
     [
         (["--data", "{short}"], ["less than one block of 32"]),
         (["--data", "{folder}/none.jsonl"], ["no such file", "none.jsonl"]),
+        (["--length", "12"], ["to rank layers on", "beyond the window", "12 tokens"]),
         (["--adapter", "{base}"], ["is not an adapter"]),
         (["--adapter", "{lora}"], ["LORA adapter"]),
         (["--adapter", "{folder}/none"], ["none"]),
@@ -548,6 +568,30 @@ def test_dry_run_stores_nothing(made, adapter, capsys):
 def test_order_refuses_and_changes_nothing(change, words, made, adapter, tmp_path, capsys):
     before = fingerprints(adapter)
     refusal(capsys, order(made, adapter, *[item.format(**vars(made), folder=tmp_path) for item in change]), *words)
+    assert fingerprints(adapter) == before
+
+
+def test_order_reads_what_distill_reads(made, adapter, tmp_path, capsys):
+    messages = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": TEXT}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": messages}))
+    base = shutil.copytree(made.base, tmp_path / "base")
+    (base / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    pd = pytest.importorskip("datasets").Dataset.from_dict({"text": [TEXT]})
+    pd.to_parquet(str(tmp_path / "text.parquet"))
+    for data in ("chats.jsonl", "text.parquet"):
+        assert main([*order(made, adapter, "--dry-run"), "--model", str(base), "--data", str(tmp_path / data)]) == 0
+        assert "64 tokens" in capsys.readouterr().out
+
+
+def test_interrupted_order_says_that_the_adapter_is_as_it_was(made, adapter, monkeypatch):
+    before = fingerprints(adapter)
+
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dsla_hf.commands.rank_layers", interrupt)
+    with pytest.raises(KeyboardInterrupt, match=f"^interrupted; {re.escape(str(adapter))} is as it was$"):
+        commands.order(made.base, str(adapter), [made.text], length=32, sequences=2)
     assert fingerprints(adapter) == before
 
 

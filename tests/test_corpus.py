@@ -151,9 +151,44 @@ def test_texts_beside_chats_are_learnt_in_full(tokenizer, tmp_path):
     assert torch.cat([row["loss_mask"] for row in made]).tolist() == [0, 0, 0, 1, 1, 0] * 2 + [1] * 16
 
 
-def test_template_that_marks_nothing_is_refused(tokenizer, tmp_path):
+PLAIN = "{% for m in messages %}[{{ m.role }}] {{ m.content }} <end> {% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+
+
+def test_without_marks_the_assistants_turns_are_found_by_rendering(tokenizer, tmp_path):
+    tokenizer.chat_template = PLAIN
+    tokenizer.add_tokens(["[user]", "[assistant]", "<end>"])
+    messages = [("user", "w0 w1"), ("assistant", "w2 w3"), ("user", "w4"), ("assistant", "w5")]
+    messages = [{"role": role, "content": content} for role, content in messages]
+    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": messages}))
+    (row,) = token_blocks([str(tmp_path / "c.jsonl")], tokenizer, 15)
+    assert tokenizer.decode(row["input_ids"]).split() == tokenizer.apply_chat_template(messages, tokenize=False).split() + ["<eos>"]
+    learnt = tokenizer.decode(row["input_ids"][row["loss_mask"] != 0]).split()
+    assert learnt == ["w2", "w3", "<end>", "w5", "<end>"], "what the assistant must write, the end of its turn among it"
+
+
+def test_marks_and_renderings_find_the_same(tokenizer, tmp_path):
+    def marks():
+        return torch.cat([row["loss_mask"] for row in token_blocks([chats(tmp_path / "c.jsonl")], tokenizer, 12)])
+
+    marked = marks()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
-    with pytest.raises(ValueError, match="does not mark what the assistant writes"):
+    assert marks().tolist() == marked.tolist() and 0 < marked.sum() < len(marked)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_template_that_writes_answers_anew_is_refused_with_the_way_out(streaming, tokenizer, tmp_path):
+    # As those that leave thoughts out of answers that are not the last.
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content if loop.last else m.content[:2] }} {% endfor %}"
+    messages = [{"role": role, "content": "w10 w11"} for role in ("user", "assistant", "user", "assistant")]
+    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": messages}))
+    with pytest.raises(ValueError, match=r"message 2 of a chat is written in another way when the chat goes on.*--completion_only false"):
+        list(token_blocks([str(tmp_path / "c.jsonl")], tokenizer, 4, streaming=streaming))
+    assert len(token_blocks([str(tmp_path / "c.jsonl")], tokenizer, 4, completion_only=False)) == 1
+
+
+def test_template_whose_marks_are_elsewhere_is_refused(tokenizer, tmp_path):
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}{% generation %}{% endgeneration %}"
+    with pytest.raises(ValueError, match=r"none around what the assistant of this chat writes.*--completion_only false"):
         token_blocks([chats(tmp_path / "c.jsonl")], tokenizer, 12)
 
 

@@ -18,7 +18,20 @@ from dsla_hf.quickstart import train_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = REPOSITORY / "examples" / "configs"
-OPTIONS = ["--length", "64", "--tokens", "2048", "--ranking_sequences", "2", "--window_size", "8", "--dtype", "float32"]
+OPTIONS = [
+    "--length",
+    "64",
+    "--tokens",
+    "2048",
+    "--ranking_sequences",
+    "2",
+    "--eval_sequences",
+    "2",
+    "--window_size",
+    "8",
+    "--dtype",
+    "float32",
+]
 OPTIONS += ["--logging_steps", "1", "--save_steps", "2", "--report_to", "none", "--disable_tqdm", "True"]
 # Half of the key-value weights fit no second process, whose parts of them are empty.
 OPTIONS += ["--hidden_weight", "0.5", "--half_life_gap_weight", "0.1"]
@@ -32,6 +45,7 @@ def job(tiny_model, tmp_path):
     base = tiny_model("llama", num_key_value_heads=1)
     base.resize_token_embeddings(len(tokenizer))
     base.save_pretrained(tmp_path / "base")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
     tokenizer.save_pretrained(tmp_path / "base")
     (tmp_path / "text.txt").write_text("\0".join(texts))
     return ["--model", str(tmp_path / "base"), "--data", str(tmp_path / "text.txt"), *OPTIONS]
@@ -102,6 +116,9 @@ def test_two_processes_equal_one_and_a_killed_run_goes_on_on_both(config, job, t
     output = launch(config, tmp_path, jobs)
     assert "processes 2" in output and "processes 1" in output
     assert output.count("DistributedType.FSDP") == (6 if config == "fsdp2.yaml" else 0)  # twice in each of three runs to the end
+    # Of the two processes only the first speaks, once in each of the five runs to the end.
+    for words in ("Distilling an adapter", "Levels on 126 tokens kept apart", "Answers to "):
+        assert output.count(words) == (5 + 3 if words.startswith("Distilling") else 5), words
     two, one, parts = (tmp_path / name for name in ("two", "one", "parts"))
 
     assert_close(two, one, rtol=0, atol=1e-4)
@@ -111,6 +128,14 @@ def test_two_processes_equal_one_and_a_killed_run_goes_on_on_both(config, job, t
     assert_close(parts, two, rtol=0, atol=0)
     for stage in ("alignment", "logits"):
         assert logs(parts, stage) == logs(two, stage)
+
+    tables = {path: json.loads((path / "levels.json").read_text())["rows"] for path in (two, one, parts)}
+    assert tables[parts] == tables[two]
+    for row, other in zip(tables[two], tables[one], strict=True):
+        assert row == pytest.approx(other, rel=1e-2, abs=1e-4)
+        assert row["level"] == 0 or row["untrained_kl"] == pytest.approx(other["untrained_kl"], rel=1e-5)
+        assert row["level"] == 0 or abs(row["untrained_kl"] - row["kl"]) > 1e-4, "the same weights were measured twice"
+    assert load_file(two / "adapter_model.safetensors").keys() == load_file(two / "logits" / "adapter_model.safetensors").keys()
 
     # What two processes began one ends, and the other way round.
     assert_close(tmp_path / "two-moved", two, rtol=0, atol=1e-4)

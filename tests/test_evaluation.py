@@ -7,6 +7,7 @@ import torch
 
 from dsla_hf import cache_bytes
 from dsla_hf.evaluation import cache_bytes_per_sequence, evaluate_levels
+from dsla_hf.sharding import adapter_weights, initial_weights
 
 
 def token_ids(batch=2, tokens=37):
@@ -103,6 +104,28 @@ def test_dropout_plays_no_part(tiny_model, adapter_model):
     model, data = adapter_model(tiny_model("llama", attention_dropout=0.5)), [token_ids()]
     expected = evaluated(model.eval(), data, [0, 2])
     assert evaluated(model.train(), data, [0, 2]) == expected
+
+
+def test_other_weights_are_measured_beside_its_own_which_stay_bit_for_bit(model):
+    data, own = [token_ids(), token_ids(1, 20)], initial_weights(model)
+    other = {name: weight + 0.1 * torch.randn_like(weight) for name, weight in own.items()}
+    rows = evaluate_levels(model, data, [0, 1, 4], progress=False, untrained=other)
+    assert all(torch.equal(weight, initial_weights(model)[name]) for name, weight in own.items())
+    assert [{name: row[name] for name in ("level", "perplexity", "kl", "tokens")} for row in rows] == evaluated(model, data, [0, 1, 4])
+    model.load_state_dict(other, strict=False)
+    for row, expected in zip(rows[1:], evaluated(model, data, [1, 4]), strict=True):
+        assert (row["untrained_perplexity"], row["untrained_kl"]) == (expected["perplexity"], expected["kl"])
+        assert row["untrained_kl"] != row["kl"]
+    assert "untrained_kl" not in rows[0]
+
+
+def test_own_weights_are_put_back_after_an_error_too(llama):
+    own = initial_weights(llama)
+    with pytest.raises(RuntimeError, match="midway"), adapter_weights(llama, {name: 2 * weight for name, weight in own.items()}):
+        raise RuntimeError("midway")
+    assert all(torch.equal(weight, initial_weights(llama)[name]) for name, weight in own.items())
+    with pytest.raises(ValueError, match="not the weights of this adapter"), adapter_weights(llama, {}):
+        pass
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -59,9 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
             command.run(args)
     except KeyboardInterrupt as interrupt:
         with _deaf():
-            said = " ".join(map(str, interrupt.args)) or command.kept(args)
+            said = str(interrupt.args[0]) if interrupt.args else command.kept(args)
             again = f"; to go on: {shlex.join(['dsla', *arguments])}" if command.GOES_ON else ""
-            print(f"\ndsla {args.command}: interrupted; {said}{again}", file=sys.stderr)
+            if said:  # of several processes only the first one has words
+                print(f"\ndsla {args.command}: interrupted; {said}{again}", file=sys.stderr)
         return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"dsla {args.command}: {' '.join(_words(error).split())}", file=sys.stderr)

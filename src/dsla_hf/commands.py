@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from transformers import TextStreamer, set_seed
 
 from .cards import adapter_card
 from .configuration import resolve_level
-from .data import PackedTokens, read_texts
+from .corpus import token_blocks
+from .data import check_teaches
 from .interrupts import on_interrupt
 from .loading import (
     check_at_least_one,
@@ -27,6 +28,7 @@ from .loading import (
     num_layers,
     read_adapter_config,
 )
+from .progress import quieten_libraries
 from .saving import WEIGHT_FILES, check_hybrid_directory, name_model, written_whole
 from .sensitivity import LayerRanking, rank_layers
 
@@ -46,18 +48,33 @@ def order(
 
     Only its configuration and model card are written; weights belong to layers and stay as they are. The level stays.
 
+    Args:
+        data: as the sources of `corpus.token_blocks`; of chats everything is read.
+
     Raises:
-        ValueError: if there is too little text, or `adapter` is no DSLA adapter of this model.
+        ValueError: if there is too little text, the window reads nearly all of each sequence, or `adapter` is no DSLA adapter of this
+            model.
         OSError: if a file is missing.
+        ImportError: without the `datasets` library.
+        KeyboardInterrupt: says that the adapter is unchanged.
     """
+    quieten_libraries()
+    with on_interrupt(lambda: f"{adapter} is as it was"):
+        return _order(model, adapter, data, metric, sequences, length, dtype, dry_run)
+
+
+def _order(model: str, adapter: str, data: list[str], metric: str, sequences: int, length: int, dtype: str, dry_run: bool) -> LayerRanking:
     check_convertible(model, load_config(model))
     config = read_adapter_config(adapter)
     if not dry_run and not Path(adapter).is_dir():
         raise ValueError(f"{adapter} is not a folder, so the order cannot be stored in it: give a folder, or --dry-run to print only")
     check_at_least_one("sequences", sequences)
-    blocks = packed(data, load_tokenizer(model), length, sequences * length).blocks
+    check_at_least_one("length", length)
+    blocks = token_blocks(data, load_tokenizer(model), length, max_tokens=sequences * length, completion_only=False)
+    if metric != "entropy":
+        check_teaches(blocks, config.window_size, config.sink_tokens, purpose="to rank layers on")
     tuned = load_adapter(model, adapter, dtype).to(device())
-    ranking = rank_layers(tuned, list(blocks.split(1)), metric=metric)
+    ranking = rank_layers(tuned, [row["input_ids"] for row in blocks], metric=metric)
     print(ranking_table(ranking))
     if not dry_run:
         config = tuned.peft_config["default"]
@@ -231,26 +248,6 @@ def _leave_conversation() -> str:
 
 
 # --- shared with `dsla distill` ---------------------------------------------------------------------------------
-
-
-def packed(files: Iterable[str], tokenizer: Any, length: int, max_tokens: int) -> PackedTokens:
-    """The text of the files, in their order, in blocks of `length` tokens.
-
-    Raises:
-        ValueError: if the text gives less than one block, or a file is of another kind.
-        OSError: if a file is missing.
-    """
-    check_at_least_one("length", length)
-    files = list(files)
-    for file in files:  # also those that are not reached within `max_tokens`
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"no such file: {file}")
-
-    def texts() -> Iterator[str]:
-        for file in files:
-            yield from read_texts(file)
-
-    return PackedTokens.from_texts(texts(), tokenizer, length, max_tokens=max_tokens)
 
 
 def ranking_table(ranking: LayerRanking) -> str:

@@ -13,11 +13,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from .chats import marked_chat
 from .data import read_texts
 
+# What `sources` of `token_blocks` may be, for the help of those who read text through it.
+SOURCES = (
+    "files (.txt with documents separated by NUL, .jsonl, either also as .xz; .json, .parquet, .csv) or names of hub datasets, "
+    "'name:configuration'"
+)
 KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 DOCUMENTS_AT_ONCE = 256  # tokenised together
-CACHE_VERSION = 1  # of what `_blocks` makes from the same input
+CACHE_VERSION = 2  # of what `_blocks` makes from the same input
 
 
 def token_blocks(
@@ -40,14 +46,15 @@ def token_blocks(
         max_tokens: stop reading when there are so many.
         split: of hub datasets.
         column: with the text. Records without it that have `messages` are chats.
-        completion_only: of chats, mark what the assistant writes as `loss_mask`; the template must say which that is.
+        completion_only: of chats, mark what the assistant writes as `loss_mask`; see `chats.marked_chat`.
         streaming: an `IterableDataset` that tokenises while it is read, with nothing kept on disk.
 
     Returns:
         a `datasets.Dataset` in torch format: `input_ids` int64 `[length]`, and `loss_mask` int64 `[length]` for chats.
 
     Raises:
-        ValueError: if there is less than one block, a record has neither text nor messages, or a chat template marks nothing.
+        ValueError: if there is less than one block, a record has neither text nor messages, or a chat template does not tell what the
+            assistant writes.
         FileNotFoundError: if a file is missing.
         ImportError: without the `datasets` library.
     """
@@ -76,7 +83,8 @@ def token_blocks(
     try:
         made = datasets.Dataset.from_generator(_blocks, gen_kwargs=options, features=features, fingerprint=_fingerprint(options))
     except datasets.exceptions.DatasetGenerationError as error:
-        raise (error.__cause__ if isinstance(error.__cause__, ValueError) else error) from None
+        # Also a full disk or a missing file, which the library's own words hide.
+        raise (error.__cause__ if isinstance(error.__cause__, ValueError | OSError) else error) from None
     return made.with_format("torch")
 
 
@@ -160,14 +168,12 @@ def _tokenised(records: list[dict], tokenizer: Any, column: str, chats: bool) ->
             tokens = [*next(plain), *eos]
             yield tokens, [1] * len(tokens)
             continue
-        found = tokenizer.apply_chat_template(record["messages"], return_dict=True, return_assistant_tokens_mask=chats)
-        marks = list(found["assistant_masks"]) if chats else [1] * len(found["input_ids"])
-        if chats and not any(marks) and any(message["role"] == "assistant" for message in record["messages"]):
-            raise ValueError(
-                "the tokenizer's chat template does not mark what the assistant writes ({% generation %} ... {% endgeneration %}): "
-                "give one that does, or learn from all tokens (completion_only=False)"
-            )
-        yield [*found["input_ids"], *eos], [*marks, *[0] * len(eos)]
+        if chats:
+            tokens, marks = marked_chat(tokenizer, record["messages"])
+        else:
+            tokens = tokenizer.apply_chat_template(record["messages"], return_dict=True)["input_ids"]
+            marks = [1] * len(tokens)
+        yield [*tokens, *eos], [*marks, *[0] * len(eos)]
 
 
 def _batches(records: Iterator[dict], size: int) -> Iterator[list[dict]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -14,14 +15,29 @@ from typing import Any, Literal
 import yaml
 from accelerate import PartialState
 from peft import get_peft_model
-from transformers import AutoTokenizer, HfArgumentParser, set_seed
+from transformers import HfArgumentParser, set_seed
 from transformers.hf_argparser import string_to_bool
 
-from .commands import check_at_least_one, load_adapter, load_model, read_adapter_config
 from .configuration import DSLAConfig
-from .corpus import token_blocks
-from .distillation import DSLATrainingArguments, distill
+from .corpus import SOURCES, token_blocks
+from .data import check_teaches
+from .distill_plan import Plan, plan_text, sequences_per_step
+from .distillation import (
+    STAGE_SETTINGS,
+    DSLATrainingArguments,
+    check_output,
+    distill,
+    highest_trained,
+    progress_so_far,
+    told_of_full_disk,
+    write_json,
+)
+from .interrupts import on_interrupt
+from .level_check import check_levels, store_in_adapter
+from .loading import check_at_least_one, check_convertible, load_adapter, load_config, load_model, load_tokenizer, read_adapter_config
+from .progress import is_first_process, quieten_libraries, say
 from .sensitivity import LayerRanking
+from .sharding import initial_weights
 
 DESCRIPTION = """\
 Distil a DSLA adapter for a checkpoint from the checkpoint itself. The default recipe:
@@ -31,7 +47,7 @@ Distil a DSLA adapter for a checkpoint from the checkpoint itself. The default r
   3. logits:    KL to the original's logits at a random level per step, so that every level is trained (or, with --method chain,
                 one layer after the other, each frozen after its turn, as in the DSLA paper)
 
-and the adapter is saved in --output_dir. The same command goes on with a run that was interrupted."""
+and the adapter is saved in --output_dir, its levels measured. The same command goes on with a run that was interrupted."""
 
 EPILOG = """\
 All other options of transformers' TrainingArguments are accepted too, e.g. --adam_beta2 0.95. Names may be written with
@@ -75,13 +91,20 @@ SET_BY_RECIPE = {
     "max_steps": "the steps follow from --tokens, --length and the batch size",
     "num_train_epochs": "the steps follow from --tokens, --length and the batch size",
     "resume_from_checkpoint": "an interrupted run goes on when the same command is given again",
+    "eval_strategy": "nothing is measured during training; --eval_sequences are measured at its end",
 }
-# So many blocks are looked at for tokens that the model does not know.
+# So many blocks are looked at for tokens that the model does not know, and are all that is known of a text that streams.
 CHECKED_BLOCKS = 64
+LEAST_TRAINED = 10  # times as many sequences are trained on as are measured on, where there is little text
+OPTIONS_FILE = "distill.json"
+# Options that do not decide the result, or are checked by what is in the folder.
+NOT_RECORDED = ("model", "data")
 DEFAULTS = {
     # The recipe has some hundred steps: transformers' 500 would neither log nor save before the end of a stage.
     "logging_steps": 10,
     "save_steps": 100,
+    # The newest, and the one before it should that be damaged.
+    "save_total_limit": 2,
     # Every trained weight gets a gradient in every step. DDP's search for unused ones starts from the model's output, to which
     # the layers in alignment do not lead, and fails.
 }
@@ -100,10 +123,12 @@ class DistillOptions:
     model: str = field(metadata={"help": "Checkpoint to convert: a hub name or a folder."})
     data: list[str] = field(
         metadata={
-            "help": "Text: files (.txt with documents separated by NUL, .jsonl, .json, .parquet, .csv) or names of hub datasets, "
-            "'name:configuration'. Chats ('messages') are learnt from where the assistant writes.",
+            "help": f"Text: {SOURCES}. Chats ('messages') are learnt from where the assistant writes.",
             "metavar": "SOURCE",
         }
+    )
+    gguf_file: str | None = field(
+        default=None, metadata={"help": "GGUF file in that folder or repository; its weights are dequantised.", "metavar": "FILE"}
     )
     split: str = field(default="train", metadata={"help": "Split of hub datasets."})
     column: str = field(default="text", metadata={"help": "Field or column that has the text."})
@@ -112,6 +137,10 @@ class DistillOptions:
     length: int = field(default=2048, metadata={"help": "Tokens per training sequence."})
     tokens: int = field(default=12_000_000, metadata={"help": "Training tokens, half for each stage."})
     ranking_sequences: int = field(default=16, metadata={"help": "Sequences kept apart to rank the layers; 0: keep the order."})
+    eval_sequences: int = field(
+        default=8,
+        metadata={"help": "Sequences kept apart to measure the levels on; 0: none."},
+    )
     method: Literal["random", "chain"] = field(
         default="random", metadata={"help": "How stage 3 trains every level: all layers at random levels, or a chain."}
     )
@@ -127,10 +156,13 @@ class DistillOptions:
     adapter: str | None = field(default=None, metadata={"help": "Go on from the weights of this DSLA adapter. Default: a new one."})
 
     def __post_init__(self) -> None:
+        if self.gguf_file is not None:  # from here on one name, as `loading.source` takes it apart
+            self.model, self.gguf_file = f"{self.model.rstrip('/')}/{self.gguf_file}", None
         check_at_least_one("length", self.length)
         check_at_least_one("tokens", self.tokens)
-        if self.ranking_sequences < 0:
-            raise ValueError(f"ranking_sequences must be 0 or more, got {self.ranking_sequences}")
+        for name in ("ranking_sequences", "eval_sequences"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not self.data:
             raise ValueError("data must name at least one file")
 
@@ -261,47 +293,29 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def distill_job(options: DistillOptions, args: DSLATrainingArguments) -> LayerRanking | None:
-    """Read the text, load the checkpoint, distil, save; the ranking of the layers if there was one.
+    """Read the text, load the checkpoint, say what will be done, distil, save, measure; the ranking of the layers if there was one.
 
     Everything that can be wrong in `options` is found before training begins, and before anything is written.
 
     Raises:
-        ValueError: if there is too little text, options contradict the adapter, or `output_dir` holds something else.
-        OSError: if a file is missing.
+        ValueError: if there is too little text, options contradict the adapter, `output_dir` holds something else or a run with other
+            options, or its disk has too little room.
+        OSError: if a file is missing, or the disk is full.
+        KeyboardInterrupt: with a line of what is kept; of several processes the first one's has words.
     """
     output = Path(str(args.output_dir))
-    if options.adapter is None:
-        given: dict[str, Any] = {} if options.window_size is None else {"window_size": options.window_size}
-        config = DSLAConfig(**given, task_type="CAUSAL_LM")
-    else:
-        config = read_adapter_config(options.adapter)
-        if options.window_size not in (None, config.window_size):
-            raise ValueError(f"{options.adapter} has window_size {config.window_size}: leave --window_size {options.window_size} out")
-        if Path(options.adapter).resolve() == output.resolve():
-            raise ValueError(f"--output_dir {output} is the adapter to go on from: give another folder")
-    if output.is_file():
-        raise ValueError(f"{output} is a file: give a folder to save into")
+    quieten_libraries()
+    with on_interrupt(lambda: _what_is_kept(output) if is_first_process() else ""), told_of_full_disk(output):
+        return _distill_job(options, args, output)
 
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    ranked = options.ranking_sequences
+
+def _distill_job(options: DistillOptions, args: DSLATrainingArguments, output: Path) -> LayerRanking | None:
+    config = _config_of(options, output)
+    check_convertible(options.model, load_config(options.model))
+    tokenizer = load_tokenizer(options.model)
     with args.main_process_first(desc="tokenizing"):
-        blocks = token_blocks(
-            options.data,
-            tokenizer,
-            options.length,
-            max_tokens=options.tokens + ranked * options.length,
-            split=options.split,
-            column=options.column,
-            completion_only=options.completion_only,
-            streaming=options.streaming,
-        )
-    if not options.streaming and len(blocks) <= ranked:
-        raise ValueError(
-            f"the text gives {len(blocks)} sequences of {options.length} tokens, and {ranked} are for the ranking, so none is left "
-            "to train on: give more text, a smaller --length or fewer --ranking_sequences"
-        )
-    first = [row["input_ids"] for row in islice(blocks, max(ranked, CHECKED_BLOCKS))]
-    train = blocks.skip(ranked) if options.streaming else blocks.select(range(ranked, len(blocks)))
+        text = _read_text(options, tokenizer)
+    check_teaches(text.train, config.window_size, config.sink_tokens)
 
     set_seed(args.seed)
     if options.adapter is None:
@@ -310,28 +324,144 @@ def distill_job(options: DistillOptions, args: DSLATrainingArguments) -> LayerRa
         model = load_adapter(options.model, options.adapter, options.dtype, trainable=True)
     config = model.peft_config["default"]
     config.check_level(args.train_level)
-    known, highest = model.get_input_embeddings().num_embeddings, max(int(ids.max()) for ids in first)
+    known, highest = model.get_input_embeddings().num_embeddings, max(int(ids.max()) for ids in text.first)
     if highest >= known:
         raise ValueError(
             f"the tokenizer of {options.model} gives token {highest}, and the model knows tokens up to {known - 1}: "
             "the tokenizer belongs to another checkpoint"
         )
+    before = initial_weights(model)
 
-    per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * options.length
-    steps = max(1, options.tokens // 2 // per_step)
+    steps = max(1, options.tokens // 2 // (sequences_per_step(args) * options.length))
+    recorded = _recorded(options, args, config.window_size)
+    _check_recorded(output, recorded)
+    check_output(model, output)
+    sizes = (options.length, text.sequences, steps, len(text.ranking), len(text.held_out))
+    plan = plan_text(Plan(options.model, *sizes, method=options.method, dtype=options.dtype), model, args, output)
+    if args.process_index == 0:
+        print(plan, flush=True)
+        write_json(output / OPTIONS_FILE, recorded)
     ranking = distill(
         model,
-        train,
+        text.train,
         args,
         alignment_steps=steps,
         logits_steps=steps,
         method=options.method,
         ranking_metric=options.ranking_metric,
-        ranking_data=first[:ranked] or None,
+        ranking_data=text.ranking or None,
         processing_class=tokenizer,
     )
+    level = highest_trained(model, args, options.method)
+    if text.held_out:
+        say("measuring the levels")
+        check = check_levels(model, text.held_out, tokenizer, before, level, "untrained" if options.adapter is None else "before")
+        if args.process_index == 0:
+            store_in_adapter(model, check, level, output)
+            print(check.text())
+    PartialState().wait_for_everyone()  # what was measured is there when any process returns
     if args.process_index == 0:
-        print(f"adapter saved in {output}; conversion order {config.conversion_order}; processes {args.world_size}")
+        config = model.peft_config["default"]
+        print(f"adapter saved in {output}; level {level}; conversion order {config.conversion_order}; processes {args.world_size}")
     if args.world_size > 1:
         PartialState().destroy_process_group()  # a process that ends with gloo's threads running may abort
     return ranking
+
+
+def _config_of(options: DistillOptions, output: Path) -> DSLAConfig:
+    """That of the adapter to make, or to go on from.
+
+    Raises:
+        ValueError: if options contradict it, or `output` is no folder to save into.
+    """
+    if output.is_file():
+        raise ValueError(f"{output} is a file: give a folder to save into")
+    if options.adapter is None:
+        given: dict[str, Any] = {} if options.window_size is None else {"window_size": options.window_size}
+        return DSLAConfig(**given, task_type="CAUSAL_LM")
+    config = read_adapter_config(options.adapter)
+    if options.window_size not in (None, config.window_size):
+        raise ValueError(f"{options.adapter} has window_size {config.window_size}: leave --window_size {options.window_size} out")
+    if Path(options.adapter).resolve() == output.resolve():
+        raise ValueError(f"--output_dir {output} is the adapter to go on from: give another folder")
+    return config
+
+
+def _what_is_kept(output: Path) -> str:
+    kept = progress_so_far(output)
+    if not kept:
+        return "there was no checkpoint yet, so nothing is kept"
+    return kept
+
+
+# --- the text ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Text:
+    """train: what is trained on, `sequences` of them (None: as the text streams). ranking, held_out: token ids `[T]`, no part of it.
+    first: token ids of the first sequences, whatever their use."""
+
+    train: Any
+    sequences: int | None
+    ranking: list[Any]
+    held_out: list[Any]
+    first: list[Any]
+
+
+def _read_text(options: DistillOptions, tokenizer: Any) -> _Text:
+    """The text in blocks: the first to rank on, some to measure on, and the others to train on.
+
+    Raises:
+        ValueError: if none is left to train on.
+    """
+    ranked, wanted = options.ranking_sequences, options.eval_sequences
+    blocks = token_blocks(
+        options.data,
+        tokenizer,
+        options.length,
+        max_tokens=options.tokens + (ranked + wanted) * options.length,
+        split=options.split,
+        column=options.column,
+        completion_only=options.completion_only,
+        streaming=options.streaming,
+    )
+    looked_at = max(CHECKED_BLOCKS, ranked + LEAST_TRAINED * wanted)
+    first = [row["input_ids"] for row in islice(blocks, looked_at)]
+    there = len(first) if options.streaming else len(blocks)
+    if there <= ranked:
+        raise ValueError(
+            f"the text gives {there} sequences of {options.length} tokens, and {ranked} are for the ranking, so none is left "
+            "to train on: give more text, a smaller --length or fewer --ranking_sequences"
+        )
+    rest = there - ranked
+    enough = rest >= wanted + options.tokens // options.length or (options.streaming and there == looked_at)
+    held = wanted if enough else min(wanted, rest - 1, max(1, rest // LEAST_TRAINED))
+    if options.streaming:
+        return _Text(blocks.skip(ranked + held), None, first[:ranked], first[ranked : ranked + held], first)
+    # Spread over the text, which may be of several kinds.
+    apart = {ranked + place * rest // held for place in range(held)}
+    train = [index for index in range(ranked, there) if index not in apart]
+    return _Text(blocks.select(train), len(train), first[:ranked], [blocks[index]["input_ids"] for index in sorted(apart)], first)
+
+
+# --- going on with other options --------------------------------------------------------------------------------
+
+
+def _recorded(options: DistillOptions, args: DSLATrainingArguments, window_size: int) -> dict[str, Any]:
+    """The options that decide what a run gives, as the user spells them."""
+    own = {item.name: getattr(options, item.name) for item in dataclasses.fields(DistillOptions) if item.name not in NOT_RECORDED}
+    own |= {"window_size": window_size, "adapter": options.adapter and str(Path(options.adapter).resolve())}
+    of_stages = {name: getattr(args, name) for name in STAGE_SETTINGS}
+    return {f"--{name}": value for name, value in (own | of_stages).items()} | {"sequences per step": sequences_per_step(args)}
+
+
+def _check_recorded(output: Path, recorded: dict[str, Any]) -> None:
+    """Raises ValueError if `output` holds a run that was begun with other options, and there is something of it to go on from."""
+    path = output / OPTIONS_FILE
+    if not path.exists() or not progress_so_far(output):
+        return
+    begun = json.loads(path.read_text())
+    changed = [f"{name} {begun[name]} (now {value})" for name, value in recorded.items() if name in begun and begun[name] != value]
+    if changed:
+        raise ValueError(f"{output} holds a run with {', '.join(changed)}: give the same options to go on, or another --output_dir")

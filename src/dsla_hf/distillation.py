@@ -9,9 +9,12 @@ the other in conversion order is trained and then frozen. The teacher is the sam
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import random
+import shutil
+import zipfile
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,14 +24,19 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import PeftModel
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import DynamicCache, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.utils import logging
 
 from .adapter import DSLAModel, active_config, dsla_layers
+from .data import check_teaches
+from .files import is_disk_full, write_whole
 from .losses import alignment_sums, half_life_gap_loss, kl_sums
 from .modeling import decoder_layers, first_layers
+from .progress import TrainingProgress, say
 from .saving import check_adapter_directory
 from .sensitivity import LayerRanking, rank_layers
 from .sharding import (
@@ -51,6 +59,7 @@ SETTINGS_FILE = "stage.json"
 NOT_FOR_THE_MODEL = ("labels", "loss_mask")
 # transformers 5.18 renamed it; where both names are, both hold the same.
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
+# Errors of a disk that takes no more; torch's and safetensors' have numbers of their own or none.
 OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"
 STAGE_SETTINGS = (
     "seed",
@@ -113,6 +122,8 @@ class DSLATrainingArguments(TrainingArguments):
         if self.n_gpu > 1:  # transformers would copy the model to each at every step (DataParallel), and the losses stay in the copies
             logger.warning(f"one of {self.n_gpu} GPUs is used; for all: accelerate launch --config_file examples/configs/ddp.yaml")
             self._n_gpu = 1
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # it would have no effect, and a warning
         if getattr(self, "ddp_find_unused_parameters", None) is None:
             # Every trained weight gets a gradient at every step (see `_zero_of_idle_weights`), and alignment would confuse the search.
             self.ddp_find_unused_parameters = False
@@ -164,7 +175,11 @@ class DSLATrainer(Trainer):
         ValueError: if the model has no DSLA adapter or was loaded with a tp_plan, or FSDP is set up in another way than
             examples/configs/fsdp2.yaml has it.
         FloatingPointError: while training, if a loss is not finite; names the layer. No weight was changed by that step.
-        OSError: while training, if a checkpoint cannot be written; names the last one that is whole.
+        OSError: while training, if the disk is full; names the folder and the last checkpoint that is whole. One that was being written,
+            then or at an interrupt, is removed.
+
+    What it saves is at the highest level that is trained, `train_level` or the whole plan. The console shows one line per logging step, or
+    a bar on a terminal; what is logged per layer goes to `log_history` and trackers.
 
     With FSDP2, checkpoints are those of one process: any number of processes goes on from them, with FSDP2 or without.
     """
@@ -198,21 +213,22 @@ class DSLATrainer(Trainer):
         self._terms: dict[str, list[Tensor]] = defaultdict(list)
         self._cut_parameters: list[list[nn.Parameter]] | None = None
         self.add_callback(_NoInputGradients)
+        for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):  # which would show every layer's values
+            self.remove_callback(callback)
+        part = "" if args.train_level is None else f" at level {args.train_level}"
+        self.progress = TrainingProgress(f"{args.stage}{part}", args.world_size, bool(args.disable_tqdm))
+        self.add_callback(self.progress)
         self._check_fsdp()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; `config.use_cache`, which it turns off, is the base's own and is put back."""
         config: Any = self.accelerator.unwrap_model(self.model).config
         try:
-            return super().train(*args, **kwargs)
-        except OSError as error:
-            output = str(self.args.output_dir)
-            raise OSError(
-                error.errno,
-                f"{error.strerror or error} while writing to {output}. {_what_is_kept(output)}; make room and give the same command again",
-            ) from error
+            with told_of_full_disk(Path(str(self.args.output_dir))):
+                return super().train(*args, **kwargs)
         finally:
             config.use_cache = self._use_cache
+            self.progress.close()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As in transformers, with a learning rate of their own for gates, mix and norm."""
@@ -249,6 +265,7 @@ class DSLATrainer(Trainer):
             finite = self.accelerator.reduce(torch.isfinite(loss).float(), reduction="mean")
             if finite.item() < 1:
                 self._stop_for(self._prepare_inputs(inputs), level)
+        self.progress.tokens += inputs["input_ids"].numel()
         if self.args.stage == "logits":
             self._terms["level"].append(torch.tensor(float(level), device=loss.device))
         return loss
@@ -418,13 +435,23 @@ class DSLATrainer(Trainer):
     # --- checkpoints --------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if not is_sharded(self.model):
-            super().save_model(output_dir, _internal_call)
-            return
-        weights = whole_adapter(self.model)
-        if self.args.should_save:
-            self._save(output_dir, state_dict=weights)
-        PartialState().wait_for_everyone()
+        with self._at_level(highest_trained(self.model, self.args)):
+            if not is_sharded(self.model):
+                super().save_model(output_dir, _internal_call)
+                return
+            weights = whole_adapter(self.model)
+            if self.args.should_save:
+                self._save(output_dir, state_dict=weights)
+            PartialState().wait_for_everyone()
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException:  # an interrupt, too
+            if self.args.should_save and not _is_whole(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not is_sharded(self.model):
@@ -533,18 +560,54 @@ def _what_is_kept(directory: str) -> str:
 
 
 def _last_whole_checkpoint(directory: str) -> str | None:
-    """The newest checkpoint in which the Trainer's state, written last, can be read: a full disk or a kill leaves others."""
+    """The newest checkpoint that is whole: a full disk or a kill leaves others."""
+    whole = [path for path in _checkpoints(directory) if _is_whole(path)]
+    return str(whole[-1]) if whole else None
 
-    def whole(checkpoint: Path) -> bool:
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            return False
-        return True
 
+def _checkpoints(directory: str) -> list[Path]:
+    """All checkpoints, the newest last."""
     steps = {path: path.name.partition("-")[2] for path in Path(directory).glob("checkpoint-*")}
-    numbered = sorted((path for path, step in steps.items() if step.isdigit() and whole(path)), key=lambda path: int(steps[path]))
-    return str(numbered[-1]) if numbered else None
+    return sorted((path for path, step in steps.items() if step.isdigit()), key=lambda path: int(steps[path]))
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether the Trainer's state, written last, can be read, and each file of tensors is as long as it says."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        for file in checkpoint.rglob("*.safetensors"):
+            with safe_open(file, "pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return all(zipfile.is_zipfile(file) for file in checkpoint.glob("*.pt"))
+
+
+class FullDisk(OSError):
+    """The disk takes no more; says where, what is kept, and what to do."""
+
+
+@contextmanager
+def told_of_full_disk(directory: Path) -> Any:
+    """Within it the many errors that a full disk gives are one.
+
+    Raises:
+        FullDisk: with the folder, what is kept there, and what to do.
+    """
+    try:
+        yield
+    except FullDisk:
+        raise
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        number = error.errno if isinstance(error, OSError) else errno.ENOSPC
+        where = getattr(error, "filename", None) or directory
+        raise FullDisk(
+            number,
+            f"{os.strerror(number or errno.ENOSPC)} while writing to {where}. {_what_is_kept(str(directory))}; make room and give the same "
+            "command again",
+        ) from error
 
 
 # --- the whole recipe -------------------------------------------------------------------------------------------
@@ -565,7 +628,7 @@ def distill(
     """Stage 1, ranking of the layers, stage 2: an adapter whose every level is trained, saved in `args.output_dir`.
 
     Interrupted runs go on where they were: finished parts are read back, the unfinished one resumes from its last
-    whole checkpoint. A model at level 0, as a new one is, ends at the whole plan; another level stays.
+    whole checkpoint, and a line on stderr says from where. The adapter is saved at the highest level that was trained.
 
     Args:
         model: `get_peft_model(base, DSLAConfig(...))`.
@@ -580,7 +643,9 @@ def distill(
         trainer_options: passed to `DSLATrainer`, e.g. callbacks or `eval_dataset`.
 
     Raises:
-        ValueError: if `method` is unknown, or `output_dir` holds something else or a run with other settings.
+        ValueError: if `method` is unknown, `output_dir` holds something else or a run with other settings, or the window reads nearly
+            all of the sequences, so that nothing can be learnt.
+        OSError: if the disk is full; see `DSLATrainer`.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {list(METHODS)}, got {method!r}")
@@ -591,9 +656,13 @@ def distill(
         _check_logits(model)
     if method == "chain" and 0 < logits_steps < levels:
         raise ValueError(f"a chain over {levels} layers needs {levels} steps or more, got logits_steps {logits_steps}")
-    folders = [path for stage in STAGES for path in (output / stage, *sorted(output.glob(f"{stage}/level_*")))]
-    for directory in (output, *(path for folder in folders for path in (folder, *folder.glob("checkpoint-*")))):
-        check_adapter_directory(_saved_stage(directory, model), active_config(model))
+    config = active_config(model)
+    check_output(model, output)
+    check_teaches(train_dataset, config.window_size, config.sink_tokens)
+    if ranking_data is not None:
+        ranking_data = list(ranking_data)
+        if ranking_metric != "entropy":  # now, not after the first stage
+            check_teaches(ranking_data, config.window_size, config.sink_tokens, purpose="to rank layers on")
     _run_stage(model, train_dataset, args, output / "alignment", {"stage": "alignment", "max_steps": alignment_steps}, trainer_options)
     ranking = None
     if ranking_data is not None:
@@ -603,19 +672,60 @@ def distill(
         else:
             ranking = rank_layers(model, ranking_data, metric=ranking_metric)
             if args.process_index == 0:
-                _write_json(ranking_file, ranking.to_dict())
+                with told_of_full_disk(output):
+                    write_json(ranking_file, ranking.to_dict())
         tuner.set_conversion_order(ranking.order, ranking.scores)
     if method == "random":
         _run_stage(model, train_dataset, args, output / "logits", {"stage": "logits", "max_steps": logits_steps}, trainer_options)
     elif logits_steps:
         _run_chain(model, train_dataset, args, output / "logits", logits_steps, trainer_options)
-    if tuner.get_level() == 0 and (alignment_steps or logits_steps):  # where a new adapter starts; by now every level is trained
-        tuner.set_level(levels)
     weights = {"state_dict": whole_adapter(model)} if is_sharded(model) else {}
-    if args.process_index == 0:
-        model.save_pretrained(str(output), **weights)
+    level, config.level = config.level, highest_trained(model, args, method)
+    try:
+        if args.process_index == 0:
+            with told_of_full_disk(output):
+                model.save_pretrained(str(output), **weights)
+    finally:
+        config.level = level
     PartialState().wait_for_everyone()  # the adapter is there when any process returns
     return ranking
+
+
+def highest_trained(model: Any, args: DSLATrainingArguments, method: str = "random") -> int:
+    """The highest level that is trained: at which an adapter is saved."""
+    depth = len(active_config(model).conversion_order or ())
+    return depth if args.train_level is None or method == "chain" or args.stage == "alignment" else args.train_level
+
+
+def check_output(model: PeftModel, output: Path) -> None:
+    """Raises ValueError if `output`, or the folder of a stage below it, holds something else than states of this adapter."""
+    folders = [path for stage in STAGES for path in (output / stage, *sorted(output.glob(f"{stage}/level_*")))]
+    for directory in (output, *(path for folder in folders for path in (folder, *folder.glob("checkpoint-*")))):
+        check_adapter_directory(_saved_stage(directory, model), active_config(model))
+
+
+def progress_so_far(output: Path) -> str:
+    """What of a distillation lies in `output`, in words: 'alignment is finished; the last checkpoint is step 200 of 340 of logits (DIR)';
+    nothing if there is nothing to go on from."""
+    finished, last = [], ""
+    for stage in STAGES:
+        for folder in (output / stage, *sorted(output.glob(f"{stage}/level_*"))):
+            name = str(folder.relative_to(output))
+            if (folder / "adapter_config.json").exists():
+                finished.append(name)
+            elif (checkpoint := _last_whole_checkpoint(str(folder))) is not None:
+                last = f"the last checkpoint is step {_step_of(checkpoint)}{_of_all(folder)} of {name} ({checkpoint})"
+    parts = [f"{', '.join(finished)} {'is' if len(finished) == 1 else 'are'} finished"] if finished else []
+    return "; ".join([*parts, last] if last else parts)
+
+
+def _step_of(checkpoint: str) -> str:
+    return Path(checkpoint).name.partition("-")[2]
+
+
+def _of_all(folder: Path) -> str:
+    settings = folder / SETTINGS_FILE
+    return f" of {json.loads(settings.read_text())['max_steps']}" if settings.exists() else ""
 
 
 def _check_logits(model: Any) -> None:
@@ -634,7 +744,8 @@ def _run_chain(model: PeftModel, dataset: Any, args: DSLATrainingArguments, dire
     settings = {"method": "chain", "max_steps": steps}
     _check_settings(directory, settings)
     if args.process_index == 0:
-        _write_json(directory / SETTINGS_FILE, settings)
+        with told_of_full_disk(directory):
+            write_json(directory / SETTINGS_FILE, settings)
     try:
         for level, layer in enumerate(order, 1):
             tuner.set_trainable_layers([layer])
@@ -660,15 +771,27 @@ def _run_stage(
     settings = {"method": "random", **_stage_settings(stage_args, len(dataset) if hasattr(dataset, "__len__") else None)}
     _check_settings(directory, settings)
     trainer = DSLATrainer(model, stage_args, train_dataset=dataset, **options)
-    if args.process_index == 0:
-        _write_json(directory / SETTINGS_FILE, settings)
+    with told_of_full_disk(directory):
+        if args.process_index == 0:
+            write_json(directory / SETTINGS_FILE, settings)
+        _train_or_read(trainer, model, directory, steps)
+
+
+def _train_or_read(trainer: DSLATrainer, model: PeftModel, directory: Path, steps: int) -> None:
+    """Do what of a stage is still to do, and say where it begins if that is not the start."""
     adapter: Any = model.active_adapter
+    name = trainer.progress.name
     saved = _saved_stage(directory, model)
     if (saved / "adapter_config.json").exists():
-        logger.warning(f"{directory} is finished: its weights are read from {saved}")
+        say(f"{name}: finished, read from {saved}")
         load_adapter_weights(model, saved, adapter)
         return
     checkpoint = _last_whole_checkpoint(str(directory))
+    for path in _checkpoints(str(directory)):
+        if not _is_whole(path):
+            say(f"{name}: {path} is damaged or half-written, and passed over")
+    if checkpoint is not None:
+        say(f"{name}: goes on from step {_step_of(checkpoint)} of {steps} ({checkpoint})")
     if checkpoint is not None and TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step >= steps:
         # Stopped between the last step and the end; the Trainer would take one step more.
         load_adapter_weights(model, _saved_stage(Path(checkpoint), model), adapter)
@@ -692,15 +815,15 @@ def _stage_settings(args: DSLATrainingArguments, items: int | None) -> dict[str,
 
 
 def _check_settings(directory: Path, settings: dict[str, Any]) -> None:
-    """Raises ValueError if the stage in `directory` was begun with other settings."""
+    """Raises ValueError if the stage in `directory` was begun with other settings, and there is something of it to go on from."""
     path = directory / SETTINGS_FILE
+    if not any(directory.glob("**/adapter_config.json")):
+        return
     begun = json.loads(path.read_text()) if path.exists() else settings
     if changed := [f"{name} {begun.get(name)} (now {value})" for name, value in settings.items() if begun.get(name) != value]:
         raise ValueError(f"{directory} holds a stage with {', '.join(changed)}: give the same settings to go on, or another output_dir")
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file of JSON whole or not at all."""
+    write_whole(path, json.dumps(content, indent=2) + "\n")

@@ -6,6 +6,9 @@ import errno
 import os
 from pathlib import Path
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_DISK_WORDS = ("os error 28", "No space left on device", "unexpected pos", "PytorchStreamWriter")
+
 
 def write_whole(file: str | Path, content: str | bytes) -> None:
     """Write a file (text as UTF-8) under a temporary name beside it, then rename it; the folder is made if need be. After an error nothing
@@ -29,5 +32,5 @@ def write_whole(file: str | Path, content: str | bytes) -> None:
 def is_disk_full(error: BaseException) -> bool:
     """Whether something could not be written for want of room. safetensors and torch say so in words only."""
     if isinstance(error, OSError):
-        return error.errno == errno.ENOSPC
-    return any(words in str(error) for words in ("os error 28", "No space left on device"))
+        return error.errno in FULL_DISK
+    return any(words in str(error) for words in FULL_DISK_WORDS)

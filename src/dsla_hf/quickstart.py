@@ -25,7 +25,8 @@ from transformers import (
 from .configuration import DSLAConfig
 from .data import PackedTokens
 from .distillation import DSLATrainingArguments, distill
-from .evaluation import cache_bytes_per_sequence, evaluate_levels
+from .evaluation import add_cache_sizes, evaluate_levels
+from .level_table import table
 from .plots import mark_measured, mark_plain
 
 LAYERS, LENGTH, WINDOW = 6, 256, 32
@@ -65,9 +66,7 @@ def run(output: str | Path = "quickstart-output", steps: int = 400, seed: int = 
 
     print("3/5  Measuring every level on text it has not seen")
     rows: list[dict[str, Any]] = evaluate_levels(model, list(held_out.split(8)), range(LAYERS + 1))
-    for row in rows:
-        model.set_level(int(row["level"]))
-        row["bytes_1k"], row["bytes_32k"] = (cache_bytes_per_sequence(model, tokens) for tokens in (1024, 32768))
+    add_cache_sizes(model, rows)
     model.peft_config["default"].level_metrics = {str(row["level"]): {name: row[name] for name in ("perplexity", "kl")} for row in rows}
 
     print("4/5  Saving adapter and hybrid, and loading both again")
@@ -159,15 +158,6 @@ def show_raise(model: Any, tokenizer: Any, tokens: int = 48) -> None:
     texts = [tokenizer.decode(ids) for ids in (first.sequences[0], second.sequences[0, cut:])]
     for name, text in zip(("level 0", f"level {LAYERS}"), texts, strict=True):
         print(f"     [{name}] {' '.join(text.split())}")
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows for a terminal."""
-    lines = [f"{'level':>5}  {'perplexity':>10}  {'KL to level 0':>13}  {'cache at 1k tokens':>18}  {'at 32k tokens':>13}"]
-    for row in rows:
-        sizes = [f"{row[name] / 1024:,.0f} KiB" for name in ("bytes_1k", "bytes_32k")]
-        lines.append(f"{row['level']:>5}  {row['perplexity']:>10.3f}  {row['kl']:>13.4f}  {sizes[0]:>18}  {sizes[1]:>13}")
-    return "\n".join(lines)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

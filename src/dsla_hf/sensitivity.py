@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .adapter import DSLAModel, active_config, dsla_layers
+from .data import check_teaches
 from .losses import kl_loss
+from .progress import bar as progress_bar
 
 METRICS = ("kl", "greedy", "entropy")
 
@@ -53,10 +54,11 @@ def rank_layers(model: PeftModel, data: Iterable[Any], metric: str = "kl", progr
             L (L + 1) / 2 passes.
             "entropy": entropy in nats of the base's softmax attention at the last token of each row, mean over heads and rows,
             low first, as in the DSLA paper (arXiv 2506.09316). One pass; knows nothing of the trained weights.
-        progress: show a progress bar.
+        progress: show a progress bar (on a terminal).
 
     Raises:
-        ValueError: for an unknown metric, a model without DSLA adapter, or no data.
+        ValueError: for an unknown metric, a model without DSLA adapter, no data, or (but for "entropy", which is of the original
+            attention) sequences so short that the window reads nearly all of them, whose ranking would be noise.
     """
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {list(METRICS)}, got {metric!r}")
@@ -65,13 +67,16 @@ def rank_layers(model: PeftModel, data: Iterable[Any], metric: str = "kl", progr
     batches = [as_inputs(batch, model.device) for batch in data]
     if not batches:
         raise ValueError("rank_layers got no data: give batches of input_ids")
+    if metric != "entropy":
+        config = active_config(model)
+        check_teaches(batches, config.window_size, config.sink_tokens, purpose="to rank layers on")
     plan = sorted(active_config(model).conversion_order or ())
     measure = {"kl": _single_swap, "greedy": _greedy, "entropy": _entropy}[metric]
     passes = {"kl": len(plan), "greedy": len(plan) * (len(plan) + 1) // 2, "entropy": 1}[metric]
     training = model.training
     model.eval()
     try:
-        with tqdm(total=len(batches) * passes, desc=f"ranking layers ({metric})", disable=not progress) as bar:
+        with progress_bar(total=len(batches) * passes, desc=f"ranking layers ({metric})", shown=progress) as bar:
             order, scores = measure(model, batches, plan, bar.update)
     finally:
         model.train(training)

@@ -69,6 +69,46 @@ def load_adapter_weights(model: Any, directory: Path, adapter: str) -> None:
         tensor.copy_(cut_like(saved[name].to(tensor.dtype), tensor))
 
 
+def initial_weights(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the adapter's weights by their names in the model, on the CPU: before FSDP cuts them, every process has all."""
+    return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if "dsla_" in name}
+
+
+@contextmanager
+@torch.no_grad()
+def adapter_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Any:
+    """Within it the adapter has `weights`, whole and by name as `initial_weights` gives them; afterwards its own, bit for bit.
+
+    Raises:
+        ValueError: if the model has other weights than these.
+    """
+    _cut_again(model)
+    own = {name: p for name, p in model.named_parameters() if "dsla_" in name}
+    if different := sorted(own.keys() ^ weights.keys()):
+        raise ValueError(f"these are not the weights of this adapter: {different[0]} is on one side only")
+    kept = {name: _local(p).to("cpu", copy=True) for name, p in own.items()}
+    try:
+        for name, p in own.items():
+            p.copy_(cut_like(weights[name].to(p.device, p.dtype), p))
+        yield
+    finally:
+        _cut_again(model)
+        for name, p in own.items():
+            _local(p).copy_(kept[name])
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _cut_again(model: nn.Module) -> None:
+    """Let FSDP take back what it gathered for the last forward, so that the model's weights are the parts that it keeps."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def whole_optimizer_state(optimizer: Any) -> dict[str, Any]:
     """`optimizer.state_dict()` with whole tensors; on the first process alone."""
     content = optimizer.state_dict()

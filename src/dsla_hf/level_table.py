@@ -1,0 +1,121 @@
+"""What was measured at each level as text: the table that `dsla distill` and `dsla quickstart` print, that of the model card, and what
+is wrong with a level. Rows are dicts of numbers with a `level`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MOST_LEVELS = 9  # that a table of a deep model has
+CLEARLY_WORSE = 1.2  # perplexity over that of level 0
+ANSWERS_KEPT = 0.8  # of level 0's tokens in short answers, at least
+
+# Names of rows: what people read in their place, and how the number is written.
+COLUMNS = {
+    "perplexity": ("perplexity", "{:.3f}"),
+    "untrained_perplexity": ("untrained", "{:.3f}"),
+    "before_perplexity": ("before", "{:.3f}"),
+    "kl": ("KL to level 0", "{:.4f}"),
+    "untrained_kl": ("untrained", "{:.4f}"),
+    "before_kl": ("before", "{:.4f}"),
+    "answers": ("short answers", "{:.0%}"),
+    "answers_kl": ("KL on them", "{:.4f}"),
+    "bytes_1k": ("cache at 1k tokens", "KiB"),
+    "bytes_32k": ("at 32k tokens", "KiB"),
+}
+# Where a heading stands alone, as in a model card.
+LONG_HEADINGS = {
+    "untrained_perplexity": "perplexity untrained",
+    "untrained_kl": "KL untrained",
+    "before_perplexity": "perplexity before this training",
+    "before_kl": "KL before this training",
+    "answers": "same tokens in short answers",
+    "answers_kl": "KL on short answers",
+    "bytes_32k": "cache at 32k tokens",
+}
+
+
+def measured_levels(highest: int, most: int = MOST_LEVELS) -> list[int]:
+    """At most `most` levels from 0 to `highest`, both among them, evenly spread."""
+    if highest < most:
+        return list(range(highest + 1))
+    return [(place * highest + (most - 1) // 2) // (most - 1) for place in range(most)]
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows for a terminal, with a column for each of `COLUMNS` that they have."""
+    names = [name for name in COLUMNS if any(name in row for row in rows)]
+    columns = [["level", *(str(row["level"]) for row in rows)]]
+    for name in names:
+        heading, form = COLUMNS[name]
+        columns.append([heading, *("" if name not in row else written(row[name], form) for row in rows)])
+    widths = [max(map(len, column)) for column in columns]
+    return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in zip(*columns, strict=True))
+
+
+def written(value: float, form: str) -> str:
+    """A number as a table has it; of a perplexity of thousands and more, no digits behind the point."""
+    if form == "KiB":
+        return f"{value / 1024:,.0f} KiB"
+    return form.format(value) if abs(value) < 10_000 else f"{value:.3g}"
+
+
+def markdown_table(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """`DSLAConfig.level_metrics` for a model card; nothing of it without measurements."""
+    if not metrics:
+        return ""
+    known = [name for name in COLUMNS if any(name in row for row in metrics.values())]
+    others = [name for row in metrics.values() for name in row if name not in COLUMNS]
+    names = [*known, *dict.fromkeys(others)]
+    headings = [LONG_HEADINGS.get(name, COLUMNS[name][0] if name in COLUMNS else name) for name in names]
+    lines = ["| " + " | ".join(["level", *headings]) + " |", "|" + "---|" * (1 + len(names))]
+    for level in sorted(metrics, key=int):
+        row = metrics[level]
+        lines.append("| " + " | ".join([level, *("" if name not in row else _in_card(name, row[name]) for name in names)]) + " |")
+    return "\n".join(lines) + "\n\n"
+
+
+def _in_card(name: str, value: float) -> str:
+    form = COLUMNS[name][1] if name in COLUMNS else ""
+    return written(value, form) if form in ("KiB", "{:.0%}") else f"{value:.4g}"
+
+
+def warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a user must know of levels that are worse than they should be, a line for each kind; none if all is well.
+
+    A level is worse than it should be if the layer as it was before training does better, if its perplexity is more than 1.2 times that
+    of level 0, or if it picks fewer than 80 % of level 0's tokens in short answers. Numbers that are not finite count as worse.
+    """
+    above = [row for row in rows if row["level"]]
+    base = next((row["perplexity"] for row in rows if not row["level"]), None)
+
+    def levels(worse: Any) -> list[int]:
+        return [row["level"] for row in above if worse(row)]
+
+    def harmed(row: Mapping[str, Any], before: str) -> bool:
+        pairs = [(row[name], row[f"{before}_{name}"]) for name in ("kl", "perplexity") if f"{before}_{name}" in row]
+        return any(not value <= reference for value, reference in pairs)
+
+    lines = []
+    for before, what in (("untrained", "the untrained layer"), ("before", "the adapter it began with")):
+        if found := levels(lambda row, before=before: harmed(row, before)):
+            lines.append(
+                f"{_named(found)} worse than {what}: this training has done harm there. More or other text (--data, --tokens) or a lower "
+                "--learning_rate helps"
+            )
+    if base is not None and (found := levels(lambda row: not row["perplexity"] <= CLEARLY_WORSE * base)):
+        lines.append(
+            f"{_named(found)} clearly worse than level 0 (perplexity over {CLEARLY_WORSE} times as high): train on more tokens (--tokens), "
+            "or stay below"
+        )
+    if found := levels(lambda row: "answers" in row and not row["answers"] >= ANSWERS_KEPT):
+        lines.append(
+            f"{_named(found)} wrong in short chats (fewer than {ANSWERS_KEPT:.0%} of level 0's tokens): chats among the training text "
+            "(--data) and more tokens help"
+        )
+    return lines
+
+
+def _named(levels: list[int]) -> str:
+    """'level 4 is', 'levels 4, 8 are'."""
+    return f"level {levels[0]} is" if len(levels) == 1 else f"levels {', '.join(map(str, levels))} are"

@@ -1,0 +1,58 @@
+"""Short answers at each level: level 0's own, given token by token, and what each level says by itself."""
+
+import pytest
+import torch
+
+from dsla_hf import chats
+from dsla_hf.chats import measure_answers
+from dsla_hf.quickstart import train_tokenizer
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    made = train_tokenizer([" ".join(chats.QUESTIONS) * 3], vocab_size=300)
+    made.chat_template = TEMPLATE
+    return made
+
+
+@pytest.fixture
+def model(base_kind, tiny_model, adapter_model, tokenizer):
+    base = tiny_model(base_kind)
+    base.resize_token_embeddings(len(tokenizer))
+    return adapter_model(base, level=3).train()
+
+
+@torch.no_grad()
+def test_answers_by_hand(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(chats, "ANSWER_TOKENS", 6)
+    monkeypatch.setattr(chats, "SAMPLE_TOKENS", 4)
+    found = measure_answers(model, tokenizer, [0, 4])
+    assert model.get_level() == 3 and model.training
+    model.eval()
+    kept = divergence = total = 0
+    for number, question in enumerate(chats.QUESTIONS):
+        prompt = tokenizer(f"user: {question}\nassistant: ", return_tensors="pt").input_ids
+        model.set_level(0)
+        whole = model.generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=tokenizer.eos_token_id)
+        answer = slice(prompt.shape[1] - 1, whole.shape[1] - 1)
+        teacher = model(whole).logits[0, answer].log_softmax(-1)
+        model.set_level(4)
+        student = model(whole).logits[0, answer].log_softmax(-1)
+        kept += (student.argmax(-1) == whole[0, prompt.shape[1] :]).sum().item()
+        divergence += (teacher.exp() * (teacher - student)).sum().item()
+        total += len(student)
+        if number == 0:
+            own = model.generate(prompt, max_new_tokens=4, do_sample=False, eos_token_id=tokenizer.eos_token_id)
+            assert found.samples[4] == " ".join(tokenizer.decode(own[0, prompt.shape[1] :], skip_special_tokens=True).split())
+    assert found.scores[0] == {"answers": 1.0, "answers_kl": 0.0}
+    assert found.scores[4] == {"answers": pytest.approx(kept / total), "answers_kl": pytest.approx(divergence / total, rel=1e-4)}
+    assert 0 < kept < total, "else this test tells nothing"
+
+
+def test_answers_end_at_the_stop_token_and_fill_one_line(model, tokenizer, monkeypatch):
+    prompt = tokenizer("user: x", return_tensors="pt").input_ids[0].tolist()
+    whole = chats._greedy(model, [prompt], 6, set())[0]
+    assert len(whole) == 6 and chats._greedy(model, [prompt], 6, {whole[2]})[0] == whole[: whole.index(whole[2]) + 1]
+    assert chats._line("a\n b" * 200).startswith("a b") and len(chats._line("a\n b" * 200)) == 100
