@@ -169,7 +169,7 @@ def test_help_of_distill_is_short_and_starts_with_its_own_options(capsys):
         main(["distill", "--help"])
     output = capsys.readouterr().out
     places = [output.index(f"\n  --{name} ") for name in ("model", "data", "window_size", "output_dir", "learning_rate")]
-    assert places == sorted(places) and len(output.splitlines()) < 130
+    assert places == sorted(places) and len(output.splitlines()) < 135
     assert "--adam_beta2 " not in output.split("All other options")[0] and "--stage" not in output
 
 
@@ -590,7 +590,7 @@ def test_interrupted_order_says_that_the_adapter_is_as_it_was(made, adapter, mon
         raise KeyboardInterrupt
 
     monkeypatch.setattr("dsla_hf.commands.rank_layers", interrupt)
-    with pytest.raises(KeyboardInterrupt, match=f"^interrupted; {re.escape(str(adapter))} is as it was$"):
+    with pytest.raises(KeyboardInterrupt, match=f"^{re.escape(str(adapter))} is as it was$"):
         commands.order(made.base, str(adapter), [made.text], length=32, sequences=2)
     assert fingerprints(adapter) == before
 

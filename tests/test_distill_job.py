@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from dsla_cli import main
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainerState, set_seed
 
+from dsla_cli import main
 from dsla_hf import DSLAConfig, chats, distill_job, distill_plan, distillation
 from dsla_hf.distill_job import parse_options
 from dsla_hf.distillation import DSLATrainer, DSLATrainingArguments

@@ -43,6 +43,7 @@ RANKS = {
     "distillation": 6,
     "serving": 7,
     "files": 0,
+    "level_table": 0,
     "interrupts": 0,
     "loading": 3,
 }

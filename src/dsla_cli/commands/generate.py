@@ -23,6 +23,7 @@ def add_to(commands: Any, name: str) -> None:
         "dsla generate --model BASE --adapter ADAPTER --level 50% --chat",
         "dsla generate --model HYBRID --prompt-file prompt.txt --do-sample --temperature 0.7",
     )
+    parser.set_defaults(usage_error=parser.error)
     add_checkpoint(parser, "original model, or a hybrid", adapter_required=False)
     text = parser.add_argument_group("text")
     prompt = text.add_mutually_exclusive_group()
@@ -41,7 +42,7 @@ def add_to(commands: Any, name: str) -> None:
 
 def run(args: argparse.Namespace) -> None:
     if args.prompt is None and args.prompt_file is None and not args.chat:
-        raise ValueError("there is no prompt: give --prompt or --prompt-file, or --chat for a conversation")
+        args.usage_error("one of the arguments --prompt --prompt-file --chat is required")
     prompt = args.prompt if args.prompt_file is None else Path(args.prompt_file).read_text(encoding="utf-8")
     model = preflight.with_gguf(args.model, args.gguf_file)
     preflight.check(model, args.adapter)
