@@ -245,8 +245,9 @@ def test_template_that_takes_no_question_is_said(base, tmp_path, capsys):
     assert "answers" not in rows_of(tmp_path / "out")[0]
 
 
-def test_without_sequences_to_measure_on_that_is_said_beforehand(base, tmp_path, capsys):
-    run(*command(base, tmp_path / "out", "--eval_sequences", 0))
+def test_without_sequences_to_measure_on_that_is_said_and_old_measurements_are_not_kept(base, finished, tmp_path, capsys):
+    run(*command(base, tmp_path / "out", "--eval_sequences", 0, "--adapter", finished[0]))
+    assert DSLAConfig.from_pretrained(tmp_path / "out").level_metrics is None
     printed = capsys.readouterr().out
     assert "WARNING: no text is kept apart" in printed and "Levels on" not in printed and not (tmp_path / "out" / "levels.json").exists()
 
@@ -378,6 +379,8 @@ def test_full_disk_is_one_line_and_the_run_can_go_on(where, base, tmp_path, monk
     assert (
         "No space left on device while writing to " in line and str(output) in line and "make room and give the same command again" in line
     )
+    if where == "result":
+        assert "Kept: alignment, logits are finished; make room" in line
     if where in ("weights", "optimizer"):
         assert f"The last whole checkpoint is {output / 'logits' / 'checkpoint-2'}" in line
         assert not (output / "logits" / "checkpoint-4").exists()

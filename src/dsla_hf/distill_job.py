@@ -324,6 +324,7 @@ def _distill_job(options: DistillOptions, args: DSLATrainingArguments, output: P
         model = load_adapter(options.model, options.adapter, options.dtype, trainable=True)
     config = model.peft_config["default"]
     config.check_level(args.train_level)
+    config.level_metrics = None  # those of an adapter to go on from are not those of the one that is made
     known, highest = model.get_input_embeddings().num_embeddings, max(int(ids.max()) for ids in text.first)
     if highest >= known:
         raise ValueError(

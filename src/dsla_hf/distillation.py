@@ -555,6 +555,8 @@ def _counted(inputs: dict[str, Any]) -> Tensor | None:
 
 
 def _what_is_kept(directory: str) -> str:
+    if so_far := progress_so_far(Path(directory)):  # of a whole run
+        return f"Kept: {so_far}"
     checkpoint = _last_whole_checkpoint(directory)
     return "No checkpoint has been written yet" if checkpoint is None else f"The last whole checkpoint is {checkpoint}"
 

@@ -26,7 +26,7 @@ from .saving import written_whole
 
 FILE = "levels.json"
 # Multiplications (parameters × tokens × passes) that a CPU may spend on the table: about a minute of two cores.
-MOST_ON_CPU = 2.5e12
+MOST_ON_CPU = 1e12
 PACKAGES = ("dsla-hf", "torch", "transformers", "peft", "accelerate")
 
 
