@@ -265,8 +265,9 @@ def made_row(serving, policy, rate, mean, met, **values):
 
 def test_page_says_what_pays_and_what_does_not(serving, tmp_path):
     pytest.importorskip("matplotlib")
-    page = tmp_path / "serve.md"
-    page.write_text((EVAL.parent / "docs" / "serve.md").read_text())
+    page = tmp_path / "measured" / "serving.md"
+    page.parent.mkdir()
+    page.write_text((EVAL.parent / "docs" / "measured" / "serving.md").read_text())
     rows = [
         made_row(serving, "fixed", None, 0.01, None, part="alone"),
         *(made_row(serving, policy, 1.0, mean, True) for policy, mean in (("fixed", 0.1), ("load", 0.105))),
