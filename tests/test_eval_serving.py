@@ -288,6 +288,11 @@ def test_page_says_what_pays_and_what_does_not(serving, tmp_path):
     assert "Nothing measured yet." in page.read_text() and "replay.png)\n<!-- end -->" not in page.read_text()
 
 
+def test_the_page_holds_what_the_results_say(serving):
+    rows = json.loads((EVAL / "results" / "replay.json").read_text())["rows"]
+    assert serving.page_part(rows) in serving.PAGE.read_text(), "`python eval/serving.py --page` would write something else"
+
+
 def test_rates_without_a_search_are_shares_of_what_another_found(serving):
     """Runs beyond what level 0 serves have more requests, and no search of their own."""
     found = made_row(serving, "fixed", 2.0, 0.2, True, part="search")
