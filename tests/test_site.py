@@ -36,6 +36,17 @@ def test_the_api_page_lists_every_public_name():
     assert len(set(LISTED)) == len(LISTED)
 
 
+def test_the_api_page_lists_what_the_guides_import():
+    text = "\n".join(path.read_text() for path in [REPOSITORY / "README.md", *DOCS.rglob("*.md")])
+    used = {
+        f"{module}.{name.strip()}"
+        for module, names in re.findall(r"^from (dsla_\w+[\w.]*) import (.+)$", text, re.MULTILINE)
+        for name in names.split(",")
+    }
+    assert "dsla_hf.DSLAConfig" in used
+    assert used <= set(LISTED), f"docs/api.md lacks {sorted(used - set(LISTED))}"
+
+
 @pytest.mark.parametrize("name", LISTED)
 def test_what_the_api_page_lists_exists_and_has_a_docstring(name):
     found = pydoc.locate(name)
