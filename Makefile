@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart setup test test-minimum lint types resolve format clean
+.PHONY: help quickstart setup test test-minimum test-upstream coverage lint types resolve docs package format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do printf '%-21s%s\n' "$$target" "$$text"; done
@@ -31,9 +31,19 @@ test: $(VENV)/.installed-dev ## run the tests (more options: PYTEST_ARGS='-k nam
 # Left out: what does not touch transformers or peft or does so through what is tested already, and distributed, because transformers 5.17 itself cannot resume a run on
 # several CPU processes (it restores the optimizer to the device "cpu:0").
 NOT_MINIMUM := reference attention kernels kernels_in_layer gates_kernel softmax_decode ragged teacher distributed \
-	benchmarks eval_serving inference_eval hub_layout scale report quality task_groups replay serving_http serving_command serving_control serving_ray bench
+	benchmarks eval_serving inference_eval hub_layout scale report quality task_groups replay serving_http serving_command serving_control serving_ray bench site workflows
 test-minimum: ## run the tests with the oldest supported versions, in an environment of their own
 	$(MAKE) test VENV=.venv-minimum CONSTRAINTS=constraints-minimum.txt PYTEST_ARGS="$(NOT_MINIMUM:%=--ignore tests/test_%.py) $(PYTEST_ARGS)"
+
+# Main branches are ahead of the ranges in pyproject.toml; pip says so and goes on.
+UPSTREAM := $(foreach name,transformers peft,"$(name) @ git+https://github.com/huggingface/$(name)")
+test-upstream: ## run the tests with transformers' and peft's main branches, in an environment of their own
+	$(MAKE) setup VENV=.venv-upstream
+	.venv-upstream/bin/python -m pip install --upgrade $(UPSTREAM)
+	$(MAKE) test VENV=.venv-upstream
+
+coverage: $(VENV)/.installed-dev ## run the tests and say which lines they reach; htmlcov/ shows them
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-report=html $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev ## ruff: rules and formatting
 	$(BIN)/python -m ruff check
@@ -58,12 +68,18 @@ resolve: $(VENV)/.installed-dev ## check that the pinned versions fit together: 
 		fi; \
 	done
 
+docs: $(VENV)/.installed-dev ## build the site of docs/ into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+package: $(VENV)/.installed-dev ## build wheel and sdist into dist/, install each outside the tree and try it
+	$(BIN)/python .ci/package.py
+
 format: $(VENV)/.installed-dev ## rewrite the sources as `make lint` wants them
 	$(BIN)/python -m ruff check --fix
 	$(BIN)/python -m ruff format
 
 clean: ## remove the virtual environment, caches and build outputs
-	rm -rf $(VENV) .venv-minimum .mypy_cache .pytest_cache .ruff_cache build dist src/*.egg-info kernels/*.egg-info *.egg-info
+	rm -rf $(VENV) .venv-minimum .venv-upstream .mypy_cache .pytest_cache .ruff_cache .coverage htmlcov build dist site src/*.egg-info kernels/*.egg-info *.egg-info
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The set-up is redone when pyproject.toml or constraints.txt change.

@@ -3,7 +3,7 @@
     python eval/distillation.py --teacher ../shared/teacher --data ../shared/data --seeds 0 1 2
 
 runs every arm for every seed (about a minute each on one GPU) and writes them into eval/results/distillation.json, beside runs that are
-there already; `eval/recipe_page.py` makes the tables of docs/recipe.md and its plots. The data folder holds `distill.txt.xz` (training)
+there already; `eval/recipe_page.py` makes the tables and plots of eval/results/recipe.md. The data folder holds `distill.txt.xz` (training)
 and `novels_val.jsonl.xz`, `code_val.jsonl.xz`, `peps_val.jsonl.xz` (held out). Interrupted runs go on. `--tables` makes tables and
 plots again from the result file.
 """

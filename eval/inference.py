@@ -8,7 +8,7 @@ Weights are random. Every row is written to eval/results/inference.json as soon 
 measurement, so a run that was cut short loses nothing. Parts: `token` (one row, 2k and 32k tokens), `batch` (16 rows, 8k), `prefill`
 (32k and 128k), `largest` (the largest batch that fits), `growth` (time per token against length and batch), `baseline` (the
 unconverted model as transformers compiles it), `others` (models that are hybrid by birth), `profile` (where the time of a token
-goes). `--page` measures nothing: it fills docs/inference.md and draws the plots.
+goes). `--page` measures nothing: it fills docs/measured/inference.md and draws the plots.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from dsla_hf.costs import copy_bandwidth, matmul_rate
 from dsla_hf.plots import mark_measured, mark_plain
 
 PARTS = ("token", "batch", "prefill", "largest", "growth", "baseline", "others", "profile")
-PAGE = Path(__file__).parent.parent / "docs" / "inference.md"
+PAGE = Path(__file__).parent.parent / "docs" / "measured" / "inference.md"
 # A row replaces an earlier one that is alike in these.
 KEY = ("part", "shape", "engine", "level", "length", "batch_size")
 TOKENS = 32  # generated in a case; a median is taken
@@ -222,7 +222,7 @@ def pick(rows: list[dict[str, Any]], **values: Any) -> list[dict[str, Any]]:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The table of docs/inference.md: what was asked, what was measured."""
+    """The table of docs/measured/inference.md: what was asked, what was measured."""
     table: list[dict[str, Any]] = []
     for shape in dict.fromkeys(row["shape"] for row in rows if row["part"] not in ("others",)):
 
@@ -307,8 +307,8 @@ def make_page(rows: list[dict[str, Any]], page: Path = PAGE) -> None:
         return
     text = markdown_table(summary(rows), ["shape", "what", "measured"])
     if pick(rows, part="growth"):
-        draw(rows, page.parent / "images" / "inference.png")
-        text += "\n\n![time per token against length and batch](images/inference.png)"
+        draw(rows, page.parent.parent / "images" / "inference.png")
+        text += "\n\n![time per token against length and batch](../images/inference.png)"
         for shape in dict.fromkeys(row["shape"] for row in pick(rows, part="growth")):
             for level in sorted({row["level"] for row in pick(rows, part="growth", shape=shape)} - {0}):
                 length = break_even(rows, shape, level)
@@ -327,7 +327,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument("--shapes", nargs="+", default=["llama2-7b", "llama3-8b"], help="shapes of `dsla bench`, or checkpoints")
-    parser.add_argument("--page", action="store_true", help="measure nothing; docs/inference.md and plots from the rows")
+    parser.add_argument("--page", action="store_true", help="measure nothing; docs/measured/inference.md and plots from the rows")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of inference.json")
     options = parser.parse_args(arguments)
     if unknown := [part for part in options.parts if part not in PARTS]:

@@ -1,4 +1,5 @@
-"""Tables and plots of docs/recipe.md from eval/results/distillation.json and distillation-layers.json: `python eval/recipe_page.py`."""
+"""Tables and plots of eval/results/recipe.md, and the table of docs/recipe.md, from eval/results/distillation.json and
+distillation-layers.json: `python eval/recipe_page.py`."""
 
 from __future__ import annotations
 
@@ -14,11 +15,21 @@ from reporting import RESULTS, fill_page, markdown_table
 
 from dsla_hf.plots import mark_plain
 
-PAGE = Path(__file__).parent.parent / "docs" / "recipe.md"
-IMAGES = PAGE.parent / "images"
+PAGE = RESULTS / "recipe.md"
+SUMMARY_PAGE = Path(__file__).parent.parent / "docs" / "recipe.md"
+IMAGES = SUMMARY_PAGE.parent / "images"
 LEVELS = (4, 8, 12, 16)
 # Of the arms, those in the plot of quality: our layers and their controls.
 PLOTTED = ("default", "one state", "states beside a window of 256", "chain", "pure", "pure, k and v trained")
+# The arms of docs/recipe.md, by the names that they have there.
+SUMMARY = {
+    "high levels": "default",
+    "high levels, window 256, 4 sinks": "window of the same bytes, no states",
+    "twice as long": "default, twice as long",
+    "twice as long, window 256, 4 sinks": "that window, twice as long",
+    "one state": "one state, levels drawn evenly",
+    "pure": "the paper's layer, levels drawn evenly",
+}
 # What the layer's own arms are judged against, and where each layer's error is shown.
 ALIGNMENT_COLUMNS = ["arm", "novels", "code", "recall"]
 
@@ -58,6 +69,21 @@ def quality_table(rows: list[dict]) -> str:
     teacher |= {f"code @{level}": cell(over_seeds(rows, "default", 0, "code")[:1], 3) for level in (12, 16)}
     teacher |= {f"PEPs @{level}": cell(over_seeds(rows, "default", 0, "peps")[:1]) for level in (12, 16)}
     return markdown_table([teacher, *table], list(table[0]))
+
+
+def summary_table(rows: list[dict]) -> str:
+    """The few arms of docs/recipe.md: perplexity, recall beyond the window's reach, and a needle in 1,984 tokens."""
+    teacher = {"arm": "teacher"} | {f"level {level}": cell(over_seeds(rows, "default", 0, "novels")[:1]) for level in LEVELS}
+    teacher["far bigrams at 16"] = cell(over_seeds(rows, "default", 0, "novels_far_bigrams")[:1], 3)
+    teacher["needle at 8 / 12 / 16"] = cell(over_seeds(rows, "default", 0, "needle_1984")[:1])
+    table = [teacher]
+    for arm, name in SUMMARY.items():
+        entry: dict[str, Any] = {"arm": name, "seeds": len({row["seed"] for row in rows if row["arm"] == arm})}
+        entry |= {f"level {level}": cell(over_seeds(rows, arm, level, "novels")) for level in LEVELS}
+        entry["far bigrams at 16"] = cell(over_seeds(rows, arm, 16, "novels_far_bigrams"), 3)
+        entry["needle at 8 / 12 / 16"] = " / ".join(f"{mean(over_seeds(rows, arm, level, 'needle_1984')):.2f}" for level in (8, 12, 16))
+        table.append(entry)
+    return markdown_table(table, list(table[1]))
 
 
 def recall_table(rows: list[dict]) -> str:
@@ -211,8 +237,8 @@ def _save(figure: Any, axes: Any, name: str) -> None:
     figure.savefig(IMAGES / name, dpi=110)
 
 
-def make_page() -> None:
-    """Put the tables between their marks in docs/recipe.md, and draw the plots."""
+def fill_pages(page: Path = PAGE, summary_page: Path = SUMMARY_PAGE) -> None:
+    """Put the tables between their marks in eval/results/recipe.md and in docs/recipe.md."""
     results = load("distillation")
     rows, runs = results["rows"], results["runs"]
     tables = {
@@ -225,8 +251,15 @@ def make_page() -> None:
         "correlations": correlations_table(runs),
         "alignment": alignment_table(load("distillation-layers")["rows"]),
     }
-    fill_page(PAGE, tables)
-    make_plots(rows, runs)
+    fill_page(page, tables)
+    fill_page(summary_page, {"summary": summary_table(rows)})
+
+
+def make_page() -> None:
+    """Fill both pages, and draw the plots."""
+    fill_pages()
+    results = load("distillation")
+    make_plots(results["rows"], results["runs"])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ without HTTP. Policies take turns on the engine: `fixed` is level 0, `load` foll
 A run sends `--requests` requests of the trace, one after another, whose mean lengths are those of the whole, sped up or slowed down to the
 rate; `paper` draws their prompts to the paper's mix. All runs of a mix send the same ones. A row is written to
 eval/results/replay.json as soon as it is measured; what is there already is not measured again. `--page` measures nothing: it draws the
-plot and fills docs/serve.md.
+plot and fills docs/measured/serving.md.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ from dsla_hf.serving.request import Event, Sampling
 from dsla_hf.serving.scheduler import QueueFull
 from dsla_hf.serving.trace import COLUMNS, TracedRequest, drawn_to_mix, read_trace, scaled
 
-PAGE = Path(__file__).parent.parent / "docs" / "serve.md"
+PAGE = Path(__file__).parent.parent / "docs" / "measured" / "serving.md"
 SHAPES = ("llama2-7b", "llama3-8b", "tiny")
 TINY = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 97}
 MIXES, POLICIES = ("plain", "paper"), ("fixed", "load")
@@ -662,7 +662,7 @@ def verdict(group: list[dict[str, Any]]) -> list[str]:
 
 
 def page_part(rows: list[dict[str, Any]]) -> str:
-    """What docs/serve.md says of the rows."""
+    """What docs/measured/serving.md says of the rows."""
     if not any(row["rate"] is not None for row in rows):
         return "Nothing measured yet."
     parts = [rates_table(rows)]
@@ -733,10 +733,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> bool:
 
 
 def write_page(rows: list[dict[str, Any]], page: Path = PAGE) -> None:
-    """Fill the marked place of docs/serve.md, and draw its plot if there is something to draw."""
+    """Fill the marked place of docs/measured/serving.md, and draw its plot if there is something to draw."""
     part = page_part(rows)
-    if draw(rows, page.parent / "images" / "replay.png"):
-        part += "\n\n![latency and time to the first token against the rate, level over time](images/replay.png)"
+    if draw(rows, page.parent.parent / "images" / "replay.png"):
+        part += "\n\n![latency and time to the first token against the rate, level over time](../images/replay.png)"
     fill_page(page, {"replay": part})
 
 
@@ -787,7 +787,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quality", type=Path, default=RESULTS / "distillation.json", help="the yardstick's perplexity at every level")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of replay.json")
-    parser.add_argument("--page", action="store_true", help="measure nothing; plot and docs/serve.md from the rows")
+    parser.add_argument("--page", action="store_true", help="measure nothing; plot and docs/measured/serving.md from the rows")
     options = parser.parse_args(arguments)
     if options.trace is None and not options.page:
         parser.error("--trace is needed, unless --page is given")

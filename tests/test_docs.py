@@ -12,7 +12,7 @@ from dsla_hf import DSLAConfig
 from dsla_hf.quickstart import train_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md")), REPOSITORY / "eval" / "results" / "recipe.md"]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Shells are tried elsewhere: make in CI, accelerate launch in test_distributed.py, eval/scale.py in test_scale.py, dsla in
 # test_cli_commands.py, lm_eval in test_lm_eval.py, torchrun in test_tensor_parallel.py.
@@ -23,6 +23,10 @@ COMMANDS += ("python -m dsla_hf.lm_eval ", "lm_eval ", "torchrun --nproc-per-nod
 
 def blocks(page, language):
     return [code for found, code in BLOCK.findall(page.read_text()) if found == language]
+
+
+def name_of(page):
+    return page.relative_to(REPOSITORY).as_posix()
 
 
 def python_pages():
@@ -78,7 +82,7 @@ def prepared(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("page", python_pages(), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", python_pages(), ids=name_of)
 def test_python_blocks_run(page, prepared, monkeypatch):
     monkeypatch.chdir(prepared)
     names = {"__name__": "__main__"}
@@ -89,7 +93,7 @@ def test_python_blocks_run(page, prepared, monkeypatch):
         exec(compile(code, f"{page.name}, block {number}", "exec"), names)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_pages_hold_only_blocks_that_are_tried_and_links_that_exist(page):
     for language, code in BLOCK.findall(page.read_text()):
         assert language in ("python", "console", "text"), f"{page.name}: a block of {language!r} is not run"

@@ -265,8 +265,9 @@ def made_row(serving, policy, rate, mean, met, **values):
 
 def test_page_says_what_pays_and_what_does_not(serving, tmp_path):
     pytest.importorskip("matplotlib")
-    page = tmp_path / "serve.md"
-    page.write_text((EVAL.parent / "docs" / "serve.md").read_text())
+    page = tmp_path / "measured" / "serving.md"
+    page.parent.mkdir()
+    page.write_text((EVAL.parent / "docs" / "measured" / "serving.md").read_text())
     rows = [
         made_row(serving, "fixed", None, 0.01, None, part="alone"),
         *(made_row(serving, policy, 1.0, mean, True) for policy, mean in (("fixed", 0.1), ("load", 0.105))),
@@ -285,6 +286,11 @@ def test_page_says_what_pays_and_what_does_not(serving, tmp_path):
     assert (tmp_path / "images" / "replay.png").stat().st_size > 1000
     serving.write_page([], page)
     assert "Nothing measured yet." in page.read_text() and "replay.png)\n<!-- end -->" not in page.read_text()
+
+
+def test_the_page_holds_what_the_results_say(serving):
+    rows = json.loads((EVAL / "results" / "replay.json").read_text())["rows"]
+    assert serving.page_part(rows) in serving.PAGE.read_text(), "`python eval/serving.py --page` would write something else"
 
 
 def test_rates_without_a_search_are_shares_of_what_another_found(serving):

@@ -67,7 +67,8 @@ def test_summary_and_break_even():
 
 
 def test_the_page(tmp_path):
-    page = tmp_path / "inference.md"
+    page = tmp_path / "measured" / "inference.md"
+    page.parent.mkdir()
     page.write_text("before\n<!-- measured -->\nold\n<!-- end -->\nafter\n")
     (tmp_path / "images").mkdir()
     inference.make_page([], page)

@@ -66,12 +66,15 @@ class DualStateAttention(nn.Module):
     tokens of a text, to which trained models give weight that they want to lose (StreamingLLM, arXiv 2309.17453).
 
     Args:
-        num_heads, num_kv_heads: query heads Hq and key-value heads Hkv.
-        key_dim, value_dim: sizes K and V of a head; V defaults to K.
+        num_heads: query heads Hq.
+        num_kv_heads: key-value heads Hkv.
+        key_dim: K, the size of a head of q and k.
+        value_dim: V, the size of a head of v; K when None.
         window_size: W, the tokens that softmax attention sees, an even number; 0 is the paper's pure layer.
         sink_tokens: S, the first tokens of a text, which the window sees beside its own (with a window only).
         gate_rank: rank of the map from a value vector to its gates.
-        gate_normalizer, gate_lower_bound: see `dsla_kernels.reference`.
+        gate_normalizer: see `dsla_kernels.reference`.
+        gate_lower_bound: see `dsla_kernels.reference`.
         half_lives: initial half-lives in tokens of the history and the recency state, each from its fastest channel to its
             slowest, or one number for all channels.
         write_gate: whether a token's value decides how much of it each state takes in. The paper's layer has none.
@@ -189,7 +192,8 @@ class DualStateAttention(nn.Module):
             cu_seqlens: int `[N + 1]`, boundaries of packed sequences (B = 1, without `state`).
             state: of the tokens before these.
             output_state: also return the state after these tokens.
-            softcap, sink_logits: of the window's softmax, see `dual_state_window_attention`; of no effect without a window.
+            softcap: of the window's softmax, see `dual_state_window_attention`; of no effect without a window.
+            sink_logits: likewise.
             in_place: nobody needs `state` afterwards: a kernel may write the new one over it.
             seen: what every entry of `state.lengths` is, where the caller knows it: several tokens then take fewer launches.
             whole_windows: every entry of `state.lengths` is a multiple of the window's size, and not 0: what the state has of the text then

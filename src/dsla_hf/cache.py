@@ -301,7 +301,8 @@ def fold(
 
     Args:
         attention: the DSLA layer that will read the state.
-        keys, values: `[B, Hkv, T, D]` as transformers caches them (keys rotated).
+        keys: `[B, Hkv, T, D]` as transformers caches them, rotated.
+        values: `[B, Hkv, T, D]` as transformers caches them.
         attention_mask: `[B, T]`, nonzero at real tokens, None if all are; padding may lie anywhere.
         position_ids: `[B, T]`, only to make sure that each row is one text: the states need no positions, because
             cached keys are rotated already.

@@ -636,7 +636,8 @@ def distill(
         model: `get_peft_model(base, DSLAConfig(...))`.
         train_dataset: items with `input_ids`, all of one length (packed), used by both stages; may be an iterable one.
         args: for both stages; `stage` and `max_steps` are set here.
-        alignment_steps, logits_steps: optimizer steps of the two stages.
+        alignment_steps: optimizer steps of stage 1.
+        logits_steps: optimizer steps of stage 2.
         method: how stage 2 trains every level. "random": all layers, at a level drawn anew for each step. "chain": one layer after
             the other in conversion order, each for an equal part of `logits_steps`, at the level that it completes; a layer
             is not touched again after its turn, so that level k is part of level k + 1 bit for bit.
