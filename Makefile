@@ -19,9 +19,8 @@ PYTEST_ARGS ?=
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do printf '%-21s%s\n' "$$target" "$$text"; done
 
-# Threads that spin while they wait starve each other on busy cores: steps were ten times slower without the setting.
 quickstart: $(VENV)/.installed ## set up what is needed and run `dsla quickstart`
-	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(BIN)/dsla quickstart
+	$(BIN)/dsla quickstart
 
 setup: $(VENV)/.installed-dev ## virtual environment with the package (editable) and the development tools
 
