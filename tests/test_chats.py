@@ -46,9 +46,17 @@ def test_answers_by_hand(model, tokenizer, monkeypatch):
         if number == 0:
             own = model.generate(prompt, max_new_tokens=4, do_sample=False, eos_token_id=tokenizer.eos_token_id)
             assert found.samples[4] == " ".join(tokenizer.decode(own[0, prompt.shape[1] :], skip_special_tokens=True).split())
-    assert found.scores[0] == {"answers": 1.0, "answers_kl": 0.0}
+    assert found.scores[0] == {"answers": 1.0, "answers_kl": 0.0, "own_answer": 1.0}
+    own = found.scores[4].pop("own_answer")
+    assert own in (0.0, 0.25, 0.5, 0.75, 1.0)
     assert found.scores[4] == {"answers": pytest.approx(kept / total), "answers_kl": pytest.approx(divergence / total, rel=1e-4)}
     assert 0 < kept < total, "else this test tells nothing"
+
+
+def test_own_answers_are_compared_by_their_tokens_wherever_they_stand():
+    assert chats._in_common([1, 2, 3, 4], [9, 1, 2, 3, 4, 5]) == 1  # the same with a word more
+    assert chats._in_common([7, 7, 7, 1], [1, 2, 3, 7]) == 0.5  # babble that repeats a token has it once in common
+    assert chats._in_common([5, 6], [1, 2, 3]) == 0
 
 
 def test_answers_end_at_the_stop_token_and_fill_one_line(model, tokenizer, monkeypatch):

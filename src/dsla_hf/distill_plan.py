@@ -120,7 +120,11 @@ def _text(plan: Plan, args: DSLATrainingArguments) -> str:
 
 def _where(plan: Plan, args: DSLATrainingArguments) -> str:
     device = args.device.type
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{device}, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
+    )
     processes = f"{args.world_size} processes, " if args.world_size > 1 else ""
     slow = "; float32 is faster on most CPUs (--dtype float32)" if device == "cpu" and plan.dtype == "bfloat16" else ""
     return f"{processes}{name}, base in {plan.dtype}{slow}"

@@ -9,6 +9,9 @@ from typing import Any
 MOST_LEVELS = 9  # that a table of a deep model has
 CLEARLY_WORSE = 1.2  # perplexity over that of level 0
 ANSWERS_KEPT = 0.8  # of level 0's tokens in short answers, at least
+OWN_ANSWER_KEPT = 0.5  # likewise of the answer that a level gives by itself: one wrong token at its start makes it another
+# More than chance on little text: how much higher than before the training.
+HARM = {"kl": 1.1, "perplexity": 1.02}
 
 # Names of rows: what people read in their place, and how the number is written.
 COLUMNS = {
@@ -20,6 +23,7 @@ COLUMNS = {
     "before_kl": ("before", "{:.4f}"),
     "answers": ("short answers", "{:.0%}"),
     "answers_kl": ("KL on them", "{:.4f}"),
+    "own_answer": ("own answer", "{:.0%}"),
     "bytes_1k": ("cache at 1k tokens", "KiB"),
     "bytes_32k": ("at 32k tokens", "KiB"),
 }
@@ -31,6 +35,7 @@ LONG_HEADINGS = {
     "before_kl": "KL before this training",
     "answers": "same tokens in short answers",
     "answers_kl": "KL on short answers",
+    "own_answer": "same tokens in its own answer",
     "bytes_32k": "cache at 32k tokens",
 }
 
@@ -55,6 +60,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def written(value: float, form: str) -> str:
     """A number as a table has it; of a perplexity of thousands and more, no digits behind the point."""
+    if form == "KiB" and value >= 100 << 20:
+        return f"{value / (1 << 20):,.0f} MiB"
     if form == "KiB":
         return f"{value / 1024:,.0f} KiB"
     return form.format(value) if abs(value) < 10_000 else f"{value:.3g}"
@@ -83,8 +90,9 @@ def _in_card(name: str, value: float) -> str:
 def warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What a user must know of levels that are worse than they should be, a line for each kind; none if all is well.
 
-    A level is worse than it should be if the layer as it was before training does better, if its perplexity is more than 1.2 times that
-    of level 0, or if it picks fewer than 80 % of level 0's tokens in short answers. Numbers that are not finite count as worse.
+    A level is worse than it should be if the layer as it was before training does better (by a tenth in KL, or 2 % in perplexity), if its
+    perplexity is more than 1.2 times that of level 0, or if short chats go wrong: it picks fewer than 80 % of level 0's tokens, or its own
+    answer to the first question shares less than half of its tokens with level 0's. Numbers that are not finite count as worse.
     """
     above = [row for row in rows if row["level"]]
     base = next((row["perplexity"] for row in rows if not row["level"]), None)
@@ -93,7 +101,7 @@ def warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         return [row["level"] for row in above if worse(row)]
 
     def harmed(row: Mapping[str, Any], before: str) -> bool:
-        pairs = [(row[name], row[f"{before}_{name}"]) for name in ("kl", "perplexity") if f"{before}_{name}" in row]
+        pairs = [(row[name], factor * row[f"{before}_{name}"]) for name, factor in HARM.items() if f"{before}_{name}" in row]
         return any(not value <= reference for value, reference in pairs)
 
     lines = []
@@ -108,10 +116,11 @@ def warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{_named(found)} clearly worse than level 0 (perplexity over {CLEARLY_WORSE} times as high): train on more tokens (--tokens), "
             "or stay below"
         )
-    if found := levels(lambda row: "answers" in row and not row["answers"] >= ANSWERS_KEPT):
+    limits = {"answers": ANSWERS_KEPT, "own_answer": OWN_ANSWER_KEPT}
+    if found := levels(lambda row: any(name in row and not row[name] >= least for name, least in limits.items())):
         lines.append(
-            f"{_named(found)} wrong in short chats (fewer than {ANSWERS_KEPT:.0%} of level 0's tokens): chats among the training text "
-            "(--data) and more tokens help"
+            f"{_named(found)} wrong in short chats (too few of level 0's tokens, or another answer): chats in the text (--data) and "
+            "more tokens help"
         )
     return lines
 
