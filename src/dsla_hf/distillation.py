@@ -630,7 +630,7 @@ def distill(
     """Stage 1, ranking of the layers, stage 2: an adapter whose every level is trained, saved in `args.output_dir`.
 
     Interrupted runs go on where they were: finished parts are read back, the unfinished one resumes from its last
-    whole checkpoint, and a line on stderr says from where. The adapter is saved at the highest level that was trained.
+    whole checkpoint, and a line on stderr says from where. The model is then at the highest level that was trained, and saved so.
 
     Args:
         model: `get_peft_model(base, DSLAConfig(...))`.
@@ -673,6 +673,7 @@ def distill(
         if ranking_file.exists():
             ranking = LayerRanking.from_dict(json.loads(ranking_file.read_text()))
         else:
+            say(f"ranking the layers on {len(ranking_data)} batches")
             ranking = rank_layers(model, ranking_data, metric=ranking_metric)
             if args.process_index == 0:
                 with told_of_full_disk(output):
@@ -683,13 +684,11 @@ def distill(
     elif logits_steps:
         _run_chain(model, train_dataset, args, output / "logits", logits_steps, trainer_options)
     weights = {"state_dict": whole_adapter(model)} if is_sharded(model) else {}
-    level, config.level = config.level, highest_trained(model, args, method)
-    try:
-        if args.process_index == 0:
-            with told_of_full_disk(output):
-                model.save_pretrained(str(output), **weights)
-    finally:
-        config.level = level
+    if alignment_steps or logits_steps:
+        tuner.set_level(highest_trained(model, args, method))
+    if args.process_index == 0:
+        with told_of_full_disk(output):
+            model.save_pretrained(str(output), **weights)
     PartialState().wait_for_everyone()  # the adapter is there when any process returns
     return ranking
 

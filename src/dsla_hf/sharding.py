@@ -75,7 +75,6 @@ def initial_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-@torch.no_grad()
 def adapter_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Any:
     """Within it the adapter has `weights`, whole and by name as `initial_weights` gives them; afterwards its own, bit for bit.
 
@@ -88,13 +87,15 @@ def adapter_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Any:
         raise ValueError(f"these are not the weights of this adapter: {different[0]} is on one side only")
     kept = {name: _local(p).to("cpu", copy=True) for name, p in own.items()}
     try:
-        for name, p in own.items():
-            p.copy_(cut_like(weights[name].to(p.device, p.dtype), p))
+        with torch.no_grad():
+            for name, p in own.items():
+                p.copy_(cut_like(weights[name].to(p.device, p.dtype), p))
         yield
     finally:
         _cut_again(model)
-        for name, p in own.items():
-            _local(p).copy_(kept[name])
+        with torch.no_grad():
+            for name, p in own.items():
+                _local(p).copy_(kept[name])
 
 
 def _local(tensor: Tensor) -> Tensor:
