@@ -297,15 +297,12 @@ def interrupted(*arguments):
 def test_interrupt_says_what_is_kept_and_a_resumed_run_where_it_begins(base, finished, tmp_path, interrupt, monkeypatch, capsys):
     arguments = command(base, tmp_path / "out", "--learning_rate", "1e-2")
     interrupt("alignment", 1)
-    assert interrupted(*arguments) == "interrupted before the first checkpoint: nothing is kept, and the same command begins anew"
+    assert interrupted(*arguments) == "there was no checkpoint yet, so nothing is kept"
     monkeypatch.undo()
     interrupt("logits", 3)
     checkpoint = tmp_path / "out" / "logits" / "checkpoint-2"
     line = interrupted(*arguments)
-    assert line == (
-        f"interrupted; alignment is finished; the last checkpoint is step 2 of 4 of logits ({checkpoint}). "
-        "The same command goes on from there"
-    )
+    assert line == f"alignment is finished; the last checkpoint is step 2 of 4 of logits ({checkpoint})"
     monkeypatch.undo()
     damaged = shutil.copytree(checkpoint, checkpoint.with_name("checkpoint-3"))
     weights = damaged / "adapter_model.safetensors"
@@ -364,7 +361,7 @@ def test_full_disk_is_one_line_and_the_run_can_go_on(where, base, tmp_path, monk
 
         monkeypatch.setattr(DSLATrainer, "save_model", full)
     else:
-        write, name = Path.write_text, {"settings": "distill.json.partial", "result": "levels.json.partial"}[where]
+        write, name = Path.write_bytes, {"settings": ".distill.json.partial", "result": ".levels.json.partial"}[where]
 
         def full(self, text, *args, **options):
             if self.name == name:
@@ -372,7 +369,7 @@ def test_full_disk_is_one_line_and_the_run_can_go_on(where, base, tmp_path, monk
                 raise OSError(errno.ENOSPC, "No space left on device", str(self))
             return write(self, text, *args, **options)
 
-        monkeypatch.setattr(Path, "write_text", full)
+        monkeypatch.setattr(Path, "write_bytes", full)
     assert main(["distill", *command(base, output)]) == 1
     _, error = capsys.readouterr()
     line = error.splitlines()[-1]
@@ -412,7 +409,7 @@ def test_library_measures_nothing_by_itself(tiny_model, adapter_model, tmp_path,
     args = DSLATrainingArguments(output_dir=str(tmp_path), **options)
     assert distillation.distill(model, data, args, alignment_steps=1, logits_steps=1) is None
     config = DSLAConfig.from_pretrained(tmp_path)
-    assert config.level == 4 and config.level_metrics is None and model.get_level() == 1
+    assert config.level == 4 and config.level_metrics is None and model.get_level() == 4
     assert capsys.readouterr().out == ""
     with pytest.raises(ValueError, match="beyond the window"):
         distillation.distill(model, [{"input_ids": torch.arange(12)}], args, alignment_steps=1, logits_steps=1)
