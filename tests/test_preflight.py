@@ -214,3 +214,10 @@ def test_shapes_of_bench_are_those_that_it_knows():
     from dsla_hf.bench import PRESETS
 
     assert set(SHAPES) == set(PRESETS)
+
+
+def test_order_and_distill_name_the_same_formats():
+    from dsla_cli.options import SOURCES
+    from dsla_hf import corpus
+
+    assert SOURCES == corpus.SOURCES

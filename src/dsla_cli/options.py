@@ -7,6 +7,11 @@ import textwrap
 from typing import Any
 
 LEVEL = "how many layers are DSLA: a number, or a share of the model's layers such as 50%%"
+# As `dsla_hf.corpus.SOURCES` has it, which imports more.
+SOURCES = (
+    "files (.txt with documents separated by NUL, .jsonl, either also as .xz; .json, .parquet, .csv) or names of hub datasets, "
+    "'name:configuration'"
+)
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 

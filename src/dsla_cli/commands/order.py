@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from .. import preflight
-from ..options import add_checkpoint, add_command, positive
+from ..options import SOURCES, add_checkpoint, add_command, positive
 
 GOES_ON = False
 
@@ -22,7 +22,7 @@ def add_to(commands: Any, name: str) -> None:
     )
     add_checkpoint(parser, "original model", adapter_required=True)
     measuring = parser.add_argument_group("measurement")
-    measuring.add_argument("--data", nargs="+", required=True, metavar="FILE", help=".txt (documents separated by NUL), .jsonl, or .xz")
+    measuring.add_argument("--data", nargs="+", required=True, metavar="SOURCE", help=f"text: {SOURCES}")
     measuring.add_argument(
         "--metric",
         choices=["kl", "greedy", "entropy"],
