@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging
 
 from dsla_hf import DSLAConfig
-from dsla_hf.architectures import ARCHITECTURES, head_dim_of, rotary_of
+from dsla_hf.models.architectures import ARCHITECTURES, head_dim_of, rotary_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 SIZES = {

@@ -40,10 +40,11 @@ from released_layer import RELEASED_LAYER, become_released_layer
 from reporting import RESULTS, write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dsla_hf import DSLAConfig, DualStateAttention, losses, set_level
-from dsla_hf.adapter import DSLALayer, dsla_layers
-from dsla_hf.data import PackedTokens, read_texts
-from dsla_hf.distillation import DSLATrainingArguments, distill
+from dsla_hf import DSLAConfig, DualStateAttention, set_level
+from dsla_hf.models.adapter import DSLALayer, dsla_layers
+from dsla_hf.training import losses
+from dsla_hf.training.data import PackedTokens, read_texts
+from dsla_hf.training.trainer import DSLATrainingArguments, distill
 from dsla_kernels import kernel_path
 
 LENGTH, BATCH, LEVELS = 2048, 8, (4, 8, 12, 16)

@@ -30,9 +30,9 @@ from reporting import RESULTS, fill_page, markdown_table, write_results
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from dsla_hf.bench import Case, Runner, measure_largest, measured, networks, random_model, ready
-from dsla_hf.costs import copy_bandwidth, matmul_rate
-from dsla_hf.plots import mark_measured, mark_plain
+from dsla_hf.core.plots import mark_measured, mark_plain
+from dsla_hf.inference.bench.costs import copy_bandwidth, matmul_rate
+from dsla_hf.inference.bench.measure import Case, Runner, measure_largest, measured, networks, random_model, ready
 
 PARTS = ("token", "batch", "prefill", "largest", "growth", "baseline", "others", "profile")
 PAGE = Path(__file__).parent.parent / "docs" / "measured" / "inference.md"

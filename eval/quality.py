@@ -19,9 +19,9 @@ from typing import Any
 
 from reporting import RESULTS, write_results
 
-from dsla_hf import long_context
-from dsla_hf.evaluate_job import evaluate
-from dsla_hf.report import report
+from dsla_hf.evaluation.harness import evaluate
+from dsla_hf.evaluation.levels import long_context
+from dsla_hf.evaluation.report.page import report
 
 PARTS = ("own", "zero_shot", "wikitext")
 BASE = "base without adapter"

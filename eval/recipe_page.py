@@ -13,7 +13,7 @@ from typing import Any
 
 from reporting import RESULTS, fill_page, markdown_table
 
-from dsla_hf.plots import mark_plain
+from dsla_hf.core.plots import mark_plain
 
 PAGE = RESULTS / "recipe.md"
 SUMMARY_PAGE = Path(__file__).parent.parent / "docs" / "recipe.md"

@@ -31,10 +31,10 @@ from scale_plan import write_page
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 from dsla_hf import DSLAConfig
-from dsla_hf.adapter import dsla_layers
-from dsla_hf.batching import out_of_memory
-from dsla_hf.distillation import DSLATrainer, DSLATrainingArguments
-from dsla_hf.losses import alignment_loss
+from dsla_hf.inference.batching import out_of_memory
+from dsla_hf.models.adapter import dsla_layers
+from dsla_hf.training.losses import alignment_loss
+from dsla_hf.training.trainer import DSLATrainer, DSLATrainingArguments
 from dsla_kernels import kernel_path
 
 STAGES = ("alignment", "logits")

@@ -50,20 +50,20 @@ from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from dsla_hf import DSLAConfig
-from dsla_hf.bench import preset_config, random_model
-from dsla_hf.configuration import resolve_level
-from dsla_hf.fused_steps import LONG_PROMPT
-from dsla_hf.graph import CudaRecording
-from dsla_hf.plots import mark_measured, mark_plain
-from dsla_hf.policies import FixedLevel, Load, Policy
-from dsla_hf.serving.api import ApiOptions, build_app
+from dsla_hf.core.plots import mark_measured, mark_plain
+from dsla_hf.inference.bench.measure import preset_config, random_model
+from dsla_hf.inference.fusion import LONG_PROMPT
+from dsla_hf.inference.graph import CudaRecording
+from dsla_hf.levels.policies import FixedLevel, Load, Policy
+from dsla_hf.models.configuration import resolve_level
 from dsla_hf.serving.control import LevelControl
-from dsla_hf.serving.engine import Engine, EngineOptions
-from dsla_hf.serving.graphs import GraphRunner
-from dsla_hf.serving.replay import Outcome, ReplayOptions, percentile, replay, summarize, tokens_at_level
-from dsla_hf.serving.request import Event, Sampling
-from dsla_hf.serving.scheduler import QueueFull
-from dsla_hf.serving.trace import COLUMNS, TracedRequest, drawn_to_mix, read_trace, scaled
+from dsla_hf.serving.engine.engine import Engine, EngineOptions
+from dsla_hf.serving.engine.graphs import GraphRunner
+from dsla_hf.serving.engine.request import Event, Sampling
+from dsla_hf.serving.engine.scheduler import QueueFull
+from dsla_hf.serving.http.api import ApiOptions, build_app
+from dsla_hf.serving.replay.client import Outcome, ReplayOptions, percentile, replay, summarize, tokens_at_level
+from dsla_hf.serving.replay.trace import COLUMNS, TracedRequest, drawn_to_mix, read_trace, scaled
 
 PAGE = Path(__file__).parent.parent / "docs" / "measured" / "serving.md"
 SHAPES = ("llama2-7b", "llama3-8b", "tiny")

@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
 
 from dsla_hf import LevelProcessor, Stats, cache_bytes
-from dsla_hf.plots import mark_plain
+from dsla_hf.core.plots import mark_plain
 
 
 class Recorder(TextStreamer):

@@ -19,7 +19,8 @@ from pathlib import Path
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 
 from dsla_cli import main
-from dsla_hf import chats, distill_job  # noqa: F401, imported before the forks
+from dsla_hf.cli import distill as distill_job  # noqa: F401, imported before the forks
+from dsla_hf.training import chats
 
 chats.ANSWER_TOKENS, chats.SAMPLE_TOKENS = 4, 2  # the same code in less time
 

@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from dsla_hf import DSLAConfig, cache_bytes
-from dsla_hf.adapter import dsla_layers
-from dsla_hf.architectures import ARCHITECTURES, SHORT_WINDOW, SUPPORTED_BASES, projection, sliding_window_of
-from dsla_hf.cache import DSLACacheLayer
+from dsla_hf.core.cache import DSLACacheLayer
+from dsla_hf.models.adapter import dsla_layers
+from dsla_hf.models.architectures import ARCHITECTURES, SHORT_WINDOW, SUPPORTED_BASES, projection, sliding_window_of
 
 ORDER = [2, 0, 3, 1]
 

@@ -9,7 +9,7 @@ from packaging.version import Version
 from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache, StaticCache
 
-from dsla_hf.cache import DSLACacheLayer, StaticDSLACacheLayer, cache_bytes
+from dsla_hf.core.cache import DSLACacheLayer, StaticDSLACacheLayer, cache_bytes
 
 WINDOWS = [0, 8]
 KINDS = ["adapter", "hybrid", "load_adapter"]
@@ -211,7 +211,7 @@ def test_taking_back_more_than_was_recorded_is_refused(tiny_model, adapter_model
 @pytest.mark.parametrize("window_size", WINDOWS)
 @pytest.mark.parametrize("piece", [1, 60])
 def test_what_is_recorded_has_a_bound(tiny_model, adapter_model, monkeypatch, window_size, piece):
-    monkeypatch.setattr("dsla_hf.cache.RECORDED_TOKENS", 10)
+    monkeypatch.setattr("dsla_hf.core.cache.RECORDED_TOKENS", 10)
     model = adapter_model(tiny_model("llama"), window_size=window_size)
     ids = torch.randint(3, 97, (2, 61))
     mask = torch.ones_like(ids)

@@ -8,9 +8,9 @@ from torch.nn.functional import linear
 from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
 
 from dsla_hf import DualStateAttention
-from dsla_hf.adapter import AdapterLinear
-from dsla_hf.data import PackedTokens
-from dsla_hf.distillation import DSLATrainer, DSLATrainingArguments
+from dsla_hf.models.adapter import AdapterLinear
+from dsla_hf.training.data import PackedTokens
+from dsla_hf.training.trainer import DSLATrainer, DSLATrainingArguments
 
 IDS = torch.randint(3, 97, (2, 30), generator=torch.Generator().manual_seed(3))
 LOW = (torch.bfloat16, torch.float16)

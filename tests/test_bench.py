@@ -7,13 +7,13 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
-import dsla_hf.bench
+import dsla_hf.inference.bench.measure
 from dsla_cli import main
 from dsla_hf import DSLAConfig, cache_bytes
-from dsla_hf.bench import PRESETS, TRIED, Case, Results, Runner, bench, largest, measure_largest, preset_config
-from dsla_hf.costs import costs_of
-from dsla_hf.graph import GraphDecoder, PlainRecording
-from dsla_hf.measurements import read_measurements
+from dsla_hf.evaluation.report.measurements import read_measurements
+from dsla_hf.inference.bench.costs import costs_of
+from dsla_hf.inference.bench.measure import PRESETS, TRIED, Case, Results, Runner, bench, largest, measure_largest, preset_config
+from dsla_hf.inference.graph import GraphDecoder, PlainRecording
 
 
 @pytest.fixture
@@ -24,13 +24,13 @@ def checkpoint(tiny_model, tmp_path):
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_machine(monkeypatch):
-    monkeypatch.setattr(dsla_hf.bench, "copy_bandwidth", lambda device: 1e9)
-    monkeypatch.setattr(dsla_hf.bench, "matmul_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr(dsla_hf.inference.bench.measure, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(dsla_hf.inference.bench.measure, "matmul_rate", lambda device, dtype: 1e9)
 
 
 @pytest.fixture
 def graphs_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(dsla_hf.bench, "GraphDecoder", lambda model: GraphDecoder(model, record=PlainRecording))
+    monkeypatch.setattr(dsla_hf.inference.bench.measure, "GraphDecoder", lambda model: GraphDecoder(model, record=PlainRecording))
 
 
 def test_a_base_with_and_without_adapter_and_a_hybrid(adapter_model, checkpoint, tmp_path, graphs_without_a_gpu, capsys):
@@ -127,8 +127,8 @@ def test_the_largest_batch_is_measured(tiny_model, monkeypatch):
 
 
 def test_large_batches_of_states_alone_read_a_short_prompt_and_say_so(tiny_model, adapter_model, monkeypatch):
-    monkeypatch.setattr("dsla_hf.bench.MOST_PROMPT_TOKENS", 50)
-    monkeypatch.setattr("dsla_hf.bench.SHORT_PROMPT", 24)
+    monkeypatch.setattr("dsla_hf.inference.bench.measure.MOST_PROMPT_TOKENS", 50)
+    monkeypatch.setattr("dsla_hf.inference.bench.measure.SHORT_PROMPT", 24)
     model = adapter_model(tiny_model("llama"))
     read = {}
     for level, rows in ((4, 2), (4, 1), (3, 2)):

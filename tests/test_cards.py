@@ -9,8 +9,8 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from dsla_hf import DSLAConfig
-from dsla_hf.cards import adapter_card, hybrid_card
-from dsla_hf.configuration import FORMAT_VERSION
+from dsla_hf.models.cards import adapter_card, hybrid_card
+from dsla_hf.models.configuration import FORMAT_VERSION
 
 
 @pytest.fixture

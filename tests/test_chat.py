@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dsla_hf import DSLAConfig
-from dsla_hf.commands import generate
+from dsla_hf.cli.generate import generate
 
 WORDS = [f"w{i}" for i in range(60)]
 MARKS = ["<system>", "<user>", "<assistant>", "<end>", "<pad>", "<unk>"]

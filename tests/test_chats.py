@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from dsla_hf import chats
-from dsla_hf.chats import measure_answers
-from dsla_hf.quickstart import train_tokenizer
+from dsla_hf.cli.quickstart import train_tokenizer
+from dsla_hf.training import chats
+from dsla_hf.training.chats import measure_answers
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 

@@ -14,7 +14,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dsla_cli import main
-from dsla_hf import DSLAConfig, cache_bytes, quickstart
+from dsla_hf import DSLAConfig, cache_bytes
+from dsla_hf.cli import quickstart
 from dsla_kernels import kernel_path
 
 LAYERS, LENGTH, WINDOW = 2, 32, 8

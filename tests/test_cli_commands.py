@@ -18,11 +18,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dsla_cli import main, preflight
-from dsla_hf import DSLAConfig, commands, distill_job
-from dsla_hf.configuration import resolve_level
-from dsla_hf.distill_job import DistillOptions, parse_options
-from dsla_hf.distillation import DSLATrainingArguments
-from dsla_hf.quickstart import train_tokenizer
+from dsla_hf import DSLAConfig
+from dsla_hf.cli import distill as distill_job
+from dsla_hf.cli.distill import DistillOptions, parse_options
+from dsla_hf.cli.order import order
+from dsla_hf.cli.quickstart import train_tokenizer
+from dsla_hf.models.configuration import resolve_level
+from dsla_hf.training.trainer import DSLATrainingArguments
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS, ORDER, LEVEL = 4, [2, 0, 3, 1], 2
@@ -589,9 +591,9 @@ def test_interrupted_order_says_that_the_adapter_is_as_it_was(made, adapter, mon
     def interrupt(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dsla_hf.commands.rank_layers", interrupt)
+    monkeypatch.setattr("dsla_hf.cli.order.rank_layers", interrupt)
     with pytest.raises(KeyboardInterrupt, match=f"^{re.escape(str(adapter))} is as it was$"):
-        commands.order(made.base, str(adapter), [made.text], length=32, sequences=2)
+        order(made.base, str(adapter), [made.text], length=32, sequences=2)
     assert fingerprints(adapter) == before
 
 

@@ -7,7 +7,7 @@ import pytest
 from peft import PeftConfig
 
 from dsla_hf import DSLAConfig, DualStateAttention
-from dsla_hf.configuration import FORMAT_VERSION, check_order
+from dsla_hf.models.configuration import FORMAT_VERSION, check_order
 
 # What a complete conversion looks like in a hybrid's config.json.
 HYBRID = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from dsla_hf.decode_attention import attends_where_cached, over_prompt
+from dsla_hf.inference.decode_attention import attends_where_cached, over_prompt
 
 IDS = torch.randint(3, 90, (2, 21), generator=torch.Generator().manual_seed(0))
 

@@ -14,12 +14,16 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainerState, set_seed
 
 from dsla_cli import main
-from dsla_hf import DSLAConfig, chats, distill_job, distill_plan, distillation
-from dsla_hf.distill_job import parse_options
-from dsla_hf.distillation import DSLATrainer, DSLATrainingArguments
-from dsla_hf.evaluation import evaluate_levels
-from dsla_hf.measurements import read_measurements
-from dsla_hf.quickstart import train_tokenizer
+from dsla_hf import DSLAConfig
+from dsla_hf.cli import distill as distill_job
+from dsla_hf.cli import distill_plan
+from dsla_hf.cli.distill import parse_options
+from dsla_hf.cli.quickstart import train_tokenizer
+from dsla_hf.evaluation.levels import evaluate_levels
+from dsla_hf.evaluation.report.measurements import read_measurements
+from dsla_hf.training import chats
+from dsla_hf.training import trainer as distillation
+from dsla_hf.training.trainer import DSLATrainer, DSLATrainingArguments
 
 TEXT = " ".join(f"{number} green bottles hang on the wall, and if one of them should fall" for number in range(200, 0, -1))
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from dsla_hf import DSLAConfig
-from dsla_hf.quickstart import train_tokenizer
+from dsla_hf.cli.quickstart import train_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md")), REPOSITORY / "eval" / "results" / "recipe.md"]
@@ -18,7 +18,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # test_cli_commands.py, lm_eval in test_lm_eval.py, torchrun in test_tensor_parallel.py.
 COMMANDS = ("make", "pip install", "dsla ", "accelerate launch examples/distill.py", "python eval/", "git clone")
 COMMANDS += ("accelerate launch --config_file examples/configs/",)
-COMMANDS += ("python -m dsla_hf.lm_eval ", "lm_eval ", "torchrun --nproc-per-node 2 ")
+COMMANDS += ("python -m dsla_hf.evaluation.lm_eval ", "lm_eval ", "torchrun --nproc-per-node 2 ")
 
 
 def blocks(page, language):

@@ -8,12 +8,12 @@ import torch
 from peft import get_peft_model
 
 from dsla_hf import DSLAConfig, Load
-from dsla_hf.graph import CudaRecording, PlainRecording
-from dsla_hf.serving.engine import Draining, Engine, EngineOptions, ShedForMemory
-from dsla_hf.serving.graphs import piece_sizes
-from dsla_hf.serving.recent import RecentMean
-from dsla_hf.serving.request import Sampling
-from dsla_hf.serving.scheduler import QueueFull
+from dsla_hf.inference.graph import CudaRecording, PlainRecording
+from dsla_hf.serving.engine.engine import Draining, Engine, EngineOptions, ShedForMemory
+from dsla_hf.serving.engine.graphs import piece_sizes
+from dsla_hf.serving.engine.recent import RecentMean
+from dsla_hf.serving.engine.request import Sampling
+from dsla_hf.serving.engine.scheduler import QueueFull
 
 SMALL = EngineOptions(
     slots=4, block_size=4, chunk=8, kv_bytes=2**20, max_tokens=256, prompt_share=1.0, hold=0.0, busy_hold=0.0, cool_down=0.0
@@ -450,7 +450,7 @@ def test_listeners_are_told_while_the_next_token_is_computed(tuned, monkeypatch)
 @pytest.mark.parametrize("kernels", [False, True])
 def test_recorded_steps_give_the_same_texts(tuned, monkeypatch, request, kernels):
     """With the kernels a step reads keys and values in their blocks, and one recording serves texts of every length."""
-    monkeypatch.setattr("dsla_hf.serving.graphs.SMALLEST_PAST", 8)
+    monkeypatch.setattr("dsla_hf.serving.engine.graphs.SMALLEST_PAST", 8)
     if kernels:
         request.getfixturevalue("interpreted_kernels")
     level = [0]
@@ -478,7 +478,7 @@ def test_recorded_steps_give_the_same_texts(tuned, monkeypatch, request, kernels
 
 
 def test_prepared_steps_are_there_when_a_text_comes(tuned, monkeypatch):
-    monkeypatch.setattr("dsla_hf.serving.graphs.SMALLEST_PAST", 64)
+    monkeypatch.setattr("dsla_hf.serving.engine.graphs.SMALLEST_PAST", 64)
     engine = Engine(tuned, 2, SMALL, record=PlainRecording)
     engine.prepare([0, 1, 2])
     recordings = dict(engine.runner.recordings)
@@ -495,14 +495,14 @@ def test_prepared_steps_are_there_when_a_text_comes(tuned, monkeypatch):
 def in_blocks(monkeypatch):
     """Calls read keys and values in their blocks, in plain PyTorch: what is tested is what surrounds the kernels."""
     for name in ("can_attend_where_cached", "uses_triton"):
-        monkeypatch.setattr(f"dsla_hf.serving.runner.{name}", lambda *args: True)
+        monkeypatch.setattr(f"dsla_hf.serving.engine.runner.{name}", lambda *args: True)
 
 
 @pytest.mark.parametrize("chunk, places", [(8, {"first", "behind windows"}), (6, {"first", "behind windows", "anywhere"})])
 def test_recorded_pieces_read_prompts_of_any_length_anywhere(tuned, in_blocks, watched_recording, monkeypatch, chunk, places):
     """Windows have 8 tokens. Pieces full and padded, behind others, and in slots that have had another text; some texts run."""
-    monkeypatch.setattr("dsla_hf.serving.graphs.SMALLEST_PIECE", 1)
-    monkeypatch.setattr("dsla_hf.serving.graphs.FINE_PIECES", 4)
+    monkeypatch.setattr("dsla_hf.serving.engine.graphs.SMALLEST_PIECE", 1)
+    monkeypatch.setattr("dsla_hf.serving.engine.graphs.FINE_PIECES", 4)
     engine = Engine(tuned, 2, options(chunk=chunk), record=watched_recording)
     engine.prepare([2])
     pieces = dict(engine.runner.pieces)
@@ -519,7 +519,7 @@ def test_recorded_pieces_read_prompts_of_any_length_anywhere(tuned, in_blocks, w
 
 def test_a_piece_can_be_recorded_while_texts_run(tuned, in_blocks, monkeypatch):
     """The call before the recording reads no token and changes nothing, neither where a text begins nor where it goes on."""
-    monkeypatch.setattr("dsla_hf.serving.graphs.SMALLEST_PIECE", 4)
+    monkeypatch.setattr("dsla_hf.serving.engine.graphs.SMALLEST_PIECE", 4)
     engine = Engine(tuned, 4, options(chunk=4), record=PlainRecording)
     read = engine.runner.prefill
 
@@ -562,7 +562,7 @@ def test_graphs_serve_texts_that_come_go_and_are_raised(tiny_model, adapter_mode
 
 def test_texts_of_like_length_are_raised_together(tuned, monkeypatch):
     """Texts in mid-generation, one whose prompt is read in part and one that is not begun: few folds, and each text stays its own."""
-    monkeypatch.setattr("dsla_hf.serving.engine.FOLDED_AT_ONCE", 60)
+    monkeypatch.setattr("dsla_hf.serving.engine.engine.FOLDED_AT_ONCE", 60)
     level, folds = [0], []
     engine = Engine(tuned, lambda stats: level[0], options(slots=8, chunk=20))
     fold = engine.memory.fold
@@ -597,7 +597,7 @@ def test_folds_that_are_rehearsed_are_such_as_come(tuned, monkeypatch, caplog):
     """Several texts together, or a long one that the pool can hold; without memory for it the server begins all the same."""
     engine = Engine(tuned, "load", options(kv_bytes=4 * 100 * 128))  # a hundred blocks
     folded, fold = [], engine.memory._fold
-    monkeypatch.setattr("dsla_hf.serving.slots.FOLDED_AT_ONCE", 130)
+    monkeypatch.setattr("dsla_hf.serving.engine.slots.FOLDED_AT_ONCE", 130)
 
     def watched(layers, slots, tokens):
         if len(tokens) == 1 and tokens[0] > 150:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsla_hf.policies import FixedLevel
-from dsla_hf.serving.engine import Engine, EngineOptions
-from dsla_hf.serving.trace import PAPER_MIX, TracedRequest, read_trace
+from dsla_hf.levels.policies import FixedLevel
+from dsla_hf.serving.engine.engine import Engine, EngineOptions
+from dsla_hf.serving.replay.trace import PAPER_MIX, TracedRequest, read_trace
 
 EVAL = Path(__file__).resolve().parents[1] / "eval"
 

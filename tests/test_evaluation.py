@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dsla_hf import cache_bytes
-from dsla_hf.evaluation import cache_bytes_per_sequence, evaluate_levels
-from dsla_hf.sharding import adapter_weights, initial_weights
+from dsla_hf.evaluation.levels import cache_bytes_per_sequence, evaluate_levels
+from dsla_hf.training.sharding import adapter_weights, initial_weights
 
 
 def token_ids(batch=2, tokens=37):

@@ -12,8 +12,8 @@ from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from dsla_hf import DSLAConfig
-from dsla_hf.adapter import DSLALayer
-from dsla_hf.fingerprint import DIRECTIONS, _figures, distance, fingerprint_of, same_base
+from dsla_hf.models.adapter import DSLALayer
+from dsla_hf.models.fingerprint import DIRECTIONS, _figures, distance, fingerprint_of, same_base
 
 IDS = torch.randint(3, 97, (1, 29), generator=torch.Generator().manual_seed(0))
 NF4 = torch.tensor(

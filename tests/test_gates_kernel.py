@@ -14,7 +14,7 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1 for Triton's interpreter", allow_module_level=True)
 pytest.importorskip("triton")
 
-from dsla_hf.attention import NORM_EPS, DualStateAttention  # noqa: E402 (after the choice of how kernels run)
+from dsla_hf.core.attention import NORM_EPS, DualStateAttention  # noqa: E402 (after the choice of how kernels run)
 from dsla_kernels import dispatch, gates, reference  # noqa: E402
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")

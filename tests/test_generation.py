@@ -7,7 +7,7 @@ from packaging.version import Version
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
 
 from dsla_hf import CacheMemory, FixedLevel, LevelProcessor, PromptLength, Stats, cache_bytes, lower_level
-from dsla_hf.cache import DSLACacheLayer
+from dsla_hf.core.cache import DSLACacheLayer
 
 VOCABULARY = 97
 OLD_TRANSFORMERS = Version(transformers.__version__) < Version("5.23")

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import DynamicCache, LogitsProcessor, StaticCache, StoppingCriteria
 
-import dsla_hf.decode_attention
-import dsla_hf.graph
+import dsla_hf.inference.decode_attention
+import dsla_hf.inference.graph
 from dsla_hf import LevelProcessor, cache_bytes
-from dsla_hf.cache import DSLACacheLayer, StaticDSLACacheLayer, VisibleStaticLayer
-from dsla_hf.graph import GraphDecoder, PlainRecording
+from dsla_hf.core.cache import DSLACacheLayer, StaticDSLACacheLayer, VisibleStaticLayer
+from dsla_hf.inference.graph import GraphDecoder, PlainRecording
 
 IDS = torch.tensor([[5, 17, 31, 44, 9, 60, 61, 62, 3, 8, 12, 77], [9, 60, 5, 17, 31, 5, 60, 61, 62, 5, 17, 31]])
 MASK = torch.ones_like(IDS)
@@ -57,7 +57,7 @@ def recorder():
 
 @pytest.fixture(autouse=True)
 def small_views(monkeypatch):
-    monkeypatch.setattr(dsla_hf.graph, "SMALLEST_VIEW", 16)
+    monkeypatch.setattr(dsla_hf.inference.graph, "SMALLEST_VIEW", 16)
 
 
 @pytest.mark.parametrize("window_size", [0, 8])
@@ -171,8 +171,10 @@ def test_softmax_layers_read_the_cache_as_far_as_it_is_filled(
     model.set_level(1)
     decoder = recorder.decoder_of(model, max_length=40)
     calls = []
-    kernel = dsla_hf.decode_attention.softmax_decode
-    monkeypatch.setattr(dsla_hf.decode_attention, "softmax_decode", lambda *args, **kwargs: (calls.append(1), kernel(*args, **kwargs))[1])
+    kernel = dsla_hf.inference.decode_attention.softmax_decode
+    monkeypatch.setattr(
+        dsla_hf.inference.decode_attention, "softmax_decode", lambda *args, **kwargs: (calls.append(1), kernel(*args, **kwargs))[1]
+    )
     assert torch.equal(decoder.generate(**options, level_policy=after_six_tokens), expected)
     assert recorder.recorded == 2 and calls
     assert model.get_base_model().config._attn_implementation == "sdpa"  # as it was
@@ -239,7 +241,7 @@ def test_a_prompt_is_read_in_chunks(tiny_model, adapter_model, recorder):
 def test_where_graphs_cannot_run_generate_does_and_says_why(tiny_model, adapter_model, caplog, monkeypatch):
     model = adapter_model(tiny_model("llama"), level=2)
     said = []
-    monkeypatch.setattr(dsla_hf.graph.logger, "warning_once", said.append)
+    monkeypatch.setattr(dsla_hf.inference.graph.logger, "warning_once", said.append)
     found = GraphDecoder(model).generate(IDS, max_new_tokens=5, do_sample=False)
     assert torch.equal(found, model.generate(IDS, max_new_tokens=5, do_sample=False))
     assert said == ["no CUDA graphs: CUDA graphs need a CUDA device, and this model is on cpu. generate() runs as usual"]
@@ -252,7 +254,7 @@ def test_a_step_that_cannot_be_captured_runs_as_it_is(tiny_model, monkeypatch):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     said = []
-    monkeypatch.setattr(dsla_hf.graph.logger, "warning_once", said.append)
+    monkeypatch.setattr(dsla_hf.inference.graph.logger, "warning_once", said.append)
     model = tiny_model("llama")
     found = GraphDecoder(model, record=refuse).generate(IDS, max_new_tokens=20, do_sample=False)
     assert torch.equal(found, model.generate(IDS, max_new_tokens=20, do_sample=False))

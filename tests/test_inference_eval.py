@@ -8,7 +8,7 @@ import pytest
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
-import dsla_hf.bench
+import dsla_hf.inference.bench.measure
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))
 
@@ -18,7 +18,7 @@ import inference
 @pytest.fixture
 def checkpoint(tiny_model, tmp_path, monkeypatch):
     tiny_model("llama").save_pretrained(tmp_path / "base")
-    for module in (inference, dsla_hf.bench):
+    for module in (inference, dsla_hf.inference.bench.measure):
         monkeypatch.setattr(module, "copy_bandwidth", lambda device: 1e9)
         monkeypatch.setattr(module, "matmul_rate", lambda device, dtype: 1e9)
     return str(tmp_path / "base")
@@ -85,8 +85,8 @@ def test_the_profile_adds_up(checkpoint, monkeypatch):
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(checkpoint), dsla_hf.DSLAConfig(task_type="CAUSAL_LM", window_size=8, level=2)
     ).eval()
-    runner = dsla_hf.bench.Runner(dsla_hf.bench.ready(model, model.device))
-    monkeypatch.setattr(inference, "Case", lambda engine, *rest: dsla_hf.bench.Case("eager", *rest))
+    runner = dsla_hf.inference.bench.measure.Runner(dsla_hf.inference.bench.measure.ready(model, model.device))
+    monkeypatch.setattr(inference, "Case", lambda engine, *rest: dsla_hf.inference.bench.measure.Case("eager", *rest))
     found = inference.profile(runner, 1e9, length=20)
     assert found["ms_nothing_runs"] + sum(found["ms_by_kind"].values()) == pytest.approx(found["ms_per_token"])
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsla_hf.interrupts import on_interrupt
+from dsla_hf.core.interrupts import on_interrupt
 
 
 class Terminated(KeyboardInterrupt):

@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-from dsla_hf.attention import DualState, DualStateAttention, clone_state
+from dsla_hf.core.attention import DualState, DualStateAttention, clone_state
 from dsla_kernels import dispatch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

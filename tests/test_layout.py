@@ -5,8 +5,8 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import create_causal_mask
 
-from dsla_hf.before_layers import install_layout_hook, remove_layout_hook
-from dsla_hf.layout import TokenLayout, read_layout
+from dsla_hf.core.layout import TokenLayout, read_layout
+from dsla_hf.models.before_layers import install_layout_hook, remove_layout_hook
 
 
 def left_padded(tokens=9):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from dsla_hf.level_table import measured_levels, table, warnings
+from dsla_hf.levels.table import measured_levels, table, warnings
 
 
 @pytest.mark.parametrize("highest", range(130))

@@ -16,17 +16,19 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dsla_cli import main
-from dsla_hf import DSLAConfig, evaluate_job, long_context
-from dsla_hf.evaluate_job import evaluate, table
-from dsla_hf.quickstart import train_tokenizer
+from dsla_hf import DSLAConfig
+from dsla_hf.cli.quickstart import train_tokenizer
+from dsla_hf.evaluation.harness import evaluate, table
+from dsla_hf.evaluation.levels import harness as evaluate_job
+from dsla_hf.evaluation.levels import long_context
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'dsla-hf[eval]'")
 import lm_eval.tasks
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from dsla_hf.lm_eval import DSLALM
-from dsla_hf.lm_eval import main as harness_main
+from dsla_hf.evaluation.lm_eval import DSLALM
+from dsla_hf.evaluation.lm_eval import main as harness_main
 
 LAYERS, ORDER, LEVEL = 4, [2, 0, 3, 1], 2
 TEXT = " ".join(f"{number} green bottles hang on the wall, and if one of them should fall" for number in range(100, 0, -1))
@@ -184,15 +186,18 @@ print(json.dumps(found["results"]["bottles_text"]))
 
 
 def command(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["dsla_hf.lm_eval", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["dsla_hf.evaluation.lm_eval", *map(str, arguments)])
     return harness_main()
 
 
 def test_module_is_the_command_of_the_harness(made, at_level, monkeypatch, capsys):
     arguments = ["--model", "dsla", "--model_args", f"pretrained={made.base},peft={made.adapter},level=50%", "--tasks", "bottles_text"]
     monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments, "--include_path", made.tasks, "--batch_size", "4", "--device", "cpu"])
-    with pytest.warns(RuntimeWarning, match="dsla_hf.lm_eval"), pytest.raises(SystemExit) as caught:  # it is imported here already
-        runpy.run_module("dsla_hf.lm_eval", run_name="__main__")
+    with (
+        pytest.warns(RuntimeWarning, match="dsla_hf.evaluation.lm_eval"),
+        pytest.raises(SystemExit) as caught,
+    ):  # it is imported here already
+        runpy.run_module("dsla_hf.evaluation.lm_eval", run_name="__main__")
     output = capsys.readouterr().out
     assert caught.value.code == 0
     assert f"{at_level['50%'][0]['bottles_text']['byte_perplexity,none']:.4f}".rstrip("0") in output
@@ -227,7 +232,7 @@ def test_model_args_that_do_not_fit(model_args, words, made, monkeypatch, capsys
     ]
     assert command(monkeypatch, *arguments) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("dsla_hf.lm_eval: ") and all(word in error for word in words), error
+    assert error.startswith("dsla_hf.evaluation.lm_eval: ") and all(word in error for word in words), error
 
 
 @pytest.mark.parametrize("level", [[0, 4], (0, 4), "0,4"])
@@ -477,11 +482,11 @@ def test_without_lm_eval(made, tmp_path, monkeypatch, capsys):
     """Its tasks say how to install it; the library's own do without."""
     for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "dsla_hf.lm_eval")
+    monkeypatch.delitem(sys.modules, "dsla_hf.evaluation.lm_eval")
     refusal(capsys, options(made, tmp_path), "lm-eval is not installed: pip install 'dsla-hf[eval]'")
     assert main(options(made, tmp_path, "--tasks", "far_bigrams")) == 0
     with pytest.raises(SystemExit, match="pip install 'dsla-hf\\[eval\\]'"):
-        runpy.run_module("dsla_hf.lm_eval", run_name="__main__")
+        runpy.run_module("dsla_hf.evaluation.lm_eval", run_name="__main__")
 
 
 @pytest.mark.parametrize("batch_size", ["0", "-3", "many"])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dsla_hf.losses import TOKENS_PER_CHUNK, alignment_loss, half_life_gap_loss, kl_loss
+from dsla_hf.training.losses import TOKENS_PER_CHUNK, alignment_loss, half_life_gap_loss, kl_loss
 
 VOCABULARY = 13
 # One chunk or less, exactly one, one and a bit, several; in one row and in several.

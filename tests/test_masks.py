@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import create_masks_for_generate
 
-from dsla_hf.masks import read_mask
+from dsla_hf.core.masks import read_mask
 
 SEGMENTS = ([12, 20], [5, 27], [32], [16, 9, 7])  # tokens of the texts of each row
 

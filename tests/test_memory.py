@@ -10,10 +10,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainingArguments
 
-from dsla_hf import distillation
-from dsla_hf.distillation import DSLATrainer, DSLATrainingArguments
-from dsla_hf.losses import kl_sums
-from dsla_hf.modeling import decoder_layers
+from dsla_hf.models.hybrid import decoder_layers
+from dsla_hf.training import trainer as distillation
+from dsla_hf.training.losses import kl_sums
+from dsla_hf.training.trainer import DSLATrainer, DSLATrainingArguments
 
 STAGES = ("alignment", "logits")
 NAMES = {field.name for field in fields(TrainingArguments)}
@@ -97,7 +97,7 @@ def losses(trainer):
 
 @pytest.mark.parametrize("reuse, gradients", [(False, 1), (True, 0)])
 def test_kl_holds_a_gradient_and_one_chunk_beside_the_logits(reuse, gradients, monkeypatch):
-    monkeypatch.setattr("dsla_hf.losses.TOKENS_PER_CHUNK", 64)
+    monkeypatch.setattr("dsla_hf.training.losses.TOKENS_PER_CHUNK", 64)
     student, teacher = (torch.randn(4, 1024, 50, requires_grad=name == 0) for name in range(2))
     with PeakBytes(student, teacher) as peak:
         total, count = kl_sums(student, teacher, reuse_teacher=reuse)

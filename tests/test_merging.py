@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dsla_hf import DSLAConfig
-from dsla_hf.modeling import hybrid_classes
+from dsla_hf.models.hybrid import hybrid_classes
 
 IDS = torch.randint(2, 97, (2, 30), generator=torch.Generator().manual_seed(0))
 

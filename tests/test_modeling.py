@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 
 import dsla_hf
 from dsla_hf import DSLAConfig, DSLAForCausalLM, DSLAHybridConfig, DualStateAttention
-from dsla_hf.attention import half_life_to_logit
-from dsla_hf.configuration import FORMAT_VERSION
-from dsla_hf.modeling import decoder_layers, hybrid_classes
+from dsla_hf.core.attention import half_life_to_logit
+from dsla_hf.models.configuration import FORMAT_VERSION
+from dsla_hf.models.hybrid import decoder_layers, hybrid_classes
 
 CONVERTED = [2, 0]  # of four layers
 
@@ -226,7 +226,7 @@ for kind in ("llama", "phi3", "qwen3", "qwen3_moe"):
 assert "dsla_hf" not in sys.modules
 for kind in ("llama", "phi3", "qwen3", "qwen3_moe"):
     model = AutoModelForCausalLM.from_pretrained(kind + source, trust_remote_code=True).eval()
-    assert type(model).__module__ == "dsla_hf.modeling", type(model)
+    assert type(model).__module__ == "dsla_hf.models.hybrid", type(model)
     with torch.no_grad():
         assert torch.equal(model(torch.load(f"{kind}.ids")).logits, torch.load(f"{kind}.logits")), kind
     model.save_pretrained(kind + target)
@@ -312,7 +312,7 @@ def test_unsupported_base_has_no_hybrid_class():
     with pytest.raises(ValueError, match=r"'gpt2'.*llama.*qwen3"):
         hybrid_classes("gpt2")
     with pytest.raises(AttributeError, match="DSLAGPT2LMHeadModel"):
-        dsla_hf.modeling.DSLAGPT2LMHeadModel  # noqa: B018
+        dsla_hf.models.hybrid.DSLAGPT2LMHeadModel  # noqa: B018
 
 
 # --- inside transformers ----------------------------------------------------------------------------------------

@@ -1,12 +1,10 @@
 """What a user gets by installing: imports from anywhere, type hints, and modules whose imports point one way."""
 
-import ast
 import os
 import re
 import subprocess
 import sys
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,38 +14,6 @@ import dsla_kernels
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HF_FOLDER, KERNELS_FOLDER = (Path(package.__file__).parent for package in (dsla_hf, dsla_kernels))
-
-# A module imports modules of lower ranks, or of its own rank; modules not listed are applications of the library.
-RANKS = {
-    "compat": 0,
-    "peft_type": 0,
-    "tensor_parallel": 0,
-    "masks": 0,
-    "layout": 0,
-    "architectures": 0,
-    "attention": 0,
-    "sharding": 1,
-    "quantised": 1,
-    "cache": 1,
-    "before_layers": 2,
-    "fingerprint": 2,
-    "head_sharding": 1,
-    "configuration": 1,
-    "cards": 2,
-    "policies": 2,
-    "generation": 3,
-    "saving": 3,
-    "modeling": 4,
-    "adapter": 5,
-    "sensitivity": 6,
-    "distillation": 6,
-    "serving": 7,
-    "files": 0,
-    "level_table": 0,
-    "interrupts": 0,
-    "loading": 3,
-}
-APPLICATION_RANK = 6
 
 
 def run_python(code, **options):
@@ -62,39 +28,6 @@ def run_python(code, **options):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def sources(folder):
-    return {path.relative_to(folder).with_suffix("").parts: ast.parse(path.read_text()) for path in sorted(folder.rglob("*.py"))}
-
-
-def absolute_imports(tree, package):
-    """Dotted names of everything `tree` imports, in functions too; `package` is what relative imports start from."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parent = package[: len(package) - node.level + 1] if node.level else ()
-            stem = ".".join([*parent, *([node.module] if node.module else [])])
-            yield from (f"{stem}.{alias.name}" for alias in node.names)
-
-
-def own_imports():
-    """Module of dsla_hf -> (modules of dsla_hf it imports, top-level names of other packages it imports)."""
-    found: dict[str, tuple[set[str], set[str]]] = {}
-    for parts, tree in sources(HF_FOLDER).items():
-        own, others = found.setdefault(parts[0], (set(), set()))
-        for name in absolute_imports(tree, ("dsla_hf", *parts[:-1])):
-            top, *rest = name.split(".")
-            if top != "dsla_hf":
-                others.add(top)
-            elif rest and find_spec(f"dsla_hf.{rest[0]}"):
-                own.add(rest[0])
-            else:
-                own.add("__init__")
-    for module, (own, _) in found.items():
-        own.discard(module)
-    return found
 
 
 # --- imports ----------------------------------------------------------------------------------------------------
@@ -161,7 +94,7 @@ assert set(dsla_hf.__all__) <= set(dir(dsla_hf))
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
-from dsla_hf.saving import push_folder
+from dsla_hf.models.saving import push_folder
 
 sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "eos_token_id": None}
 def base():
@@ -229,55 +162,3 @@ def test_public_names_are_sorted_and_exist():
         missing = [name for name in package.__all__ if not hasattr(package, name)]
         assert not missing, f"{package.__name__}.__all__ names {missing}"
         assert len(set(package.__all__)) == len(package.__all__)
-
-
-# --- arrows between modules -------------------------------------------------------------------------------------
-
-
-def test_the_import_reader_sees_every_kind_of_import():
-    tree = ast.parse("import a.b\nfrom . import c\nfrom .d import e\ndef f():\n    from ..g import h\nfrom i import j")
-    assert set(absolute_imports(tree, ("p", "q"))) == {"a.b", "p.q.c", "p.q.d.e", "p.g.h", "i.j"}
-
-
-def test_modules_import_in_one_direction():
-    imports = own_imports()
-    missing = {"attention", "layout", "cache", "configuration", "modeling", "adapter", "saving", "cards", "peft_type"} - imports.keys()
-    assert not missing
-    assert "attention" in imports["cache"][0] and "modeling" in imports["adapter"][0], "the reader of imports finds nothing"
-    wrong = [
-        f"{module} imports {target}"
-        for module, (own, _) in imports.items()
-        if not module.startswith("__")
-        for target in own
-        if RANKS.get(target, APPLICATION_RANK if target != "__init__" else 99) > RANKS.get(module, APPLICATION_RANK)
-    ]
-    assert not wrong, wrong
-
-
-def test_no_cycle_between_modules():
-    graph = {module: own for module, (own, _) in own_imports().items() if module != "__init__"}
-    done: set[str] = set()
-
-    def visit(module, path):
-        assert module not in path, " -> ".join([*path, module])
-        if module not in done:
-            for target in sorted(graph.get(module, ())):
-                visit(target, [*path, module])
-            done.add(module)
-
-    for module in sorted(graph):
-        visit(module, [])
-
-
-def test_the_layer_knows_neither_transformers_nor_peft():
-    imports = own_imports()
-    for module, needed in (("attention", set()), ("masks", set()), ("layout", {"attention", "masks"})):
-        assert not imports[module][1] & {"transformers", "peft", "accelerate"}, module
-        assert imports[module][0] == needed, f"{module} needs nothing else of dsla_hf"
-
-
-def test_kernels_need_torch_and_triton_alone():
-    allowed = {*sys.stdlib_module_names, "torch", "triton", "dsla_kernels"}
-    for parts, tree in sources(KERNELS_FOLDER).items():
-        tops = {name.split(".")[0] for name in absolute_imports(tree, ("dsla_kernels", *parts[:-1]))}
-        assert tops <= allowed, f"{'/'.join(parts)}: {tops - allowed}"

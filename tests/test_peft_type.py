@@ -15,8 +15,9 @@ from peft.mapping import (
     get_peft_config,
 )
 
-from dsla_hf import DSLAConfig, DSLAModel, peft_type
-from dsla_hf.peft_type import DSLA
+from dsla_hf import DSLAConfig, DSLAModel
+from dsla_hf.compat import peft_type
+from dsla_hf.compat.peft_type import DSLA
 
 
 def test_lookups_find_the_one_member():

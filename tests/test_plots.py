@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from dsla_hf.plots import mark_measured, mark_plain, plain, thinned
+from dsla_hf.core.plots import mark_measured, mark_plain, plain, thinned
 
 pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'dsla-hf[plot]'")
 

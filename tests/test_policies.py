@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from dsla_hf import CacheMemory, FixedLevel, LatencyTarget, Load, PromptLength, Stats
-from dsla_hf.policies import as_policy
+from dsla_hf.levels.policies import as_policy
 
 STATS = Stats(prompt_tokens=100, tokens=120, rows=2, level=4, max_level=12, num_layers=16, softmax_bytes_per_token=512, dsla_bytes=100_000)
 

@@ -5,7 +5,8 @@ import torch
 from test_memory import PeakBytes
 from transformers import DynamicCache
 
-from dsla_hf import DualStateAttention, cache, fold
+from dsla_hf import DualStateAttention, fold
+from dsla_hf.core import cache
 
 IDS = torch.tensor([[5, 17, 31, 44, 9, 60, 61, 62, 3, 8, 12, 77] * 4, [9, 60, 5, 17, 31, 5, 60, 61, 62, 5, 17, 31] * 4])
 MASK = torch.ones_like(IDS)

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from dsla_hf import progress
-from dsla_hf.progress import TrainingProgress, duration, summary
+from dsla_hf.core import progress
+from dsla_hf.core.progress import TrainingProgress, duration, summary
 
 
 class Terminal(io.StringIO):

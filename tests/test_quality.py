@@ -10,7 +10,7 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsla_hf import DSLAConfig
-from dsla_hf.quickstart import train_tokenizer
+from dsla_hf.cli.quickstart import train_tokenizer
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'dsla-hf[eval]'")
 EVAL = Path(__file__).resolve().parents[1] / "eval"

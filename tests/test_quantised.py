@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers import HfQuantizer
 
 from dsla_hf import DSLAConfig
-from dsla_hf.costs import costs_of
-from dsla_hf.distillation import DSLATrainer, DSLATrainingArguments
-from dsla_hf.graph import GraphDecoder, PlainRecording
+from dsla_hf.inference.bench.costs import costs_of
+from dsla_hf.inference.graph import GraphDecoder, PlainRecording
+from dsla_hf.training.trainer import DSLATrainer, DSLATrainingArguments
 
 IDS = torch.tensor([[5, 17, 31, 44, 9, 60, 61, 62, 3, 8, 12, 77]])
 # Worst relative error of logits against the base in full precision.

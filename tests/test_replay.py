@@ -9,10 +9,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsla_cli import main
 from dsla_hf import DSLAConfig
-from dsla_hf.serving.api import ApiOptions, build_app
-from dsla_hf.serving.engine import Engine, EngineOptions
-from dsla_hf.serving.replay import Outcome, percentile, summarize, table
-from dsla_hf.serving.trace import PAPER_MIX, TracedRequest, drawn_to_mix, read_trace, scaled
+from dsla_hf.serving.engine.engine import Engine, EngineOptions
+from dsla_hf.serving.http.api import ApiOptions, build_app
+from dsla_hf.serving.replay.client import Outcome, percentile, summarize, table
+from dsla_hf.serving.replay.trace import PAPER_MIX, TracedRequest, drawn_to_mix, read_trace, scaled
 
 TRACE = (
     "TIMESTAMP,ContextTokens,GeneratedTokens\r\n"

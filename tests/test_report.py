@@ -6,11 +6,11 @@ import re
 from urllib.parse import unquote
 
 import pytest
+from dsla_hf.evaluation.levels.report import published as paper
 
 from dsla_cli import main
-from dsla_hf import published as paper
-from dsla_hf.measurements import read_measurements
-from dsla_hf.report import report
+from dsla_hf.evaluation.report.measurements import read_measurements
+from dsla_hf.evaluation.report.page import report
 
 pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'dsla-hf[plot]'")
 

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as rotate_as_glm
 
 from dsla_hf import DSLAConfig, DualStateAttention
-from dsla_hf.architectures import rotary_of
-from dsla_hf.graph import GraphDecoder, PlainRecording
+from dsla_hf.inference.graph import GraphDecoder, PlainRecording
+from dsla_hf.models.architectures import rotary_of
 
 PART = {"partial_rotary_factor": 0.75}  # as in Phi-4-mini: 6 of the 8 channels
 BASES = {**{kind: (kind, {}) for kind in ARCHITECTURE_OPTIONS}, "phi3, a part": ("phi3", PART)}

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BatchEncoding
 
 from dsla_hf import DSLAConfig, DSLALayer
-from dsla_hf.sensitivity import LayerRanking, rank_layers
+from dsla_hf.training.ranking import LayerRanking, rank_layers
 
 ORDER = [2, 0, 3, 1]  # the plan of the fixture `adapter_model`
 

@@ -14,7 +14,7 @@ from serving import byte_tokenizer
 from dsla_cli import main
 from dsla_hf import FixedLevel, Load, PromptLength
 from dsla_hf.serving.command import ServeOptions, load_app, policy_of
-from dsla_hf.serving.engine import EngineOptions
+from dsla_hf.serving.engine.engine import EngineOptions
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from serving import byte_tokenizer, served
 
-from dsla_hf.serving.api import ApiOptions, build_app
-from dsla_hf.serving.engine import Engine, EngineOptions
-from dsla_hf.serving.text import TextStream, decoder
+from dsla_hf.serving.engine.engine import Engine, EngineOptions
+from dsla_hf.serving.engine.text import TextStream, decoder
+from dsla_hf.serving.http.api import ApiOptions, build_app
 
 LEVEL = 2
 PROMPT = "Hello, layer"

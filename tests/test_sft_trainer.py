@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsla_hf import DSLAConfig
-from dsla_hf.quickstart import train_tokenizer
+from dsla_hf.cli.quickstart import train_tokenizer
 
 trl = pytest.importorskip("trl", reason="needs TRL: pip install trl")
 

@@ -11,11 +11,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MambaConfig, PreTrainedTokenizerFast
 
-import dsla_hf.tasks.documents
+import dsla_hf.evaluation.tasks.documents
 from dsla_cli import main
-from dsla_hf.evaluate_job import evaluate
-from dsla_hf.local_datasets import local_datasets
-from dsla_hf.quickstart import train_tokenizer
+from dsla_hf.cli.quickstart import train_tokenizer
+from dsla_hf.evaluation.harness import evaluate
+from dsla_hf.evaluation.local_datasets import local_datasets
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'dsla-hf[eval]'")
 import datasets
@@ -24,9 +24,9 @@ import yaml
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from dsla_hf.lm_eval import DSLALM
-from dsla_hf.lm_eval import main as harness_main
-from dsla_hf.tasks.truncation import MiddleTruncated, cut_middle, tokenizer_and_context
+from dsla_hf.evaluation.lm_eval import DSLALM
+from dsla_hf.evaluation.lm_eval import main as harness_main
+from dsla_hf.evaluation.tasks.truncation import MiddleTruncated, cut_middle, tokenizer_and_context
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BUILT_IN = Path(lm_eval.tasks.__file__).parent
@@ -157,14 +157,16 @@ def run(made, tmp_path, *tasks, **more):
 def test_the_groups_are_found_without_flags_and_from_a_clone(monkeypatch):
     monkeypatch.undo()  # all built-in tasks
     manager = TaskManager(include_path=str(REPOSITORY / "eval" / "tasks"))
-    assert (REPOSITORY / "eval" / "tasks").resolve() == dsla_hf.tasks.FOLDER.resolve()
+    assert (REPOSITORY / "eval" / "tasks").resolve() == dsla_hf.evaluation.tasks.FOLDER.resolve()
     paper = manager.task_index["dsla_paper"].cfg["task"]
     assert paper == list(GROUPS)
     for group in [*paper, "dsla_ruler", "dsla_ruler_synthetic"]:
         for member in manager.task_index[group].cfg["task"]:
             assert (member if isinstance(member, str) else member["task"]) in manager.all_tasks
     ours = [
-        yaml.load(path.read_text(), yaml.BaseLoader) for path in dsla_hf.tasks.FOLDER.glob("*.yaml") if "!function" not in path.read_text()
+        yaml.load(path.read_text(), yaml.BaseLoader)
+        for path in dsla_hf.evaluation.tasks.FOLDER.glob("*.yaml")
+        if "!function" not in path.read_text()
     ]
     assert {entry["group"] for entry in ours} <= set(manager.all_groups)
 
@@ -221,7 +223,7 @@ def test_the_command_of_the_harness_finds_the_groups(made, monkeypatch, capsys):
     monkeypatch.setattr("lm_eval.config.evaluate_config.TaskManager", lm_eval.tasks.TaskManager, raising=False)
     # lm-eval's own command reads local data by the folder that it runs in, which holds OWNER/NAME; configurations need a README.md.
     (Path(made.data) / "abisee/cnn_dailymail/README.md").write_text("---\nconfigs:\n- config_name: 3.0.0\n  data_dir: 3.0.0\n---\n")
-    monkeypatch.setattr("sys.argv", ["dsla_hf.lm_eval", *arguments, "--batch_size", "2", "--device", "cpu"])
+    monkeypatch.setattr("sys.argv", ["dsla_hf.evaluation.lm_eval", *arguments, "--batch_size", "2", "--device", "cpu"])
     assert harness_main() == 0
     assert re.search(r"dsla_xsum.*rouge1", capsys.readouterr().out)
 
@@ -246,7 +248,7 @@ def test_logiqa_asks_as_the_harness_does(made):
     from lm_eval.tasks.logiqa.utils_logiqa import doc_to_text
 
     rows = [{"context": "All fall.", "query": "Who?", "options": ["A.All", "B. One", "None", "D"], "correct_option": c} for c in ("b", "3")]
-    found = list(dsla_hf.tasks.documents.logiqa(datasets.Dataset.from_list(rows)))
+    found = list(dsla_hf.evaluation.tasks.documents.logiqa(datasets.Dataset.from_list(rows)))
     assert [row["label"] for row in found] == ["b", "d"]
     assert doc_to_text(found[0]) == "Passage: All fall.\nQuestion: Who?\nChoices:\nA. All\nB. One\nC. None\nD. D\nAnswer:"
 
@@ -296,7 +298,7 @@ def test_truncation_needs_a_model_and_room(made):
     model = DSLALM(made.base, device="cpu")
 
     def ask(metadata):
-        manager = lm_eval.tasks.TaskManager(include_path=[str(dsla_hf.tasks.FOLDER)], metadata=metadata)
+        manager = lm_eval.tasks.TaskManager(include_path=[str(dsla_hf.evaluation.tasks.FOLDER)], metadata=metadata)
         with local_datasets(made.data):
             simple_evaluate(model=model, tasks=["dsla_xsum"], limit=1, task_manager=manager, bootstrap_iters=0)
 
@@ -309,7 +311,7 @@ def test_truncation_needs_a_model_and_room(made):
 
 def metric(name, prediction, **document):
     """The score of a prediction by the task's own function."""
-    manager = lm_eval.tasks.TaskManager(include_path=[str(dsla_hf.tasks.FOLDER)])
+    manager = lm_eval.tasks.TaskManager(include_path=[str(dsla_hf.evaluation.tasks.FOLDER)])
     config = manager.task_index[f"longbench_{name}"]
     from lm_eval.tasks._yaml_loader import load_yaml
 

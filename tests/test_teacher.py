@@ -8,7 +8,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from dsla_hf import DSLACacheLayer, DSLAConfig, cache_bytes, fold
-from dsla_hf.adapter import dsla_layers
+from dsla_hf.models.adapter import dsla_layers
 
 TOKENS = 300
 ORDER = [(7 * i + 3) % 16 for i in range(16)]

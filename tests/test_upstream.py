@@ -31,11 +31,11 @@ from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from dsla_hf import DSLAConfig, compat
-from dsla_hf.adapter import DSLALayer
-from dsla_hf.architectures import SUPPORTED_BASES
-from dsla_hf.head_sharding import HeadParallel
-from dsla_hf.modeling import hybrid_classes
-from dsla_hf.tensor_parallel import HEADS
+from dsla_hf.core.head_sharding import HeadParallel
+from dsla_hf.core.tensor_parallel import HEADS
+from dsla_hf.models.adapter import DSLALayer
+from dsla_hf.models.architectures import SUPPORTED_BASES
+from dsla_hf.models.hybrid import hybrid_classes
 
 # Their warnings are not ours to fix.
 pytestmark = [pytest.mark.filterwarnings("default")]

@@ -34,7 +34,7 @@ def train(args: argparse.Namespace, layer: str, dtype: str) -> list[float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from dsla_hf import DSLAConfig, set_level
-    from dsla_hf.data import PackedTokens, read_texts
+    from dsla_hf.training.data import PackedTokens, read_texts
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(args.teacher)
@@ -65,7 +65,7 @@ def make_plot(rows: list[dict[str, Any]]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from dsla_hf.plots import mark_plain
+    from dsla_hf.core.plots import mark_plain
 
     figure, axes = plt.subplots(1, len(LAYERS), figsize=(10, 4))
     for ax, layer in zip(axes, LAYERS, strict=True):

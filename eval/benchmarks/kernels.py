@@ -543,7 +543,7 @@ def make_plots(rows: list[dict[str, Any]]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from dsla_hf.plots import mark_measured, mark_plain
+    from dsla_hf.core.plots import mark_measured, mark_plain
 
     IMAGES.mkdir(parents=True, exist_ok=True)
     for part, axis_key, what, label in (

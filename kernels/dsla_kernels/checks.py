@@ -243,3 +243,9 @@ def check_gated_linear_inputs(x: Tensor, gate_weight: Tensor, up_weight: Tensor,
         raise ValueError(f"up_weight must be {list(gate_weight.shape)} as gate_weight is, got {list(up_weight.shape)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
+def check_softcap(softcap: float | None) -> None:
+    """Raises ValueError if it is no cap of scores."""
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, or None for no cap, got {softcap}")

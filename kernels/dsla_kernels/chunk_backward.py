@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._ops import add_op_namespace_prefix, ops
-from .chunk import ChunkLayer, chunk_forward
+from .chunk_forward import ChunkLayer, chunk_forward
 from .common import (
     channel_columns,
     inverse,

@@ -30,7 +30,7 @@ from .common import (
 )
 from .decays import cumulative
 from .states import load_middle, scan_segments, tile_products
-from .window import WindowLayer, score_slope, softmax_scores, state_gate, window_forward
+from .window_forward import WindowLayer, score_slope, softmax_scores, state_gate, window_forward
 
 
 @triton.jit

@@ -3,21 +3,28 @@
 Importing the package registers hybrids with transformers' Auto classes and DSLA with PEFT.
 """
 
+from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from . import refusals  # noqa: F401
-from .adapter import DSLALayer, DSLAModel, get_level, set_level
-from .attention import DualState, DualStateAttention
-from .cache import DSLACacheLayer, cache_bytes, fold
+from . import moved
 from .compat import needed_for
-from .configuration import DSLAConfig
-from .generation import LevelProcessor, lower_level
-from .modeling import DSLAForCausalLM, DSLAHybridConfig
-from .policies import CacheMemory, FixedLevel, LatencyTarget, Load, PromptLength, Stats
+from .core.attention import DualState, DualStateAttention
+from .core.cache import DSLACacheLayer, cache_bytes, fold
+from .levels.generation import LevelProcessor, lower_level
+from .levels.policies import CacheMemory, FixedLevel, LatencyTarget, Load, PromptLength, Stats
+from .models import refusals  # noqa: F401
+from .models.adapter import DSLALayer, DSLAModel, get_level, set_level
+from .models.configuration import DSLAConfig
+from .models.hybrid import DSLAForCausalLM, DSLAHybridConfig
 
 if TYPE_CHECKING:
-    from .graph import GraphDecoder
+    from .evaluation.levels import evaluate_levels
+    from .inference.graph import GraphDecoder
+    from .training.ranking import rank_layers
+    from .training.trainer import DSLATrainer, DSLATrainingArguments, distill
+
+moved.install()
 
 __version__ = version("dsla-hf")
 
@@ -29,6 +36,8 @@ __all__ = [
     "DSLAHybridConfig",
     "DSLALayer",
     "DSLAModel",
+    "DSLATrainer",
+    "DSLATrainingArguments",
     "DualState",
     "DualStateAttention",
     "FixedLevel",
@@ -39,21 +48,34 @@ __all__ = [
     "PromptLength",
     "Stats",
     "cache_bytes",
+    "distill",
+    "evaluate_levels",
     "fold",
     "get_level",
     "lower_level",
+    "rank_layers",
     "set_level",
 ]
 
 
+# Imported on first use: what they alone need can neither slow nor break the import of the package.
+_LAZY = {
+    "DSLATrainer": "training.trainer",
+    "DSLATrainingArguments": "training.trainer",
+    "GraphDecoder": "inference.graph",
+    "distill": "training.trainer",
+    "evaluate_levels": "evaluation.levels",
+    "rank_layers": "training.ranking",
+}
+
+
 def __getattr__(name: str) -> Any:
-    """`GraphDecoder` is imported on first use: what it alone needs cannot break the import of the package."""
-    if name != "GraphDecoder":
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with needed_for(name):
-        from .graph import GraphDecoder
-    globals()[name] = GraphDecoder
-    return GraphDecoder
+        value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

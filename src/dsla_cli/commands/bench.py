@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     model = preflight.with_gguf(args.model, args.gguf_file)
     if model not in SHAPES:
         preflight.check(model, args.adapter, tokenizer=False)
-    from dsla_hf.bench import bench
+    from dsla_hf.inference.bench.measure import bench
 
     bench(
         model,

@@ -15,7 +15,7 @@ def add_to(commands: Any, name: str) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from dsla_hf.environment import environment
+    from dsla_hf.cli.env import environment
 
     print(environment())
 

@@ -48,7 +48,7 @@ def add_to(commands: Any, name: str) -> None:
 def run(args: argparse.Namespace) -> None:
     model = preflight.with_gguf(args.model, args.gguf_file)
     preflight.check(model, args.adapter)
-    from dsla_hf.evaluate_job import evaluate
+    from dsla_hf.evaluation.harness import evaluate
 
     evaluate(
         model,

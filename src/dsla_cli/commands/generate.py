@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     prompt = args.prompt if args.prompt_file is None else Path(args.prompt_file).read_text(encoding="utf-8")
     model = preflight.with_gguf(args.model, args.gguf_file)
     preflight.check(model, args.adapter)
-    from dsla_hf.commands import generate
+    from dsla_hf.cli.generate import generate
 
     generate(
         model,

@@ -38,7 +38,7 @@ def add_to(commands: Any, name: str) -> None:
 def run(args: argparse.Namespace) -> None:
     model = preflight.with_gguf(args.model, args.gguf_file)
     preflight.check(model, args.adapter, converts=True)
-    from dsla_hf.commands import order
+    from dsla_hf.cli.order import order
 
     order(
         model,

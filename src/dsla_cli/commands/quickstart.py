@@ -24,7 +24,7 @@ def add_to(commands: Any, name: str) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from dsla_hf.quickstart import run
+    from dsla_hf.cli.quickstart import run
 
     run(args.output, args.steps, args.seed)
 

@@ -47,7 +47,7 @@ def add_to(commands: Any, name: str) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_installed("httpx")
-    from dsla_hf.serving.replay import ReplayOptions, replay
+    from dsla_hf.serving.replay.client import ReplayOptions, replay
 
     replay(ReplayOptions(**{name: value for name, value in vars(args).items() if name != "command"}))
 

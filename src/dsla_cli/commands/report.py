@@ -31,7 +31,7 @@ def add_to(commands: Any, name: str) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from dsla_hf.report import report
+    from dsla_hf.evaluation.report.page import report
 
     report(args.results, args.out, speed=args.speed, metrics=args.metrics, title=args.title, published=args.published)
 

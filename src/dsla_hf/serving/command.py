@@ -12,12 +12,12 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from ..configuration import resolve_level
-from ..graph import CudaRecording
-from ..loading import device, level_to_run_at, load_adapter, load_config, load_model, load_tokenizer, read_adapter_config
-from ..policies import Load, Policy, as_policy
-from .api import ApiOptions, build_app
-from .engine import Engine, EngineOptions
+from ..inference.graph import CudaRecording
+from ..levels.policies import Load, Policy, as_policy
+from ..models.configuration import resolve_level
+from ..models.loading import device, level_to_run_at, load_adapter, load_config, load_model, load_tokenizer, read_adapter_config
+from .engine.engine import Engine, EngineOptions
+from .http.api import ApiOptions, build_app
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..policies import Policy, Stats
+from ..levels.policies import Policy, Stats
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""One page of quality and speed against level, from result files."""

@@ -1,0 +1,1 @@
+"""Fast decoding: recorded steps, kernels of whole layers, and what they cost."""

@@ -1,0 +1,1 @@
+"""Time and memory of generation, measured beside floors by bytes and operations."""

@@ -1,0 +1,163 @@
+"""What a token and a prompt cost at least, by bytes and operations: the predictions that `dsla bench` prints beside what it measures.
+
+    seconds per token = (weights + keys and values + states) / copy bandwidth
+    seconds of a prompt = operations / rate of a large matrix product
+
+    weights             every weight that a forward multiplies with, once: decoder layers as they run at this level, final norm and
+                        output matrix; of the embedding only rows are read, which are not counted
+    keys and values     of each softmax layer: rows × tokens × bytes per token
+    states              of each DSLA layer and row, with Z = 8 Hkv K V bytes of both fp32 states and e bytes per token of k and v:
+                        with a window  Z (1 + 4 / W) + e (W + S + 1): states and window are read; a block goes into the states
+                                       every W / 2 tokens
+                        without        2 Z: read and written
+    operations          of a prompt of T tokens a row: 2 T per weight of the decoder layers, 2 per weight of the output matrix (one
+                        logit); and of each layer's attention
+                        softmax        2 Hq (K + V) T² / 2
+                        DSLA           T (Hq (n P + 4 K V) + 8 Hkv K V), P = 2 (W + 64) K, n = 2 with a window and 3 without
+
+Launches, norms, activations and everything else that a GPU also does cost nothing here: predictions are floors, not estimates.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...core.attention import DualStateAttention
+from ...models.hybrid import decoder_layers, decoder_of
+from ..graph import dsla_attention_of
+
+CHUNK = 64  # tokens that the states take in at a time
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Sizes of a model at one level, and what follows from them; bytes and operations."""
+
+    weight_bytes: int
+    layer_weights: int  # elements
+    head_weights: int
+    softmax_layers: int
+    bytes_per_token: int  # of k and v in one softmax layer, per row
+    query_heads: int
+    key_dim: int
+    cores: tuple[DualStateAttention, ...]  # of the DSLA layers
+
+    def cache_bytes(self, rows: int, tokens: int) -> int:
+        """Bytes of a cache that holds `tokens` tokens a row."""
+        return rows * (self.softmax_layers * tokens * self.bytes_per_token + sum(self._state_bytes(core) for core in self.cores))
+
+    def token_bytes(self, rows: int, tokens: int) -> float:
+        """Bytes that one step moves for rows that have `tokens` tokens behind them."""
+        kv = self.softmax_layers * (tokens + 1) * self.bytes_per_token
+        return self.weight_bytes + rows * (kv + sum(self._step_bytes(core) for core in self.cores))
+
+    def prompt_operations(self, rows: int, tokens: int) -> float:
+        """Operations that reading prompts of `tokens` tokens takes."""
+        softmax = 2 * self.query_heads * 2 * self.key_dim * tokens**2 / 2
+        dsla = sum(tokens * self._token_operations(core) for core in self.cores)
+        return rows * (2 * tokens * self.layer_weights + 2 * self.head_weights + self.softmax_layers * softmax + dsla)
+
+    def _state_bytes(self, core: DualStateAttention) -> int:
+        return _both_states(core) + (core.window_size + core.sink_tokens) * self.bytes_per_token + 8  # and a counter
+
+    def _step_bytes(self, core: DualStateAttention) -> float:
+        if not core.window_size:
+            return 2 * _both_states(core)
+        window = (core.window_size + core.sink_tokens + 1) * self.bytes_per_token
+        return _both_states(core) * (1 + 4 / core.window_size) + window
+
+    @staticmethod
+    def _token_operations(core: DualStateAttention) -> float:
+        met = 2 * (core.window_size + CHUNK) * core.key_dim
+        state = core.key_dim * core.value_dim
+        products = 2 if core.window_size else 3
+        return core.num_heads * (products * met + 4 * state) + 8 * core.num_kv_heads * state
+
+
+def costs_of(model: Any) -> Costs:
+    """The costs of a causal LM, an adapter or a hybrid at the level it has now."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = base.config.get_text_config(decoder=True)
+    weights: dict[int, nn.Parameter] = {}
+    cores = []
+    layers: Any = decoder_layers(base)
+    for layer in layers:
+        attention = layer.self_attn
+        runs = dsla_attention_of(layer)
+        if runs is not None:
+            cores.append(runs.dsla)
+        else:
+            runs = getattr(attention, "base_layer", attention)
+        others = {id(p) for p in attention.parameters()}
+        weights |= {id(p): p for p in layer.parameters() if id(p) not in others}
+        weights |= {id(p): p for p in runs.parameters()}
+    in_layers = sum(p.numel() for p in weights.values())
+    head = base.get_output_embeddings().weight
+    norm = getattr(decoder_of(base), "norm", nn.Identity())
+    weights |= {id(p): p for p in (head, *norm.parameters())}
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    key_dim = layers[0].self_attn.head_dim
+    return Costs(
+        weight_bytes=sum(map(stored_bytes, weights.values())),
+        layer_weights=in_layers,
+        head_weights=head.numel(),
+        softmax_layers=len(layers) - len(cores),
+        bytes_per_token=2 * kv_heads * key_dim * base.dtype.itemsize,
+        query_heads=config.num_attention_heads,
+        key_dim=key_dim,
+        cores=tuple(cores),
+    )
+
+
+def stored_bytes(weight: torch.Tensor) -> int:
+    """Bytes that a weight takes; of a quantised one those of its parts, of a sharded one those that lie here."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return weight.numel() * weight.element_size()
+    parts, _ = weight.__tensor_flatten__()
+    return sum(stored_bytes(getattr(weight, part)) for part in parts)
+
+
+def _both_states(core: DualStateAttention) -> int:
+    return 2 * core.num_kv_heads * core.key_dim * core.value_dim * 4
+
+
+# --- what the machine can do ------------------------------------------------------------------------------------
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second, read and written, of a copy too large for caches."""
+    size = 2**30 if device.type == "cuda" else 2**26
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / _seconds(lambda: target.copy_(source), device)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a large matrix product."""
+    size = 8192 if device.type == "cuda" else 512
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    return 2 * size**3 / _seconds(lambda: a @ a, device)
+
+
+def _seconds(run: Callable[[], Any], device: torch.device, repeats: int = 7) -> float:
+    times = []
+    for _ in range(repeats + 2):
+        synchronize(device)
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,510 @@
+"""Decoding by replay: one step of a model in a CUDA graph, a graph for every set of DSLA layers in use.
+
+Between two launches the host needs more time than a GPU needs for a token of a small batch. A graph launches a whole step at once.
+What it records are addresses, so caches, states and inputs stay where they are: a `Workspace` holds them, and the graphs over them,
+for a batch size and a longest text. A raise of the level folds the cache into states as always, and goes on with another graph.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.utils import logging
+
+from dsla_kernels import uses_triton
+
+from ..core.attention import autocast_dtype
+from ..core.cache import DSLACacheLayer, StaticDSLACacheLayer, VisibleStaticLayer, dsla_cache_layer
+from ..core.layout import TokenLayout
+from ..core.tensor_parallel import is_tensor_parallel
+from ..models.adapter import DSLALayer, dsla_layers
+from ..models.hybrid import DSLAAttentionMixin, decoder_layers
+from .decode_attention import CachedTokens, attends_where_cached, can_attend_where_cached, over_cache, over_prompt
+from .fusion import LONG_PROMPT, can_compile, fused
+
+logger = logging.get_logger(__name__)
+
+SMALLEST_VIEW = 256  # tokens of a cache that a step is shown at least; more when they are reached, doubled each time
+REHEARSAL = 64  # tokens of the text that `prepare` reads
+
+Step = Callable[[], None]
+
+
+class Recording(Protocol):
+    """One step, to be run again and again on whatever its buffers hold then."""
+
+    def replay(self) -> None: ...
+
+
+class CudaRecording:
+    """A step captured in a CUDA graph, which does not run it."""
+
+    def __init__(self, step: Step, pool: Any):
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            step()
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+class PlainRecording:
+    """Calls the step: the same logic without a GPU, for tests."""
+
+    def __init__(self, step: Step, pool: Any = None):
+        self.replay = step
+
+
+@dataclass
+class Workspace:
+    """A static cache and the inputs and outputs of a step, at addresses that stay; and what was recorded over them.
+
+    tokens, positions: int64 `[B, 1]`, the inputs of the next step. mask: bool `[B, length]`, False at padding of the prompt.
+    lengths: int64 `[B]`, tokens in the cache after the next step.
+    logits: fp32 `[B, vocabulary]`, the output of the last step.
+    softmax, dsla: the cache layers of both kinds by layer number, as far as they have been in use.
+    counts: int64 `[layers, B + 1]`, of DSLA layers the lengths of the rows and the tokens in the cache.
+    recordings: by (layers that are DSLA, padding, tokens shown); None after the first step there, which runs as it is.
+    by_length: whether the attention of a step knows how far the cache is filled, and needs not be shown a part of it.
+    """
+
+    cache: StaticCache
+    length: int
+    tokens: Tensor
+    positions: Tensor
+    mask: Tensor
+    lengths: Tensor
+    logits: Tensor
+    counts: Tensor
+    softmax: dict[int, StaticLayer]
+    dsla: dict[int, StaticDSLACacheLayer] = field(default_factory=dict)
+    recordings: dict[tuple[tuple[int, ...], bool, int], Recording | None] = field(default_factory=dict)
+    by_length: bool = False
+    read: int = 0  # tokens in the cache
+    padded: bool = False
+    converted: tuple[int, ...] | None = None  # the layers that are DSLA in the cache, once a step has looked
+
+    @property
+    def rows(self) -> int:
+        return self.tokens.shape[0]
+
+    def begin(self, converted: Iterable[int], mask: Tensor | None) -> None:
+        """For a new text: empty layers, of the kind that `converted` asks for; `mask` `[B, T]` of its prompt."""
+        for index in self.softmax:
+            layer: Any = self.dsla.get(index) if index in converted else None
+            self.cache.layers[index] = layer = layer or self.softmax[index]
+            if layer.is_initialized:
+                layer.reset()
+        self.read, self.converted = 0, None
+        self.mask.fill_(True)
+        self.padded = mask is not None
+        if mask is not None:
+            self.mask[:, : mask.shape[1]] = mask.bool()
+
+    def settle(self, keep: bool) -> None:
+        """DSLA layers that came to be take the addresses of those that were there at an earlier text. Without `keep` the keys and
+        values that they replaced are freed, and with them the recordings that read those."""
+        for index, layer in enumerate(self.cache.layers):
+            if not isinstance(layer, StaticDSLACacheLayer):
+                continue
+            known = self.dsla.get(index)
+            if known is None:
+                self.dsla[index] = layer
+                layer.count_in(self.counts[index, :-1], self.counts[index, -1])
+            elif known is not layer:
+                known.take(layer)
+                self.cache.layers[index] = known
+            if not keep and self.softmax[index].is_initialized:
+                self.softmax[index] = VisibleStaticLayer(self.length)
+                self.recordings = {key: value for key, value in self.recordings.items() if index in key[0]}
+
+    def show(self, tokens: int, places: Tensor | None = None) -> None:
+        """Let attention see the first `tokens` places of the cache; the next token goes to `places` `[B]`, if given."""
+        for layer in self.cache.layers:
+            if isinstance(layer, VisibleStaticLayer):
+                layer.visible, layer.places = tokens, places
+            elif isinstance(layer, StaticDSLACacheLayer):
+                layer.max_length = tokens  # what it answers when it is asked for the size of masks
+                layer.counts = places is None  # the step counts for all layers
+
+    def view(self) -> int:
+        """How many places the next step needs to see, rounded up so that few recordings are needed."""
+        if self.by_length:
+            return self.length
+        tokens = SMALLEST_VIEW
+        while tokens <= self.read:
+            tokens *= 2
+        return min(tokens, self.length)
+
+
+class GraphDecoder:
+    """`generate` of a model, with the steps of decoding replayed from CUDA graphs. Same text, greedy or sampled.
+
+        decoder = GraphDecoder(model)
+        out = decoder.generate(**inputs, max_new_tokens=100, level_policy="text-length")
+
+    A graph is captured when a level is first used, after one step as usual; `prepare` does it before. They are used again by later
+    texts with the same batch size that are no longer. Where graphs cannot run (`obstacle` says why), one line says so, and
+    `generate` runs as usual.
+
+    Args:
+        model: a model of transformers, a `PeftModel` with a DSLA adapter, or a hybrid.
+        max_length: the longest text, prompt included, to make room for; None: as long as each call asks for.
+        keep: hold the keys and values of layers that were raised, so that the next text begins without new captures. False frees them.
+        fuse: compile norms, MLPs and rotations, each into one kernel (`fused_steps`); takes seconds, once for a kind of model, and once
+            more for long prompts.
+        record: what records a step; for tests.
+
+    Attributes:
+        capture_seconds: what each capture took, in order.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        max_length: int | None = None,
+        keep: bool = True,
+        fuse: bool = True,
+        record: Callable[[Step, Any], Recording] = CudaRecording,
+    ):
+        self.model, self.max_length, self.keep, self.record = model, max_length, keep, record
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.causal_lm: Any = base
+        self.workspace: Workspace | None = None
+        self.capture_seconds: list[float] = []
+        self._wrapped = list(dsla_layers(base).values())
+        self._pool: Any = None
+        self._own_attention = False
+        self._fuse = fuse and record is CudaRecording
+        self._seen: Any = None  # what `_converted` was computed from
+        self._layers: tuple[int, ...] = ()
+
+    # --- where it can run ---------------------------------------------------------------------------------------
+
+    def obstacle(self, **options: Any) -> str | None:
+        """Why `generate(**options)` cannot replay graphs, in words, or None."""
+        model = self.causal_lm
+        config = model.config.get_text_config(decoder=True)
+        if self.record is CudaRecording and model.device.type != "cuda":
+            return f"CUDA graphs need a CUDA device, and this model is on {model.device.type}"
+        if (rounds_to := autocast_dtype(model.device)) is not None:
+            return f"autocast is on, whose rounded weights no graph can keep: load the model in {rounds_to} and leave autocast out"
+        if is_tensor_parallel(model):
+            return "tensor parallel: processes exchange activations in every layer"
+        places = set(map(str, getattr(model, "hf_device_map", {}).values()))
+        if len(places) > 1 or places & {"cpu", "disk"}:
+            return f"the model is spread over {sorted(places)}; a graph needs all weights on one GPU"
+        if config._attn_implementation not in ("sdpa", "eager"):
+            return f"attn_implementation is {config._attn_implementation!r}; static caches are read by 'sdpa' or 'eager'"
+        rope = getattr(config, "rope_parameters", None) or {}
+        kinds = {str(entry.get("rope_type")) for entry in (rope, *rope.values()) if isinstance(entry, dict)}
+        if changing := sorted(kinds & {"dynamic", "longrope"}):
+            return f"rotary embeddings of type {changing} change with the length, which the host would have to look at"
+        others = {type(layer).__name__ for layer in StaticCache(config=config, max_cache_len=8).layers} - {StaticLayer.__name__}
+        if others:
+            return f"the static cache of this model has {sorted(others)}, whose tokens the host counts"
+        return self._obstacle_in(options)
+
+    def _obstacle_in(self, options: dict[str, Any]) -> str | None:
+        settings = options.get("generation_config") or self.causal_lm.generation_config
+
+        def option(name: str) -> Any:
+            return options.get(name, getattr(settings, name, None))
+
+        if (option("num_beams") or 1) > 1 or options.get("assistant_model") is not None or option("prompt_lookup_num_tokens"):
+            return "beams, assisted decoding and prompt lookup need caches that can be reordered or cut"
+        asked = [name for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states") if option(name)]
+        if asked:
+            return f"{', '.join(asked)}: a step leaves nothing but its last logits"
+        if option("use_cache") is False:
+            return "use_cache=False: there is nothing to record without a cache"
+        if options.get("inputs_embeds") is not None or options.get("custom_generate") is not None:
+            return "inputs_embeds and custom_generate have decoding loops of their own"
+        mask = options.get("attention_mask")
+        if mask is not None and mask.ndim != 2:
+            return f"the attention_mask is {list(mask.shape)}; graphs take [batch, tokens]"
+        cache = options.get("past_key_values")
+        if cache is not None and (self.workspace is None or cache is not self.workspace.cache):
+            return f"past_key_values is a {type(cache).__name__} of other making; graphs go on with a cache that they returned"
+        return None
+
+    # --- generate -----------------------------------------------------------------------------------------------
+
+    def generate(self, input_ids: Tensor | None = None, **options: Any) -> Any:
+        """As `model.generate`, with its options and results.
+
+        Raises:
+            ValueError: if `past_key_values` of this decoder has no room for the text, or holds all of it already.
+            RuntimeError: if the level is lowered within a text.
+        """
+        if input_ids is not None:
+            options["input_ids"] = input_ids
+        if (why := self.obstacle(**options)) is not None:
+            logger.warning_once(f"no CUDA graphs: {why}. generate() runs as usual")
+            return self.model.generate(**options)
+        goes_on = options.pop("past_key_values", None) is not None
+        streamer = options.pop("streamer", None)  # transformers keeps it from custom loops
+
+        def decode(
+            model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **inputs: Any
+        ) -> Any:
+            mask = inputs.get("attention_mask")
+            return self._decode(input_ids, mask, logits_processor, stopping_criteria, generation_config, streamer, goes_on)
+
+        with torch.no_grad(), self._attention():
+            return self.model.generate(**options, custom_generate=decode)
+
+    def _decode(
+        self,
+        input_ids: Tensor,
+        mask: Tensor | None,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        settings: Any,
+        streamer: Any,
+        goes_on: bool,
+    ) -> Any:
+        """The loop of transformers' sampling, around steps of ours. input_ids, mask `[B, T]`."""
+        if mask is not None and bool(mask.all()):
+            mask = None
+        space = self._space(input_ids.shape[0], settings.max_length, goes_on)
+        if not goes_on:
+            space.begin(self._converted(anew=True), mask)
+        elif space.read >= input_ids.shape[1]:
+            raise ValueError(f"the cache holds {space.read} tokens, the text has {input_ids.shape[1]}: give the whole text as input_ids")
+        elif mask is not None:
+            space.mask[:, : mask.shape[1]], space.padded = mask.bool(), True
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        self._read(space, input_ids[:, space.read :], settings.prefill_chunk_size)
+        can_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        while True:
+            scores = logits_processor(input_ids, space.logits.clone())
+            if settings.do_sample:
+                token = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
+            else:
+                token = scores.argmax(-1)
+            if can_end:
+                token = torch.where(unfinished, token, settings._pad_token_tensor)
+            input_ids = torch.cat([input_ids, token[:, None]], 1)
+            if streamer is not None:
+                streamer.put(token.cpu())
+            unfinished &= ~stopping_criteria(input_ids, None)
+            if not bool(unfinished.any()):
+                break
+            self._step(space, token)
+        if streamer is not None:
+            streamer.end()
+        if settings.return_dict_in_generate:
+            return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=space.cache)
+        return input_ids
+
+    def prepare(self, levels: Iterable[int], *, max_length: int, rows: int = 1, tokens: int | None = None, padded: bool = False) -> None:
+        """Capture these levels before a text of at most `max_length` tokens needs them, so that a raise waits for its fold only.
+
+        tokens: how long the text is when they come into use (as long as it can be, when None); `padded`: whether prompts are.
+
+        Raises:
+            ValueError: if graphs cannot run here, or the model has no levels.
+        """
+        if (why := self.obstacle()) is not None:
+            raise ValueError(f"no CUDA graphs: {why}")
+        if not hasattr(self.model, "get_level"):
+            raise ValueError(
+                f"{type(self.model).__name__} has no levels, and nothing to prepare: its graph is captured at the second token"
+            )
+        levels, before = sorted(levels), self.model.get_level()
+        space = self._space(rows, max_length, False)
+        at = (space.length if tokens is None else tokens) - 1
+        prompt = torch.zeros(rows, min(REHEARSAL, max(space.length - 2 * len(levels), 1)), dtype=torch.long, device=space.tokens.device)
+        with torch.no_grad(), self._attention():
+            for number, level in enumerate(levels):
+                self.model.set_level(level)
+                if number == 0:
+                    space.begin(self._converted(anew=True), torch.ones_like(prompt) if padded else None)
+                    self._read(space, prompt, None)
+                for _ in range(2):  # as it is, then captured
+                    self._step(space, prompt[:, 0], at)
+            self.model.set_level(before)
+            space.begin(self._converted(anew=True), None)
+
+    # --- one step -----------------------------------------------------------------------------------------------
+
+    def _attention(self) -> Any:
+        """Softmax layers read caches by the kernel for that, where it runs, and where the user has not asked for another attention."""
+        self._own_attention = can_attend_where_cached(self.causal_lm)
+        return attends_where_cached(self.causal_lm) if self._own_attention else nullcontext()
+
+    def _fused(self, prompt: bool = False) -> Any:
+        if self._fuse and not can_compile(self.causal_lm.device):
+            self._fuse = False
+            logger.warning_once("torch.compile does not work here (dsla_hf.inference.fusion): steps have more launches, and take longer")
+        return fused(self.causal_lm, prompt=prompt) if self._fuse else nullcontext()
+
+    def _space(self, rows: int, length: int, goes_on: bool) -> Workspace:
+        """The workspace for so many rows and tokens: the one at hand if it fits, else a new one."""
+        space = self.workspace
+        if space is not None and space.rows == rows and space.length >= length:
+            return space
+        if goes_on:
+            raise ValueError(
+                f"the cache has room for {space.rows if space else 0} rows of {space.length if space else 0} tokens, the text needs "
+                f"{rows} of {length}: give GraphDecoder a max_length of {length} or more before the text begins"
+            )
+        length = max(length, self.max_length or 0)
+        length += -length % 8  # kernels read aligned rows of masks faster
+        self.workspace = space = None  # what is not needed any more goes before the new one comes
+        model = self.causal_lm
+        config, device = model.config.get_text_config(decoder=True), model.device
+        cache = StaticCache(config=config, max_cache_len=length)
+        cache.layers = [VisibleStaticLayer(length) for _ in cache.layers]
+        self.workspace = Workspace(
+            cache=cache,
+            length=length,
+            tokens=torch.zeros(rows, 1, dtype=torch.long, device=device),
+            positions=torch.zeros(rows, 1, dtype=torch.long, device=device),
+            mask=torch.ones(rows, length, dtype=torch.bool, device=device),
+            lengths=torch.zeros(rows, dtype=torch.long, device=device),
+            logits=torch.zeros(rows, config.vocab_size, device=device),
+            counts=torch.zeros(len(cache.layers), rows + 1, dtype=torch.long, device=device),
+            softmax=dict(enumerate(cache.layers)),
+        )
+        if device.type == "cuda":
+            self._pool = torch.cuda.graph_pool_handle()  # one for all graphs: no two run at a time
+        return self.workspace
+
+    def _read(self, space: Workspace, ids: Tensor, chunk: int | None) -> None:
+        """Read the prompt `[B, T]`, or the rest of it, at most `chunk` tokens at a time."""
+        seen = space.read + ids.shape[1]
+        mask = space.mask[:, :seen]
+        positions = (mask.long().cumsum(1) - 1).clamp_min(0)
+        for part in ids.split(chunk or ids.shape[1], 1):
+            start, space.read = space.read, space.read + part.shape[1]
+            space.show(space.read)
+            fuses = self._fused(prompt=True) if part.numel() >= LONG_PROMPT else nullcontext()
+            with fuses, over_prompt() if self._own_attention and not space.padded else nullcontext():
+                logits = self.causal_lm(
+                    input_ids=part,
+                    attention_mask=mask[:, : space.read] if space.padded else None,
+                    position_ids=positions[:, start : space.read],
+                    past_key_values=space.cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                ).logits
+            space.settle(self.keep)
+        space.logits.copy_(logits[:, -1])
+        space.positions.copy_(positions[:, -1:] + 1)
+        space.lengths.fill_(space.read + 1)
+        cached = [layer for layer in space.cache.layers if isinstance(layer, VisibleStaticLayer)]
+        space.by_length = self._own_attention and all(uses_triton(layer.keys, layer.values) for layer in cached)
+
+    def _step(self, space: Workspace, token: Tensor, view_for: int | None = None) -> None:
+        """The logits after `token` `[B]`, into `space.logits`. `view_for`: choose the recording for a text of so many tokens."""
+        converted = self._converted()
+        self._raise(space, converted)
+        read, space.read = space.read, space.read if view_for is None else max(view_for, space.read)
+        view = space.view()
+        space.read = read + 1
+        space.tokens.copy_(token[:, None])
+        key = (converted, space.padded, view)
+
+        def step() -> None:
+            space.show(view, space.lengths - 1 if space.by_length else None)
+            mask = space.mask[:, :view] if space.padded else None
+            with over_cache(CachedTokens(space.lengths, mask)) if space.by_length else nullcontext():
+                logits = self.causal_lm(
+                    input_ids=space.tokens,
+                    attention_mask=mask,
+                    position_ids=space.positions,
+                    past_key_values=space.cache,
+                    use_cache=True,
+                ).logits
+            space.logits.copy_(logits[:, -1])
+            for count in (space.positions, space.lengths, *([space.counts] if space.by_length else [])):
+                count.add_(1)
+
+        if key not in space.recordings:
+            with self._fused():
+                _aside(step, token.device)
+            space.settle(self.keep)  # a layer that was converted in the very first forward
+            space.recordings[key] = None
+            return
+        recording = space.recordings[key]
+        if recording is None:
+            space.recordings[key] = recording = self._record(step)
+        recording.replay()
+
+    def _record(self, step: Step) -> Recording:
+        start = time.perf_counter()
+        try:
+            with self._fused():
+                return self.record(step, self._pool)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # e.g. experts that the host chooses
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            logger.warning_once(f"no CUDA graph: this model's step cannot be captured ({reason}). Its steps run as usual")
+            return PlainRecording(step)
+        finally:
+            self.capture_seconds.append(time.perf_counter() - start)
+
+    def _raise(self, space: Workspace, converted: tuple[int, ...]) -> None:
+        """Fold the cache of layers that have become DSLA since the last step."""
+        if converted == space.converted:
+            return
+        layers = space.cache.layers
+        new = [index for index in converted if not isinstance(layers[index], DSLACacheLayer)]
+        if len(converted) - len(new) < sum(isinstance(layer, DSLACacheLayer) for layer in layers):
+            raise RuntimeError(
+                "the level was lowered within one text, and the keys and values of layers that were DSLA are gone: start again with a "
+                "new text (without past_key_values)"
+            )
+        layout = TokenLayout(space.mask[:, : space.read] if space.padded else None)
+        for index in new:
+            attention = dsla_attention_of(decoder_layers(self.causal_lm)[index])
+            dsla_cache_layer(space.cache, index, attention.dsla, layout, attention.exact_fold)
+            space.settle(self.keep)
+        space.converted = converted
+
+    def _converted(self, anew: bool = False) -> tuple[int, ...]:
+        """The layers that are DSLA now. Asked before every step, so what it rests on is looked at first."""
+        seen: Any = ()
+        if self._wrapped:
+            first = self._wrapped[0]
+            name = first.adapter_name
+            seen = (name, first.disable_adapters, None if name is None else first.configs[name].converted_layers)
+        if anew or seen != self._seen:
+            layers = decoder_layers(self.causal_lm)
+            self._layers = tuple(index for index, layer in enumerate(layers) if dsla_attention_of(layer) is not None)
+            self._seen = seen
+        return self._layers
+
+
+def dsla_attention_of(layer: nn.Module) -> Any:
+    """The DSLA attention that a decoder layer runs now, of an adapter or a hybrid; None if it runs softmax attention."""
+    attention = getattr(layer, "self_attn", None)
+    if isinstance(attention, DSLALayer):
+        return attention.dsla_attention() if attention.converted else None
+    return attention if isinstance(attention, DSLAAttentionMixin) else None
+
+
+def _aside(step: Step, device: torch.device) -> None:
+    """Run a step as it is, on another stream than the current one, as libraries that a graph shall capture want it at first."""
+    if device.type != "cuda":
+        return step()
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream(device).wait_stream(stream)

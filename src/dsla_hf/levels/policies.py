@@ -1,0 +1,206 @@
+"""Policies: which level a request should run at, from one record of what is known.
+
+A policy is any function from `Stats` to a level; those here are small frozen objects, pure functions of the record. A policy
+of one's own:
+
+    def long_texts(stats: Stats) -> int:
+        return 8 if stats.tokens > 4096 else 0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .reading import parse_level
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a policy sees. Tokens are counted per row, padding included; levels are numbers of layers."""
+
+    prompt_tokens: int
+    tokens: int  # so far, prompt included
+    rows: int  # of the batch, beams included
+    level: int
+    max_level: int  # of the plan
+    num_layers: int  # of the model
+    min_level: int = 0  # above 0 for hybrids, which have one level
+    softmax_bytes_per_token: int = 0  # cache of one softmax layer, per row and token
+    dsla_bytes: int = 0  # cache of one DSLA layer, per row
+    seconds_per_token: float | None = None  # of the last steps; None before there are any
+    tokens_since_change: int = 0  # of the level
+    seconds_since_change: float = float("inf")
+    queue_depth: int = 0  # requests that wait
+    longest_waiting_prompt: int = 0  # tokens
+    waiting_tokens: int = 0  # of all prompts that wait or are being read
+    free_share: float = 1.0  # of the memory for keys and values
+    seconds_to_first_token: float | None = None  # of a server's last requests, or what one without has waited
+
+    def cache_bytes(self, level: int, tokens: int | None = None) -> int:
+        """Bytes of the whole cache at a level, now or with that many tokens a row."""
+        tokens = self.tokens if tokens is None else tokens
+        return self.rows * ((self.num_layers - level) * tokens * self.softmax_bytes_per_token + level * self.dsla_bytes)
+
+
+Policy = Callable[[Stats], int]
+
+
+def _levels(level: int | str, stats: Stats) -> int:
+    """A level as number, and not above the plan."""
+    return min(parse_level(level, stats.num_layers), stats.max_level)
+
+
+@dataclass(frozen=True)
+class FixedLevel:
+    """One level, whatever comes."""
+
+    level: int | str = 0
+
+    def __call__(self, stats: Stats) -> int:
+        return _levels(self.level, stats)
+
+
+@dataclass(frozen=True)
+class PromptLength:
+    """A level by the length of the prompt. The default table is the DSLA paper's (arXiv 2506.09316): from these tokens on, this share.
+
+    grow: count generated tokens too, so that the level rises as the text does.
+    """
+
+    table: tuple[tuple[int, int | str], ...] = ((0, "12.5%"), (2048, "25%"), (4096, "37.5%"), (8192, "50%"))
+    grow: bool = False
+
+    def __post_init__(self) -> None:
+        starts = [tokens for tokens, _ in self.table]
+        if not starts or starts != sorted(set(starts)):
+            raise ValueError(f"table must hold (from tokens, level) with rising tokens, got {self.table}")
+
+    def __call__(self, stats: Stats) -> int:
+        tokens = stats.tokens if self.grow else stats.prompt_tokens
+        reached = [level for start, level in self.table if tokens >= start]
+        return _levels(reached[-1], stats) if reached else 0
+
+
+@dataclass(frozen=True)
+class CacheMemory:
+    """The lowest level whose cache fits a budget, with room for some more tokens; the highest if none does.
+
+    budget: bytes for the whole batch. headroom: tokens a row that must fit beside those that are there.
+    """
+
+    budget: int
+    headroom: int = 128
+
+    def __post_init__(self) -> None:
+        if self.budget <= 0:
+            raise ValueError(f"budget must be a number of bytes, got {self.budget}")
+
+    def __call__(self, stats: Stats) -> int:
+        ahead = stats.tokens + self.headroom
+        fitting = [level for level in range(stats.max_level + 1) if stats.cache_bytes(level, ahead) <= self.budget]
+        return fitting[0] if fitting else stats.max_level
+
+
+@dataclass(frozen=True)
+class LatencyTarget:
+    """One layer more whenever tokens take longer than the target, and some have been measured since the last change."""
+
+    seconds_per_token: float
+    settle: int = 8  # tokens
+    step: int = 1  # layers
+
+    def __post_init__(self) -> None:
+        if not self.seconds_per_token > 0:
+            raise ValueError(f"seconds_per_token must be positive, got {self.seconds_per_token}")
+
+    def __call__(self, stats: Stats) -> int:
+        late = stats.seconds_per_token is not None and stats.seconds_per_token > self.seconds_per_token
+        rise = self.step if late and stats.tokens_since_change >= self.settle else 0
+        return min(stats.level + rise, stats.max_level)
+
+
+@dataclass(frozen=True)
+class Load:
+    """A layer more while requests pile up or a long one waits, a layer less when the pile is gone, with hysteresis and cool-down.
+
+    The defaults are the numbers of the DSLA paper's released server. The level rises when any figure is over its threshold, and falls
+    when all are below `release`; it changes once per cool-down at most. Further thresholds, None for none, are for a server that
+    knows them.
+
+    queue_depth: requests that wait. waiting_prompt: tokens of the longest of them. waiting_tokens: of all that are not read yet.
+    free_share: of the memory for keys and values; the level rises below it, and falls above twice as much.
+    seconds_to_first_token, seconds_per_token: of the last requests.
+    release: of queue_depth, and of all other thresholds.
+    step: layers at a time.
+    """
+
+    queue_depth: int = 50
+    waiting_prompt: int = 1024
+    release: tuple[float, float] = (0.5, 0.8)
+    cool_down: float = 60.0  # seconds
+    max_level: int | str = "75%"
+    waiting_tokens: int | None = None
+    free_share: float | None = None
+    seconds_to_first_token: float | None = None
+    seconds_per_token: float | None = None
+    step: int = 1
+
+    def __post_init__(self) -> None:
+        if self.step < 1:
+            raise ValueError(f"step must be 1 layer or more, got {self.step}")
+
+    def __call__(self, stats: Stats) -> int:
+        if stats.seconds_since_change < self.cool_down:
+            return stats.level
+        if self.why(stats):
+            return max(stats.level, min(stats.level + self.step, self.highest(stats)))
+        if self._calm(stats):
+            return max(stats.level - self.step, 0)
+        return stats.level
+
+    def highest(self, stats: Stats) -> int:
+        """The level that it never exceeds."""
+        return _levels(self.max_level, stats)
+
+    def why(self, stats: Stats) -> str:
+        """The thresholds that are crossed, in words; empty if none is."""
+        over = [f"{name} {value:.6g} ≥ {limit:.6g}" for name, value, limit in self._figures(stats) if value >= limit]
+        if self.free_share is not None and stats.free_share < self.free_share:
+            over.append(f"free_share {stats.free_share:.3g} < {self.free_share:.3g}")
+        return ", ".join(over)
+
+    def _figures(self, stats: Stats) -> list[tuple[str, float, float]]:
+        """(name, value, threshold) of all that are known."""
+        names = ("queue_depth", "waiting_tokens", "seconds_to_first_token", "seconds_per_token")
+        pairs = [(name, getattr(stats, name), getattr(self, name)) for name in names]
+        pairs.insert(1, ("longest_waiting_prompt", stats.longest_waiting_prompt, self.waiting_prompt))
+        return [(name, value, limit) for name, value, limit in pairs if value is not None and limit is not None]
+
+    def _calm(self, stats: Stats) -> bool:
+        shares = {"queue_depth": self.release[0]}
+        below = all(value < shares.get(name, self.release[1]) * limit for name, value, limit in self._figures(stats))
+        return below and (self.free_share is None or stats.free_share >= min(2 * self.free_share, 1.0))
+
+
+NAMED: dict[str, Callable[[], Policy]] = {"prompt-length": PromptLength, "text-length": lambda: PromptLength(grow=True), "load": Load}
+
+
+def as_policy(policy: Any) -> Policy:
+    """A policy from its name (`"prompt-length"`, `"text-length"`, `"load"`), from a level (`8`, `"50%"`), or itself.
+
+    Raises:
+        ValueError: for a name that is none.
+    """
+    if callable(policy):
+        return policy
+    if isinstance(policy, str) and policy in NAMED:
+        return NAMED[policy]()
+    try:
+        parse_level(policy, 1)
+    except ValueError:
+        raise ValueError(
+            f"level_policy must be one of {list(NAMED)}, a level such as 8 or '50%', or a function from Stats to a level, got {policy!r}"
+        ) from None
+    return FixedLevel(policy)

@@ -1,0 +1,1 @@
+"""Models of transformers with DSLA layers: configuration, adapters, hybrids, their files."""

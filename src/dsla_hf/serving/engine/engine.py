@@ -1,0 +1,577 @@
+"""The engine: many texts at a time, which come and go between two tokens.
+
+Each step of it: forget what was cancelled, ask for the level, let the queue in, read a piece of the prompts, generate one token for
+every running text. Texts are independent of each other: each is what `generate` alone gives at its level.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ...core.cache import FOLDED_AT_ONCE
+from ...inference.batching import out_of_memory
+from ...levels.policies import FixedLevel, Load, Policy, Stats, as_policy
+from ..control import LevelControl
+from .graphs import GraphRunner, Record
+from .levels import Levels
+from .recent import RecentMean
+from .request import Event, Request, Sampling, draw
+from .runner import ModelRunner
+from .scheduler import QueueFull, Scheduler
+from .slots import SlotMemory
+
+logger = logging.getLogger(__name__)
+
+# Times to the first token and per token are averages of as long, and of so many tokens at most.
+MEASURED_SECONDS, MEASURED = 10.0, 2048
+IDLE_SECONDS = 0.25  # how often an idle engine asks for the level
+MIN_CHUNK = 16
+CHUNK_RECOVERY_SECONDS = 60.0  # after a lack of memory, until chunks are twice as long again
+
+
+class Draining(RuntimeError):
+    """The engine takes no more requests: it ends when the running ones have."""
+
+
+class ShedForMemory(RuntimeError):
+    """A request was given up because memory did not suffice."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Sizes of an engine.
+
+    slots: texts that run at a time. max_waiting: requests that may wait.
+    max_tokens: longest text, prompt included; None: what the model was made for.
+    kv_bytes: memory for keys and values; None: what is free on a GPU but for a tenth, half a GiB on a CPU.
+    block_size: tokens in a block. chunk: prompt tokens read in a step.
+    prompt_share: largest share of the time that prompts may take from texts that are being generated: with 0.5 a token takes twice as long
+        while prompts are read as without them; with 1 a chunk is read before every token.
+    prompt_patience: seconds; a prompt that has waited longer is read with every token, for a queue is worse than slow tokens.
+    max_level: highest level that control may choose; None: the whole plan.
+    hold, busy_hold, cool_down: of `LevelControl`.
+    """
+
+    slots: int = 32
+    max_waiting: int = 256
+    max_tokens: int | None = None
+    kv_bytes: int | None = None
+    block_size: int = 64
+    chunk: int = 1024
+    prompt_share: float = 0.4
+    prompt_patience: float = 1.0
+    max_level: int | None = None
+    hold: float = 1.0
+    busy_hold: float = 10.0
+    cool_down: float = 5.0
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "max_waiting", "block_size", "chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if not 0 < self.prompt_share <= 1:
+            raise ValueError(f"prompt_share must be above 0 and at most 1, got {self.prompt_share}")
+        if not self.prompt_patience >= 0:
+            raise ValueError(f"prompt_patience must be a number of seconds, got {self.prompt_patience}")
+
+
+class Engine:
+    """Serves a causal LM with or without DSLA layers.
+
+    `step()` does one step; `start()` has a thread of the engine's own call it. `submit` and `cancel` may be called from any thread,
+    listeners are called from the one that steps.
+
+    Args:
+        model: a causal LM, a `PeftModel` with a DSLA adapter, or a hybrid; in eval mode, on its device.
+        policy: what `as_policy` takes.
+        eos_tokens: ids that end a text; None: those of the model's generation config.
+        record: what records model calls, see `GraphRunner`; None: they run as they are.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        policy: Policy | str | int = 0,
+        options: EngineOptions | None = None,
+        *,
+        eos_tokens: set[int] | None = None,
+        record: Record | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.options = options = options or EngineOptions()
+        self.clock = clock
+        self.levels = levels = Levels(model)
+        config = model.config
+        self.vocab_size = int(config.vocab_size)
+        self.max_tokens = options.max_tokens or int(config.max_position_embeddings)
+        if self.max_tokens > config.max_position_embeddings:
+            raise ValueError(f"max_tokens {self.max_tokens} is more than the {config.max_position_embeddings} positions of the model")
+        if eos_tokens is None:
+            ids = model.generation_config.eos_token_id
+            eos_tokens = set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
+        self.eos_tokens = eos_tokens
+
+        policy = as_policy(policy)
+        highest = levels.highest if options.max_level is None else levels.check(options.max_level, "max_level")
+        self._stats_of_levels = {"max_level": levels.highest, "num_layers": levels.num_layers}
+        if isinstance(policy, FixedLevel):
+            highest = policy(Stats(1, 1, 1, 0, **self._stats_of_levels))
+            highest = max(highest, levels.lowest)
+        self.control = LevelControl(
+            policy,
+            lowest=levels.lowest,
+            highest=highest,
+            hold=options.hold,
+            busy_hold=options.busy_hold,
+            cool_down=options.cool_down,
+            clock=clock,
+        )
+        self.memory = SlotMemory(
+            levels,
+            num_slots=options.slots,
+            num_blocks=self._num_blocks(highest),
+            block_size=options.block_size,
+            max_tokens=self.max_tokens,
+            max_level=highest,
+        )
+        self.runner = ModelRunner(levels, self.memory) if record is None else GraphRunner(levels, self.memory, record, options.chunk)
+        self.scheduler = Scheduler(options.slots, options.max_waiting)
+        self.chunk = options.chunk
+        self.finished: dict[str, int] = {"stop": 0, "length": 0, "cancelled": 0, "error": 0}
+        self.generated_tokens = self.read_tokens = 0
+        self.tokens_at_level = [0] * (highest + 1)  # generated, by the level they were generated at
+        self.first_tokens, self.token_times = (RecentMean(MEASURED_SECONDS, MEASURED) for _ in range(2))
+        self._chunk_changed = 0.0
+        self._alone = True  # whether no old cohort runs: else what a token takes says nothing of the level
+        self._owed = 0.0  # seconds of generation before prompts are read again
+        self._untold: list[tuple[Request, Event]] = []
+        self._lock = threading.Lock()
+        self._arrived = threading.Condition(self._lock)
+        self._inbox: list[Request] = []
+        self._draining = self._stopped = False
+        self._thread: threading.Thread | None = None
+        self._ask_for_level()  # a fixed level holds from the first request on
+
+    # --- from any thread ------------------------------------------------------------------------------------------
+
+    def submit(self, prompt: list[int], max_tokens: int, listener: Callable[[Event], None], sampling: Sampling | None = None) -> Request:
+        """Queue a text. `listener` is called with each `Event`, first tokens, then the end.
+
+        Raises:
+            ValueError: if the request can never be served: an empty prompt, ids out of range, more tokens than fit.
+            QueueFull: if too many wait.
+            Draining: if the engine takes no more.
+        """
+        self.check(prompt, max_tokens)
+        request = Request(list(prompt), max_tokens, sampling or Sampling(), listener, self.clock())
+        with self._lock:
+            if self._draining or self._stopped:
+                raise Draining("the server is about to stop and takes no more requests")
+            waiting = len(self.scheduler.waiting) + len(self._inbox)
+            if waiting >= self.scheduler.max_waiting:
+                raise QueueFull(f"{waiting} requests wait already, which is the limit: try again later")
+            self._inbox.append(request)
+            self._arrived.notify_all()
+        return request
+
+    def check(self, prompt: list[int], max_tokens: int) -> None:
+        """Raises ValueError if a request can never be served."""
+        if not prompt:
+            raise ValueError("the prompt is empty: give at least one token")
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens must be 1 or more, got {max_tokens}")
+        if not all(0 <= token < self.vocab_size for token in prompt):
+            raise ValueError(f"the prompt holds token ids that are not from 0 to {self.vocab_size - 1}")
+        if len(prompt) + max_tokens > self.max_tokens:
+            raise ValueError(
+                f"{len(prompt)} prompt tokens and max_tokens {max_tokens} are more than the {self.max_tokens} tokens a text may have"
+            )
+        needed = self.memory.blocks_for(len(prompt) + max_tokens - 1, self.control.highest)
+        if needed > self.memory.pool.num_blocks:
+            raise ValueError(
+                f"{len(prompt)} prompt tokens and max_tokens {max_tokens} need {needed} blocks of memory, there are "
+                f"{self.memory.pool.num_blocks}: ask for less, or give the server more memory for keys and values"
+            )
+
+    def cancel(self, request: Request) -> None:
+        """Forget a request before the next token; its listener is told the end. Of no effect on one that has ended."""
+        with self._lock:
+            request.cancelled = True
+            self._arrived.notify_all()
+
+    def start(self) -> None:
+        """Serve from a thread of its own, until `stop`."""
+        if self._thread is not None:
+            raise RuntimeError("the engine runs already")
+        self._thread = threading.Thread(target=self._serve, name="dsla-engine", daemon=True)
+        self._thread.start()
+
+    def drain(self) -> None:
+        """Take no more requests; those that are here are served."""
+        with self._lock:
+            self._draining = True
+            self._arrived.notify_all()
+
+    def stop(self, *, drain: bool = True, timeout: float | None = None) -> None:
+        """End the thread: with `drain` after the requests that are here (for at most `timeout` seconds), else at once, with their
+        cancellation."""
+        self.drain()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while drain and self.busy and self._thread is not None and (deadline is None or time.monotonic() < deadline):
+            time.sleep(0.01)
+        with self._lock:
+            self._stopped = True
+            self._arrived.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._open_inbox()
+        for request in [*self.scheduler.waiting, *self.scheduler.running]:
+            self._end(request, "cancelled")
+        self._tell_all()
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is here, or its end has not been told."""
+        return bool(self._inbox or self.scheduler.waiting or self.scheduler.running or self._untold)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Figures of this moment, for pages and metrics."""
+        # Slots change in the other thread: what is counted here may be a step old.
+        waiting, running = len(self.scheduler.waiting) + len(self._inbox), self.scheduler.running
+        pool = self.memory.pool
+        return {
+            "level": self.control.level,
+            "old_level": self.old_level,
+            "max_level": self.control.highest,
+            "layers": self.levels.num_layers,
+            "waiting": waiting,
+            "running": len(running),
+            "slots": self.options.slots,
+            "waiting_tokens": sum(len(request.prompt) for request in list(self.scheduler.waiting)),
+            "free_blocks": pool.free_blocks,
+            "blocks": pool.num_blocks,
+            "seconds_to_first_token": self.first_tokens.mean(self.clock()),
+            "seconds_per_token": self.token_times.mean(self.clock()),
+            "read_tokens": self.read_tokens,
+            "generated_tokens": self.generated_tokens,
+            "tokens_at_level": list(self.tokens_at_level),
+            "finished": dict(self.finished),
+            "draining": self._draining,
+            "changes": [asdict(change) for change in list(self.control.changes)[-20:]],
+        }
+
+    def prepare(self, levels: Iterable[int] | None = None) -> None:
+        """Record calls at these levels, or at those that the policy goes through, and compile what raises need, before requests come. Not
+        while the engine steps."""
+        if self.levels.device.type == "cuda":
+            self.memory.rehearse_folds()
+        self.runner.prepare(self.expected_levels() if levels is None else levels)
+
+    def expected_levels(self) -> list[int]:
+        """The levels that the policy goes through, as far as it tells: all, if it does not."""
+        control, policy = self.control, self.control.policy
+        if isinstance(policy, FixedLevel):
+            return [control.level]
+        lowest, highest, step = control.lowest, control.highest, 1
+        if isinstance(policy, Load):
+            highest, step = max(min(highest, policy.highest(self.stats())), lowest), policy.step
+        return sorted({*range(lowest, highest, step), highest})
+
+    # --- the thread that steps ------------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """One step; whether there was anything to do."""
+        self._open_inbox()
+        for request in [*self.scheduler.waiting, *self.scheduler.running]:
+            if request.cancelled:
+                self._end(request, "cancelled")
+        self._ask_for_level()
+        self._admit()
+        decoding = self.scheduler.generates
+        worked = False
+        if not decoding or self._owed <= 0 or self._prompt_is_late():
+            begin = self.clock()
+            worked = self._read_prompts()
+            if worked and decoding:
+                self.runner.wait()
+                self._owed = (self.clock() - begin) * (1 / self.options.prompt_share - 1)
+        begin = self.clock()
+        self._alone = self.old_level is None
+        for level, requests in self.scheduler.decoding().items():
+            worked = True
+            self._generate(level, requests)
+        self._owed -= self.clock() - begin
+        if not self.scheduler.generates:  # else while the next tokens are computed
+            self._tell_all()
+        return worked
+
+    @property
+    def old_level(self) -> int | None:
+        """The level of the old cohort, None if all run at the same one."""
+        return next((request.level for request in self.scheduler.running if request.level != self.control.level), None)
+
+    def stats(self) -> Stats:
+        """What the policy sees: the running texts as one batch, and what waits."""
+        waiting, running = self.scheduler.waiting, self.scheduler.running
+        here = [*waiting, *running]
+        now, levels = self.clock(), self.levels
+        # Averages come late when nothing moves: who waits for a first token counts with what it has waited.
+        first = [now - request.arrived for request in here if request.first_token is None]
+        if (recent := self.first_tokens.mean(self.clock())) is not None:
+            first.append(recent)
+        return Stats(
+            prompt_tokens=max((len(request.prompt) for request in here), default=0),
+            tokens=max((request.length for request in here), default=0),
+            rows=len(running),
+            level=self.control.level,
+            min_level=self.control.lowest,
+            softmax_bytes_per_token=2 * levels.kv_heads * levels.head_dim * levels.dtype.itemsize,
+            seconds_per_token=self.token_times.mean(self.clock()),
+            seconds_since_change=now - self.control.changed,
+            queue_depth=len(waiting),
+            longest_waiting_prompt=max((len(request.prompt) for request in waiting), default=0),
+            waiting_tokens=sum(request.unread for request in here if not request.decoding),
+            free_share=self.memory.pool.free_blocks / self.memory.pool.num_blocks,
+            seconds_to_first_token=max(first, default=None),
+            **self._stats_of_levels,
+        )
+
+    def _serve(self) -> None:
+        while not self._stopped:
+            try:
+                worked = self.step()
+            except Exception as error:  # whatever it is, the server goes on, and nobody waits for ever
+                logger.exception("a step failed outside the model")
+                for request in [*self.scheduler.running, *self.scheduler.waiting]:
+                    self._end(request, error=error)
+                self._tell_all()
+                worked = False
+            if not worked:
+                with self._arrived:
+                    if not (self._stopped or self._inbox):
+                        self._arrived.wait(IDLE_SECONDS)
+
+    def _open_inbox(self) -> None:
+        with self._lock:
+            self.scheduler.waiting.extend(self._inbox)
+            self._inbox.clear()
+
+    # --- levels ---------------------------------------------------------------------------------------------------
+
+    def _ask_for_level(self) -> None:
+        if self.old_level is not None:  # one change at a time: the old cohort drains first
+            return
+        try:
+            level, reason = self.control.wanted(self.stats())
+        except Exception:
+            logger.exception("the policy failed: the level stays at %d from now on", self.control.level)
+            self.control.policy = FixedLevel(self.control.level)
+            return
+        if level != self.control.level:
+            self._change_level(level, reason)
+
+    def _change_level(self, level: int, reason: str) -> None:
+        """Raise all running texts, exactly; or lower newcomers only, for keys and values of converted layers are gone."""
+        if level > self.control.level and self.levels.exact_fold:
+            for group in self._folded_together():
+                self._raise(group, level)
+        self.control.change(level, reason)
+        for times in (self.first_tokens, self.token_times):
+            times.clear()  # of another level
+
+    def _folded_together(self) -> list[list[Request]]:
+        """Running texts in groups of about the same length, of no more tokens than a fold has memory for."""
+        groups: list[list[Request]] = []
+        for request in sorted(self.scheduler.running, key=lambda request: -request.cached):
+            if not groups or (len(groups[-1]) + 1) * groups[-1][0].cached > FOLDED_AT_ONCE:
+                groups.append([])
+            groups[-1].append(request)
+        return groups
+
+    def _raise(self, requests: list[Request], level: int) -> None:
+        slots = [request.slot for request in requests if request.slot is not None]
+        try:
+            self.memory.fold(slots, [request.cached for request in requests], requests[0].level, level)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            self.memory.fold(slots, [0] * len(slots), requests[0].level, level)
+            for request in requests:
+                request.cached = 0  # read anew at the level that needs less
+        for request in requests:
+            request.level = level
+            request.levels.append((request.length, level))
+
+    # --- the queue ------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Let the queue in while there are slots and blocks, in order of arrival."""
+        waiting = self.scheduler.waiting
+        while waiting and (slot := self.scheduler.free_slot()) is not None:
+            request, pool = waiting[0], self.memory.pool
+            level = self.control.level
+            if self.memory.blocks_for(request.most_tokens, level) > pool.free_blocks:
+                if self.scheduler.running:
+                    return
+                level = next(
+                    level
+                    for level in range(level, self.control.highest + 1)
+                    if self.memory.blocks_for(request.most_tokens, level) <= pool.free_blocks
+                )
+                self._change_level(level, f"a text of {request.most_tokens} tokens does not fit into memory at a lower level")
+            self.memory.allocate(slot, request.most_tokens, level)
+            self.scheduler.place(request, slot)
+            request.level = level
+            request.levels.append((len(request.prompt), level))
+
+    # --- model calls ----------------------------------------------------------------------------------------------
+
+    def _prompt_is_late(self) -> bool:
+        unread = self.scheduler.to_read()
+        return bool(unread) and self.clock() - unread[0].arrived >= self.options.prompt_patience
+
+    def _read_prompts(self) -> bool:
+        """Read up to a chunk of prompt tokens, oldest requests first, so that running texts wait for no more than that."""
+        if self.chunk < self.options.chunk and self.clock() - self._chunk_changed >= CHUNK_RECOVERY_SECONDS:
+            self._set_chunk(self.chunk * 2)
+        budget = self.chunk
+        for request in self.scheduler.to_read():
+            if budget == 0:
+                break
+            tokens = self._piece(request, budget)
+            if tokens == 0:
+                break
+            budget -= tokens
+            try:
+                logits = self.runner.prefill(request, tokens)
+                token = draw(logits, request) if tokens == request.unread else None
+            except Exception as error:
+                self._failed([request], error)
+                return True
+            request.cached += tokens
+            self.read_tokens += tokens
+            if token is not None:
+                self._accept(request, token)
+        return budget < self.chunk
+
+    def _piece(self, request: Request, budget: int) -> int:
+        """How many tokens of a prompt to read now. What comes behind whole windows is less work, so all pieces but the last end with one,
+        if a chunk has any. 0: of this chunk no window is left."""
+        tokens, window = min(budget, request.unread), self.levels.window
+        if tokens == request.unread or not window or self.chunk < window or request.cached % window:
+            return tokens
+        return tokens - tokens % window
+
+    def _generate(self, level: int, requests: list[Request]) -> None:
+        try:
+            logits = self.runner.decode(level, requests)
+            best = logits.argmax(-1)
+            self._tell_all()  # a GPU is at work now: the host has time, also for what listeners set off in other threads
+            likeliest = best.tolist()
+            tokens = [likeliest[row] if r.generator is None else draw(logits[row], r) for row, r in enumerate(requests)]
+        except Exception as error:
+            self._failed(requests, error)
+            return
+        for request, token in zip(requests, tokens, strict=True):
+            request.cached += 1
+            self._accept(request, token)
+
+    def _accept(self, request: Request, token: int) -> None:
+        """A new token of a text."""
+        now = self.clock()
+        if request.first_token is None:
+            request.first_token = now
+            self.first_tokens.add(now, now - request.arrived)
+        elif self._alone:
+            self.token_times.add(now, now - request.last_token)
+        request.last_token = now
+        if token in self.eos_tokens and not request.sampling.ignore_eos:
+            self._end(request, "stop")
+            return
+        request.tokens.append(token)
+        self.generated_tokens += 1
+        self.tokens_at_level[request.level] += 1
+        self._tell(request, Event(token=token))
+        if len(request.tokens) >= request.max_tokens:
+            self._end(request, "length")
+
+    # --- ends -----------------------------------------------------------------------------------------------------
+
+    def _failed(self, requests: list[Request], error: Exception) -> None:
+        """A model call went wrong. What it had begun to write is worthless: texts begin anew, or end.
+
+        After any error but a lack of memory they end. Without memory the newest is given up, the level rises if it can, and prompts
+        are read in smaller pieces, which grow again in time.
+        """
+        if not out_of_memory(error):
+            logger.error("a step with %d requests failed", len(requests), exc_info=error)
+            for request in requests:
+                self._end(request, error=error)
+            return
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._set_chunk(self.chunk // 2)
+        newest = max(requests, key=lambda request: request.number)
+        logger.warning("out of memory with %d requests: request %d is given up", len(requests), newest.number)
+        for request in requests:
+            request.cached = 0
+        self._end(newest, error=ShedForMemory("memory does not suffice for this request now: try again later, or with fewer tokens"))
+        if self.control.level < self.control.highest and self.old_level is None:
+            self._change_level(self.control.level + 1, "out of memory")
+
+    def _set_chunk(self, tokens: int) -> None:
+        self.chunk = min(max(tokens, MIN_CHUNK), self.options.chunk)
+        self._chunk_changed = self.clock()
+
+    def _end(self, request: Request, finish: str | None = None, error: Exception | None = None) -> None:
+        """A request is over: its slot and blocks are free at once."""
+        if request.finished is not None:
+            return
+        if request.slot is not None:
+            self.memory.release(request.slot)
+        self.scheduler.remove(request)
+        request.finished = self.clock()
+        self.finished[finish or "error"] += 1
+        self._tell(request, Event(finish=finish, error=error))
+
+    def _tell(self, request: Request, event: Event) -> None:
+        """Note what the listener of a request is to be told."""
+        self._untold.append((request, event))
+
+    def _tell_all(self) -> None:
+        events, self._untold = self._untold, []
+        for request, event in events:
+            try:
+                request.listener(event)
+            except Exception:
+                logger.exception("the listener of request %d failed", request.number)
+                request.cancelled = True
+
+    # --- sizes and times ------------------------------------------------------------------------------------------
+
+    def _num_blocks(self, max_level: int) -> int:
+        levels, options = self.levels, self.options
+        bytes_per_block = 2 * options.block_size * levels.kv_heads * levels.head_dim * levels.dtype.itemsize
+        room = options.kv_bytes
+        if room is None and levels.device.type == "cuda":
+            states = sum(4 * 2 * core.num_kv_heads * core.key_dim * core.value_dim for core in levels.cores.values()) * options.slots
+            room = int(0.9 * torch.cuda.mem_get_info(levels.device)[0]) - states
+        room = 2**29 if room is None else room
+        # More than all slots can fill is of no use.
+        useful = options.slots * levels.num_layers * -(-self.max_tokens // options.block_size)
+        blocks = min(room // bytes_per_block, useful)
+        if blocks < 1:
+            raise ValueError(f"kv_bytes {room} hold no block of {bytes_per_block} bytes: give more memory for keys and values")
+        return blocks

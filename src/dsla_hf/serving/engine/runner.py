@@ -1,0 +1,103 @@
+"""Model calls of the engine: a piece of one prompt, or the next token of many texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsla_kernels import uses_triton
+
+from ...inference.decode_attention import ATTENTION_FUNCTION, CachedTokens, can_attend_where_cached, over_cache
+from .levels import Levels
+from .pool import Rows
+from .request import Request
+from .slots import SlotMemory
+
+
+class ModelRunner:
+    """Runs the model through its ordinary forward over a `SlotMemory`.
+
+    Whatever a step of decoding reads and writes beside its small inputs lies at fixed addresses (blocks, tables, states), and its
+    shapes follow from the number of rows and `past` alone: `GraphRunner` records it.
+    """
+
+    def __init__(self, levels: Levels, memory: SlotMemory):
+        self.levels, self.memory = levels, memory
+        pool = memory.pool
+        # Calls then read keys and values where they lie, and need no `past`.
+        self.in_blocks = can_attend_where_cached(levels.causal_lm) and uses_triton(pool.keys, pool.values)
+        if self.in_blocks:
+            levels.causal_lm.set_attn_implementation(ATTENTION_FUNCTION)
+
+    @torch.no_grad()
+    def prepare(self, levels: Iterable[int]) -> None:
+        """Get ready for steps at these levels; nothing to do here."""
+
+    @torch.no_grad()
+    def prefill(self, request: Request, tokens: int) -> Tensor:
+        """Read the next `tokens` of a text; logits `[V]` after them."""
+        device, cached, slot = self.levels.device, request.cached, request.slot
+        assert slot is not None
+        one, start = torch.ones(1, dtype=torch.bool, device=device), torch.tensor([cached], device=device)
+        past = 0 if self.in_blocks else cached
+        rows = Rows(slice(slot, slot + 1), one, start, past, seen=cached, in_blocks=self.in_blocks)
+        ids = torch.tensor([request.text[cached : cached + tokens]], device=device)
+        with self._reading(rows, start + tokens, start):
+            return self._call(request.level, ids, rows, None)[0]
+
+    @torch.no_grad()
+    def decode(self, level: int, requests: list[Request]) -> Tensor:
+        """The next step of texts of one level; logits `[len(requests), V]` in their order.
+
+        The batch spans all slots up to the highest in use: rows in between that do not take part are padding, and states are
+        written where they are.
+        """
+        slots = [request.slot for request in requests if request.slot is not None]
+        count = max(slots) + 1
+        ids, lengths, active = [0] * count, [0] * count, [False] * count
+        for request, slot in zip(requests, slots, strict=True):
+            ids[slot], lengths[slot], active[slot] = request.tokens[-1], request.cached, True
+        places = torch.tensor(slots, device=self.levels.device)  # now: a copy from the host waits for all that has been launched
+        return self._run(level, ids, lengths, active)[places]
+
+    def wait(self) -> None:
+        """Until all calls have been done."""
+        if self.levels.device.type == "cuda":
+            torch.cuda.synchronize(self.levels.device)
+
+    def _run(self, level: int, ids: list[int], lengths: list[int], active: list[bool]) -> Tensor:
+        device = self.levels.device
+        tokens, read, takes_part = (torch.tensor(x, device=device) for x in (ids, lengths, active))
+        return self._step(level, tokens, read, takes_part, max(lengths))
+
+    def _step(self, level: int, ids: Tensor, lengths: Tensor, active: Tensor, past: int) -> Tensor:
+        """One token of every row; all inputs `[B]`, `past` at least the longest length. Reads no value on the host."""
+        if self.in_blocks:
+            rows = Rows(slice(0, len(ids)), active, lengths, 0, in_blocks=True)
+            with self._reading(rows, torch.where(active, lengths + 1, 0)):
+                return self._call(level, ids[:, None], rows, active[:, None])
+        rows = Rows(slice(0, len(ids)), active, lengths, past)
+        # Texts end at the right of the batch, as rows padded at the left do.
+        position = torch.arange(past + 1, device=ids.device)
+        mask = (position >= (past - lengths)[:, None]) & active[:, None]
+        return self._call(level, ids[:, None], rows, mask.long())
+
+    def _reading(self, rows: Rows, lengths: Tensor, starts: Tensor | None = None) -> Any:
+        """For a call on `rows`, which have `lengths` tokens with the new ones and `starts` before them."""
+        if not rows.in_blocks:
+            return nullcontext()
+        return over_cache(CachedTokens(lengths, block_tables=self.memory.pool.tables[:, rows.slots], starts=starts))
+
+    def _call(self, level: int, ids: Tensor, rows: Rows, mask: Tensor | None, last: Tensor | int = 1) -> Tensor:
+        """Logits `[B, V]` of the last token of each row, or of the one whose place `last` `[1]` is."""
+        self.levels.use(level)
+        positions = rows.lengths[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        cache = self.memory.cache(level, rows, ids.shape[1])
+        output = self.levels.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=last
+        )
+        return output.logits[:, -1]

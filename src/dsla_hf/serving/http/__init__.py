@@ -1,0 +1,1 @@
+"""The server's side towards clients: routes, schema, limits, the live page."""

@@ -1,0 +1,1 @@
+"""Distillation of adapters: text, losses, the Trainer, the order of layers."""
