@@ -21,7 +21,7 @@ from dsla_cli import main, preflight
 from dsla_hf import DSLAConfig
 from dsla_hf.cli import distill as distill_job
 from dsla_hf.cli.distill import DistillOptions, parse_options
-from dsla_hf.cli.order import order
+from dsla_hf.cli.order import order as order_layers
 from dsla_hf.cli.quickstart import train_tokenizer
 from dsla_hf.models.configuration import resolve_level
 from dsla_hf.training.trainer import DSLATrainingArguments
@@ -593,7 +593,7 @@ def test_interrupted_order_says_that_the_adapter_is_as_it_was(made, adapter, mon
 
     monkeypatch.setattr("dsla_hf.cli.order.rank_layers", interrupt)
     with pytest.raises(KeyboardInterrupt, match=f"^{re.escape(str(adapter))} is as it was$"):
-        order(made.base, str(adapter), [made.text], length=32, sequences=2)
+        order_layers(made.base, str(adapter), [made.text], length=32, sequences=2)
     assert fingerprints(adapter) == before
 
 
