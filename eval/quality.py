@@ -19,8 +19,8 @@ from typing import Any
 
 from reporting import RESULTS, write_results
 
+from dsla_hf.evaluation import long_context
 from dsla_hf.evaluation.harness import evaluate
-from dsla_hf.evaluation.levels import long_context
 from dsla_hf.evaluation.report.page import report
 
 PARTS = ("own", "zero_shot", "wikitext")

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from dsla_cli import main
 from dsla_hf import DSLAConfig
 from dsla_hf.cli.quickstart import train_tokenizer
+from dsla_hf.evaluation import harness as evaluate_job
+from dsla_hf.evaluation import long_context
 from dsla_hf.evaluation.harness import evaluate, table
-from dsla_hf.evaluation.levels import harness as evaluate_job
-from dsla_hf.evaluation.levels import long_context
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'dsla-hf[eval]'")
 import lm_eval.tasks

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from dsla_hf.cli.quickstart import train_tokenizer
-from dsla_hf.evaluation.levels import long_context
+from dsla_hf.evaluation import long_context
 from dsla_hf.evaluation.long_context import PROMPTS, TASKS, Haystack, Writer, last_seen, prepare, read_haystack, run_tasks, token_losses
 
 TEXT = " ".join(f"{number} green bottles hang on the wall, and if one of them should fall" for number in range(400, 0, -1))

@@ -6,9 +6,9 @@ import re
 from urllib.parse import unquote
 
 import pytest
-from dsla_hf.evaluation.levels.report import published as paper
 
 from dsla_cli import main
+from dsla_hf.evaluation.report import published as paper
 from dsla_hf.evaluation.report.measurements import read_measurements
 from dsla_hf.evaluation.report.page import report
 
