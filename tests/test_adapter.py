@@ -936,3 +936,15 @@ def test_fingerprint_can_be_removed_on_purpose(tiny_model, adapter_model, tmp_pa
     del values["base_fingerprint"]
     path.write_text(json.dumps(values))
     assert converted_layers(PeftModel.from_pretrained(other, tmp_path)) == [0, 1, 2, 3]
+
+
+def test_generation_without_a_task_knows_levels_too(tiny_model):
+    """PEFT's class for no task in particular asks the base itself."""
+    model = get_peft_model(tiny_model("llama"), DSLAConfig(window_size=8))
+    assert type(model) is PeftModel
+    ids = torch.arange(3, 30)[None]
+    expected = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
+    model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, level_policy=3)
+    assert model.get_level() == 3
+    model.set_level(0)
+    assert torch.equal(model.generate(input_ids=ids, max_new_tokens=4, do_sample=False), expected)

@@ -61,6 +61,21 @@ def test_faults_of_the_program_keep_their_traceback(monkeypatch):
         main(["env"])
 
 
+def test_an_error_of_the_system_has_no_number_and_its_path(monkeypatch, capsys):
+    fails_with(monkeypatch, FileNotFoundError(errno.ENOENT, "No such file or directory", "gone.txt"))
+    assert main(["env"]) == 1
+    assert capsys.readouterr().err == "dsla env: No such file or directory: gone.txt\n"
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    code = "import sys\nfrom dsla_cli import main\nfrom dsla_cli.commands import env\n"
+    code += "env.run = lambda args: [print('line', flush=True) for _ in range(100_000)]\nsys.exit(main(['env']))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "line\n"
+    process.stdout.close()
+    assert process.wait(timeout=30) == 128 + signal.SIGPIPE and process.stderr.read() == ""
+
+
 # --- interrupts -------------------------------------------------------------------------------------------------
 
 

@@ -182,3 +182,9 @@ def test_of_a_stream_the_first_rows_are_judged():
             raise AssertionError("read on")
 
     check_teaches(Stream(), 8, 4)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "binary.txt").write_bytes(b"abc\x80\xff")
+    with pytest.raises(ValueError, match=r"binary\.txt is no UTF-8 text \(byte 3 of a part\): convert it"):
+        list(read_texts(tmp_path / "binary.txt"))

@@ -67,6 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
             if said:  # of several processes only the first one has words
                 print(f"\ndsla {args.command}: interrupted; {said}{again}", file=sys.stderr)
         return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
+    except BrokenPipeError:  # whoever reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor does Python, at its end, write what is left
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"dsla {args.command}: {' '.join(_words(error).split())}", file=sys.stderr)
         return 1
@@ -128,6 +131,8 @@ def _words(error: BaseException) -> str:
     if _is_disk_full(error):
         path = getattr(error, "filename", None)
         return f"the disk is full ({path or error}): make room and give the same command again"
+    if isinstance(error, OSError) and error.strerror:  # without its number
+        return error.strerror + (f": {error.filename}" if error.filename else "")
     return str(error) or type(error).__name__
 
 

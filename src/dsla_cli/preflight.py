@@ -197,7 +197,7 @@ def _check_kind(name: str, config: dict[str, Any], converts: bool) -> None:
     masked = bool(architectures) and all(architecture.endswith(("ForMaskedLM", "ForPreTraining")) for architecture in architectures)
     if (kind in ENCODERS or masked) and not config.get("is_decoder"):
         raise ValueError(f"{name} is an encoder ({kind}), whose attention looks ahead, and a state cannot: give a decoder such as a Llama")
-    if converts and kind in LINEAR:
+    if kind in LINEAR:
         raise ValueError(f"{name} ({kind}) has no softmax attention to convert, it is linear already: give a transformer such as a Llama")
 
 

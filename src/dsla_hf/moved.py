@@ -93,7 +93,8 @@ class Moved(MetaPathFinder, Loader):
 
     def get_code(self, fullname: str) -> CodeType:
         """For `python -m`, which runs a module under another name."""
-        return compile(f"import runpy; runpy.run_module({self._new_name(fullname)!r}, run_name='__main__')", fullname, "exec")
+        code = f"import runpy; runpy.run_module({self._new_name(fullname)!r}, run_name='__main__', alter_sys=True)"
+        return compile(code, fullname, "exec")
 
     def _new_name(self, old: str) -> str:
         new = f"{__package__}.{MOVED[old.partition('.')[2]]}"
@@ -106,4 +107,4 @@ class Moved(MetaPathFinder, Loader):
 def install() -> None:
     """Let imports by old names succeed."""
     if not any(isinstance(finder, Moved) for finder in sys.meta_path):
-        sys.meta_path.append(Moved())
+        sys.meta_path.insert(0, Moved())  # before the finder of files, which would find the modules of a moved package again

@@ -43,7 +43,7 @@ def add_to(commands: Any, name: str) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.prompt is None and args.prompt_file is None and not args.chat:
         args.usage_error("one of the arguments --prompt --prompt-file --chat is required")
-    prompt = args.prompt if args.prompt_file is None else Path(args.prompt_file).read_text(encoding="utf-8")
+    prompt = args.prompt if args.prompt_file is None else _read(Path(args.prompt_file))
     model = preflight.with_gguf(args.model, args.gguf_file)
     preflight.check(model, args.adapter)
     from dsla_hf.cli.generate import generate
@@ -62,6 +62,15 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
         dtype=args.dtype,
     )
+
+
+def _read(file: Path) -> str:
+    if not file.is_file():
+        raise FileNotFoundError(f"no such file: {file}")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no UTF-8 text (byte {error.start:,}): convert it, or give another --prompt-file") from None
 
 
 def kept(args: argparse.Namespace) -> str:

@@ -107,6 +107,7 @@ LEAST_TRAINED = 10  # times as many sequences are trained on as are measured on,
 OPTIONS_FILE = "distill.json"
 # Options that do not decide the result, or are checked by what is in the folder.
 NOT_RECORDED = ("model", "data")
+BATCH = "--per_device_train_batch_size times --gradient_accumulation_steps times processes"
 DEFAULTS = {
     # The recipe has some hundred steps: transformers' 500 would neither log nor save before the end of a stage.
     "logging_steps": 10,
@@ -461,8 +462,14 @@ def _recorded(options: DistillOptions, args: DSLATrainingArguments, window_size:
     """The options that decide what a run gives, as the user spells them."""
     own = {item.name: getattr(options, item.name) for item in dataclasses.fields(DistillOptions) if item.name not in NOT_RECORDED}
     own |= {"window_size": window_size, "adapter": options.adapter and str(Path(options.adapter).resolve())}
+    own |= {"model": Path(options.model).name, "data": " ".join(map(_named_with_size, options.data))}  # folders may be moved
     of_stages = {name: getattr(args, name) for name in STAGE_SETTINGS}
-    return {f"--{name}": value for name, value in (own | of_stages).items()} | {"sequences per step": sequences_per_step(args)}
+    return {f"--{name}": value for name, value in (own | of_stages).items()} | {BATCH: sequences_per_step(args)}
+
+
+def _named_with_size(source: str) -> str:
+    path = Path(source)
+    return f"{path.name} ({path.stat().st_size:,} bytes)" if path.is_file() else source
 
 
 def _check_recorded(output: Path, recorded: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from ..core.plots import mark_measured, mark_plain
+from ..core.progress import on_terminal
 from ..evaluation.levels import add_cache_sizes, evaluate_levels
 from ..levels.table import table
 from ..models.configuration import DSLAConfig
@@ -113,6 +114,7 @@ def common_arguments(output: Path, seed: int) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": [],
         "seed": seed,
+        "disable_tqdm": not on_terminal(),
         "use_cpu": True,
     }
 

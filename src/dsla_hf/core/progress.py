@@ -54,7 +54,7 @@ def quieten_libraries() -> None:
 
 
 def _of_use(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith("The tokenizer has new PAD/BOS/EOS tokens")
+    return not record.getMessage().startswith(("The tokenizer has new PAD/BOS/EOS tokens", "mtime may not be reliable"))
 
 
 def duration(seconds: float) -> str:
@@ -79,7 +79,7 @@ class TrainingProgress(TrainerCallback):
         self._timed: tuple[float, int, int] | None = None  # when the timed steps began, the step and the tokens then
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._timed, self._first, self._shown = None, state.global_step, ""
+        self._timed, self._first, self._shown, self._printed = None, state.global_step, "", False
         if is_first_process() and on_terminal() and not self.disable_bar:
             form = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}{postfix}"
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.name, bar_format=form, dynamic_ncols=True)
@@ -104,6 +104,8 @@ class TrainingProgress(TrainerCallback):
             self._print(state, self._shown)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is None and not self._printed:  # a run that was shorter than the first estimate
+            self._print(state, self._shown)
         self.close()
 
     def close(self) -> None:
@@ -122,6 +124,7 @@ class TrainingProgress(TrainerCallback):
         return f"{rate:,.0f} tokens/s" + (f", {duration(left)} left" if left else "")
 
     def _print(self, state: Any, shown: str) -> None:
+        self._printed = True
         say(", ".join(filter(None, (f"{self.name}: step {state.global_step} of {state.max_steps}", shown, self._pace(state)))))
 
 

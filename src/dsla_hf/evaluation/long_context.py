@@ -29,8 +29,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from ..core.progress import bar
 from ..inference.batching import halve_until_it_fits
 from ..training.data import read_texts
 
@@ -446,6 +446,6 @@ def _with_prefix(blocks: Tensor, prefix: list[int]) -> Tensor:
 def run_tasks(model: Any, tasks: Sequence[Task], batch_size: int | None = None, progress: bool = True) -> dict[str, dict[str, float]]:
     """`Task.run` of each: metrics by task, of all lengths together."""
     results: dict[str, dict[str, float]] = {}
-    for task in tqdm(tasks, desc="long context", disable=not progress):
+    for task in bar(tasks, shown=progress, desc="long context"):
         results.setdefault(task.name, {}).update(task.run(model, batch_size))
     return results

@@ -84,11 +84,22 @@ def _wrap_load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     return load_adapter
 
 
+def _wrap_generate(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def generate(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        tuner: Any = self.base_model
+        # PEFT's class for no task in particular passes the tuner by, which knows levels.
+        return tuner.generate(*args, **kwargs) if isinstance(tuner, DSLAModel) else original(self, *args, **kwargs)
+
+    return generate
+
+
 # Every way to a tuner passes one of them: get_peft_model and from_pretrained make a PeftModel, also of methods that are no BaseTuner
 # (prompts); inject_adapter_in_model and transformers' add_adapter and load_adapter make a BaseTuner.
 for _cls in (BaseTuner, PeftModel, PeftMixedModel):
     _cls.__init__ = _wrap_init(_cls.__init__)
 PeftModel.add_adapter = _wrap_add_adapter(PeftModel.add_adapter)
+PeftModel.generate = _wrap_generate(PeftModel.generate)
 PeftModel.load_adapter = _wrap_load_adapter(PeftModel.load_adapter)
 
 

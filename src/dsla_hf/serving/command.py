@@ -12,6 +12,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from ..core.interrupts import on_interrupt
 from ..inference.graph import CudaRecording
 from ..levels.policies import Load, Policy, as_policy
 from ..models.configuration import resolve_level
@@ -146,4 +147,5 @@ def serve(options: ServeOptions, host: str = "127.0.0.1", port: int = 8000) -> N
     if host not in ("127.0.0.1", "localhost", "::1") and options.api_key is None:
         logger.warning("serving on %s without an API key: whoever reaches this machine can use the model", host)
     config = uvicorn.Config(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=int(options.drain_seconds) + 1)
-    DrainingServer(config, app.state.engine, options.drain_seconds).run()
+    with on_interrupt(lambda: "the server has stopped, after what was running was served or its time was up"):
+        DrainingServer(config, app.state.engine, options.drain_seconds).run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def read_texts(path: str | Path) -> Iterator[str]:
     kind = Path(path.stem).suffix if path.suffix == ".xz" else path.suffix
     if kind not in (".txt", ".jsonl"):
         raise ValueError(f"{path}: expected .txt or .jsonl (also .xz), got {''.join(path.suffixes) or 'no suffix'}")
-    with opened(path, "rt", encoding="utf-8") as file:
+    with opened(path, "rt", encoding="utf-8") as file, _told_of_other_encodings(path):
         if kind == ".txt":
             yield from (text for text in file.read().split("\0") if text.strip())
             return
@@ -47,6 +48,14 @@ def read_texts(path: str | Path) -> Iterator[str]:
                 found = sorted(record) if isinstance(record, dict) else type(record).__name__
                 raise ValueError(f"{path}, line {number}: no field 'text', only {found}")
             yield record["text"]
+
+
+@contextmanager
+def _told_of_other_encodings(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text (byte {error.start:,} of a part): convert it, or give another file") from None
 
 
 class PackedTokens(torch.utils.data.Dataset):
