@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart setup test test-minimum test-upstream coverage lint types resolve docs package format clean
+.PHONY: help quickstart setup test test-kernels test-minimum test-upstream coverage lint types resolve docs package format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do printf '%-21s%s\n' "$$target" "$$text"; done
@@ -26,6 +26,11 @@ setup: $(VENV)/.installed-dev ## virtual environment with the package (editable)
 
 test: $(VENV)/.installed-dev ## run the tests (more options: PYTEST_ARGS='-k name')
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+test-kernels: $(VENV)/.installed-dev ## run the kernels' tests in Triton's interpreter; `make test` leaves them out until something changes
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --kernels \
+		$$($(BIN)/python -c 'import sys; sys.path.append("tests"); import kernel_sources as k; print(*(f"tests/{m}.py" for m in k.MODULES))')
+	$(BIN)/python tests/kernel_sources.py --record
 
 # Left out: what does not touch transformers or peft or does so through what is tested already, and distributed, because transformers 5.17 itself cannot resume a run on
 # several CPU processes (it restores the optimizer to the device "cpu:0").

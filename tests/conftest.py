@@ -9,6 +9,7 @@ import torch
 if not torch.cuda.is_available():  # Triton kernels then run through its interpreter; to be said before triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import kernel_sources
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -38,6 +39,21 @@ ARCHITECTURE_OPTIONS = {
 
 # Small tensors gain nothing from threads, and workers of xdist that each start one per core slow each other down.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kernels", action="store_true", help="run the kernel tests in Triton's interpreter though nothing has changed")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what takes long in Triton's interpreter and passed with these very sources, unless a file of it is named."""
+    named = any(module in str(argument) for argument in config.args for module in kernel_sources.MODULES)
+    if os.environ.get("TRITON_INTERPRET") != "1" or config.getoption("--kernels") or named or not kernel_sources.unchanged():
+        return
+    left_out = [item for item in items if item.path.stem in kernel_sources.MODULES]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item.path.stem not in kernel_sources.MODULES]
 
 
 @pytest.fixture(autouse=True)

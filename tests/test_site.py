@@ -3,6 +3,8 @@
 import importlib.util
 import pydoc
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,3 +81,8 @@ def hooks():
 def test_links_lead_to_the_same_on_the_site(hooks, page, link, expected):
     assert hooks.site_link(link, page, FORGE) == expected
     assert hooks.site_text(f"a [b]({link}#c), [d](https://e.f)", page, FORGE) == f"a [b]({expected}#c), [d](https://e.f)"
+
+
+def test_the_page_of_modules_is_that_of_the_code():
+    done = subprocess.run([sys.executable, ".ci/modules.py", "--check"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
