@@ -159,7 +159,7 @@ def test_levels_rise_in_mid_text_and_the_next_text_uses_the_same_graphs(tiny_mod
     assert (recorder.recorded == recorded) == keep
 
 
-@pytest.mark.parametrize("base_kind, padded", [("llama", True), ("qwen3", False)])
+@pytest.mark.parametrize("base_kind, padded", [("llama", True), pytest.param("qwen3", False, marks=pytest.mark.slow)])
 def test_softmax_layers_read_the_cache_as_far_as_it_is_filled(
     tiny_model, adapter_model, base_kind, recorder, padded, interpreted_kernels, monkeypatch
 ):

@@ -65,7 +65,5 @@ def test_a_module_that_never_was_is_not_found():
 
 
 def test_a_command_by_its_old_name_runs():
-    done = subprocess.run([sys.executable, "-m", "dsla_hf.environment"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "No module named dsla_hf.environment" in done.stderr  # it never was released
     done = subprocess.run([sys.executable, "-m", "dsla_hf.lm_eval", "--help"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "lm" in done.stdout.lower()
