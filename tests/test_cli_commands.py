@@ -428,9 +428,10 @@ def weights(directory):
 
 def test_same_distill_again_trains_nothing_and_gives_the_same(made, distilled, tmp_path, capsys):
     used = shutil.copytree(distilled, tmp_path / "used")
-    line = refusal(capsys, distill(made, used, "--dtype", "float32", "--tokens", 512), used, "--learning_rate 0.01 (now 0.001)")
+    data = {"data": [made.text, made.more]}
+    line = refusal(capsys, distill(made, used, "--dtype", "float32", "--tokens", 512, **data), used, "--learning_rate 0.01 (now 0.001)")
     assert "--tokens 256 (now 512)" in line and "max_steps" not in line and "items" not in line
-    assert main(distill(made, used, "--window_size", 8, "--dtype", "float32", "--learning_rate", "1e-2")) == 0
+    assert main(distill(made, used, "--window_size", 8, "--dtype", "float32", "--learning_rate", "1e-2", **data)) == 0
     output = capsys.readouterr().out
     assert "adapter saved in" in output and "train_runtime" not in output
     before, after = weights(distilled), weights(used)

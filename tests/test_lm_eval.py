@@ -439,7 +439,7 @@ def test_hybrid_and_base_have_one_level(made, tmp_path, loads, capsys):
         (["--levels", "half"], ["'half'", "50%"]),
         (["--levels", ","], ["no level is named"]),
         (["--adapter", "{base}"], ["is not an adapter"]),
-        (["--model", "{hybrid}"], ["--adapter and --levels cannot be had", "hybrid"]),
+        (["--model", "{hybrid}"], ["is a hybrid already", "give the original model"]),
         (["--model", "{folder}/none"], ["none"]),
         (["--tasks", "bottles_txt"], ["unknown task 'bottles_txt'", "'bottles_text'"]),
         (["--tasks", "needel"], ["unknown task 'needel'", "'needle'"]),

@@ -14,12 +14,11 @@ from .architectures import SUPPORTED_BASES, why_unsupported
 from .configuration import DSLAConfig, resolve_level
 
 
-def source(model: str) -> dict[str, Any]:
-    """Keyword arguments of transformers' `from_pretrained` for a checkpoint. A GGUF file is named behind its folder or repository."""
+def source(model: str) -> tuple[str, dict[str, Any]]:
+    """What transformers' `from_pretrained` takes for a checkpoint: a name, and options. A GGUF file is named behind its folder or
+    repository."""
     folder, _, file = model.rpartition("/")
-    if not file.endswith(".gguf"):
-        return {"pretrained_model_name_or_path": model}
-    return {"pretrained_model_name_or_path": folder or ".", "gguf_file": file}
+    return (folder or ".", {"gguf_file": file}) if file.endswith(".gguf") else (model, {})
 
 
 def load_config(model: str) -> Any:
@@ -29,8 +28,9 @@ def load_config(model: str) -> Any:
         ValueError: if it is of a kind that transformers does not know.
         OSError: if a file is missing.
     """
+    name, options = source(model)
     try:
-        return AutoConfig.from_pretrained(**source(model))
+        return AutoConfig.from_pretrained(name, **options)
     except ValueError as error:
         raise ValueError(f"{model}: its config.json cannot be read: {_first_sentence(error)}") from None
 
@@ -42,8 +42,9 @@ def load_tokenizer(model: str) -> Any:
         ValueError: if there is none, or it is damaged.
         OSError: if a file is missing.
     """
+    name, options = source(model)
     try:
-        return AutoTokenizer.from_pretrained(**source(model))
+        return AutoTokenizer.from_pretrained(name, **options)
     except ValueError as error:
         raise ValueError(
             f"{model} has no tokenizer that can be read ({_first_sentence(error)}): copy the tokenizer's files of the original "
@@ -110,15 +111,16 @@ def load_model(model: str, dtype: str) -> Any:
         ValueError: if it is of an unknown kind, or a file of weights is damaged.
         OSError: if a file is missing.
     """
+    name, options = source(model)
     try:
-        network = AutoModelForCausalLM.from_pretrained(**source(model), dtype=dtype)
+        network = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     except SafetensorError as error:
         raise ValueError(f"{model}: its weights are damaged or incomplete ({error}): copy or download it again") from None
     except ValueError as error:
         if "nrecognized configuration class" not in str(error):
             raise
         raise ValueError(f"{model} writes no text by itself: give a causal language model, such as a Llama") from None
-    if "gguf_file" in source(model):  # dequantised as it was read, though transformers marks it as quantised and would not train over it
+    if options:  # dequantised as it was read, though transformers marks it as quantised and would not train over it
         network.hf_quantizer.remove_quantization_config(network)
     return network
 
