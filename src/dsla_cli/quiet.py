@@ -14,8 +14,8 @@ SILENT_LOGGERS = ("torchao", "torch.utils._pytree")
 def quiet_libraries() -> None:
     """To be called before they are imported. What a user has set in the environment stays."""
     if not sys.stderr.isatty():  # a bar that is drawn anew a thousand times fills a log
-        for library in ("HF_HUB", "HF_DATASETS"):
-            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+        for setting in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+            os.environ.setdefault(setting, "1")
     # peft 0.21 asks transformers 5.23 by an old name.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     for name in SILENT_LOGGERS:
