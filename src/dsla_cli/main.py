@@ -70,11 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor does Python, at its end, write what is left
         return 128 + signal.SIGPIPE
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"dsla {args.command}: {' '.join(_words(error).split())}", file=sys.stderr)
-        return 1
     except Exception as error:
-        if not _is_disk_full(error):
+        if not isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)) and not _is_disk_full(error):
             raise
         print(f"dsla {args.command}: {' '.join(_words(error).split())}", file=sys.stderr)
         return 1

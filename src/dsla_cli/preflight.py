@@ -54,6 +54,13 @@ def with_gguf(model: str, gguf_file: str | None) -> str:
     return model if gguf_file is None else f"{model.rstrip('/')}/{gguf_file}"
 
 
+def checked(args: Any, **needs: bool) -> str:
+    """The model that parsed arguments name, after `check` of it and of their adapter."""
+    model = with_gguf(args.model, args.gguf_file)
+    check(model, args.adapter, **needs)
+    return model
+
+
 def check(model: str, adapter: str | None = None, *, converts: bool = False, tokenizer: bool = True) -> None:
     """Raise an error that says what `model` and `adapter` are where they are not what a command needs.
 

@@ -46,8 +46,7 @@ def add_to(commands: Any, name: str) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    model = preflight.with_gguf(args.model, args.gguf_file)
-    preflight.check(model, args.adapter)
+    model = preflight.checked(args)
     from dsla_hf.evaluation.harness import evaluate
 
     evaluate(

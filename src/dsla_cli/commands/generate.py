@@ -44,8 +44,7 @@ def run(args: argparse.Namespace) -> None:
     if args.prompt is None and args.prompt_file is None and not args.chat:
         args.usage_error("one of the arguments --prompt --prompt-file --chat is required")
     prompt = args.prompt if args.prompt_file is None else _read(Path(args.prompt_file))
-    model = preflight.with_gguf(args.model, args.gguf_file)
-    preflight.check(model, args.adapter)
+    model = preflight.checked(args)
     from dsla_hf.cli.generate import generate
 
     generate(

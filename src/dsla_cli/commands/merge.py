@@ -27,8 +27,7 @@ def add_to(commands: Any, name: str) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    model = preflight.with_gguf(args.model, args.gguf_file)
-    preflight.check(model, args.adapter, converts=True)
+    model = preflight.checked(args, converts=True)
     from dsla_hf.cli.merge import merge
 
     merge(model, args.adapter, args.level, args.output, dtype=args.dtype)

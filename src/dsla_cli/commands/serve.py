@@ -75,8 +75,7 @@ def add_to(commands: Any, name: str) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    model = preflight.with_gguf(args.model, args.gguf_file)
-    preflight.check(model, args.adapter)
+    model = preflight.checked(args)
     check_installed("fastapi", "uvicorn", "prometheus_client")
     from dsla_hf.serving.command import ServeOptions, serve
 

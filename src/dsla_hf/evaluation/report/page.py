@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from ...core.files import write_whole
 from ...core.plots import mark_measured, mark_plain
 from . import published as paper
 from .measurements import Measurement, Source, read_measurements
@@ -118,20 +118,12 @@ def report(
     blocks += _provenance([*sources, *fast_sources])
     page = Path(output)
     text = _markdown(blocks, page.stem) if kind == ".md" else _html(blocks)
-    page.parent.mkdir(parents=True, exist_ok=True)
     if kind == ".md":  # before the page that links them
         for figure in (block for block in blocks if isinstance(block, Figure)):
-            _write_whole(page.with_name(_file_of(figure, page.stem)), figure.image)
-    _write_whole(page, text.encode())
+            write_whole(page.with_name(_file_of(figure, page.stem)), figure.image)
+    write_whole(page, text)
     print(f"{output}: {len({m.arm for m in quality + fast})} arms, {len({(m.task, m.metric) for m in quality + fast})} metrics")
     return text
-
-
-def _write_whole(file: Path, content: bytes) -> None:
-    """Written beside, then renamed: a file that is there is complete."""
-    temporary = file.with_name(f"{file.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, file)
 
 
 def _read(given: Sequence[str], patterns: Sequence[str]) -> tuple[list[Measurement], list[Source]]:
