@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, DynamicCache, HfArgumentParser, 
 
 from dsla_hf import DSLAConfig, DSLALayer, set_level
 from dsla_hf.models.adapter import dsla_layers
-from dsla_hf.models.hybrid import decoder_of
+from dsla_hf.models.decoder import decoder_of
 from dsla_hf.training.ranking import LayerRanking, rank_layers
 from dsla_hf.training.trainer import DSLATrainer, DSLATrainingArguments, distill, draw_level, draw_raise, half_lives
 

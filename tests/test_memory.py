@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainingArguments
 
-from dsla_hf.models.hybrid import decoder_layers
+from dsla_hf.models.decoder import decoder_layers
 from dsla_hf.training import trainer as distillation
 from dsla_hf.training.losses import kl_sums
 from dsla_hf.training.trainer import DSLATrainer, DSLATrainingArguments

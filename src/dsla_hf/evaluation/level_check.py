@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.files import written_whole
 from ..levels.table import COLUMNS, measured_levels, table, warnings
 from ..models.adapter import active_config
 from ..models.cards import adapter_card
-from ..models.saving import written_whole
 from ..training.chats import ShortAnswers, measure_answers
 from ..training.trainer import write_json
 from .levels import add_cache_sizes, evaluate_levels

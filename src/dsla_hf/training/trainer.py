@@ -35,7 +35,7 @@ from ..core.files import is_disk_full, write_whole
 from ..core.progress import TrainingProgress, say
 from ..core.tensor_parallel import is_tensor_parallel
 from ..models.adapter import DSLAModel, active_config, dsla_layers
-from ..models.hybrid import decoder_layers, first_layers
+from ..models.decoder import decoder_layers, first_layers
 from ..models.saving import check_adapter_directory
 from .data import check_teaches
 from .losses import alignment_sums, half_life_gap_loss, kl_sums
