@@ -212,7 +212,7 @@ class StaticDSLACacheLayer(DSLACacheLayer):
 
     def advance(self, state: DualState, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> None:
         if self.state is None:
-            self.state, self.is_initialized = DualState(*(x.clone() for x in state)), True
+            self.state, self.is_initialized = clone_state(state), True
             self.tokens = torch.as_tensor(self.tokens, device=k.device).clone()
             if not torch.compiler.is_compiling():
                 for x in (*self.state, self.tokens):

@@ -19,6 +19,7 @@ from ..core.cache import DSLACacheLayer
 from ..core.fold import dsla_cache_layer
 from ..core.layout import TokenLayout, read_layout
 from ..core.tensor_parallel import DSLA, HEADS
+from .architectures import kv_heads_of
 from .configuration import DSLAConfig
 
 ATTENTION_FUNCTION = "dsla"
@@ -162,6 +163,5 @@ def new_dual_state_attention(attention: nn.Module, dsla_config: DSLAConfig) -> D
     """DSLA's own parameters for a base attention module, sized by the base's config."""
     config: Any = attention.config
     head_dim: Any = attention.head_dim
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     scale: Any = attention.scaling
-    return DualStateAttention(config.num_attention_heads, kv_heads, head_dim, scale=scale, **dsla_config.mathematics())
+    return DualStateAttention(config.num_attention_heads, kv_heads_of(config), head_dim, scale=scale, **dsla_config.mathematics())

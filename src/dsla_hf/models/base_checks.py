@@ -10,7 +10,7 @@ from torch import nn
 
 from ..core.tensor_parallel import check_heads, cuts_heads
 from .adapter_layer import DSLALayer
-from .architectures import SUPPORTED_BASES, projection, why_unsupported
+from .architectures import SUPPORTED_BASES, kv_heads_of, projection, why_unsupported
 from .configuration import DSLAConfig
 from .decoder import decoder_layers
 from .fingerprint import check_base, fingerprint_of
@@ -58,7 +58,7 @@ def check_model(model: Any) -> None:
             "memory, or save a hybrid (merge_and_unload) and load that with the same device_map"
         )
     if cuts_heads(model):
-        check_heads(getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads, model.tp_size)
+        check_heads(kv_heads_of(model.config), model.tp_size)
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and not isinstance(module, DSLALayer):
             raise ValueError(
@@ -74,7 +74,7 @@ def record_base(config: DSLAConfig, model: Any) -> None:
         "num_hidden_layers": base.num_hidden_layers,
         "hidden_size": base.hidden_size,
         "num_attention_heads": base.num_attention_heads,
-        "num_key_value_heads": getattr(base, "num_key_value_heads", None) or base.num_attention_heads,
+        "num_key_value_heads": kv_heads_of(base),
         "head_dim": first.self_attn.head_dim,
     }
     layers: Any = decoder_layers(model)
