@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -47,6 +48,13 @@ def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """The parameters of a module itself by name: its own dict, in which they can be exchanged without a check."""
     return module._parameters
+
+
+def with_parameters(module: nn.Module, parameters: dict[str, Any]) -> Any:
+    """A shallow copy of a module with these for its own parameters, which may be plain tensors."""
+    copied = copy.copy(module)
+    copied._parameters = parameters
+    return copied
 
 
 def view_of(module: nn.Module, cls: type[nn.Module], children: dict[str, nn.Module | None]) -> Any:

@@ -81,6 +81,8 @@ IMPORTED = {
     "torch._dynamo:mark_static_address": Touch("tensors of a static cache keep their addresses", ("t",)),
     "transformers.distributed.tensor_parallel:ALL_PARALLEL_STYLES": Touch("the style of plans that cuts DSLA's weights"),
     "transformers.distributed.tensor_parallel:TensorParallelLayer": Touch("the class of such a style"),
+    "transformers.masking_utils:ALL_MASK_ATTENTION_FUNCTIONS": Touch("the masks of softmax layers, also where a kernel reads a cache"),
+    "transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS": Touch("the attention of softmax layers, where no kernel takes its place"),
     "transformers.initialization:guard_torch_init_functions": Touch("initial values leave loaded weights alone", ()),
     "transformers.masking_utils:create_masks_for_generate": Touch(
         "masks of a static cache", ("config", "inputs_embeds", "attention_mask", "past_key_values")
