@@ -188,6 +188,9 @@ class DualStateAttention(nn.Module):
 
         Returns:
             o `[B, T, Hq, V]` in q's dtype, zero at padding; and the new state or None.
+
+        Raises:
+            ValueError: for packed sequences that come with a state or shall leave one, and a state of another number of sequences.
         """
         if cu_seqlens is not None and (state is not None or output_state):
             raise ValueError(
@@ -220,8 +223,7 @@ class DualStateAttention(nn.Module):
 
     def _decodes_in_kernel(self, q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> bool:
         """Whether a kernel takes a token: where Triton runs, and no gradient is asked for."""
-        needs_gradient = torch.is_grad_enabled() and requires_gradient(q, k, v, *others, *self.parameters())
-        return uses_triton(q, v) and not needs_gradient
+        return uses_triton(q, v) and not (torch.is_grad_enabled() and requires_gradient(q, k, v, *others, *self.parameters()))
 
     def fold(
         self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None, state: DualState | None = None, *, padding_at_end: bool = False
