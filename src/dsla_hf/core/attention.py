@@ -202,23 +202,22 @@ class DualStateAttention(nn.Module):
         dtype = q.dtype
         state, q, k, v = one_dtype(state, q, k, v)
         q, k = self.in_halves(q), self.in_halves(k)
-        scores: dict[str, Any] = {"softcap": softcap, "sink_logits": sink_logits}
         with autocast_off(q):
             if state is not None and q.shape[1] == 1 and self._decodes_in_kernel(q, k, v, *state, sink_logits):
                 # A state that takes part in a gradient is not written over: what was computed from it needs it as it was.
                 written = state if in_place and not requires_gradient(*state) else clone_state(state)
-                o, new = kernel_step(self, q, k, v, padding_mask, written, counts, **scores)
+                o, new = kernel_step(self, q, k, v, padding_mask, written, softcap, sink_logits, counts)
             elif not self.window_size:
                 o, new = self._pure(q, k, v, padding_mask, cu_seqlens, state, output_state)
             elif state is not None and q.shape[1] == 1:
-                o, new = plain_step(self, q, k, v, padding_mask, state, **scores)
+                o, new = plain_step(self, q, k, v, padding_mask, state, softcap, sink_logits)
                 new = new if counts else new._replace(lengths=state.lengths)
             else:
                 at_end = padding_at_end and (state is None or whole_windows)
                 padding = Padding(padding_mask, cu_seqlens, at_end, shared if at_end else None)
                 # With a mask rows are no longer alike, whatever is known of them.
                 past = Past(self.window_size, self.sink_tokens, state, seen if padding_mask is None else None, whole_windows)
-                o, new = self._window(q, k, v, past, padding, output_state, **scores)
+                o, new = self._window(q, k, v, past, padding, output_state, softcap, sink_logits)
         return o.to(dtype), new
 
     def _decodes_in_kernel(self, q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> bool:
@@ -326,7 +325,7 @@ class DualStateAttention(nn.Module):
 
     # --- with a softmax window ----------------------------------------------------------------------------------
 
-    def _window(self, q, k, v, past, padding, output_state, **scores):
+    def _window(self, q, k, v, past, padding, output_state, softcap, sink_logits):
         """Several tokens a row, or the first ones, behind what the window still has of the `past`."""
         tokens, start = q.shape[1], past.row_start()
         k, v, before = past.after_window(k, v, start)
@@ -362,7 +361,8 @@ class DualStateAttention(nn.Module):
             row_start=torch.full((k.shape[0],), start, device=k.device) if isinstance(start, int) else start,
             initial_state=None if past.state is None else past.state.recurrent,
             output_final_state=output_state,
-            **scores,
+            softcap=softcap,
+            sink_logits=sink_logits,
         )
         o = o[:, places:] if rows is None else rows.scatter(o, q.shape[:2])[:, places:]
         if recurrent is None:

@@ -26,15 +26,22 @@ def kernel_step(
     v: Tensor,
     padding_mask: Tensor | None,
     state: DualState,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
     counts: bool = True,
-    **scores: Any,
 ) -> tuple[Tensor, DualState]:
-    """One token a row in one kernel, which writes the new state over `state`. scores: `softcap` and `sink_logits` of the window."""
+    """One token a row in one kernel, which writes the new state over `state`."""
     from dsla_kernels.decode import GateWeights, pure_decode, window_decode  # imports Triton
 
     write = (layer.write_weight, layer.write_bias) if layer.write_gate else (None, None)
     gates = GateWeights(layer.gate_down, layer.gate_up, layer.gate_bias, *write)
-    options: dict[str, Any] = {**layer.gate_options, "scale": layer.scale, "norm_eps": layer.norm_eps, "padding_mask": padding_mask}
+    options: dict[str, Any] = {
+        "gate_normalizer": layer.gate_normalizer,
+        "lower_bound": layer.gate_lower_bound,
+        "scale": layer.scale,
+        "norm_eps": layer.norm_eps,
+        "padding_mask": padding_mask,
+    }
     if not layer.window_size:
         o = pure_decode(q, k, v, state.recurrent, gates, layer.mix_logits, layer.norm_weight, **options)
         if counts:
@@ -54,8 +61,9 @@ def kernel_step(
         layer.state_gain,
         layer.state_bias,
         layer.window_size,
+        softcap=softcap,
+        sink_logits=sink_logits,
         advance=counts,
-        **scores,
         **options,
     )
     return o, state
