@@ -43,8 +43,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dsla_hf import DSLAConfig, DualStateAttention, set_level
 from dsla_hf.models.adapter import DSLALayer, dsla_layers
 from dsla_hf.training import losses
-from dsla_hf.training.data import PackedTokens, read_texts
-from dsla_hf.training.trainer import DSLATrainingArguments, distill
+from dsla_hf.training.arguments import DSLATrainingArguments
+from dsla_hf.training.recipe import distill
+from dsla_hf.training.text import PackedTokens, read_texts
 from dsla_kernels import kernel_path
 
 LENGTH, BATCH, LEVELS = 2048, 8, (4, 8, 12, 16)

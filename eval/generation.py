@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from dsla_hf import DualStateAttention, cache_bytes, set_level
 from dsla_hf.core.cache import dsla_cache_layer
 from dsla_hf.core.layout import TokenLayout
-from dsla_hf.training.data import read_texts
+from dsla_hf.training.text import read_texts
 
 # Levels, and the share of the text until which they hold.
 WAYS = {"never raised": ((0, 1.0),), "level 8 from the start": ((8, 1.0),), "raised 0, 4, 8": ((0, 1 / 3), (4, 2 / 3), (8, 1.0))}

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from dsla_hf.core.attention import half_life_to_logit
-from dsla_hf.training.data import PackedTokens, read_texts
+from dsla_hf.training.text import PackedTokens, read_texts
 from dsla_kernels import log_decays
 
 LAYERS = (5, 9, 11, 12, 13, 15)  # where the alignment error of a 64-token window stays above 10 %

@@ -13,7 +13,7 @@ from needle import FACT, FIRST, QUESTION, SECOND
 from torch import Tensor
 from transformers import DynamicCache
 
-from dsla_hf.training.data import read_texts
+from dsla_hf.training.text import read_texts
 from dsla_kernels import log_decays
 
 # Sixteen stacked windows of 64 tokens reach 16 * 63 + 1 tokens back: nothing farther can come through windows alone.

@@ -33,8 +33,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from dsla_hf import DSLAConfig
 from dsla_hf.inference.batching import out_of_memory
 from dsla_hf.models.adapter import dsla_layers
+from dsla_hf.training.arguments import DSLATrainingArguments
 from dsla_hf.training.losses import alignment_loss
-from dsla_hf.training.trainer import DSLATrainer, DSLATrainingArguments
+from dsla_hf.training.trainer import DSLATrainer
 from dsla_kernels import kernel_path
 
 STAGES = ("alignment", "logits")

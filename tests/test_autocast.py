@@ -9,8 +9,9 @@ from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
 
 from dsla_hf import DualStateAttention
 from dsla_hf.models.adapter import AdapterLinear
-from dsla_hf.training.data import PackedTokens
-from dsla_hf.training.trainer import DSLATrainer, DSLATrainingArguments
+from dsla_hf.training.arguments import DSLATrainingArguments
+from dsla_hf.training.text import PackedTokens
+from dsla_hf.training.trainer import DSLATrainer
 
 IDS = torch.randint(3, 97, (2, 30), generator=torch.Generator().manual_seed(3))
 LOW = (torch.bfloat16, torch.float16)

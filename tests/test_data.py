@@ -9,7 +9,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from dsla_hf.training.data import PackedTokens, check_teaches, read_texts
+from dsla_hf.training.text import PackedTokens, read_texts
+from dsla_hf.training.text_check import check_teaches
 
 WORDS = {"<unk>": 0, "<eos>": 1, "<bos>": 2, "a": 3, "b": 4, "c": 5, "d": 6, "e": 7}
 DOCUMENTS = ["first text\nwith two lines", "zweiter Text: äöü €", "third"]

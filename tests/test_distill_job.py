@@ -23,7 +23,8 @@ from dsla_hf.evaluation.levels import evaluate_levels
 from dsla_hf.evaluation.report.measurements import read_measurements
 from dsla_hf.training import chats
 from dsla_hf.training import trainer as distillation
-from dsla_hf.training.trainer import DSLATrainer, DSLATrainingArguments
+from dsla_hf.training.arguments import DSLATrainingArguments
+from dsla_hf.training.trainer import DSLATrainer
 
 TEXT = " ".join(f"{number} green bottles hang on the wall, and if one of them should fall" for number in range(200, 0, -1))
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"

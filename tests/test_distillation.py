@@ -16,8 +16,10 @@ from transformers import AutoConfig, AutoModel, DynamicCache, HfArgumentParser, 
 from dsla_hf import DSLAConfig, DSLALayer, set_level
 from dsla_hf.models.adapter import dsla_layers
 from dsla_hf.models.hybrid import decoder_of
+from dsla_hf.training.arguments import DSLATrainingArguments
 from dsla_hf.training.ranking import LayerRanking, rank_layers
-from dsla_hf.training.trainer import DSLATrainer, DSLATrainingArguments, distill, draw_level, draw_raise, half_lives
+from dsla_hf.training.recipe import distill
+from dsla_hf.training.trainer import DSLATrainer, draw_level, draw_raise, half_lives
 
 ORDER = [2, 0, 3, 1]  # the plan of the fixture `adapter_model`
 STAGES = ("alignment", "logits")
@@ -716,7 +718,7 @@ def test_finished_distillation_is_read_back(fresh, tmp_path, monkeypatch):
     model = fresh()
     ranking = run_distill(model, tmp_path)
     monkeypatch.setattr(Trainer, "train", no_training)
-    monkeypatch.setattr("dsla_hf.training.trainer.rank_layers", no_training)
+    monkeypatch.setattr("dsla_hf.training.recipe.rank_layers", no_training)
     again = fresh()
     assert run_distill(again, tmp_path) == ranking
     assert_same_adapter(again, model)
@@ -778,7 +780,7 @@ def test_interrupted_between_the_stages(fresh, tmp_path, monkeypatch):
         raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr("dsla_hf.training.trainer.rank_layers", interrupt)
+        patch.setattr("dsla_hf.training.recipe.rank_layers", interrupt)
         with pytest.raises(Interrupted):
             run_distill(fresh(), tmp_path / "parts")
     assert not (tmp_path / "parts" / "ranking.json").exists()

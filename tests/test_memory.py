@@ -12,8 +12,9 @@ from transformers import TrainingArguments
 
 from dsla_hf.models.hybrid import decoder_layers
 from dsla_hf.training import trainer as distillation
+from dsla_hf.training.arguments import DSLATrainingArguments
 from dsla_hf.training.losses import kl_sums
-from dsla_hf.training.trainer import DSLATrainer, DSLATrainingArguments
+from dsla_hf.training.trainer import DSLATrainer
 
 STAGES = ("alignment", "logits")
 NAMES = {field.name for field in fields(TrainingArguments)}

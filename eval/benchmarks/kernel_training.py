@@ -34,7 +34,7 @@ def train(args: argparse.Namespace, layer: str, dtype: str) -> list[float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from dsla_hf import DSLAConfig, set_level
-    from dsla_hf.training.data import PackedTokens, read_texts
+    from dsla_hf.training.text import PackedTokens, read_texts
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(args.teacher)

@@ -18,6 +18,7 @@ from peft import get_peft_model
 from transformers import HfArgumentParser, set_seed
 from transformers.hf_argparser import string_to_bool
 
+from ..core.files import write_json
 from ..core.interrupts import on_interrupt
 from ..core.progress import is_first_process, quieten_libraries, say
 from ..evaluation.level_check import check_levels, store_in_adapter
@@ -31,20 +32,14 @@ from ..models.loading import (
     load_tokenizer,
     read_adapter_config,
 )
-from ..training.corpus import SOURCES, token_blocks
-from ..training.data import check_teaches
+from ..training.arguments import DSLATrainingArguments
+from ..training.checkpoints import progress_so_far, told_of_full_disk
 from ..training.ranking import LayerRanking
+from ..training.recipe import STAGE_SETTINGS, check_output, distill
 from ..training.sharding import initial_weights
-from ..training.trainer import (
-    STAGE_SETTINGS,
-    DSLATrainingArguments,
-    check_output,
-    distill,
-    highest_trained,
-    progress_so_far,
-    told_of_full_disk,
-    write_json,
-)
+from ..training.text import SOURCES, token_blocks
+from ..training.text_check import check_teaches
+from ..training.trainer import highest_trained
 from .distill_plan import Plan, plan_text, sequences_per_step
 
 DESCRIPTION = """\

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..core.progress import bar
 from ..inference.batching import halve_until_it_fits
-from ..training.data import read_texts
+from ..training.text import read_texts
 
 FACT = "\n\nThe special number for {name} is {number}. Remember it.\n\n"
 OTHER_FACT = "\n\nThe ordinary number for {name} is {number}. Remember it.\n\n"

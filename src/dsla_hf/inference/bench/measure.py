@@ -8,15 +8,10 @@ from __future__ import annotations
 
 import gc
 import itertools
-import json
-import platform
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +20,9 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from ...core.cache import cache_bytes
-from ...core.files import write_whole
-from ...core.plots import mark_measured, mark_plain
+from ...core.plots import figure, mark_measured, mark_plain, save
+from ...core.results import write_results
+from ...core.tables import markdown_table
 from ...models.configuration import DSLAConfig, resolve_level
 from ...models.loading import device, load_adapter, load_config, load_model, read_adapter_config
 from ..graph import GraphDecoder
@@ -428,36 +424,23 @@ class Results:
                 if other["level"] == 0 and "error" not in other and all(other[key] == row[key] for key in same):
                     row["against_level_0"] = row["tokens_per_second"] / other["tokens_per_second"]
         self.rows.append(row)
-        packages = ("dsla-hf", "torch", "transformers", "peft")
-        content = {
-            "command": shlex.join(["dsla", *sys.argv[1:]]),
-            "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
-            "rows": self.rows,
-        }
-        file = self.folder / "bench.json"
-        write_whole(file, json.dumps(content, indent=1) + "\n")
+        write_results(self.folder / "bench.json", self.rows)
 
     def table(self) -> str:
         """The rows as a Markdown table."""
         used = {field: shown for field, shown in NUMBERS.items() if any(row.get(field) is not None for row in self.rows)}
         headings = ["engine", "level", "length", "batch", *(heading for heading, _ in used.values()), ""]
-        lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+        lines = []
         for row in self.rows:
             cells = [str(row[field]) for field in ("engine", "level", "length", "batch_size")]
             for field, (_, scale) in used.items():
                 value = row.get(field)
                 cells.append("" if value is None else f"{value * scale:.4g}")
-            lines.append("| " + " | ".join([*cells, row.get("error", "")]) + " |")
-        return "\n".join(lines)
+            lines.append([*cells, row.get("error", "")])
+        return markdown_table(headings, lines)
 
     def plot(self) -> None:
         """Time per token against length and against batch, a line for every engine and level, as `bench.png`."""
-        try:
-            import matplotlib
-        except ImportError:
-            print("no plot: it needs matplotlib (pip install 'dsla-hf[plot]')")
-            return
         rows = [row for row in self.rows if "error" not in row]
         panels = []
         for along, other in (("length", "batch_size"), ("batch_size", "length")):
@@ -468,11 +451,12 @@ class Results:
         if not panels:
             print("no plot: it needs two lengths or two batch sizes")
             return
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
-        for axis, (along, other, fixed, places) in zip(axes[0], panels, strict=True):
+        try:
+            drawn, axes = figure(1, len(panels), size=(5 * len(panels), 4))
+        except ImportError as error:
+            print(f"no plot: {error}")
+            return
+        for axis, (along, other, fixed, places) in zip(axes, panels, strict=True):
             for engine, level in dict.fromkeys((row["engine"], row["level"]) for row in rows):
                 line = sorted(
                     (row[along], row["seconds_per_token"] * 1e3, row["predicted_seconds_per_token"] * 1e3)
@@ -481,14 +465,12 @@ class Results:
                 )
                 if line:
                     x, found, floor = zip(*line, strict=True)
-                    (drawn,) = axis.plot(x, found, marker="o", label=f"{engine}, level {level}")
-                    axis.plot(x, floor, linestyle=":", color=drawn.get_color())
+                    (line_drawn,) = axis.plot(x, found, marker="o", label=f"{engine}, level {level}")
+                    axis.plot(x, floor, linestyle=":", color=line_drawn.get_color())
             axis.set(
                 xscale="log", yscale="log", xlabel=along.replace("_", " "), ylabel="ms a token", title=f"{other.replace('_', ' ')} {fixed}"
             )
             mark_measured(axis.xaxis, places)
             mark_plain(axis.yaxis)
-        axes[0, 0].legend(fontsize="small", title="dotted: floor")
-        figure.tight_layout()
-        figure.savefig(self.folder / "bench.png", dpi=150)
-        plt.close(figure)
+        axes[0].legend(fontsize="small", title="dotted: floor")
+        save(drawn, self.folder / "bench.png", dpi=150)
