@@ -44,13 +44,13 @@ from typing import Any
 import torch
 import uvicorn
 from peft import get_peft_model
-from reporting import RESULTS, fill_page, markdown_table, write_results
+from reporting import RESULTS, fill_page, rows_table, write_results
 from tokenizers import Tokenizer, models
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from dsla_hf import DSLAConfig
-from dsla_hf.core.plots import mark_measured, mark_plain
+from dsla_hf.core.plots import figure, mark_measured, mark_plain, save
 from dsla_hf.inference.bench.measure import preset_config, random_model
 from dsla_hf.inference.fusion import LONG_PROMPT
 from dsla_hf.inference.graph import CudaRecording
@@ -62,7 +62,7 @@ from dsla_hf.serving.engine.graphs import GraphRunner
 from dsla_hf.serving.engine.request import Event, Sampling
 from dsla_hf.serving.engine.scheduler import QueueFull
 from dsla_hf.serving.http.api import ApiOptions, build_app
-from dsla_hf.serving.replay.client import Outcome, ReplayOptions, percentile, replay, summarize, tokens_at_level
+from dsla_hf.serving.replay.client import Outcome, ReplayOptions, replay, summarize, tokens_at_level
 from dsla_hf.serving.replay.trace import COLUMNS, TracedRequest, drawn_to_mix, read_trace, scaled
 
 PAGE = Path(__file__).parent.parent / "docs" / "measured" / "serving.md"
@@ -599,7 +599,7 @@ def rates_table(rows: list[dict[str, Any]]) -> str:
                         "highest rate, requests/s": best_rate(group, policy) or "none of those tried",
                     }
                 )
-    return markdown_table(lines, list(lines[0]))
+    return rows_table(lines, list(lines[0]))
 
 
 def runs_table(group: list[dict[str, Any]]) -> str:
@@ -623,7 +623,7 @@ def runs_table(group: list[dict[str, Any]]) -> str:
         else:
             line["latency, s: mean, P95"] = f"cut: {row['cut']}"
         lines.append(line)
-    return markdown_table(lines, max((list(line) for line in lines), key=len))
+    return rows_table(lines, max((list(line) for line in lines), key=len))
 
 
 def mean_level(tokens: Mapping[str, int]) -> float | None:
@@ -691,16 +691,11 @@ def page_part(rows: list[dict[str, Any]]) -> str:
 def draw(rows: list[dict[str, Any]], path: Path) -> bool:
     """Latency and time to the first token against the rate, and the level over time where it changed most and at the highest rate: a line
     of plots for all runs of a mix at several rates. Whether there are any."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     shown = [group for group in groups(rows) if len({row["rate"] for row in finished_runs(group)}) > 1]
     if not shown:
         return False
-    figure, axes = plt.subplots(len(shown), 3, figsize=(14, 3.6 * len(shown)), squeeze=False)
-    for (latency, first, level), group in zip(axes, shown, strict=True):
+    drawn, axes = figure(len(shown), 3, size=(14, 3.6 * len(shown)))
+    for latency, first, level, group in zip(axes[::3], axes[1::3], axes[2::3], shown, strict=True):
         setup, whole = group[0]["setup"], finished_runs(group)
         for color, policy in zip(("C0", "C1"), POLICIES, strict=True):
             mine = [row for row in whole if row["policy"] == policy]
@@ -725,10 +720,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> bool:
             mark_plain(axis.yaxis)
             axis.grid(alpha=0.3)
             axis.legend(fontsize=7)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(drawn, path)
     return True
 
 
@@ -824,7 +816,7 @@ def main(arguments: list[str] | None = None) -> None:
         tempfile.TemporaryDirectory() as folder,
     ):
         if not options.direct:
-            client.submit(percentile, [0.0], 50)
+            client.submit(summarize, [], 1.0, 1.0)
         where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = make_model(options.shape, where)
         layers = model.config.num_hidden_layers

@@ -258,7 +258,7 @@ def test_the_trainer_of_transformers(dsla_model, form, tmp_path):
     assert runs[0] == pytest.approx(runs[1], rel=0.01) and runs[0] != runs[1]
 
 
-@pytest.mark.parametrize("options", [{"stage": "alignment"}, {"stage": "logits", "raise_share": 1.0}], ids=str)
+@pytest.mark.parametrize("options", [{"stage": "alignment"}, {"stage": "logits"}], ids=str)
 def test_distillation(dsla_model, options, tmp_path):
     model = dsla_model()
     runs = []

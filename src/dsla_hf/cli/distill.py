@@ -70,7 +70,6 @@ LISTED = (
     "gradient_accumulation_steps",
     "learning_rate",
     "gate_learning_rate_factor",
-    "raise_share",
     "lr_scheduler_type",
     "warmup_steps",
     "weight_decay",

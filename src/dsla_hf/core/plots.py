@@ -25,10 +25,10 @@ def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (4.5, 3.
         ImportError: without matplotlib, with how to install it.
     """
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'dsla-hf[plot]'") from error
-    drawn = Figure(figsize=size, layout="constrained")
+    drawn = matplotlib.figure.Figure(figsize=size, layout="constrained")
     return drawn, list(drawn.subplots(rows, columns, squeeze=False, **options).flat)
 
 

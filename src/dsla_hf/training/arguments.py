@@ -38,13 +38,6 @@ class DSLATrainingArguments(TrainingArguments):
     hidden_weight: float = field(
         default=0.0, metadata={"help": "Stage 'logits': weight of the alignment of the hidden states after each block."}
     )
-    half_life_gap_weight: float = field(
-        default=0.0, metadata={"help": "Stage 'logits': weight of a term that keeps the half-lives of the two states apart."}
-    )
-    raise_share: float = field(
-        default=0.0,
-        metadata={"help": "Stage 'logits': share of steps whose text begins at a lower level than it ends, as in a raise in mid-text."},
-    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Keep `loss_mask`, which no model takes."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule, as in transformers."})
     warmup_steps: float = field(
@@ -56,9 +49,7 @@ class DSLATrainingArguments(TrainingArguments):
             raise ValueError(f"stage must be one of {list(STAGES)}, got {self.stage!r}")
         if self.level_draws < 1:
             raise ValueError(f"level_draws must be 1 or more, got {self.level_draws}")
-        if not 0 <= self.raise_share <= 1:
-            raise ValueError(f"raise_share must be a share from 0 to 1, got {self.raise_share}")
-        for name in ("gate_learning_rate_factor", "hidden_weight", "half_life_gap_weight"):
+        for name in ("gate_learning_rate_factor", "hidden_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         _refuse_deepspeed(self.deepspeed)
@@ -71,8 +62,7 @@ class DSLATrainingArguments(TrainingArguments):
         if getattr(self, "ddp_find_unused_parameters", None) is None:
             # Every trained weight gets a gradient at every step (see `_zero_of_idle_weights`), and alignment would confuse the search.
             self.ddp_find_unused_parameters = False
-        names = [name for name in CHECKPOINTING if getattr(self, name, False)]
-        for name in names:
+        for name in (name for name in CHECKPOINTING if getattr(self, name, False)):
             options = dict(getattr(self, f"{name}_kwargs") or {})
             if options.setdefault("use_reentrant", False):
                 raise ValueError(
@@ -80,8 +70,6 @@ class DSLATrainingArguments(TrainingArguments):
                     "use {'use_reentrant': False}"
                 )
             setattr(self, f"{name}_kwargs", options)
-        if names and self.raise_share:
-            raise ValueError(f"raise_share needs the cache, which {names[0]} turns off: use one of them")
 
 
 def _refuse_deepspeed(setting: Any) -> None:

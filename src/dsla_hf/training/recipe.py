@@ -39,8 +39,6 @@ STAGE_SETTINGS = (
     "train_level",
     "level_draws",
     "hidden_weight",
-    "half_life_gap_weight",
-    "raise_share",
 )
 
 

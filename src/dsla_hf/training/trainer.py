@@ -21,7 +21,7 @@ from accelerate import PartialState
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from ..core.progress import TrainingProgress
@@ -30,7 +30,7 @@ from ..models.adapter import DSLAModel, active_config, dsla_layers
 from ..models.hybrid import decoder_layers, first_layers
 from .arguments import CHECKPOINTING, DSLATrainingArguments
 from .checkpoints import is_whole, saved_stage, told_of_full_disk, what_is_kept
-from .losses import alignment_sums, half_life_gap_loss, kl_sums
+from .losses import alignment_sums, kl_sums
 from .sharding import (
     check_fsdp,
     is_sharded,
@@ -52,14 +52,6 @@ def draw_level(seed: int, step: int, depth: int, draws: int = 1) -> int:
     so that it is the same on every process and after a resume."""
     rng = random.Random(f"{seed}/{step}")
     return max(rng.randint(1, depth) for _ in range(draws))
-
-
-def draw_raise(seed: int, step: int, share: float, level: int, tokens: int) -> tuple[int, int] | None:
-    """For a share of the steps a lower level and the number of tokens that are read at it: a pure function of its arguments."""
-    rng = random.Random(f"raise/{seed}/{step}")
-    if rng.random() >= share or level == 0 or tokens < 4:
-        return None
-    return rng.randrange(level), rng.randint(tokens // 4, 3 * tokens // 4)
 
 
 class DSLATrainer(Trainer):
@@ -185,7 +177,7 @@ class DSLATrainer(Trainer):
         if args.stage == "alignment":
             loss = sum(losses.values()) / len(losses)
         else:
-            factors = {"kl": 1.0, "hidden": args.hidden_weight, "half_life_gap": args.half_life_gap_weight}
+            factors = {"kl": 1.0, "hidden": args.hidden_weight}
             loss = sum(factors[name] * term for name, term in losses.items())
         if self.model.training:
             for name, term in losses.items():
@@ -228,43 +220,22 @@ class DSLATrainer(Trainer):
         return sums
 
     def _logits(self, model: nn.Module, inputs: dict[str, Any], mask: Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:
-        args: Any = self.args
-        hidden = bool(args.hidden_weight)
-        ids, real = inputs["input_ids"], inputs.get("attention_mask")
-        config = active_config(self.model)
-        level = config.level or 0
-        raised = draw_raise(args.seed, self.state.global_step, args.raise_share, level, ids.shape[1]) if self.model.training else None
+        hidden = bool(self.args.hidden_weight)
         with torch.no_grad(), self._teacher(model):
             teacher = model(**inputs, use_cache=False, output_hidden_states=hidden)
-        # Blocks below the first DSLA layer give student and teacher the same (after a raise up to rounding, in pieces).
+        # Blocks below the first DSLA layer give student and teacher the same.
         depth = len(decoder_layers(self.model.get_base_model()))
-        first = min(config.converted_layers, default=depth) if raised is None else 0
+        first = min(active_config(self.model).converted_layers, default=depth)
         teacher_logits, teacher_states = teacher.logits, teacher.hidden_states[first + 1 :] if hidden else ()
         del teacher
-        if raised is None:
-            cut = 0
-            student = model(**inputs, use_cache=False, output_hidden_states=hidden)
-        else:
-            below, cut = raised
-            cache = DynamicCache(config=self.accelerator.unwrap_model(model).config)
-            begin = {"input_ids": ids[:, :cut]} | ({} if real is None else {"attention_mask": real[:, :cut]})
-            with torch.no_grad(), self._at_level(below):
-                model(**begin, past_key_values=cache, logits_to_keep=1)
-            rest = inputs | {"input_ids": ids[:, cut:]}  # a mask covers the beginning too
-            student = model(**rest, past_key_values=cache, output_hidden_states=hidden)
-        mask = None if mask is None else mask[:, cut:]
-        sums = {"kl": kl_sums(student.logits, teacher_logits[:, cut:], mask, reuse_teacher=True)}
+        student = model(**inputs, use_cache=False, output_hidden_states=hidden)
+        sums = {"kl": kl_sums(student.logits, teacher_logits, mask, reuse_teacher=True)}
         if hidden:
-            pairs = zip(student.hidden_states[first + 1 :], teacher_states, strict=True)
-            measured = [alignment_sums(s, t[:, cut:], mask) for s, t in pairs]
+            measured = [alignment_sums(s, t, mask) for s, t in zip(student.hidden_states[first + 1 :], teacher_states, strict=True)]
             zero = sums["kl"][1].new_zeros(())
             errors = torch.stack([zero] * first + [error for error, _ in measured])
             energies = torch.stack([zero + 1] * first + [energy for _, energy in measured])
             sums["hidden"] = (errors / self.accelerator.reduce(energies, reduction="mean")).sum(), zero + len(errors)
-        if args.half_life_gap_weight:
-            active = [layer for layer in dsla_layers(self.model).values() if layer.converted]
-            gaps = [half_life_gap_loss(with_whole_weights(layer.dsla_core[layer.adapter_name]).bias_half_lives()) for layer in active]
-            sums["half_life_gap"] = torch.stack(gaps).sum(), gaps[0].new_tensor(len(gaps))
         return sums
 
     @torch.no_grad()
