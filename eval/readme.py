@@ -73,8 +73,8 @@ def batches(rows: list[dict[str, Any]]) -> str:
         for level in (16, 32)
     )
     return (
-        f"Sixteen texts of 8,192 tokens are generated {half[0]:.1f} times as fast at level 16 and {full[0]:.1f} times at level 32; the largest "
-        f"batch of them\nthat fits generates {half[1]:.1f} times and {full[1]:.0f} times as many tokens per second."
+        f"Sixteen texts of 8,192 tokens are generated {half[0]:.1f} times as fast at level 16 and {full[0]:.1f} times at level 32; the\n"
+        f"largest batch of them that fits generates {half[1]:.1f} times and {full[1]:.0f} times as many tokens per second."
     )
 
 
