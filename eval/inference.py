@@ -32,7 +32,8 @@ from transformers import AutoConfig
 
 from dsla_hf.core.plots import figure, mark_measured, mark_plain, save
 from dsla_hf.inference.bench.costs import copy_bandwidth, matmul_rate
-from dsla_hf.inference.bench.measure import Case, Runner, measure_largest, measured, networks, random_model, ready
+from dsla_hf.inference.bench.measure import Case, Runner, measure_largest, measured
+from dsla_hf.inference.bench.models import networks, random_model, ready
 
 PARTS = ("token", "batch", "prefill", "largest", "growth", "baseline", "others", "profile")
 PAGE = Path(__file__).parent.parent / "docs" / "measured" / "inference.md"

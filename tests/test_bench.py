@@ -12,7 +12,9 @@ from dsla_cli import main
 from dsla_hf import DSLAConfig, cache_bytes
 from dsla_hf.evaluation.report.measurements import read_measurements
 from dsla_hf.inference.bench.costs import costs_of
-from dsla_hf.inference.bench.measure import PRESETS, TRIED, Case, Results, Runner, bench, largest, measure_largest, preset_config
+from dsla_hf.inference.bench.measure import TRIED, Case, Runner, bench, largest, measure_largest
+from dsla_hf.inference.bench.models import PRESETS, preset_config
+from dsla_hf.inference.bench.results import Results
 from dsla_hf.inference.graph import GraphDecoder, PlainRecording
 
 

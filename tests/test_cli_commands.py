@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from dsla_cli import main, preflight
 from dsla_hf import DSLAConfig
 from dsla_hf.cli import distill as distill_job
-from dsla_hf.cli.distill import DistillOptions, parse_options
+from dsla_hf.cli.distill_options import DistillOptions, parse_options
 from dsla_hf.cli.order import order as order_layers
 from dsla_hf.cli.quickstart import train_tokenizer
 from dsla_hf.models.configuration import resolve_level

@@ -16,8 +16,8 @@ from ..levels.table import COLUMNS, measured_levels, table, warnings
 from ..models.adapter import active_config
 from ..models.cards import adapter_card
 from ..models.saving import written_whole
-from ..training.chats import ShortAnswers, measure_answers
 from .levels import add_cache_sizes, evaluate_levels
+from .short_answers import ShortAnswers, measure_answers
 
 FILE = "levels.json"
 # Multiplications (parameters × tokens × passes) that a CPU may spend on the table: about a minute of two cores.
