@@ -4,6 +4,7 @@ import importlib
 import re
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,11 @@ def test_every_table_of_the_readme_comes_from_a_file(readme):
         if line.startswith("|") and not inside:
             kept.append(line)
     assert not kept, "a table without a result file"
+
+
+def test_the_readme_asks_for_the_versions_of_the_project():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    oldest = dict(re.match(r"([\w-]+)>=([\d.]+)", wanted).groups() for wanted in project["dependencies"])
+    text = (REPOSITORY / "README.md").read_text()
+    said = re.search(r"^Python ≥ ([\d.]+), torch ≥ ([\d.]+), transformers ≥ ([\d.]+), peft ≥ ([\d.]+)\.", text, re.MULTILINE)
+    assert said.groups() == (project["requires-python"].removeprefix(">="), *(oldest[name] for name in ("torch", "transformers", "peft")))
