@@ -16,6 +16,7 @@ from typing import Any
 
 from ..core.files import write_json
 from ..core.results import origin
+from ..core.tables import terminal_table
 from ..models.loading import (
     check_at_least_one,
     device,
@@ -177,13 +178,7 @@ def table(results: dict[int, dict[str, dict[str, float]]]) -> str:
     else:
         rows = [("task", "metric", "level", "")]
         rows += [(*name, str(level), cell(level, *name)) for name in names for level in results]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    return terminal_table(rows, left=2)
 
 
 # --- lm-eval ----------------------------------------------------------------------------------------------------

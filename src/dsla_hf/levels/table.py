@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..core.tables import markdown_table
+from ..core.tables import markdown_table, terminal_table
 
 MOST_LEVELS = 9  # that a table of a deep model has
 CLEARLY_WORSE = 1.2  # perplexity over that of level 0
@@ -52,12 +52,9 @@ def measured_levels(highest: int, most: int = MOST_LEVELS) -> list[int]:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows for a terminal, with a column for each of `COLUMNS` that they have."""
     names = [name for name in COLUMNS if any(name in row for row in rows)]
-    columns = [["level", *(str(row["level"]) for row in rows)]]
-    for name in names:
-        heading, form = COLUMNS[name]
-        columns.append([heading, *("" if name not in row else written(row[name], form) for row in rows)])
-    widths = [max(map(len, column)) for column in columns]
-    return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in zip(*columns, strict=True))
+    lines = [["level", *(COLUMNS[name][0] for name in names)]]
+    lines += [[str(row["level"]), *("" if name not in row else written(row[name], COLUMNS[name][1]) for name in names)] for row in rows]
+    return terminal_table(lines)
 
 
 def written(value: float, form: str) -> str:
