@@ -22,8 +22,8 @@ from dsla_hf.cli.quickstart import train_tokenizer
 from dsla_hf.evaluation import short_answers
 from dsla_hf.evaluation.levels import evaluate_levels
 from dsla_hf.evaluation.report.measurements import read_measurements
-from dsla_hf.training import trainer as distillation
 from dsla_hf.training.arguments import DSLATrainingArguments
+from dsla_hf.training.recipe import distill
 from dsla_hf.training.trainer import DSLATrainer
 
 TEXT = " ".join(f"{number} green bottles hang on the wall, and if one of them should fall" for number in range(200, 0, -1))
@@ -412,12 +412,12 @@ def test_library_measures_nothing_by_itself(tiny_model, adapter_model, tmp_path,
     data = [{"input_ids": torch.randint(3, 97, (24,))} for _ in range(8)]
     options = {"report_to": [], "use_cpu": True, "per_device_train_batch_size": 2}
     args = DSLATrainingArguments(output_dir=str(tmp_path), **options)
-    assert distillation.distill(model, data, args, alignment_steps=1, logits_steps=1) is None
+    assert distill(model, data, args, alignment_steps=1, logits_steps=1) is None
     config = DSLAConfig.from_pretrained(tmp_path)
     assert config.level == 4 and config.level_metrics is None and model.get_level() == 4
     assert capsys.readouterr().out == ""
     with pytest.raises(ValueError, match="beyond the window"):
-        distillation.distill(model, [{"input_ids": torch.arange(12)}], args, alignment_steps=1, logits_steps=1)
+        distill(model, [{"input_ids": torch.arange(12)}], args, alignment_steps=1, logits_steps=1)
     with pytest.raises(ValueError, match="to rank layers on has 0 %"):
-        distillation.distill(model, data, args, alignment_steps=1, logits_steps=1, ranking_data=[torch.arange(10)])
+        distill(model, data, args, alignment_steps=1, logits_steps=1, ranking_data=[torch.arange(10)])
     assert math.isfinite(sum(p.sum().item() for p in model.parameters()))

@@ -217,6 +217,6 @@ def test_shapes_of_bench_are_those_that_it_knows():
 
 def test_order_and_distill_name_the_same_formats():
     from dsla_cli.options import SOURCES
-    from dsla_hf.training import corpus
+    from dsla_hf.training import text
 
-    assert SOURCES == corpus.SOURCES
+    assert SOURCES == text.SOURCES
