@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import json
 import re
 import sys
 from importlib.metadata import version
@@ -152,6 +153,8 @@ def test_quickstart_writes_models_and_plot(finished):
     ):
         assert name in files
     assert str(finished.output / "quickstart.png") in finished.printed
+    written = json.loads((finished.output / "quickstart.json").read_text())
+    assert written["rows"] == finished.rows and written["command"] == "dsla quickstart --steps 4 --seed 0" and written["versions"]["torch"]
 
 
 def test_plot_is_a_picture_with_something_in_it(finished):

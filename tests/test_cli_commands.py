@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from dsla_cli import main, preflight
 from dsla_hf import DSLAConfig
 from dsla_hf.cli import distill as distill_job
-from dsla_hf.cli.distill import DistillOptions, parse_options
+from dsla_hf.cli.distill_options import DistillOptions, parse_options
 from dsla_hf.cli.order import order as order_layers
 from dsla_hf.cli.quickstart import train_tokenizer
 from dsla_hf.models.configuration import resolve_level
-from dsla_hf.training.trainer import DSLATrainingArguments
+from dsla_hf.training.arguments import DSLATrainingArguments
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS, ORDER, LEVEL = 4, [2, 0, 3, 1], 2

@@ -34,7 +34,7 @@ OPTIONS = [
 ]
 OPTIONS += ["--logging_steps", "1", "--save_steps", "2", "--report_to", "none", "--disable_tqdm", "True"]
 # Half of the key-value weights fit no second process, whose parts of them are empty.
-OPTIONS += ["--hidden_weight", "0.5", "--half_life_gap_weight", "0.1"]
+OPTIONS += ["--hidden_weight", "0.5"]
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ sys.path[:] = [str(REPOSITORY / "eval"), str(REPOSITORY / "kernels"), *(x for x 
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from reporting import RESULTS, markdown_table, write_results  # noqa: E402
+from reporting import RESULTS, rows_table, write_results  # noqa: E402
 from torch.nn.attention.bias import causal_lower_right  # noqa: E402
 from triton.testing import do_bench  # noqa: E402
 
@@ -72,7 +72,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = [measure(new, past, kv_heads, LAUNCHES if args.launches else []) for kv_heads in (32, 8) for new, past in PIECES]
     write_results("softmax_prompt", rows, folder=args.results)
-    print(markdown_table(rows, max((list(row) for row in rows), key=len)))
+    print(rows_table(rows, max((list(row) for row in rows), key=len)))
 
 
 if __name__ == "__main__":

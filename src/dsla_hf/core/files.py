@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_DISK_WORDS = ("os error 28", "No space left on device", "unexpected pos", "PytorchStreamWriter")
@@ -27,6 +29,11 @@ def write_whole(file: str | Path, content: str | bytes) -> None:
         raise OSError(error.errno, error.strerror, str(file)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_json(file: str | Path, content: Any, indent: int = 2) -> None:
+    """Write a file of JSON, as `write_whole` does."""
+    write_whole(file, json.dumps(content, indent=indent) + "\n")
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..core.progress import bar as progress_bar
 from ..models.adapter import DSLAModel, active_config, dsla_layers
-from .data import check_teaches
 from .losses import kl_loss
+from .text_check import check_teaches
 
 METRICS = ("kl", "greedy", "entropy")
 

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from dsla_hf.cli.quickstart import train_tokenizer
-from dsla_hf.training import chats
-from dsla_hf.training.chats import measure_answers
+from dsla_hf.evaluation import short_answers
+from dsla_hf.evaluation.short_answers import measure_answers
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    made = train_tokenizer([" ".join(chats.QUESTIONS) * 3], vocab_size=300)
+    made = train_tokenizer([" ".join(short_answers.QUESTIONS) * 3], vocab_size=300)
     made.chat_template = TEMPLATE
     return made
 
@@ -26,13 +26,13 @@ def model(base_kind, tiny_model, adapter_model, tokenizer):
 
 @torch.no_grad()
 def test_answers_by_hand(model, tokenizer, monkeypatch):
-    monkeypatch.setattr(chats, "ANSWER_TOKENS", 6)
-    monkeypatch.setattr(chats, "SAMPLE_TOKENS", 4)
+    monkeypatch.setattr(short_answers, "ANSWER_TOKENS", 6)
+    monkeypatch.setattr(short_answers, "SAMPLE_TOKENS", 4)
     found = measure_answers(model, tokenizer, [0, 4])
     assert model.get_level() == 3 and model.training
     model.eval()
     kept = divergence = total = 0
-    for number, question in enumerate(chats.QUESTIONS):
+    for number, question in enumerate(short_answers.QUESTIONS):
         prompt = tokenizer(f"user: {question}\nassistant: ", return_tensors="pt").input_ids
         model.set_level(0)
         whole = model.generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=tokenizer.eos_token_id)
@@ -54,13 +54,13 @@ def test_answers_by_hand(model, tokenizer, monkeypatch):
 
 
 def test_own_answers_are_compared_by_their_tokens_wherever_they_stand():
-    assert chats._in_common([1, 2, 3, 4], [9, 1, 2, 3, 4, 5]) == 1  # the same with a word more
-    assert chats._in_common([7, 7, 7, 1], [1, 2, 3, 7]) == 0.5  # babble that repeats a token has it once in common
-    assert chats._in_common([5, 6], [1, 2, 3]) == 0
+    assert short_answers._in_common([1, 2, 3, 4], [9, 1, 2, 3, 4, 5]) == 1  # the same with a word more
+    assert short_answers._in_common([7, 7, 7, 1], [1, 2, 3, 7]) == 0.5  # babble that repeats a token has it once in common
+    assert short_answers._in_common([5, 6], [1, 2, 3]) == 0
 
 
 def test_answers_end_at_the_stop_token_and_fill_one_line(model, tokenizer, monkeypatch):
     prompt = tokenizer("user: x", return_tensors="pt").input_ids[0].tolist()
-    whole = chats._greedy(model, [prompt], 6, set())[0]
-    assert len(whole) == 6 and chats._greedy(model, [prompt], 6, {whole[2]})[0] == whole[: whole.index(whole[2]) + 1]
-    assert chats._line("a\n b" * 200).startswith("a b") and len(chats._line("a\n b" * 200)) == 100
+    whole = short_answers._greedy(model, [prompt], 6, set())[0]
+    assert len(whole) == 6 and short_answers._greedy(model, [prompt], 6, {whole[2]})[0] == whole[: whole.index(whole[2]) + 1]
+    assert short_answers._line("a\n b" * 200).startswith("a b") and len(short_answers._line("a\n b" * 200)) == 100

@@ -2,14 +2,14 @@
 
 import json
 import lzma
-from contextlib import nullcontext
+import sys
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from dsla_hf.training.data import PackedTokens, check_teaches, read_texts
+from dsla_hf.training.text import PackedTokens, read_texts
 
 WORDS = {"<unk>": 0, "<eos>": 1, "<bos>": 2, "a": 3, "b": 4, "c": 5, "d": 6, "e": 7}
 DOCUMENTS = ["first text\nwith two lines", "zweiter Text: äöü €", "third"]
@@ -80,6 +80,12 @@ def test_missing_file(name, tmp_path):
         list(read_texts(tmp_path / name))
 
 
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "binary.txt").write_bytes(b"abc\x80\xff")
+    with pytest.raises(ValueError, match=r"binary\.txt is no UTF-8 text \(byte 3 of a part\): convert it"):
+        list(read_texts(tmp_path / "binary.txt"))
+
+
 # --- packing ----------------------------------------------------------------------------------------------------
 
 
@@ -134,57 +140,29 @@ def test_items():
         data[2]
 
 
-# --- data that cannot teach -------------------------------------------------------------------------------------
+# --- without datasets -------------------------------------------------------------------------------------------
 
 
-def rows(*lengths):
-    return [{"input_ids": torch.arange(length)} for length in lengths]
+def test_text_files_are_packed_without_the_datasets_library(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    files = [write(tmp_path / "one.txt.xz", "a b c\0d"), write(tmp_path / "two.jsonl", '{"text": "e a"}\n{"text": "b c"}\n')]
+    found = PackedTokens.from_sources(map(str, files), word_tokenizer(), 4).blocks
+    assert found.tolist() == pack(["a b c", "d", "e a", "b c"], 4).blocks.tolist()
+    assert PackedTokens.from_sources(map(str, files), word_tokenizer(), 4, max_tokens=7).blocks.tolist() == found[:1].tolist()
+    write(tmp_path / "three.csv", "text\na b")
+    for source in (str(tmp_path / "three.csv"), "wikitext"):
+        with pytest.raises(ImportError, match=r"pip install 'dsla-hf\[train\]'"):
+            PackedTokens.from_sources([source], word_tokenizer(), 4)
 
 
-def test_data_that_the_window_reads_alone_is_refused():
-    with pytest.raises(
-        ValueError, match=r"to train on has 0 % .* reads 132 tokens .*; the longest sequence has 132\..* smaller window_size"
+def test_sources_are_refused_by_name(tmp_path):
+    write(tmp_path / "other.jsonl", '{"text": "a b c d"}\n{"body": "x"}\n')
+    write(tmp_path / "list.jsonl", "[1]\n")
+    write(tmp_path / "broken.jsonl", "{\n")
+    for name, message in (
+        ("other.jsonl", r"other\.jsonl, line 2: records have neither 'text' nor 'messages', only \['body'\]"),
+        ("list.jsonl", r"list\.jsonl, line 1: expected an object .* got list"),
+        ("broken.jsonl", r"broken\.jsonl, line 1: no JSON"),
     ):
-        check_teaches(rows(132, 100), 128, 4)
-    with pytest.raises(ValueError, match="has 9 % of its tokens"):
-        check_teaches(rows(145), 128, 4)
-    check_teaches(rows(147), 128, 4)
-    check_teaches([row["input_ids"][None] for row in rows(147, 20)] * 50 + rows(1000), 128, 4)
-
-
-def test_short_chats_may_be_mixed_in_wherever_they_stand():
-    check_teaches(rows(*[20] * 2000, *[1000] * 300), 128, 4)
-    with pytest.raises(ValueError, match="beyond the window"):
-        check_teaches(rows(*[20] * 2000, 140), 128, 4)
-
-
-@pytest.mark.parametrize("window, length, taught", [(0, 1, False), (0, 2, True), (8, 12, False), (8, 14, True)])
-def test_without_a_window_only_single_tokens_are_refused(window, length, taught):
-    with nullcontext() if taught else pytest.raises(ValueError, match=r"longer ones|beyond the window"):
-        check_teaches(rows(length), window, 4)
-
-
-def test_only_tokens_that_count_are_counted():
-    ids, late = torch.arange(40), (torch.arange(40) >= 30).long()
-    check_teaches([{"input_ids": ids, "loss_mask": late}], 8, 4)
-    with pytest.raises(ValueError, match="beyond the window"):
-        check_teaches([{"input_ids": ids, "loss_mask": (ids < 12).long()}], 8, 4)
-    with pytest.raises(ValueError, match="longest sequence has 10"):  # padding before a text does not move it away from its start
-        check_teaches([{"input_ids": ids[None], "attention_mask": late[None]}], 8, 4)
-    with pytest.raises(ValueError, match="no token that counts"):
-        check_teaches([{"input_ids": ids, "loss_mask": 0 * ids}], 8, 4)
-
-
-def test_of_a_stream_the_first_rows_are_judged():
-    class Stream:
-        def __iter__(self):
-            yield from rows(*[20] * 64)
-            raise AssertionError("read on")
-
-    check_teaches(Stream(), 8, 4)
-
-
-def test_a_file_that_is_no_text_is_named(tmp_path):
-    (tmp_path / "binary.txt").write_bytes(b"abc\x80\xff")
-    with pytest.raises(ValueError, match=r"binary\.txt is no UTF-8 text \(byte 3 of a part\): convert it"):
-        list(read_texts(tmp_path / "binary.txt"))
+        with pytest.raises(ValueError, match=message):
+            PackedTokens.from_sources([str(tmp_path / name)], word_tokenizer(), 100)

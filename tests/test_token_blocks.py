@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 datasets = pytest.importorskip("datasets", reason="needs the datasets library (extra 'train')")
 
-from dsla_hf.training.corpus import token_blocks  # noqa: E402
+from dsla_hf.training.text import token_blocks  # noqa: E402
 
 WORDS = [f"w{i}" for i in range(50)]
 TEXTS = [" ".join(WORDS[i : i + 7]) for i in range(0, 42, 3)]
