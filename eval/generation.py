@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from dsla_hf import DualStateAttention, cache_bytes, set_level
-from dsla_hf.core.cache import dsla_cache_layer
+from dsla_hf.core.fold import dsla_cache_layer
 from dsla_hf.core.layout import TokenLayout
 from dsla_hf.evaluation.long_context import Prompt, is_answer
 from dsla_hf.training.text import read_texts

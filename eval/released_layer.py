@@ -52,7 +52,7 @@ class ReleasedLayer(DualStateAttention):
         )
         return o.to(q.dtype), self._state_without_window(recurrent, k, v, padding_mask, state) if output_state else None
 
-    def _decodes_in_kernel(self, q: Tensor, v: Tensor) -> bool:
+    def _decodes_in_kernel(self, *tensors: Tensor | None) -> bool:
         return False  # that kernel normalises
 
     def _positions(self, k: Tensor, padding_mask: Tensor | None, state: Any) -> Tensor:

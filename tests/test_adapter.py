@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trai
 
 import dsla_hf
 from dsla_hf import DSLAConfig, DSLALayer, DualStateAttention
-from dsla_hf.models.hybrid import decoder_of
+from dsla_hf.models.decoder import decoder_of
 
 ORDER = [2, 0, 3, 1]  # the plan of the fixture `adapter_model`
 

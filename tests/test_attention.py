@@ -209,7 +209,7 @@ def test_padding_at_the_end_need_not_be_moved(way, monkeypatch):
     qkv = poisoned(make_qkv(attention, batch=5), mask)
     expected, end = attention(*qkv, padding_mask=mask, output_state=True)
     if attention.window_size:
-        monkeypatch.setattr("dsla_hf.core.attention.rows_from_mask", None)
+        monkeypatch.setattr("dsla_hf.core.padding.rows_from_mask", None)
     o, state = attention(*qkv, padding_mask=mask, padding_at_end=True, output_state=True)
     assert torch.equal(o, expected) and not o[~mask].any()
     assert_same_state(attention, state, end)
@@ -232,7 +232,7 @@ def test_what_comes_behind_whole_windows(way, windows, monkeypatch):
     for padding in (None, mask):
         expected, end = attention(*second, padding_mask=padding, state=state, output_state=True)
         with monkeypatch.context() as patch:
-            patch.setattr("dsla_hf.core.attention.rows_from_mask", None)
+            patch.setattr("dsla_hf.core.padding.rows_from_mask", None)
             o, new = attention(*second, padding_mask=padding, padding_at_end=True, whole_windows=True, state=state, output_state=True)
         assert relative_error(o, expected) <= 1e-12
         assert_same_state(attention, new, end)

@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
 
 from dsla_hf import DualStateAttention
-from dsla_hf.models.adapter import AdapterLinear
+from dsla_hf.models.adapter_layer import AdapterLinear
 from dsla_hf.training.arguments import DSLATrainingArguments
 from dsla_hf.training.text import PackedTokens
 from dsla_hf.training.trainer import DSLATrainer

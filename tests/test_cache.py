@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 
 import dsla_hf.core.cache
 from dsla_hf import DSLACacheLayer, DualState, DualStateAttention, cache_bytes, fold
-from dsla_hf.core.cache import dsla_cache_layer
+from dsla_hf.core.fold import dsla_cache_layer
 from dsla_hf.core.layout import TokenLayout
 
 windows = pytest.mark.parametrize("window_size", [0, 8])
@@ -311,7 +311,7 @@ def test_layers_whose_keys_cannot_be_read_in_full_are_refused_by_name():
 @pytest.mark.parametrize("padded", [False, True])
 def test_fold_of_a_sliding_window_begins_at_the_oldest_cached_key(tokens, static, padded, monkeypatch):
     said = []
-    monkeypatch.setattr(dsla_hf.core.cache.logger, "warning_once", said.append)
+    monkeypatch.setattr(dsla_hf.core.fold.logger, "warning_once", said.append)
     attention, (keys, values) = make_attention(8), make_kv(tokens=tokens)
     layer = StaticSlidingWindowLayer(max_cache_len=50, sliding_window=10) if static else DynamicSlidingWindowLayer(sliding_window=10)
     cache = DynamicCache()
@@ -334,7 +334,7 @@ def test_fold_of_a_sliding_window_begins_at_the_oldest_cached_key(tokens, static
 @pytest.mark.parametrize("exact, tokens, warnings", [(True, 37, 0), (False, 37, 1), (False, 0, 0)])
 def test_a_fold_of_keys_that_are_not_the_layers_own_says_that_it_is_approximate(monkeypatch, exact, tokens, warnings):
     said = []
-    monkeypatch.setattr(dsla_hf.core.cache.logger, "warning_once", said.append)
+    monkeypatch.setattr(dsla_hf.core.fold.logger, "warning_once", said.append)
     cache = dynamic_cache(*make_kv(tokens=tokens)) if tokens else DynamicCache()
     dsla_cache_layer(cache, 0, make_attention(8), TokenLayout(), exact)
     assert len(said) == warnings and all("approximate" in message for message in said)

@@ -13,9 +13,8 @@ from safetensors import SafetensorError
 
 from dsla_cli import main
 from dsla_cli.commands import COMMANDS, env
-from dsla_hf.core.files import write_whole
+from dsla_hf.core.files import write_whole, written_whole
 from dsla_hf.core.interrupts import on_interrupt
-from dsla_hf.models.saving import written_whole
 
 
 def fails_with(monkeypatch, error):

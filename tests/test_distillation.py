@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, HfArgumentParser, Trainer, Train
 
 from dsla_hf import DSLAConfig, DSLALayer, set_level
 from dsla_hf.models.adapter import dsla_layers
-from dsla_hf.models.hybrid import decoder_of
+from dsla_hf.models.decoder import decoder_of
 from dsla_hf.training.arguments import DSLATrainingArguments
 from dsla_hf.training.ranking import LayerRanking, rank_layers
 from dsla_hf.training.recipe import distill

@@ -21,7 +21,7 @@ from transformers import (
 import dsla_hf
 from dsla_hf import DSLAConfig
 from dsla_hf.cli.quickstart import train_tokenizer
-from dsla_hf.models.adapter import _copy_linear
+from dsla_hf.models.adapter_layer import _copy_linear
 
 IDS = torch.arange(3, 63)[None]
 

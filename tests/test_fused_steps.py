@@ -12,7 +12,7 @@ from transformers.models.llama import modeling_llama
 from dsla_hf.inference import fusion as fused_steps
 from dsla_hf.inference.fusion import can_compile, fused
 from dsla_hf.models.adapter import dsla_layers
-from dsla_hf.models.hybrid import decoder_layers
+from dsla_hf.models.decoder import decoder_layers
 
 IDS = torch.tensor([[5, 17, 31, 44, 9, 60]])
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LogitsProcessor
 
-import dsla_hf.core.cache
+import dsla_hf.core.fold
 from dsla_hf import DSLACacheLayer, cache_bytes, fold
 from dsla_hf.models.adapter import dsla_layers
 
@@ -360,7 +360,7 @@ def test_raising_within_generate_folds_the_cache(model):
 
 def test_only_own_keys_and_values_make_a_live_raise_approximate(tiny_model, adapter_model, monkeypatch):
     said = []
-    monkeypatch.setattr(dsla_hf.core.cache.logger, "warning_once", said.append)
+    monkeypatch.setattr(dsla_hf.core.fold.logger, "warning_once", said.append)
     for projections in (("q_proj", "o_proj"), ("q_proj", "v_proj")):
         model = adapter_model(tiny_model("llama"), trained_projections=projections).requires_grad_(False)
         tokens = text()

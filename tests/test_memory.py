@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainingArguments
 
-from dsla_hf.models.hybrid import decoder_layers, first_layers
+from dsla_hf.models.decoder import decoder_layers, first_layers
 from dsla_hf.training import arguments, sharding
 from dsla_hf.training.arguments import DSLATrainingArguments
 from dsla_hf.training.losses import kl_sums

@@ -19,7 +19,8 @@ import dsla_hf
 from dsla_hf import DSLAConfig, DSLAForCausalLM, DSLAHybridConfig, DualStateAttention
 from dsla_hf.core.attention import half_life_to_logit
 from dsla_hf.models.configuration import FORMAT_VERSION
-from dsla_hf.models.hybrid import decoder_layers, hybrid_classes
+from dsla_hf.models.decoder import decoder_layers
+from dsla_hf.models.hybrid import hybrid_classes
 
 CONVERTED = [2, 0]  # of four layers
 

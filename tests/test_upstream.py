@@ -1,4 +1,4 @@
-"""The test suites that transformers and peft run on their own classes, run on ours, and the names of theirs that are not public.
+"""The test suites that transformers and peft run on their own classes, run on ours.
 
 Their wheels hold no tests, so they come from copies of the sources, of the versions that are installed:
 
@@ -22,17 +22,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchao.quantization
 import transformers
-from accelerate import cpu_offload
 from conftest import ARCHITECTURE_OPTIONS
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-from dsla_hf import DSLAConfig, compat
-from dsla_hf.core.head_sharding import HeadParallel
-from dsla_hf.core.tensor_parallel import HEADS
+from dsla_hf import DSLAConfig
 from dsla_hf.models.adapter import DSLALayer
 from dsla_hf.models.architectures import SUPPORTED_BASES
 from dsla_hf.models.hybrid import hybrid_classes
@@ -92,43 +87,6 @@ def load_suites(package, load):
         return load(f"upstream_{package}_tests", tests), None
     except ModuleNotFoundError as error:
         return None, f"the tests of {package} need a package that is not installed: {error.name}"
-
-
-# --- names that are not public ------------------------------------------------------------------------------------
-
-
-def test_offloaded_weights_are_brought_in():
-    linear = torch.nn.Linear(2, 3)
-    cpu_offload(torch.nn.Sequential(linear), execution_device="cpu")
-    assert linear.weight.device.type == "meta"
-    with compat.align_module_device(linear):
-        assert linear.weight.device.type == "cpu"
-    assert linear.weight.device.type == "meta"
-
-
-def test_weights_are_dequantised():
-    linear = torch.nn.Linear(64, 32)
-    assert compat.dequantize_module_weight(linear) is linear.weight
-    weight = linear.weight.detach().clone()
-    torchao.quantization.quantize_(linear, torchao.quantization.Int8WeightOnlyConfig())
-    assert type(linear.weight).__module__.startswith("torchao.")
-    torch.testing.assert_close(compat.dequantize_module_weight(linear), weight, atol=0.01, rtol=0)
-
-
-def test_initial_values_leave_loaded_weights_alone():
-    loaded, missing = torch.full((2,), 3.0), torch.full((2,), 3.0)
-    loaded._is_hf_initialized = True
-    with compat.guard_torch_init_functions():
-        torch.nn.init.zeros_(loaded)
-        torch.nn.init.zeros_(missing)
-    assert loaded.tolist() == [3, 3] and missing.tolist() == [0, 0]
-
-
-def test_the_style_of_tensor_parallelism_is_one_of_transformers():
-    assert isinstance(ALL_PARALLEL_STYLES[HEADS], HeadParallel)
-    for name in ("validate_param", "shard_param", "install_forward"):
-        ours, theirs = (list(inspect.signature(getattr(cls, name)).parameters) for cls in (HeadParallel, TensorParallelLayer))
-        assert ours == theirs
 
 
 # --- transformers -------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from . import moved
 from .compat import needed_for
 from .core.attention import DualState, DualStateAttention
-from .core.cache import DSLACacheLayer, cache_bytes, fold
+from .core.cache import DSLACacheLayer, cache_bytes
+from .core.fold import fold
 from .levels.generation import LevelProcessor, lower_level
 from .levels.policies import CacheMemory, FixedLevel, LatencyTarget, Load, PromptLength, Stats
 from .models import refusals  # noqa: F401

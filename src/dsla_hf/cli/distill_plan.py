@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..models.adapter import active_config
-from ..models.hybrid import decoder_layers
+from ..models.decoder import decoder_layers
 from ..training.arguments import DSLATrainingArguments
 
 MANY_PASSES = 4  # over the same text, from which on it is said beforehand

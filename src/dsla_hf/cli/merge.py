@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..core.files import written_whole
 from ..models.configuration import resolve_level
 from ..models.loading import (
     load_adapter,
@@ -12,7 +13,7 @@ from ..models.loading import (
     num_layers,
     read_adapter_config,
 )
-from ..models.saving import WEIGHT_FILES, check_hybrid_directory, name_model, written_whole
+from ..models.saving import WEIGHT_FILES, check_hybrid_directory, name_model
 
 
 def merge(model: str, adapter: str, level: int | str, output: str, *, dtype: str = "auto") -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..core.files import written_whole
 from ..core.interrupts import on_interrupt
 from ..core.progress import quieten_libraries
 from ..models.cards import adapter_card
@@ -16,7 +17,6 @@ from ..models.loading import (
     load_tokenizer,
     read_adapter_config,
 )
-from ..models.saving import written_whole
 from ..training.ranking import LayerRanking, rank_layers
 from ..training.text import PackedTokens
 from ..training.text_check import check_teaches

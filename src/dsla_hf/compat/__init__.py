@@ -1,11 +1,11 @@
 """What only one feature needs of other packages: imported when that feature is used, so that nothing else breaks where it has moved.
 
-Functions here have the names of those they stand for. tests/test_upstream.py fails when one of them moves.
+Functions here have the names of those they stand for, or give them. tests/test_compat.py fails when one of them moves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import version
 from typing import Any
@@ -59,3 +59,10 @@ def guard_torch_init_functions() -> AbstractContextManager[Any]:
     with needed_for("a hybrid"):
         from transformers.initialization import guard_torch_init_functions
     return guard_torch_init_functions()
+
+
+def masks_for_generate() -> Callable[..., Any]:
+    """transformers' `create_masks_for_generate`."""
+    with needed_for("generate with a static cache"):
+        from transformers.masking_utils import create_masks_for_generate
+    return create_masks_for_generate

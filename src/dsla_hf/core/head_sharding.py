@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 
+from ..compat.attributes import is_loaded, parameters_of
+from ..compat.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 from .attention import DualStateAttention
 from .tensor_parallel import HEADS, MERGE_FIRST, check_heads, cuts_heads, mesh_of
 
@@ -35,7 +36,7 @@ WHOLE = (None, "replicate", "colwise_gather_output", "colwise_rep", "rowwise_spl
 @contextmanager
 def _own_part(module: nn.Module) -> Any:
     """Within it a module computes with the part of its parameters that this process holds."""
-    parameters: Any = module._parameters
+    parameters: Any = parameters_of(module)
     whole = {name: parameter for name, parameter in parameters.items() if isinstance(parameter, DTensor)}
     parameters.update({name: parameter.to_local() for name, parameter in whole.items()})
     try:
@@ -66,8 +67,9 @@ class HeadShardedAttention(DualStateAttention):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initial values for parameters that were not loaded: transformers marks those that were, but not the parts."""
-        loaded = [name for name, parameter in self._parameters.items() if getattr(parameter, "_is_hf_initialized", False)]
-        if len(loaded) == len(self._parameters):
+        parameters: Any = parameters_of(self)
+        loaded = [name for name, parameter in parameters.items() if is_loaded(parameter)]
+        if len(loaded) == len(parameters):
             return
         with _own_part(self):
             before = {name: getattr(self, name).clone() for name in loaded}
@@ -84,9 +86,9 @@ class HeadParallel(TensorParallelLayer):
         check_heads(module.num_kv_heads, mesh.size())
 
     def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
-        whole: Any = module._parameters[param]
+        whole: Any = parameters_of(module)[param]
         part = distribute_tensor(whole.detach(), mesh, [Shard(0)], src_data_rank=None)
-        module._parameters[param] = nn.Parameter(part, requires_grad=whole.requires_grad)
+        parameters_of(module)[param] = nn.Parameter(part, requires_grad=whole.requires_grad)
 
     def install_forward(self, module: Any, mesh: DeviceMesh) -> nn.Module:
         module.__class__ = HeadShardedAttention
@@ -136,7 +138,7 @@ def _cut(module: nn.Module, style_name: str, mesh: DeviceMesh) -> None:
 
 def _cut_what_is_loaded(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Files hold whole tensors; peft cuts them since 0.21."""
-    for name, parameter in module._parameters.items():
+    for name, parameter in parameters_of(module).items():
         loaded = state_dict.get(prefix + name)
         if isinstance(parameter, DTensor) and loaded is not None and not isinstance(loaded, DTensor):
             state_dict[prefix + name] = distribute_tensor(loaded, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import records_steps
 from .masks import WAY_OUT, ReadMask, read_mask
+from .recording import records_steps
 
 _at_end: ContextVar[bool] = ContextVar("whether padding lies behind all real tokens", default=False)
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ..core.files import written_whole
 from ..core.results import write_results
 from ..levels.table import COLUMNS, measured_levels, table, warnings
 from ..models.adapter import active_config
 from ..models.cards import adapter_card
-from ..models.saving import written_whole
 from .levels import add_cache_sizes, evaluate_levels
 from .short_answers import ShortAnswers, measure_answers
 

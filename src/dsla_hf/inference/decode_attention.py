@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
-from transformers import AttentionInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from dsla_kernels import softmax_decode, softmax_prompt, uses_triton
+
+from ..compat.attention_functions import ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS
+from ..compat.attributes import attention_implementation
 
 ATTENTION_FUNCTION = "dsla_decode"
 
@@ -52,13 +53,13 @@ _prompt: ContextVar[bool] = ContextVar("whether a prompt without padding is read
 def can_attend_where_cached(model: Any) -> bool:
     """Whether the kernel runs on the device of `model`, and the user has not asked for another attention than SDPA."""
     head = torch.empty(0, 1, device=model.device, dtype=model.dtype)
-    return model.config._attn_implementation in ("sdpa", ATTENTION_FUNCTION) and uses_triton(head, head)
+    return attention_implementation(model.config) in ("sdpa", ATTENTION_FUNCTION) and uses_triton(head, head)
 
 
 @contextmanager
 def attends_where_cached(model: Any) -> Iterator[None]:
     """Let `model` take this module's attention function for the time being."""
-    before = model.config._attn_implementation
+    before = attention_implementation(model.config)
     model.set_attn_implementation(ATTENTION_FUNCTION)
     try:
         yield

@@ -25,7 +25,7 @@ from transformers.activations import ACT2FN
 
 from dsla_kernels import gated_linear, linears, takes_few_rows
 
-from ..models.adapter import AdapterLinear, DSLALayer
+from ..models.adapter_layer import AdapterLinear, DSLALayer
 
 logger = logging.getLogger(__name__)
 

@@ -22,12 +22,14 @@ from transformers.utils import logging
 
 from dsla_kernels import uses_triton
 
-from ..core.attention import autocast_dtype
-from ..core.cache import DSLACacheLayer, StaticDSLACacheLayer, VisibleStaticLayer, dsla_cache_layer
+from ..core.cache import DSLACacheLayer, StaticDSLACacheLayer, VisibleStaticLayer
+from ..core.fold import dsla_cache_layer
 from ..core.layout import TokenLayout
+from ..core.precision import autocast_dtype
 from ..core.tensor_parallel import is_tensor_parallel
 from ..models.adapter import DSLALayer, dsla_layers
-from ..models.hybrid import DSLAAttentionMixin, decoder_layers
+from ..models.base_attention import DSLAAttentionMixin
+from ..models.decoder import decoder_layers
 from .decode_attention import CachedTokens, attends_where_cached, can_attend_where_cached, over_cache, over_prompt
 from .fusion import LONG_PROMPT, can_compile, fused
 

@@ -88,6 +88,11 @@ def head_dim_of(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def kv_heads_of(config: Any) -> int:
+    """Key-value heads of a base with this config, which names them only where they are shared."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
 def fused_into(attention: Any, name: str) -> tuple[str, tuple[str, ...]]:
     """The matrix that holds a projection (`q_proj`, ...), and the projections in it: itself alone for most models."""
     if hasattr(attention, name):
@@ -102,7 +107,7 @@ def projection(attention: Any, name: str) -> tuple[nn.Linear, slice]:
     """The linear module that holds a projection, and which of its output rows are this one's."""
     matrix, parts = fused_into(attention, name)
     heads = attention.config.num_attention_heads
-    kv_heads = getattr(attention.config, "num_key_value_heads", None) or heads
+    kv_heads = kv_heads_of(attention.config)
     rows = {"q_proj": heads * attention.head_dim, "k_proj": kv_heads * attention.head_dim, "v_proj": kv_heads * attention.head_dim}
     if parts == (name,):
         return getattr(attention, name), slice(None)

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..compat import needed_for
-from ..core.attention import records_steps
-from ..core.cache import DSLACacheLayer, check_cache
+from ..compat import masks_for_generate
+from ..compat.attributes import attention_implementation
+from ..core.cache import DSLACacheLayer
+from ..core.fold import check_cache
 from ..core.layout import TokenLayout, read_layout
 from ..core.masks import check_shape
+from ..core.recording import records_steps
 from .architectures import sliding_window_of
 
 logger = logging.get_logger(__name__)
@@ -49,8 +51,7 @@ def masks_with_padding(make_masks: Any, decoder: nn.Module, *args: Any, **kwargs
     2-D mask beside them, for the values of 4-D masks cannot be looked at in compiled steps. The hook of the decoder takes both apart.
 
     The 2-D mask is cut to the new tokens, whose number does not change from step to step, unless a layer is about to fold its cache."""
-    with needed_for("generate with a static cache"):
-        from transformers.masking_utils import create_masks_for_generate
+    create_masks_for_generate = masks_for_generate()
     call = inspect.signature(create_masks_for_generate).bind(*args, **kwargs).arguments
     cache, padding = call.get("past_key_values"), call.get("attention_mask")
     masks = (make_masks or create_masks_for_generate)(*args, **kwargs)
@@ -122,7 +123,9 @@ def _before_layers(names: tuple[str, ...], decoder: Any, args: tuple, kwargs: di
         sliding_window=window,
     )
     if given.get("cu_seq_lens_q") is not None:
-        layout = _with_boundaries(given["cu_seq_lens_q"], layout, str(decoder.config._attn_implementation), ids.shape[0] * ids.shape[1])
+        layout = _with_boundaries(
+            given["cu_seq_lens_q"], layout, str(attention_implementation(decoder.config)), ids.shape[0] * ids.shape[1]
+        )
     given["dsla_layout"] = layout
     if layout.cu_seqlens is not None:
         _check_packed(decoder, given)

@@ -99,7 +99,7 @@ def hybrid_card(config: DSLAConfig) -> str:
 
 
 def _base(config: DSLAConfig, model_config: Any = None) -> str:
-    return config.base_model_name_or_path or getattr(model_config, "_name_or_path", "") or f"a {config.base_model_type} model"
+    return config.base_model_name_or_path or getattr(model_config, "name_or_path", "") or f"a {config.base_model_type} model"
 
 
 def _layers(config: DSLAConfig) -> str:

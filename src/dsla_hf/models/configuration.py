@@ -11,7 +11,7 @@ from peft import PeftConfig
 from dsla_kernels import check_lower_bound
 
 from ..compat.peft_type import DSLA
-from ..core.attention import check_rotary, check_window, half_life_to_logit
+from ..core.checks import check_rotary, check_window, half_life_to_logit
 from ..levels.reading import is_whole, parse_level
 from .architectures import head_dim_of, rotary_of
 

@@ -1,23 +1,17 @@
-"""DSLA inside transformers models: the drop-in attention over any base attention class, and the hybrid model classes.
+"""Hybrids: the config and model classes of checkpoints some of whose layers are DSLA.
 
-A converted layer is a subclass of the base model's own attention class. The base's forward runs as it is (projections,
-q/k norms, rotary embedding, output projection); only the attention function it calls is ours. Hybrid checkpoints have
-`model_type: "dsla"`; their config and model classes are made per base, on first use, over the two mixins here.
+They have `model_type: "dsla"`; their config and model classes are made per base, on first use, over the two mixins here.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
-from contextlib import contextmanager
 from typing import Any
 
 import transformers
-from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     GenerationMixin,
@@ -27,16 +21,14 @@ from transformers import (
 
 from ..compat import guard_torch_init_functions, needed_for
 from ..core.attention import DualStateAttention
-from ..core.cache import DSLACacheLayer, dsla_cache_layer
-from ..core.layout import TokenLayout, read_layout
-from ..core.tensor_parallel import DSLA, FEATURE, HEADS, asks_for_tensor_parallel, hybrid_plan
+from ..core.tensor_parallel import FEATURE, asks_for_tensor_parallel, hybrid_plan
 from ..levels.generation import generate_with_levels
 from .architectures import SUPPORTED_BASES
+from .base_attention import NO_CONTINUOUS_BATCHING, dsla_attention_class, new_dual_state_attention
 from .before_layers import install_layout_hook, masks_with_padding
 from .configuration import DSLAConfig, check_order
+from .decoder import decoder_layers, decoder_of
 from .saving import push_saved, save_hybrid
-
-ATTENTION_FUNCTION = "dsla"
 
 # By name: a release may lack one.
 OTHER_AUTO_CLASSES = (
@@ -48,195 +40,6 @@ OTHER_AUTO_CLASSES = (
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
 )
-
-NO_CONTINUOUS_BATCHING = (
-    "transformers' continuous batching (generate_batch, serve --continuous-batching) keeps keys and values only, and would give wrong "
-    "text with DSLA layers: use generate()"
-)
-
-NO_ATTENTION_IMPLEMENTATION = (
-    'attn_implementation="dsla" is no way to convert a model, whose layers would lack DSLA\'s weights: use '
-    "get_peft_model(model, DSLAConfig(...)), or load an adapter or a hybrid; leave attn_implementation out, or choose that of the softmax "
-    'layers, such as "sdpa"'
-)
-
-
-# --- the drop-in attention --------------------------------------------------------------------------------------
-
-
-def dsla_attention_function(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dsla_layer: DSLACacheLayer | None = None,
-    dsla_layout: TokenLayout | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The attention function of converted layers, in transformers' interface: q, k, v `[B, H, T, D]`, output `[B, T, H, D]`."""
-    layout = dsla_layout or TokenLayout()
-    dsla: Any = getattr(module, "dsla", None)
-    if dsla is None:  # someone wrote the name into the config of a model
-        raise ValueError(NO_ATTENTION_IMPLEMENTATION)
-    shape = query.shape[0], query.shape[2]
-    if key.shape[1] != dsla.num_kv_heads:
-        raise ValueError(
-            f"this process has the keys of {key.shape[1]} heads and the DSLA weights of {dsla.num_kv_heads}: a tp_plan of your own that "
-            f"cuts the projections must cut these, too: {{'model.{DSLA}': '{HEADS}'}}; tp_plan=\"auto\" does"
-        )
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    if layout.cu_seqlens is not None:  # one row of all texts, without padding
-        q, k, v = (layout.joined(x) for x in (q, k, v))
-    padding_mask = layout.new_mask(0 if dsla_layer is None else dsla_layer.tokens, q.shape[1])
-    o, state = dsla(
-        q,
-        k,
-        v,
-        padding_mask=padding_mask,
-        padding_at_end=layout.padding_at_end,
-        shared=layout.shared,
-        cu_seqlens=layout.cu_seqlens,
-        state=None if dsla_layer is None else dsla_layer.current_state(dsla),
-        output_state=dsla_layer is not None,
-        softcap=kwargs.get("softcap"),  # Gemma 2
-        sink_logits=kwargs.get("s_aux"),  # gpt-oss
-        in_place=dsla_layer is not None and not dsla_layer.record_past,
-        seen=None if dsla_layer is None else dsla_layer.seen,
-        whole_windows=dsla_layer is not None and dsla_layer.whole_windows,
-        counts=dsla_layer is None or dsla_layer.counts,
-    )
-    if dsla_layer is not None:
-        dsla_layer.advance(state, k, v, padding_mask)
-        dsla_layer.shorten_record(dsla)
-    return o if layout.cu_seqlens is None else layout.apart(o, shape), None
-
-
-AttentionInterface.register(ATTENTION_FUNCTION, dsla_attention_function)
-
-
-class _PassThrough:
-    """What a converted layer's base sees as its cache: earlier tokens are in the states, new ones go by."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return key_states, value_states
-
-
-class DSLAAttentionMixin:
-    """Put in front of a base attention class by `dsla_attention_class`; `dsla` holds what is DSLA's own."""
-
-    config: PreTrainedConfig
-    dsla: DualStateAttention
-    layer_idx: int
-    converted = True
-    exact_fold = True  # False where keys and values in a softmax layer's cache are not those of this layer
-
-    def convert(self, dsla: DualStateAttention) -> None:
-        """Make this base attention module run `dsla`."""
-        self.config = attention_config(self.config)
-        self.dsla = dsla
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        *args: Any,
-        attention_mask: Any = None,
-        past_key_values: Any = None,
-        dsla_layout: TokenLayout | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if "cache" in kwargs:  # the paged cache of continuous batching, which knows keys and values only
-            raise NotImplementedError(NO_CONTINUOUS_BATCHING)
-        layout = read_layout(attention_mask, tokens=hidden_states.shape[1]) if dsla_layout is None else dsla_layout
-        layer = None
-        if past_key_values is not None:
-            layer = dsla_cache_layer(past_key_values, self.layer_idx, self.dsla, layout, self.exact_fold)
-            past_key_values = _PassThrough()
-        return super().forward(  # type: ignore[misc]
-            hidden_states,
-            *args,
-            attention_mask=None,
-            past_key_values=past_key_values,
-            dsla_layer=layer,
-            dsla_layout=layout,
-            **kwargs,
-        )
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time: pickle by its base, which is importable.
-        return _new_attention, (type(self).__mro__[2],), self.__getstate__()
-
-
-@functools.cache
-def dsla_attention_class(base_class: Any) -> Any:
-    """The drop-in attention over `base_class`, e.g. `DSLALlamaAttention` over `LlamaAttention`."""
-    return type(f"DSLA{base_class.__name__}", (DSLAAttentionMixin, base_class), {"__module__": __name__})
-
-
-def _new_attention(base_class: Any) -> nn.Module:
-    return (cls := dsla_attention_class(base_class)).__new__(cls)
-
-
-def attention_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy of a model's config for one attention module, which selects our attention function.
-
-    Never set on the model's own config: its softmax layers would lose their masks.
-    """
-    config = copy.copy(config)
-    config._attn_implementation = ATTENTION_FUNCTION
-    return config
-
-
-def new_dual_state_attention(attention: nn.Module, dsla_config: DSLAConfig) -> DualStateAttention:
-    """DSLA's own parameters for a base attention module, sized by the base's config."""
-    config: Any = attention.config
-    head_dim: Any = attention.head_dim
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    scale: Any = attention.scaling
-    return DualStateAttention(config.num_attention_heads, kv_heads, head_dim, scale=scale, **dsla_config.mathematics())
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder's layers of a causal LM of transformers.
-
-    Raises:
-        ValueError: if there are none where transformers puts them.
-    """
-    layers = getattr(decoder_of(model), "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise ValueError(f"{type(model).__name__} has no list of decoder layers; supported base models: {list(SUPPORTED_BASES)}")
-    return layers
-
-
-def decoder_of(model: nn.Module) -> nn.Module:
-    """The decoder inside a causal LM, e.g. the `LlamaModel` of a `LlamaForCausalLM` (or the model itself if it is one)."""
-    return model.base_model if isinstance(model, PreTrainedModel) else model
-
-
-@contextmanager
-def first_layers(model: nn.Module, count: int) -> Any:
-    """Within it a forward of `model` runs the first `count` layers of its decoder alone.
-
-    The others are out of sight only while the decoder runs: FSDP and DDP look through the whole model before.
-    """
-    decoder: Any = decoder_of(model)
-    layers = decoder_layers(model)
-
-    def shorten(*_: Any) -> None:
-        decoder.layers = layers[:count]
-
-    def restore(*_: Any) -> None:
-        decoder.layers = layers
-
-    handles = [decoder.register_forward_pre_hook(shorten), decoder.register_forward_hook(restore, always_call=True)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-# --- hybrid checkpoints -----------------------------------------------------------------------------------------
 
 
 class DSLAHybridConfig(PreTrainedConfig):
@@ -252,7 +55,7 @@ class DSLAHybridConfig(PreTrainedConfig):
 
     def get_dsla_config(self) -> DSLAConfig:
         """The conversion that this hybrid is, checked."""
-        source = _config_file(getattr(self, "_name_or_path", None))
+        source = _config_file(self.name_or_path)
         config = DSLAConfig.from_hybrid_dict(self.dsla_config, source)
         try:
             check_order(config.conversion_order, self.num_hidden_layers, name="converted_layers")

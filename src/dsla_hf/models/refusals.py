@@ -1,22 +1,23 @@
 """What PEFT and transformers would do wrong with DSLA without a word: refused before anything is changed, with the way that works.
 
-Neither has a hook for it, so methods of theirs are wrapped, as in `saving`: each wrapper looks, and then calls the original.
+Neither has a hook for it, so methods of theirs are wrapped (`compat.methods`): each function here looks, and then calls the original.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
-from peft import PeftConfig, PeftMixedModel, PeftModel, PeftModelForCausalLM
-from peft.tuners.tuners_utils import BaseTuner
+from peft import PeftConfig, PeftModel, PeftModelForCausalLM
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from .adapter import DSLALayer, DSLAModel
+from ..compat.methods import around
+from .adapter import DSLAModel
+from .adapter_layer import DSLALayer
+from .base_attention import ATTENTION_FUNCTION, NO_ATTENTION_IMPLEMENTATION
 from .configuration import DSLAConfig
-from .hybrid import ATTENTION_FUNCTION, NO_ATTENTION_IMPLEMENTATION, DSLAHybridConfig, DSLAHybridMixin
+from .hybrid import DSLAHybridConfig, DSLAHybridMixin
 
 GENERATION = "prepare_inputs_for_generation"  # what PEFT's class for causal LMs asks a model for
 
@@ -46,61 +47,49 @@ def check_task(peft_model: Any, model: nn.Module, config: PeftConfig) -> None:
         )
 
 
-def _wrap_init(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def __init__(self: Any, model: nn.Module, peft_config: Any, adapter_name: str = "default", *args: Any, **kwargs: Any) -> None:
-        config = peft_config if isinstance(peft_config, PeftConfig) else peft_config[adapter_name]
-        check_tuner(model, config)
-        check_task(self, model, config)
-        original(self, model, peft_config, adapter_name, *args, **kwargs)
-
-    return __init__
+def _init(
+    original: Callable[..., None], self: Any, model: nn.Module, peft_config: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
+) -> None:
+    config = peft_config if isinstance(peft_config, PeftConfig) else peft_config[adapter_name]
+    check_tuner(model, config)
+    check_task(self, model, config)
+    original(self, model, peft_config, adapter_name, *args, **kwargs)
 
 
-def _wrap_add_adapter(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def add_adapter(self: PeftModel, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
-        check_tuner(self, peft_config)
-        original(self, adapter_name, peft_config, *args, **kwargs)
-
-    return add_adapter
+def _add_adapter(
+    original: Callable[..., None], self: PeftModel, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any
+) -> None:
+    check_tuner(self, peft_config)
+    original(self, adapter_name, peft_config, *args, **kwargs)
 
 
-def _wrap_load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        tuner: Any = self.base_model
-        if not isinstance(tuner, DSLAModel):
-            return original(self, model_id, adapter_name, *args, **kwargs)
-        fields = sorted(DSLAConfig.__annotations__.keys() & kwargs.keys())
-        if fields and adapter_name not in self.peft_config:
-            raise ValueError(f"load_adapter takes no {', '.join(fields)}: set_adapter({adapter_name!r}) and set_level() after loading")
-        # A bare decoder and a model with a head have the same layers under different names: an adapter of one fits the other.
-        layer = next((name for name, module in tuner.model.named_modules() if isinstance(module, DSLALayer)), None)
-        if layer is not None and not kwargs.get("key_mapping"):
-            kwargs["key_mapping"] = {r"^(\w+\.)*layers\.": layer.partition("layers.")[0] + "layers."}
+def _load_adapter(original: Callable[..., Any], self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    tuner: Any = self.base_model
+    if not isinstance(tuner, DSLAModel):
         return original(self, model_id, adapter_name, *args, **kwargs)
+    fields = sorted(DSLAConfig.__annotations__.keys() & kwargs.keys())
+    if fields and adapter_name not in self.peft_config:
+        raise ValueError(f"load_adapter takes no {', '.join(fields)}: set_adapter({adapter_name!r}) and set_level() after loading")
+    # A bare decoder and a model with a head have the same layers under different names: an adapter of one fits the other.
+    layer = next((name for name, module in tuner.model.named_modules() if isinstance(module, DSLALayer)), None)
+    if layer is not None and not kwargs.get("key_mapping"):
+        kwargs["key_mapping"] = {r"^(\w+\.)*layers\.": layer.partition("layers.")[0] + "layers."}
+    return original(self, model_id, adapter_name, *args, **kwargs)
 
-    return load_adapter
 
-
-def _wrap_generate(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def generate(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
-        tuner: Any = self.base_model
-        # PEFT's class for no task in particular passes the tuner by, which knows levels.
-        return tuner.generate(*args, **kwargs) if isinstance(tuner, DSLAModel) else original(self, *args, **kwargs)
-
-    return generate
+def _generate(original: Callable[..., Any], self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+    tuner: Any = self.base_model
+    # PEFT's class for no task in particular passes the tuner by, which knows levels.
+    return tuner.generate(*args, **kwargs) if isinstance(tuner, DSLAModel) else original(self, *args, **kwargs)
 
 
 # Every way to a tuner passes one of them: get_peft_model and from_pretrained make a PeftModel, also of methods that are no BaseTuner
 # (prompts); inject_adapter_in_model and transformers' add_adapter and load_adapter make a BaseTuner.
-for _cls in (BaseTuner, PeftModel, PeftMixedModel):
-    _cls.__init__ = _wrap_init(_cls.__init__)
-PeftModel.add_adapter = _wrap_add_adapter(PeftModel.add_adapter)
-PeftModel.generate = _wrap_generate(PeftModel.generate)
-PeftModel.load_adapter = _wrap_load_adapter(PeftModel.load_adapter)
+for _cls in ("peft.tuners.tuners_utils:BaseTuner", "peft:PeftModel", "peft:PeftMixedModel"):
+    around(f"{_cls}.__init__", _init)
+around("peft:PeftModel.add_adapter", _add_adapter)
+around("peft:PeftModel.generate", _generate)
+around("peft:PeftModel.load_adapter", _load_adapter)
 
 
 # --- transformers -----------------------------------------------------------------------------------------------
@@ -108,37 +97,27 @@ PeftModel.load_adapter = _wrap_load_adapter(PeftModel.load_adapter)
 OF_A_HYBRID = "this is a DSLA hybrid, of which {} would make a softmax model with other outputs: load it with AutoModelForCausalLM"
 
 
-def _wrap_from_dict(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        hybrid = DSLAHybridConfig.model_type
-        if config_dict.get("model_type") == hybrid and cls.model_type not in ("", hybrid):
-            raise ValueError(OF_A_HYBRID.format(f"a class of {cls.model_type!r} models"))
-        return original(cls, config_dict, **kwargs)
-
-    return from_dict
+def _from_dict(original: Callable[..., Any], cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    hybrid = DSLAHybridConfig.model_type
+    if config_dict.get("model_type") == hybrid and cls.model_type not in ("", hybrid):
+        raise ValueError(OF_A_HYBRID.format(f"a class of {cls.model_type!r} models"))
+    return original(cls, config_dict, **kwargs)
 
 
-def _wrap_model_init(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
-        if isinstance(config, DSLAHybridConfig) and not isinstance(self, DSLAHybridMixin) and self.can_generate():
-            raise ValueError(OF_A_HYBRID.format(type(self).__name__))
-        original(self, config, *args, **kwargs)
-
-    return __init__
+def _model_init(original: Callable[..., None], self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
+    if isinstance(config, DSLAHybridConfig) and not isinstance(self, DSLAHybridMixin) and self.can_generate():
+        raise ValueError(OF_A_HYBRID.format(type(self).__name__))
+    original(self, config, *args, **kwargs)
 
 
-def _wrap_get_correct_attn_implementation(original: Callable[..., str]) -> Callable[..., str]:
-    @functools.wraps(original)
-    def get_correct_attn_implementation(self: PreTrainedModel, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
-        if requested_attention == ATTENTION_FUNCTION:
-            raise ValueError(NO_ATTENTION_IMPLEMENTATION)
-        return original(self, requested_attention, *args, **kwargs)
-
-    return get_correct_attn_implementation
+def _get_correct_attn_implementation(
+    original: Callable[..., str], self: PreTrainedModel, requested_attention: str | None, *args: Any, **kwargs: Any
+) -> str:
+    if requested_attention == ATTENTION_FUNCTION:
+        raise ValueError(NO_ATTENTION_IMPLEMENTATION)
+    return original(self, requested_attention, *args, **kwargs)
 
 
-PreTrainedModel.__init__ = _wrap_model_init(PreTrainedModel.__init__)
-PreTrainedConfig.from_dict = classmethod(_wrap_from_dict(PreTrainedConfig.from_dict.__func__))
-PreTrainedModel.get_correct_attn_implementation = _wrap_get_correct_attn_implementation(PreTrainedModel.get_correct_attn_implementation)
+around("transformers:PreTrainedModel.__init__", _model_init)
+around("transformers:PreTrainedConfig.from_dict", _from_dict)
+around("transformers:PreTrainedModel.get_correct_attn_implementation", _get_correct_attn_implementation)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import functools
 import json
-import os
 import re
 import tempfile
 import warnings
@@ -18,8 +15,10 @@ from peft import PeftModel
 from transformers import PreTrainedConfig
 
 from ..compat import needed_for
+from ..compat.attributes import carries_adapter
+from ..compat.methods import around
 from ..compat.peft_type import DSLA
-from ..core.files import is_disk_full
+from ..core.files import written_whole
 from ..core.tensor_parallel import is_tensor_parallel, wait_for_first
 from .cards import adapter_card, hybrid_card
 from .configuration import DSLAConfig
@@ -48,7 +47,7 @@ def save_hybrid(model: Any, save: Callable[..., None], save_directory: Any, *arg
     Raises:
         ValueError: if the directory holds another model, or the weights were quantised in place.
     """
-    if getattr(model, "_hf_peft_config_loaded", False):  # transformers saves the adapter alone
+    if carries_adapter(model):  # transformers saves the adapter alone
         _warn_of_nameless_base(model, model.peft_config.values())
         return save(save_directory, *args, **kwargs)
     directory = Path(save_directory)
@@ -94,7 +93,7 @@ def _check_not_quantised(model: Any, what: str, part: str = "") -> None:
 
 def _warn_of_nameless_base(base: Any, configs: Iterable[Any]) -> None:
     """An adapter of another method records its base by name."""
-    nameless = getattr(getattr(base, "config", None), "model_type", None) == "dsla" and not base.config._name_or_path
+    nameless = getattr(getattr(base, "config", None), "model_type", None) == "dsla" and not base.config.name_or_path
     if nameless and not all(config.base_model_name_or_path for config in configs):
         warnings.warn(
             "this adapter's base is a DSLA hybrid that was never saved, so adapter_config.json cannot name it: save the hybrid by "
@@ -198,91 +197,41 @@ def _read_json(path: Path) -> dict | None:
         return {}
 
 
-class written_whole:
-    """A temporary directory whose files are renamed into `directory` at the end, or dropped after an error.
-
-    Files of `directory` whose whole name matches `replaced` and that are not written anew are removed: an earlier save may have
-    cut the weights into other files, which would be loaded first. Without it nothing is removed.
-
-    Raises:
-        OSError: on leaving, with the directory, where the disk is full.
-    """
-
-    def __init__(self, directory: Path, replaced: re.Pattern[str] | None = None):
-        self.directory, self.replaced = directory, replaced
-
-    def __enter__(self) -> Path:
-        if self.directory.is_file():
-            raise ValueError(f"{self.directory} is a file: give a directory to save into")
-        self._made = not self.directory.exists()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._temporary = tempfile.TemporaryDirectory(dir=self.directory, prefix=".saving-")
-        return Path(self._temporary.name)
-
-    def __exit__(self, kind: Any, error: BaseException | None, *_: Any) -> None:
-        try:
-            self._move(error)
-        finally:
-            if self._made and not any(self.directory.iterdir()):
-                self.directory.rmdir()
-        if error is not None and is_disk_full(error):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.directory)) from error
-
-    def _move(self, error: BaseException | None) -> None:
-        with self._temporary as name:
-            if error is not None:
-                return
-            source = Path(name)
-            # Weights first, configuration last: a directory with a configuration has its weights.
-            files = sorted((f for f in source.rglob("*") if f.is_file()), key=lambda f: f.suffix == ".json")
-            targets = [self.directory / file.relative_to(source) for file in files]
-            for file, target in zip(files, targets, strict=True):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, target)
-            for file in {*self.directory.iterdir()} - {*targets}:
-                if self.replaced is not None and self.replaced.fullmatch(file.name):
-                    file.unlink()
+# --- adapters: PEFT lets a method choose its layers and its state dict, but not how a directory is written; those of other methods are
+# saved as before ---------------------------------------------------------------------------------------------------
 
 
-def _wrap_save_pretrained(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def save_pretrained(self: PeftModel, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        selected = kwargs.get("selected_adapters") or list(self.peft_config)
-        configs = {name: c for name, c in self.peft_config.items() if isinstance(c, DSLAConfig) and name in selected}
-        if not configs:
-            _warn_of_nameless_base(self.get_base_model(), [self.peft_config[name] for name in selected if name in self.peft_config])
-            return original(self, save_directory, *args, **kwargs)
-        if is_tensor_parallel(self):
-            raise ValueError(
-                "each process holds a part of this adapter, and nothing of it was trained: copy the folder that it was loaded from, or "
-                "load base and adapter without tp_plan"
-            )
-        if not kwargs.get("safe_serialization", args[0] if args else True):
-            raise ValueError("DSLA adapters are saved as safetensors only: leave safe_serialization out")
-        _check_not_quantised(self, "save the adapter", part="dsla_")
-        directory = Path(save_directory)
-        for name, config in configs.items():
-            check_adapter_directory(directory if name == "default" else directory / name, config)
-        if not kwargs.get("is_main_process", True):
-            return original(self, save_directory, *args, **kwargs)
-        with written_whole(directory) as temporary:
-            original(self, str(temporary), *args, **kwargs)
-            (temporary / "README.md").write_text(adapter_card(next(iter(configs.values())), getattr(self, "config", None)))
-
-    return save_pretrained
+def _save_adapter(original: Callable[..., None], self: PeftModel, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    """In place of `PeftModel.save_pretrained`."""
+    selected = kwargs.get("selected_adapters") or list(self.peft_config)
+    configs = {name: c for name, c in self.peft_config.items() if isinstance(c, DSLAConfig) and name in selected}
+    if not configs:
+        _warn_of_nameless_base(self.get_base_model(), [self.peft_config[name] for name in selected if name in self.peft_config])
+        return original(self, save_directory, *args, **kwargs)
+    if is_tensor_parallel(self):
+        raise ValueError(
+            "each process holds a part of this adapter, and nothing of it was trained: copy the folder that it was loaded from, or "
+            "load base and adapter without tp_plan"
+        )
+    if not kwargs.get("safe_serialization", args[0] if args else True):
+        raise ValueError("DSLA adapters are saved as safetensors only: leave safe_serialization out")
+    _check_not_quantised(self, "save the adapter", part="dsla_")
+    directory = Path(save_directory)
+    for name, config in configs.items():
+        check_adapter_directory(directory if name == "default" else directory / name, config)
+    if not kwargs.get("is_main_process", True):
+        return original(self, save_directory, *args, **kwargs)
+    with written_whole(directory) as temporary:
+        original(self, str(temporary), *args, **kwargs)
+        (temporary / "README.md").write_text(adapter_card(next(iter(configs.values())), getattr(self, "config", None)))
 
 
-def _wrap_push_to_hub(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def push_to_hub(self: PeftModel, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        if args or not any(isinstance(config, DSLAConfig) for config in self.peft_config.values()):
-            return original(self, repo_id, *args, **kwargs)
-        return push_saved(self, repo_id, **kwargs)
-
-    return push_to_hub
+def _push_adapter(original: Callable[..., Any], self: PeftModel, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    """In place of `PeftModel.push_to_hub`."""
+    if args or not any(isinstance(config, DSLAConfig) for config in self.peft_config.values()):
+        return original(self, repo_id, *args, **kwargs)
+    return push_saved(self, repo_id, **kwargs)
 
 
-# PEFT lets a method choose its layers and its state dict, but not how a directory is written; adapters of other methods
-# are saved as before.
-PeftModel.push_to_hub = _wrap_push_to_hub(PeftModel.push_to_hub)
-PeftModel.save_pretrained = _wrap_save_pretrained(PeftModel.save_pretrained)
+around("peft:PeftModel.push_to_hub", _push_adapter)
+around("peft:PeftModel.save_pretrained", _save_adapter)

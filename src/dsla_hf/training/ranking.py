@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from ..compat.attributes import attention_implementation
 from ..core.progress import bar as progress_bar
 from ..models.adapter import DSLAModel, active_config, dsla_layers
 from .losses import kl_loss
@@ -133,7 +134,7 @@ def _entropy(model: Any, batches: list[dict[str, Tensor]], plan: list[int], tick
         return hook
 
     base = model.get_base_model()
-    implementation = base.config._attn_implementation
+    implementation = attention_implementation(base.config)
     hooks = [layers[layer].base_layer.register_forward_hook(measure(layer)) for layer in plan]
     try:
         base.set_attn_implementation("eager")  # the only one that returns its weights

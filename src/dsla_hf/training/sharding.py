@@ -6,7 +6,6 @@ with FSDP or without. Every function here is called by all processes alike.
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.utils import logging
 
+from ..compat.attributes import parameters_of, with_parameters
 from ..core.tensor_parallel import whole
 
 logger = logging.get_logger(__name__)
@@ -42,10 +42,7 @@ def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 def with_whole_weights(module: nn.Module) -> Any:
     """A copy of a module without children whose weights are whole."""
-    copied = copy.copy(module)
-    weights: Any = {name: None if p is None else whole(p) for name, p in module._parameters.items()}
-    copied._parameters = weights
-    return copied
+    return with_parameters(module, {name: None if p is None else whole(p) for name, p in parameters_of(module).items()})
 
 
 # --- weights and optimizer state --------------------------------------------------------------------------------

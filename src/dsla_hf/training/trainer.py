@@ -27,7 +27,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from ..core.progress import TrainingProgress
 from ..core.tensor_parallel import is_tensor_parallel
 from ..models.adapter import DSLAModel, active_config, dsla_layers
-from ..models.hybrid import decoder_layers, first_layers
+from ..models.decoder import decoder_layers, first_layers
 from .arguments import CHECKPOINTING, DSLATrainingArguments
 from .checkpoints import is_whole, saved_stage, told_of_full_disk, what_is_kept
 from .losses import alignment_sums, kl_sums

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from ...core.attention import DualStateAttention
-from ...models.hybrid import decoder_layers, decoder_of
+from ...models.decoder import decoder_layers, decoder_of
 from ..graph import dsla_attention_of
 
 CHUNK = 64  # tokens that the states take in at a time

@@ -8,7 +8,8 @@ from peft import PeftModel
 
 from ...core.attention import DualStateAttention
 from ...models.adapter import active_config, dsla_layers, set_level
-from ...models.hybrid import DSLAAttentionMixin, decoder_layers
+from ...models.base_attention import DSLAAttentionMixin
+from ...models.decoder import decoder_layers
 
 
 class Levels:

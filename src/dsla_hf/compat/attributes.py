@@ -1,0 +1,74 @@
+"""Attributes of other packages' objects that are not public: each read and written here alone. `touches` lists them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# --- configs and models of transformers -------------------------------------------------------------------------
+
+
+def attention_implementation(config: Any) -> str | None:
+    """Which attention a model with this config runs: "sdpa", "eager", ..."""
+    return config._attn_implementation
+
+
+def set_attention_implementation(config: Any, name: str | None) -> None:
+    """Choose it."""
+    config._attn_implementation = name
+
+
+def copy_implementations(source: Any, target: Any) -> None:
+    """Let a config choose the attention and the experts that another one does."""
+    target._attn_implementation = source._attn_implementation
+    target._experts_implementation = getattr(source, "_experts_implementation", None)
+
+
+def carries_adapter(model: Any) -> bool:
+    """Whether transformers has put an adapter into this model, by its `load_adapter` or `add_adapter`."""
+    return getattr(model, "_hf_peft_config_loaded", False)
+
+
+def is_loaded(parameter: Tensor) -> bool:
+    """Whether transformers has loaded this parameter from a checkpoint."""
+    return getattr(parameter, "_is_hf_initialized", False)
+
+
+# --- modules and tensors of torch -------------------------------------------------------------------------------
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The children of a module by name: its own dict."""
+    return module._modules
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The parameters of a module itself by name: its own dict, in which they can be exchanged without a check."""
+    return module._parameters
+
+
+def with_parameters(module: nn.Module, parameters: dict[str, Any]) -> Any:
+    """A shallow copy of a module with these for its own parameters, which may be plain tensors."""
+    copied = copy.copy(module)
+    copied._parameters = parameters
+    return copied
+
+
+def view_of(module: nn.Module, cls: type[nn.Module], children: dict[str, nn.Module | None]) -> Any:
+    """A module of `cls` that has the attributes, parameters and buffers of `module`, the very same, and `children` for its own.
+
+    It runs the forward of its class: those that accelerate's hooks have put into `module` stay there."""
+    view = cls.__new__(cls)
+    nn.Module.__init__(view)
+    own = {*view.__dict__, "forward", "_old_forward", "_hf_hook"}
+    view.__dict__.update({name: value for name, value in module.__dict__.items() if name not in own})
+    view._modules, view._parameters, view._buffers = dict(children), module._parameters, module._buffers
+    return view
+
+
+def keep_address(tensor: Tensor) -> None:
+    """Promise that a tensor is written in place, so that compiled code reads it where it lies."""
+    torch._dynamo.mark_static_address(tensor)

@@ -1,0 +1,171 @@
+"""A softmax layer's part of a cache becomes that of a DSLA layer: what must be so before, and the fold itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+from transformers.utils import logging
+
+from .attention import DualStateAttention
+from .cache import LEVEL_LOWERED, RECORDS_PAST, DSLACacheLayer, StaticDSLACacheLayer, VisibleStaticLayer, fold_in_pieces
+from .layout import TokenLayout
+
+logger = logging.get_logger(__name__)
+
+# Cache layers of which keys and values can be read, so that they can be folded; subclasses may hold them otherwise (quantised, say).
+FOLDABLE = (DynamicLayer, StaticLayer, VisibleStaticLayer, DynamicSlidingWindowLayer, StaticSlidingWindowLayer)
+
+
+def fold(
+    attention: DualStateAttention,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    max_length: int | None = None,
+) -> DSLACacheLayer:
+    """Turn the cached keys and values of a softmax layer into the state that `attention` would have built from them.
+
+    Args:
+        attention: the DSLA layer that will read the state.
+        keys: `[B, Hkv, T, D]` as transformers caches them, rotated.
+        values: `[B, Hkv, T, D]` as transformers caches them.
+        attention_mask: `[B, T]`, nonzero at real tokens, None if all are; padding may lie anywhere.
+        position_ids: `[B, T]`, only to make sure that each row is one text: the states need no positions, because
+            cached keys are rotated already.
+        max_length: of the `StaticCache` the layer is for; None for a dynamic one.
+
+    Where keys or values require a gradient (trained ones, or those of text that is trained on), it flows through the fold.
+
+    Raises:
+        ValueError: if shapes do not fit, or positions of a row restart (packed texts must not share a state).
+    """
+    expected = (attention.num_kv_heads, attention.key_dim, attention.value_dim)
+    if (
+        keys.ndim != 4
+        or values.ndim != 4
+        or keys.shape[:3] != values.shape[:3]
+        or (keys.shape[1], keys.shape[3], values.shape[3]) != expected
+    ):
+        raise ValueError(
+            f"cached keys {list(keys.shape)} and values {list(values.shape)} must be [B, {expected[0]}, T, {expected[1]} and {expected[2]}]"
+        )
+    if attention_mask is not None and attention_mask.shape != (keys.shape[0], keys.shape[2]):
+        raise ValueError(f"attention_mask must be [{keys.shape[0]}, {keys.shape[2]}], got {list(attention_mask.shape)}")
+    mask = None if attention_mask is None else attention_mask.bool()
+    if position_ids is not None:
+        falls = position_ids.diff(dim=1) <= 0
+        if bool((falls if mask is None else falls & mask[:, 1:] & mask[:, :-1]).any()):
+            raise ValueError("position_ids restart inside a row: several texts in one row cannot be folded into one state")
+    layer = _empty_layer(max_length)
+    k, v = keys.transpose(1, 2), values.transpose(1, 2)
+    state = fold_in_pieces(attention, k, v, mask)
+    layer.advance(state, k, v, mask)
+    return layer
+
+
+def check_cache(cache: Any, converted: list[bool], rows: int, tokens: int, recorded: bool = False) -> int | Tensor:
+    """Make sure that a call can go on from `cache`, before its first layer runs; the tokens that it holds.
+
+    Args:
+        cache: as the model was given it.
+        converted: which of the model's layers are DSLA now.
+        rows, tokens: of the call.
+        recorded: the call is compiled or captured: no value is looked at.
+
+    Raises:
+        RuntimeError: if a layer was DSLA and is softmax attention now, or a call has failed midway and left the cache half advanced.
+        ValueError: for keys and values that cannot be folded, other rows, or too many tokens for a static cache.
+    """
+    layers = list(zip(getattr(cache, "layers", ()), converted, strict=False))
+    for index, (layer, is_dsla) in enumerate(layers):
+        if isinstance(layer, DSLACacheLayer):
+            if not is_dsla:
+                raise RuntimeError(f"layer {index}: {LEVEL_LOWERED}")
+            if layer.state is not None and layer.batch_size != rows:
+                raise ValueError(f"the cache holds {layer.batch_size} rows, the call has {rows}: give it a cache of its own")
+        elif is_dsla and (recorded or _tokens_of(layer) > 0):
+            _check_foldable(index, layer)
+    if recorded or not any(is_dsla for _, is_dsla in layers):
+        return cache.get_seq_length()
+    counts = [_tokens_of(layer) for layer, _ in layers]
+    if len(set(counts)) > 1:
+        raise RuntimeError(
+            f"the layers of the cache hold different numbers of tokens, {counts}: a call has failed midway. Start again with a new cache"
+        )
+    for layer, is_dsla in layers:
+        if not is_dsla and type(layer) is StaticLayer and counts[0] + tokens > layer.get_max_length():
+            raise ValueError(
+                f"the static cache has room for {layer.get_max_length()} tokens; {counts[0]} are there, and {tokens} come: make it with a "
+                f"max_cache_len of {counts[0] + tokens} or more"
+            )
+    return counts[0]
+
+
+def _check_foldable(index: int, layer: Any) -> None:
+    if type(layer) not in FOLDABLE:
+        raise ValueError(
+            f"layer {index} cannot become DSLA in mid-text: its cache is a {type(layer).__name__}, whose keys and values cannot be "
+            "read in full. Set the level before the text begins, or use a DynamicCache"
+        )
+
+
+def _tokens_of(layer: Any) -> int:
+    return int(layer.get_seq_length())
+
+
+def dsla_cache_layer(
+    cache: Cache, layer_idx: int, attention: DualStateAttention, layout: TokenLayout, exact: bool = True
+) -> DSLACacheLayer:
+    """The DSLA layer of `cache` at `layer_idx`; a key-value layer found there is folded and replaced, its memory freed.
+
+    With `exact` False (the DSLA layer has keys or values of its own) a fold is approximate, and that is said once.
+
+    Raises:
+        ValueError: for a kind of cache layer whose keys and values cannot be read.
+    """
+    replicate = getattr(cache, "layer_class_to_replicate", None)
+    while replicate is not None and len(cache.layers) <= layer_idx:
+        cache.layers.append(replicate())
+    layer = cache.layers[layer_idx]
+    if isinstance(layer, DSLACacheLayer):
+        return layer
+    tokens = _tokens_of(layer)
+    max_length = max(other.get_max_length() for other in cache.layers) if isinstance(layer, StaticLayer) else None
+    if tokens == 0:
+        new = _empty_layer(max_length)
+    else:
+        _check_foldable(layer_idx, layer)
+        if not exact:
+            logger.warning_once(
+                "a text goes on at a higher level with trained k_proj or v_proj: the states are folded from the original model's keys "
+                "and values, which is approximate. Set the level before the text begins, or train with the default trained_projections"
+            )
+        keys, values = _cached(layer, tokens)
+        cached = keys.shape[2]
+        if cached < tokens:
+            logger.warning_once(
+                f"layer {layer_idx} had a sliding window: of its {tokens} tokens the last {cached} are cached, and the states begin there"
+            )
+        new = fold(attention, keys, values, attention_mask=layout.past_mask(tokens, cached), max_length=max_length)
+        new.tokens = new.tokens + (tokens - cached)
+    if getattr(cache, RECORDS_PAST, False):
+        new.activate_past_recording()
+    cache.layers[layer_idx] = new
+    return new
+
+
+def _empty_layer(max_length: int | None) -> DSLACacheLayer:
+    return DSLACacheLayer() if max_length is None else StaticDSLACacheLayer(max_length)
+
+
+def _cached(layer: Any, tokens: int) -> tuple[Tensor, Tensor]:
+    """Keys and values `[B, Hkv, T, D]` of the last tokens that a key-value layer still has."""
+    slots = layer.keys.shape[2]
+    if type(layer) is StaticSlidingWindowLayer and tokens >= slots:  # the oldest one leaves with the next token
+        return layer.keys[:, :, 1:], layer.values[:, :, 1:]
+    kept = min(tokens, slots)
+    return layer.keys[:, :, :kept], layer.values[:, :, :kept]

@@ -1,0 +1,240 @@
+"""One layer under PEFT: the base's attention, and the weights of DSLA adapters over it.
+
+`DSLALayer` wraps a base attention module and runs either it or a DSLA view of it. The view is a `DSLA...Attention` of
+`base_attention` whose modules are the base's own (k, v, norms) and the adapter's (`dsla_*`); it is not registered as a child,
+so no weight has two names. Whether the layer is DSLA is read from the config at every call: `level` lives there alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..compat import align_module_device, needed_for
+from ..compat.attributes import children_of, parameters_of, view_of
+from ..core.tensor_parallel import FEATURE, is_tensor_parallel, whole
+from .architectures import fused_into, projection
+from .base_attention import attention_config, dsla_attention_class, new_dual_state_attention
+from .configuration import PROJECTIONS, DSLAConfig
+from .quantised import dequantised
+
+
+class AdapterLinear(nn.Linear):
+    """A trained copy of a projection. Computes in the input's dtype, so fp32 masters work over a bf16 base."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight.to(input.dtype), None if self.bias is None else self.bias.to(input.dtype))
+
+
+class FusedProjection(nn.Module):
+    """A base's fused projection, some of whose parts are DSLA's own."""
+
+    def __init__(self, base: nn.Linear, parts: tuple[str, ...], sizes: list[int], own: dict[str, AdapterLinear]):
+        super().__init__()
+        self.base, self.parts, self.sizes, self.own = base, parts, sizes, nn.ModuleDict(own)
+
+    def forward(self, input: Tensor) -> Tensor:
+        pieces = zip(self.parts, self.base(input).split(self.sizes, -1), strict=True)
+        return torch.cat([self.own[part](input) if part in self.own else piece for part, piece in pieces], -1)
+
+    def merged(self) -> AdapterLinear:
+        """One projection that does the same."""
+        fused = AdapterLinear(self.base.in_features, self.base.out_features, bias=self.base.bias is not None, device="meta")
+        for name, parameter in self.base.named_parameters(recurse=False):
+            pieces = zip(self.parts, parameter.detach().split(self.sizes), strict=True)
+            rows = [getattr(self.own[part], name).detach().to(piece.dtype) if part in self.own else piece for part, piece in pieces]
+            setattr(fused, name, nn.Parameter(torch.cat(rows), requires_grad=False))
+        return fused
+
+
+class DSLALayer(nn.Module, BaseTunerLayer):
+    """Wraps an attention module. Containers are flat (`dsla_q_proj.<adapter>.weight`), as PEFT's key handling wants."""
+
+    adapter_layer_names = ("dsla_core", *(f"dsla_{name}" for name in PROJECTIONS))
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ModuleDict())
+        self.configs: dict[str, DSLAConfig] = {}
+        self.frozen = False
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self._view: tuple[Any, ...] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)  # the decoder may ask for attributes of its attention
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_view": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._prepare_view()
+
+    @property
+    def adapter_name(self) -> str | None:
+        """The active adapter, if this layer has weights of it."""
+        return next((name for name in self.active_adapters if name in self.configs), None)
+
+    @property
+    def converted(self) -> bool:
+        """Whether this layer runs as DSLA now."""
+        name = self.adapter_name
+        return name is not None and not self.disable_adapters and self.layer_idx in self.configs[name].converted_layers
+
+    @property
+    def untrained(self) -> bool:
+        """Whether the active adapter's weights in this layer are those of its start: training moves mix and norm at once."""
+        if self.adapter_name is None:
+            return False
+        core: Any = self.dsla_core[self.adapter_name]
+        with align_module_device(core):
+            return not core.mix_logits.any() and bool((core.norm_weight == 1).all())
+
+    def adapter_parts(self) -> list[nn.Module]:
+        """The modules of the active adapter."""
+        return [getattr(self, part)[self.adapter_name] for part in self.adapter_layer_names if self.adapter_name in getattr(self, part)]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.converted:
+            kwargs.pop("dsla_layout", None)
+            return self.base_layer(*args, **kwargs)
+        return self.dsla_attention()(*args, **kwargs)
+
+    def dsla_attention(self) -> nn.Module:
+        """The DSLA attention of the active adapter over this base attention, sharing their weights.
+
+        Raises:
+            RuntimeError: if the active adapter has no weights for this layer.
+        """
+        name = self.adapter_name
+        if name is None:
+            raise RuntimeError(f"the active adapter {self.active_adapters} has no weights for layer {self.layer_idx}")
+        own = {part: getattr(self, f"dsla_{part}")[name] for part in self.configs[name].trained_projections}
+        made_of = (name, self.dsla_core[name], dict(children_of(self.base_layer)), own)
+        # Rebuilt when a module was replaced, e.g. by quantisation.
+        if self._view is None or self._view[0] != made_of:
+            children = {**children_of(self.base_layer), "dsla": self.dsla_core[name], **_own_projections(self.base_layer, own)}
+            base_class: Any = self.base_layer.__class__
+            view = view_of(self.base_layer, dsla_attention_class(base_class), children)
+            view.config = attention_config(self.base_layer.config)
+            view.exact_fold = self.configs[name].exact_fold
+            self._view = (made_of, view)
+        view = self._view[1]
+        view.training = self.training
+        return view
+
+    def _prepare_view(self) -> None:
+        """Build the DSLA attention before a forward needs it: compiled code cannot, and would break its graph in every layer."""
+        if self.adapter_name is not None:
+            self.dsla_attention()
+
+    def update_layer(self, adapter_name: str, config: DSLAConfig, inference_mode: bool = False, model: Any = None, key: str = "") -> None:
+        """Add the weights of an adapter: projections copied from the base, the rest new. Both are cut as the model is in which this
+        layer has the name `key`."""
+        if adapter_name in self.configs:
+            return
+        self.configs[adapter_name] = config
+        core = self.dsla_core[adapter_name] = new_dual_state_attention(self.base_layer, config)
+        for name in config.trained_projections:
+            getattr(self, f"dsla_{name}")[adapter_name] = _copy_linear(*projection(self.base_layer, name))
+        if is_tensor_parallel(model):
+            with needed_for(FEATURE):
+                from ..core.head_sharding import cut_adapter_core, cut_adapter_linear
+            cut_adapter_core(model, core)
+            for name in config.trained_projections:
+                cut_adapter_linear(model, getattr(self, f"dsla_{name}")[adapter_name], f"{key}.{fused_into(self.base_layer, name)[0]}")
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters or [adapter_name], inference_mode=inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode or self.frozen)
+        self._prepare_view()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        # PEFT's own also resets requires_grad, which would thaw frozen layers after one pass of the teacher.
+        self._disable_adapters = not enabled
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.configs.pop(adapter_name, None)
+        self._view = None
+        super().delete_adapter(adapter_name)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise NotImplementedError("DSLA replaces a layer, it cannot be merged in place; merge_and_unload() returns the hybrid model")
+
+    def unmerge(self) -> None:
+        """Nothing was merged."""
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The base attention, or if this layer is DSLA now and `merge` is set, an attention of its own that takes the
+        adapter's weights over without a copy."""
+        if not (merge and self.converted):
+            return self.base_layer
+        attention = self.dsla_attention()
+        dtype = next(self.base_layer.parameters()).dtype
+        for name, module in list(attention.named_children()):
+            if isinstance(module, FusedProjection):
+                module = module.merged()
+            if isinstance(module, AdapterLinear):
+                setattr(attention, name, _as_linear(module))
+        attention.to(dtype)
+        self._view = None
+        return attention
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+        module = next(module for module in base_layer.modules() if parameters_of(module))
+        with align_module_device(module):  # offloaded weights lie on the meta device otherwise
+            weight = next(module.parameters(recurse=False))
+            return weight.device, weight.dtype
+
+
+def _own_projections(base: Any, own: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The base's modules that are replaced when DSLA has these projections of its own."""
+    replaced: dict[str, nn.Module] = {}
+    for name, module in own.items():
+        matrix, parts = fused_into(base, name)
+        if parts == (name,):
+            replaced[name] = module
+        elif matrix not in replaced:
+            bounds = [projection(base, part)[1] for part in parts]
+            mine: dict[str, Any] = {part: own[part] for part in parts if part in own}
+            replaced[matrix] = FusedProjection(getattr(base, matrix), parts, [rows.stop - rows.start for rows in bounds], mine)
+    return replaced
+
+
+def _copy_linear(linear: nn.Linear, rows: slice) -> AdapterLinear:
+    """A trainable copy of some rows, in full precision if the original is quantised; on the meta device if the original is there,
+    or where PEFT makes empty weights (`low_cpu_mem_usage`)."""
+    with align_module_device(linear):  # offloaded weights are brought in for as long as it takes
+        weight: Any = dequantised(linear)
+        device = "meta" if weight.device.type == "meta" else None
+        size = len(range(*rows.indices(linear.out_features)))
+        copy = AdapterLinear(linear.in_features, size, bias=linear.bias is not None, dtype=weight.dtype, device=device)
+        if copy.weight.device.type != "meta":
+            values = {"weight": weight} if linear.bias is None else {"weight": weight, "bias": linear.bias}
+            copy.load_state_dict({name: whole(value.detach())[rows] for name, value in values.items()})
+    return copy
+
+
+def _as_linear(linear: AdapterLinear) -> nn.Linear:
+    plain = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+    plain.weight, plain.bias = linear.weight, linear.bias
+    return plain
