@@ -135,8 +135,8 @@ class GraphDecoder:
         model: a model of transformers, a `PeftModel` with a DSLA adapter, or a hybrid.
         max_length: the longest text, prompt included, to make room for; None: as long as each call asks for.
         keep: hold the keys and values of layers that were raised, so that the next text begins without new captures. False frees them.
-        fuse: compile norms, MLPs and rotations, each into one kernel (`fused_steps`); takes seconds, once for a kind of model, and once
-            more for long prompts.
+        fuse: compile norms, MLPs and rotations, each into one kernel (`dsla_hf.inference.fusion`); takes seconds, once for a kind of model,
+            and once more for long prompts.
         record: what records a step; for tests.
 
     Attributes:

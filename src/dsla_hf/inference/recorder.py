@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, Protocol
 
 import torch
@@ -49,7 +49,10 @@ class CudaRecording:
             with torch.cuda.graph(self.graph, pool=pool):
                 step()
         except BaseException:
-            torch.cuda.set_stream(stream)  # a capture that failed stays on its own
+            # PyTorch leaves its random numbers as if a capture that broke off went on: one that ends well sets them right.
+            with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+                torch.zeros(1, device=stream.device)
+            torch.cuda.set_stream(stream)  # nor does it leave the stream of such a capture
             raise
 
     def replay(self) -> None:
@@ -119,14 +122,8 @@ class Recorder:
         """Rehearse and record a step, if need be, so that `run` replays it; whether it will. Counts as a step that runs as it is if not."""
         if key in self.recordings:
             return True
-        if self._may_record(key):
-            try:
-                if key not in self._rehearsed:
-                    self._rehearse(key, step, prompt)
-            except Exception as error:
-                self._failed(key, error)
-            else:
-                self._recorded(key, step, prompt)
+        if self._may_record(key) and (key in self._rehearsed or self._succeeds(key, self._rehearse, step, prompt)):
+            self._recorded(key, step, prompt)
         self.plain += key not in self.recordings
         return key in self.recordings
 
@@ -178,22 +175,31 @@ class Recorder:
         return self.plain >= self._resume and self._failures.get(key, 0) < TRIES
 
     def _recorded(self, key: Hashable, step: Step, prompt: bool) -> Recording | None:
-        if not self._may_record(key):
-            return None
+        if self._may_record(key) and self._succeeds(key, self._capture, step, prompt):
+            self._failures.pop(key, None)
+            self._pause = PAUSE
+        return self.recordings.get(key)
+
+    def _capture(self, key: Hashable, step: Step, prompt: bool) -> None:
         if self._pool is None and self.model.device.type == "cuda":
             self._pool = torch.cuda.graph_pool_handle()  # one for all recordings: no two run at a time
         start = time.perf_counter()
         try:
             with self.fused(prompt):
-                recording = self.recordings[key] = self.record(step, self._pool)
-        except Exception as error:
-            self._failed(key, error)
-            return None
+                self.recordings[key] = self.record(step, self._pool)
         finally:
             self.capture_seconds.append(time.perf_counter() - start)
-        self._failures.pop(key, None)
-        self._pause = PAUSE
-        return recording
+
+    def _succeeds(self, key: Hashable, attempt: Callable[[Hashable, Step, bool], None], step: Step, prompt: bool) -> bool:
+        try:
+            attempt(key, step, prompt)
+            return True
+        except Exception as error:
+            self._failed(key, error)
+        # Here, outside the handler, nothing holds the memory of the failed attempt any more.
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return False
 
     def _failed(self, key: Hashable, error: Exception) -> None:
         """Note that a key could not be recorded, and say so."""
@@ -209,8 +215,6 @@ class Recorder:
                 self.for_memory,
             )
             self._pause *= 2
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
             return
         self._failures[key] = TRIES
         if self.reason not in self._said:
