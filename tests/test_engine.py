@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 from peft import get_peft_model
+from prometheus_client import generate_latest
 
 from dsla_hf import DSLAConfig, Load
 from dsla_hf.inference.recorder import CudaRecording, PlainRecording
@@ -14,6 +15,7 @@ from dsla_hf.serving.engine.engine import Draining, Engine, EngineOptions, ShedF
 from dsla_hf.serving.engine.graphs import piece_sizes
 from dsla_hf.serving.engine.recent import RecentMean
 from dsla_hf.serving.engine.scheduler import QueueFull
+from dsla_hf.serving.http.metrics import Metrics
 
 SMALL = EngineOptions(
     slots=4, block_size=4, chunk=8, kv_bytes=2**20, max_tokens=256, prompt_share=1.0, hold=0.0, busy_hold=0.0, cool_down=0.0
@@ -495,7 +497,10 @@ def test_prepared_steps_are_there_when_a_text_comes(tuned, monkeypatch):
     run(engine)
     assert [ear.tokens for ear in ears] == [alone(tuned, prompt, tokens, 2) for prompt, tokens in wanted]
     assert recorded(engine) == (steps, {})
-    assert engine.snapshot()["calls"]["replayed"] > 9 and engine.snapshot()["calls"]["plain"] == 0
+    calls = engine.snapshot()["calls"]
+    assert calls["replayed"] > 9 and calls["plain"] == 0
+    metrics = generate_latest(Metrics(engine).registry).decode()
+    assert f'dsla_recordable_calls_total{{how="replayed"}} {calls["replayed"]}.0' in metrics
 
 
 @pytest.fixture

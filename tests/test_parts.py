@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dsla_hf.inference import parts
 from dsla_hf.inference.parts import GatedMLP, Layer, fused_parts, parts_of, summary
 from dsla_hf.models.architectures import ARCHITECTURES
 from dsla_hf.models.hybrid import decoder_layers
@@ -36,10 +37,10 @@ def test_what_is_recognised(tiny_model, kind):
     """In the transformers that is installed: where it writes a module in another way that computes something else, steps take longer."""
     norms, layer, mlp = EXPECTED[kind]
     model = tiny_model(kind)
-    parts = parts_of(model)
+    found = parts_of(model)
     layers = decoder_layers(model)
-    assert parts.layers == dict.fromkeys(layers, layer)
-    assert parts.gated == ({} if mlp is None else {x.mlp: mlp for x in layers})
+    assert found.layers == dict.fromkeys(layers, layer)
+    assert found.gated == ({} if mlp is None else {x.mlp: mlp for x in layers})
     gated = 0 if mlp is None else 4
     assert fused_parts(model) == {"norms": (norms, norms), "rotations": (4, 4), "gated MLPs": (gated, 4), "layers": (4, 4)}
     assert summary(model) == f"norms {norms} of {norms}, rotations 4 of 4, gated MLPs {gated} of 4, layers 4 of 4"
@@ -47,11 +48,14 @@ def test_what_is_recognised(tiny_model, kind):
 
 @pytest.mark.parametrize("kind", ["llama", "phi3"])
 def test_neither_device_nor_dtype_nor_modes_matter(tiny_model, kind):
-    model = tiny_model(kind)
-    expected = fused_parts(model)
-    state = torch.get_rng_state()
+    for kept in (parts._inputs, parts._linear):
+        kept.cache_clear()
     with torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), torch.device("meta"):
-        assert fused_parts(tiny_model(kind).to("meta")) == expected
+        expected = fused_parts(tiny_model(kind).to("meta"))
+    assert expected["layers"] == (4, 4) and expected["gated MLPs"] == (4, 4)
+    model = tiny_model(kind)
+    assert fused_parts(model) == expected
+    state = torch.get_rng_state()
     assert fused_parts(tiny_model(kind).to(torch.bfloat16).train()) == expected  # its dropouts drop nothing
     parts_of(tiny_model(kind, resid_pdrop=0.5).train())
     assert torch.is_grad_enabled()
@@ -98,8 +102,8 @@ def mlp_of(model, forward):
 def test_other_mlps_are_told_apart(tiny_model, forward):
     model = tiny_model("llama")
     mlp = mlp_of(model, forward)
-    parts = parts_of(model)
-    assert mlp not in parts.gated and mlp in parts.mlps and len(parts.gated) == 3
+    found = parts_of(model)
+    assert mlp not in found.gated and mlp in found.mlps and len(found.gated) == 3
 
 
 @pytest.mark.parametrize(
@@ -120,6 +124,8 @@ def test_an_activation_that_is_exchanged_is_seen(tiny_model):
     assert parts_of(model).gated[mlp] == SILU
     mlp.act_fn = nn.GELU(approximate="tanh")
     assert parts_of(model).gated[mlp] == GELU
+    mlp.act_fn = nn.GELU()
+    assert mlp not in parts_of(model).gated
     mlp.act_fn = nn.ReLU()
     assert mlp not in parts_of(model).gated
 
@@ -171,8 +177,8 @@ def test_hooks_and_forwards_of_others(tiny_model):
     fourth.mlp.up_proj.register_forward_hook(lambda *_: None)
     heard = []
     model.model.layers[2].register_forward_hook(lambda *_: heard.append(1))
-    parts = parts_of(model)
-    assert set(parts.layers) == {third, fourth} and set(parts.gated) == {first.mlp, second.mlp} and not heard
+    found = parts_of(model)
+    assert set(found.layers) == {third, fourth} and set(found.gated) == {first.mlp, second.mlp} and not heard
     assert fused_parts(model)["norms"] == (8, 9)
 
 

@@ -181,11 +181,16 @@ _tried: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any]] = weakref.WeakKeyD
 def _first(forms: list[Any], module: Any, computes: Callable[[Any, Any], bool]) -> Any:
     """The first form that a module computes; None if it computes none."""
     state = [(name, value) for name, value in module.__dict__.items() if isinstance(value, (bool, int, float, str))]
-    now = type(module).forward, state, [(name, type(child)) for name, child in module._modules.items()], forms
+    now = (
+        type(module).forward,
+        state,
+        [(name, None if child is None else weakref.ref(child)) for name, child in module._modules.items()],
+        forms,
+    )
     before, found = _tried.get(module, (None, None))
     if before != now:
         # Dropouts of a module in training draw numbers, which those that come after shall not notice.
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
             found = next((form for form in forms if _safely(computes, module, form)), None)
         _tried[module] = now, found
     return found
