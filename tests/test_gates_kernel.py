@@ -15,7 +15,8 @@ if not INTERPRETED and not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from dsla_hf.core.attention import NORM_EPS, DualStateAttention  # noqa: E402 (after the choice of how kernels run)
-from dsla_kernels import dispatch, gates, reference  # noqa: E402
+from dsla_kernels import dispatch, reference  # noqa: E402
+from dsla_kernels.ops.states import gates  # noqa: E402
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPES = [

@@ -16,7 +16,8 @@ if not INTERPRETED and not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from dsla_hf.core.attention import DualStateAttention  # noqa: E402 (after the choice of how kernels run)
-from dsla_kernels import chunk, decode, reference, states, window  # noqa: E402
+from dsla_kernels import decode, reference  # noqa: E402
+from dsla_kernels.ops import chunk, states, window  # noqa: E402
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPES = [

@@ -77,6 +77,13 @@ def store_rows(base, rows, row_ok, stride, columns, column_ok, x):
 
 
 @triton.jit
+def numbers(first, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK numbers from `first` on, and which of them are below SIZE."""
+    found = first + tl.arange(0, BLOCK)
+    return found, found < SIZE
+
+
+@triton.jit
 def channel_columns(K: tl.constexpr, G: tl.constexpr, BK: tl.constexpr):
     """Channels of a tile, which of them exist, and the numbers of their gates. With a gate for channels i and i + G these lie
     BK / 2 apart, so that sums over a pair are sums over halves."""
@@ -111,14 +118,28 @@ def load_write_gate(write_logits, offset, tokens, token_ok, stride):
 
 
 @triton.jit
+def number_of(numbers, row, otherwise):
+    """A row's entry of int `[N]`, or `otherwise` where numbers is None."""
+    if numbers is not None:
+        otherwise = tl.load(numbers + row).to(tl.int32)
+    return otherwise
+
+
+@triton.jit
+def tile_tokens(tile, PER_BLOCK: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr):
+    """Tokens of a tile `[C]`, and which of them lie in its block."""
+    inside = tile % PER_BLOCK * C + tl.arange(0, C)
+    return tile // PER_BLOCK * SIZE + inside, inside < SIZE
+
+
+@triton.jit
 def row_span(row, T, length, row_first, row_length):
     """Of a row: its batch entry, first token there, first token among all B * T, and number of tokens.
 
     Without `row_first` rows are the entries of the batch; with it they lie one behind the other in the only entry.
     """
     row = row.to(tl.int64)
-    if row_length is not None:
-        length = tl.load(row_length + row).to(tl.int32)
+    length = number_of(row_length, row, length)
     if row_first is not None:
         first = tl.load(row_first + row).to(tl.int64)
         batch = row * 0
@@ -139,6 +160,11 @@ def load_mask(mask, flat, tokens, token_ok):
 
 
 # --- host side ------------------------------------------------------------------------------------------------------
+
+
+def strides(*tensors: Tensor) -> tuple[int, ...]:
+    """Strides of each `[B, T, H, D]` but for its last dimension, which is dense, as the kernels take them."""
+    return tuple(stride for x in tensors for stride in x.stride()[:3])
 
 
 class Tiling(NamedTuple):
@@ -269,6 +295,11 @@ def check_kernel_inputs(
 def unit_stride(x: Tensor) -> Tensor:
     """x itself where its last dimension is dense (any strides before it), otherwise a contiguous copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def dense(x: Tensor | None) -> Tensor | None:
+    """x contiguous, or None."""
+    return None if x is None else x.contiguous()
 
 
 def as_bytes(mask: Tensor | None) -> Tensor | None:

@@ -1,12 +1,11 @@
-"""The pure layer in Triton, for callers: arguments are checked and made dense, then `chunk_forward` runs, whose gradients are in
-`chunk_backward`."""
+"""The layer without a window, for callers: arguments are checked and made dense, then `forward` runs, whose gradients are in `backward`."""
 
 from torch import Tensor
 
-from . import chunk_backward  # noqa: F401 (registers the gradients)
-from ._ops import ops
-from .common import as_bytes, check_kernel_inputs, unit_stride
-from .ragged import rows_from_cu_seqlens
+from ..._ops import ops
+from ...common import as_bytes, check_kernel_inputs, dense, unit_stride
+from ...ragged import rows_from_cu_seqlens
+from . import backward  # noqa: F401 (registers the gradients)
 
 
 def dual_state_attention(
@@ -47,8 +46,8 @@ def dual_state_attention(
         unit_stride(v),
         gate_logits.contiguous(),
         mix.contiguous(),
-        None if write_logits is None else write_logits.contiguous(),
-        None if initial_state is None else initial_state.contiguous(),
+        dense(write_logits),
+        dense(initial_state),
         as_bytes(padding_mask),
         row_first,
         row_length,

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference
-from ._ops import add_op_namespace_prefix, ops
-from .checks import LARGEST_HEAD, LARGEST_RANK, check_gate_inputs
-from .common import load_rows, on_its_device, processors, store_rows, unit_stride
+from ... import reference
+from ..._ops import add_op_namespace_prefix, ops
+from ...checks import LARGEST_HEAD, LARGEST_RANK, check_gate_inputs
+from ...common import dense, load_rows, numbers, on_its_device, processors, store_rows, strides, unit_stride
 
 TILE = 32  # tokens; below 64, so that products may have the few columns of a rank (see `common.padded`)
 GATE_TILE = 128  # gates of a program, of both states together
@@ -79,8 +79,7 @@ def _gate_kernel(
         write_shift1 = tl.load(write_bias + head * 2).to(tl.float32)
         write_shift2 = tl.load(write_bias + head * 2 + 1).to(tl.float32)
     rank = tl.arange(0, BR)
-    gates = gate_tile * BG + tl.arange(0, BG)
-    gate_ok = gates < GATES
+    gates, gate_ok = numbers(gate_tile * BG, GATES, BG)
     up_tile = load_rows(up + head * RANK * GATES, rank, rank < RANK, GATES, gates, gate_ok).to(tl.float32)
     up_upper, up_lower = _two_parts(up_tile, DOT)
     shift = tl.load(bias + head * GATES + gates, mask=gate_ok, other=0.0).to(tl.float32)
@@ -159,7 +158,7 @@ def _gate_logits(
         write_bias,
         gate_logits,
         write_logits,
-        *v.stride()[:3],
+        *strides(v),
         tokens,
         parts,
         per_part,
@@ -242,5 +241,5 @@ def gate_logits(
         raise ValueError(f"the kernel takes heads of up to {LARGEST_HEAD} channels, got V = {v.shape[-1]} for v")
     if gate_down.shape[-1] > LARGEST_RANK:
         raise ValueError(f"the kernel takes a rank of up to {LARGEST_RANK}, got {gate_down.shape[-1]} for gate_down")
-    gates, writes = ops.gate_logits(unit_stride(v), *(None if x is None else x.contiguous() for x in weights.values()), norm_eps)
+    gates, writes = ops.gate_logits(unit_stride(v), *(dense(x) for x in weights.values()), norm_eps)
     return gates, None if write_weight is None else writes

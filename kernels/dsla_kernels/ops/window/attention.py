@@ -4,11 +4,11 @@ are in `window_backward`."""
 import torch
 from torch import Tensor
 
-from . import window_backward  # noqa: F401 (registers the gradients)
-from ._ops import ops
-from .checks import check_softcap
-from .common import as_bytes, check_kernel_inputs, unit_stride
-from .reference import count_tokens
+from ..._ops import ops
+from ...checks import check_softcap
+from ...common import as_bytes, check_kernel_inputs, dense, unit_stride
+from ...reference import count_tokens
+from . import backward  # noqa: F401 (registers the gradients)
 
 
 def fused_window_attention(
@@ -63,11 +63,11 @@ def fused_window_attention(
         norm_weight.contiguous(),
         state_gain.contiguous(),
         state_bias.contiguous(),
-        None if write_logits is None else write_logits.contiguous(),
+        dense(write_logits),
         None if sinks is None else sinks[0].contiguous(),
         None if sinks is None else sinks[1].contiguous(),
-        None if sink_logits is None else sink_logits.contiguous(),
-        None if initial_state is None else initial_state.contiguous(),
+        dense(sink_logits),
+        dense(initial_state),
         as_bytes(state_mask),
         row_length,
         state_length,
