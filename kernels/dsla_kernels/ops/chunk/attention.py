@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from ..._ops import ops
-from ...common import as_bytes, check_kernel_inputs, dense, unit_stride
+from ...checks import check_kernel_inputs
+from ...common import as_bytes, dense, unit_stride
 from ...ragged import rows_from_cu_seqlens
 from . import backward  # noqa: F401 (registers the gradients)
 

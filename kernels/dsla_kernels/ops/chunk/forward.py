@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..._ops import add_op_namespace_prefix
 from ...common import channel_columns, load_rows, numbers, on_its_device, row_span, strides
+from ...shapes import new_output
 from ..operators import schema
 from ..states.decays import decay_keys
 from .inputs import ChunkInputs, ChunkLayer
@@ -98,7 +99,7 @@ def chunk_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     inputs = ChunkInputs(*arguments)
     q, v = inputs.q, inputs.v
     layer = ChunkLayer(inputs)
-    o = q.new_empty(*q.shape[:3], v.shape[-1])
+    o = new_output(q, v)
     final = layer.state_inputs.state_buffer(layer.state_inputs.rows) if inputs.output_final_state else None
     decayed = decay_keys(layer.state_inputs, layer.tiling)
     states = layer.states(decayed, final)
@@ -128,4 +129,4 @@ def _(*arguments):
     inputs = ChunkInputs(*arguments)
     q, v, states = inputs.q, inputs.v, inputs.of_states
     final = states.state_buffer(states.rows) if inputs.output_final_state else q.new_empty(0, dtype=torch.float32)
-    return q.new_empty(*q.shape[:3], v.shape[3]), final
+    return new_output(q, v), final

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import reference
 from ..._ops import add_op_namespace_prefix, ops
-from ...checks import LARGEST_HEAD, LARGEST_RANK, check_gate_inputs
+from ...checks import KERNEL_GATES, LARGEST_HEAD, LARGEST_RANK, check_gate_inputs
 from ...common import dense, load_rows, numbers, on_its_device, processors, store_rows, strides, unit_stride
 
 TILE = 32  # tokens; below 64, so that products may have the few columns of a rank (see `common.padded`)
@@ -226,20 +226,11 @@ def gate_logits(
     Raises:
         ValueError: names the argument that does not fit, before anything is launched.
     """
-    check_gate_inputs(v, gate_down, gate_up, gate_bias, write_weight, write_bias)
-    weights = {
-        "gate_down": gate_down,
-        "gate_up": gate_up,
-        "gate_bias": gate_bias,
-        "write_weight": write_weight,
-        "write_bias": write_bias,
-    }
-    for name, x in {"v": v, **weights}.items():
-        if x is not None and x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"the kernel takes fp32, bf16 and fp16, got {x.dtype} for {name}; the reference takes fp64 too")
+    weights = (gate_down, gate_up, gate_bias, write_weight, write_bias)
+    check_gate_inputs(v, *weights, arguments=KERNEL_GATES)
     if v.shape[-1] > LARGEST_HEAD:
         raise ValueError(f"the kernel takes heads of up to {LARGEST_HEAD} channels, got V = {v.shape[-1]} for v")
     if gate_down.shape[-1] > LARGEST_RANK:
         raise ValueError(f"the kernel takes a rank of up to {LARGEST_RANK}, got {gate_down.shape[-1]} for gate_down")
-    gates, writes = ops.gate_logits(unit_stride(v), *(dense(x) for x in weights.values()), norm_eps)
+    gates, writes = ops.gate_logits(unit_stride(v), *(dense(x) for x in weights), norm_eps)
     return gates, None if write_weight is None else writes

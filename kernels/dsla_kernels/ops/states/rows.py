@@ -4,7 +4,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ...common import as_bytes, check_kernel_inputs, dense, largest_tile, make_heads, make_tiling, on_its_device, unit_stride
+from ...checks import KERNEL_STATES, check_kernel_sizes, check_state_inputs
+from ...common import as_bytes, dense, largest_tile, make_heads, make_tiling, on_its_device, unit_stride
 from .decays import decay_keys
 from .inputs import StateInputs
 from .state_pass import state_pass, value_tile
@@ -65,10 +66,8 @@ def final_state(
 
 
 def _prepare(k, v, gate_logits, size, write_logits, gate_normalizer, lower_bound, padding_mask, initial_state, segment_blocks):
-    if size < 1:
-        raise ValueError(f"block_size must be at least 1, got {size}")
-    mix = gate_logits.new_empty(k.shape[2], 2, dtype=torch.float32) if k.ndim == 4 else gate_logits
-    check_kernel_inputs(k, k, v, gate_logits, mix, gate_normalizer, lower_bound, padding_mask, None, initial_state, write_logits)
+    check_state_inputs(k, v, gate_logits, size, lower_bound, padding_mask, initial_state, write_logits, arguments=KERNEL_STATES)
+    check_kernel_sizes(k, v, gate_normalizer)
     tensors = (k, v, gate_logits, write_logits, initial_state)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         raise ValueError("the state pass alone has no gradient: call it under torch.no_grad(), or use the reference")

@@ -1,12 +1,11 @@
 """The layer with a softmax window in Triton, for callers: arguments are checked and made dense, then `window_forward` runs, whose gradients
 are in `window_backward`."""
 
-import torch
 from torch import Tensor
 
 from ..._ops import ops
-from ...checks import check_softcap
-from ...common import as_bytes, check_kernel_inputs, dense, unit_stride
+from ...checks import FUSED_WINDOW, check_kernel_inputs, check_window_inputs
+from ...common import as_bytes, dense, unit_stride
 from ...reference import count_tokens
 from . import backward  # noqa: F401 (registers the gradients)
 
@@ -49,7 +48,21 @@ def fused_window_attention(
         ValueError: names the argument that does not fit, before anything is launched.
     """
     check_kernel_inputs(q, k, v, gate_logits, mix, gate_normalizer, lower_bound, padding_mask, None, initial_state, write_logits)
-    _check_window_inputs(q, k, v, norm_weight, state_gain, state_bias, window_size, state_mask, sinks, row_start, softcap, sink_logits)
+    check_window_inputs(
+        q,
+        k,
+        v,
+        window_size,
+        sinks,
+        softcap,
+        arguments=FUSED_WINDOW,
+        row_start=row_start,
+        state_mask=state_mask,
+        norm_weight=norm_weight,
+        state_gain=state_gain,
+        state_bias=state_bias,
+        sink_logits=sink_logits,
+    )
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     row_length = state_length = None
     if padding_mask is not None:
@@ -82,32 +95,3 @@ def fused_window_attention(
         segment_blocks,
     )
     return o, final if output_final_state else None
-
-
-def _check_window_inputs(q, k, v, norm_weight, state_gain, state_bias, window_size, state_mask, sinks, row_start, softcap, sink_logits):
-    batch, tokens, heads = q.shape[:3]
-    if window_size < 2 or window_size % 2:
-        raise ValueError(f"window_size must be an even number of tokens, got {window_size}")
-    check_softcap(softcap)
-    for name, x, shape in (
-        ("norm_weight", norm_weight, (heads, v.shape[-1])),
-        ("state_gain", state_gain, (heads,)),
-        ("state_bias", state_bias, (heads,)),
-        ("sink_logits", sink_logits, (heads,)),
-        ("state_mask", state_mask, (batch, tokens)),
-        ("row_start", row_start, (batch,)),
-    ):
-        if x is not None and (x.shape != shape or x.device != q.device):
-            raise ValueError(f"{name} must be {list(shape)} on {q.device}, got {list(x.shape)} on {x.device}")
-    parameters = (("norm_weight", norm_weight), ("state_gain", state_gain), ("state_bias", state_bias), ("sink_logits", sink_logits))
-    for name, x in parameters:
-        if x is not None and (not x.is_floating_point() or x.dtype == torch.float64):
-            raise ValueError(f"{name} must be fp32, bf16 or fp16, got {x.dtype}")
-    if sinks is not None:
-        for name, sink, x in (("k", sinks[0], k), ("v", sinks[1], v)):
-            expected = (batch, sinks[0].shape[1], *x.shape[2:])
-            if sink.shape != expected or sink.dtype != q.dtype or sink.device != q.device:
-                raise ValueError(
-                    f"{name} of the sinks must be {list(expected)} {q.dtype} on {q.device}, "
-                    f"got {list(sink.shape)} {sink.dtype} on {sink.device}"
-                )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..._ops import add_op_namespace_prefix
 from ...common import LOG2_E, load_rows, number_of, numbers, on_its_device, store_rows, strides
+from ...shapes import new_output
 from ..operators import schema
 from .inputs import WindowInputs, WindowLayer
 from .softmax import LN_2, in_sinks, in_window, load_scores, query_tile, softmax_step, state_gate
@@ -212,7 +213,7 @@ def _results(inputs: WindowInputs) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = inputs[:3]
     final = (k.shape[0], k.shape[2], 2, k.shape[3], v.shape[3]) if inputs.output_final_state else (0,)
     return (
-        q.new_empty(*q.shape[:3], v.shape[3]),
+        new_output(q, v),
         q.new_empty(q.shape[:3], dtype=torch.float32),
         q.new_empty(final, dtype=torch.float32),
     )
