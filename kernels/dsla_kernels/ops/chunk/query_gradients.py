@@ -12,39 +12,16 @@ from .inputs import ChunkLayer
 
 @triton.jit
 def _query_kernel(
-    q,
-    v,
-    do,
-    query_factors,
-    keys,
-    row_first,
-    row_length,
-    mix,
+    q, v, do, query_factors, keys, row_first, row_length, mix,
     states,  # exp(m) S `[N, tiles, Hkv, 2, K, V]`
     dq,
     crossings,  # [B, T, Hq, 2, G]: Q dQ, summed over the channels of a gate
     d_mix,  # fp32 [N, tiles, Hq, 2]
-    q_b,
-    q_t,
-    q_h,
-    v_b,
-    v_t,
-    v_h,
-    T,
-    length,
-    tiles,
-    scale,
-    HKV: tl.constexpr,
-    R: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    G: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    C: tl.constexpr,
-):
+    q_b, q_t, q_h, v_b, v_t, v_h,
+    T, length, tiles, scale,
+    HKV: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
     tile, row_head = tl.program_id(0) // R, tl.program_id(1)  # the heads of a group side by side
     row, kv_head = row_head // HKV, row_head % HKV
     head = kv_head * R + tl.program_id(0) % R

@@ -15,36 +15,16 @@ from .inputs import ChunkLayer
 def _state_gradient_kernel(
     q,
     do,  # [B, T, Hq, V]
-    query_factors,
-    at_middle,
-    row_first,
-    row_length,
-    mix,
+    query_factors, at_middle, row_first, row_length, mix,
     entering,  # fp32 [N, segments, Hkv, 2, K, V]: gradient at each segment's end; written by ADDITIONS; None: zeros
     segment_decay,
     gradients,  # exp(m) D `[N, tiles, Hkv, 2, K, V]`
     d_initial,  # fp32 [N, Hkv, 2, K, V] or None
-    q_b,
-    q_t,
-    q_h,
-    T,
-    length,
-    tiles,
-    scale,
-    segments,
-    per_segment,
-    HKV: tl.constexpr,
-    R: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    G: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    C: tl.constexpr,
-    ADDITIONS: tl.constexpr,
-):
+    q_b, q_t, q_h,
+    T, length, tiles, scale, segments, per_segment,
+    HKV: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, ADDITIONS: tl.constexpr,
+):  # fmt: skip
     value_tile, segment, row_head = tl.program_id(0) // 2, tl.program_id(1), tl.program_id(2)
     row, kv_head = row_head // HKV, row_head % HKV
     i = tl.program_id(0) % 2

@@ -65,32 +65,16 @@ def cumulative(x, EXACT: tl.constexpr):
 
 @triton.jit
 def _decay_kernel(
-    k,
-    gate_logits,
-    write_logits,
+    k, gate_logits, write_logits,
     mask,  # uint8 [B, T] or None
     row_first,  # [N] or None: rows are the batch's
     row_length,  # [N] or None: `length` for all
-    query_factors,
-    keys,
-    at_middle,
-    k_b,
-    k_t,
-    k_h,
-    T,
-    length,
-    tiles,
-    inverse_normalizer,
-    bound,
-    HKV: tl.constexpr,
-    K: tl.constexpr,
-    G: tl.constexpr,
-    BG: tl.constexpr,
-    SIZE: tl.constexpr,
-    C: tl.constexpr,
-    PER_BLOCK: tl.constexpr,
-    EXACT: tl.constexpr,
-):
+    query_factors, keys, at_middle,
+    k_b, k_t, k_h,
+    T, length, tiles, inverse_normalizer, bound,
+    HKV: tl.constexpr, K: tl.constexpr, G: tl.constexpr, BG: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr,
+    PER_BLOCK: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
     GATE_TILES: tl.constexpr = tl.cdiv(G, BG)
     head_state, tile, row = tl.program_id(0) // GATE_TILES, tl.program_id(1), tl.program_id(2)  # states side by side: they share k
     batch, first, flat, length = row_span(row, T, length, row_first, row_length)

@@ -51,22 +51,16 @@ def _gate_kernel(
     write_bias,  # [Hkv, 2] or None
     gate_logits,  # fp32 [B, T, Hkv, GATES]
     write_logits,  # fp32 [B, T, Hkv, 2]
-    v_b,
-    v_t,
-    v_h,
+    v_b, v_t, v_h,
     T,
     parts,  # programs a row, head and tile of gates
     per_part,  # tiles of C tokens
     norm_eps,
-    HKV: tl.constexpr,
-    V: tl.constexpr,
-    RANK: tl.constexpr,
+    HKV: tl.constexpr, V: tl.constexpr, RANK: tl.constexpr,
     GATES: tl.constexpr,  # of both states
     BV: tl.constexpr,  # values at a time
-    BR: tl.constexpr,
-    BG: tl.constexpr,
-    C: tl.constexpr,
-):
+    BR: tl.constexpr, BG: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
     DOT: tl.constexpr = v.dtype.element_ty
     EXACT: tl.constexpr = v.dtype.element_ty == tl.float32
     GATE_TILES: tl.constexpr = (GATES + BG - 1) // BG

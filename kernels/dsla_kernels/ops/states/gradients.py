@@ -31,23 +31,11 @@ def tile_products(states, gradients, channels, channel_ok, V: tl.constexpr, BV: 
 
 @triton.jit
 def store_segment_gradient(
-    entering,
-    segment_decay,
+    entering, segment_decay,
     d_initial,  # fp32 [N, Hkv, 2, K, V] or None
-    segment_place,
-    start_place,
-    segment,
-    gradient,
-    decay,
-    value_tile,
-    channels,
-    channel_ok,
-    values,
-    value_ok,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    ADDITIONS: tl.constexpr,
-):
+    segment_place, start_place, segment, gradient, decay, value_tile, channels, channel_ok, values, value_ok,
+    K: tl.constexpr, V: tl.constexpr, ADDITIONS: tl.constexpr,
+):  # fmt: skip
     """At the start of a segment: what it adds, or the gradient of the initial state."""
     if ADDITIONS:
         store_addition(entering, segment_decay, segment_place, gradient, decay, value_tile, channels, channel_ok, values, value_ok, K, V)
@@ -61,27 +49,12 @@ def store_key_gradients(
     d_decay,  # [C, BG]: of the log-decays
     d_decayed,  # [C, BK]: of the decayed keys
     k,  # at row and head
-    gate_logits,
-    write_logits,
-    query_factors,
-    d_gate_logits,
-    d_write_logits,
+    gate_logits, write_logits, query_factors, d_gate_logits, d_write_logits,
     dk_parts,  # [B, T, Hkv, 2, K]: by state
     place,  # of the row's first token, head and state
-    tokens,
-    token_ok,
-    written,
-    k_t,
-    channels,
-    channel_ok,
-    gates,
-    inverse_normalizer,
-    bound,
-    HKV: tl.constexpr,
-    K: tl.constexpr,
-    G: tl.constexpr,
-    EXACT: tl.constexpr,
-):
+    tokens, token_ok, written, k_t, channels, channel_ok, gates, inverse_normalizer, bound,
+    HKV: tl.constexpr, K: tl.constexpr, G: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
     """From log-decays to raw gates, and from decayed keys to keys and write gates, of one state."""
     gate_t: tl.constexpr = HKV * 2 * G
     gate, gate_ok = numbers(0, G, d_decay.shape[1])

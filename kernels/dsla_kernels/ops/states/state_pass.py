@@ -18,31 +18,18 @@ from .segments import enter_segments, load_entry, store_addition
 
 @triton.jit
 def _state_kernel(
-    v,
-    keys,
-    at_middle,
+    v, keys, at_middle,
     row_first,  # [N] or None: rows are the batch's
     row_length,  # [N] or None: `length` for all
     entering,  # fp32 [N, segments, Hkv, 2, K, V]; written by ADDITIONS; None: zeros
     segment_decay,  # fp32 [N, segments, Hkv, 2, K]: factors, written by ADDITIONS
     states,  # [N, boundaries, Hkv, 2, K, V] or None
     final,  # fp32 [N, Hkv, 2, K, V] or None
-    v_b,
-    v_t,
-    v_h,
-    T,
-    length,
-    tiles,
-    segments,
+    v_b, v_t, v_h,
+    T, length, tiles, segments,
     per_segment,  # tiles
     boundaries,
-    HKV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    G: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    DOT: tl.constexpr,
+    HKV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     SIZE: tl.constexpr,  # tokens of a block
     C: tl.constexpr,  # of a tile
@@ -50,7 +37,7 @@ def _state_kernel(
     EVERY: tl.constexpr,  # tiles from one boundary that is written to the next
     AT_MIDDLE: tl.constexpr,  # states are written at every tile, times exp(m): as its queries read them
     ADDITIONS: tl.constexpr,  # each segment from zero, its addition and decay written; otherwise from its entering state
-):
+):  # fmt: skip
     # One of the two states: programs that wait for different memory fill a processor better than one with both.
     value_tile, segment, row_head = tl.program_id(0) // 2, tl.program_id(1), tl.program_id(2)
     row, head_state = row_head // HKV, row_head % HKV * 2 + tl.program_id(0) % 2

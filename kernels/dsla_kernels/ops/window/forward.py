@@ -16,44 +16,20 @@ from ...common import LOG2_E, load_rows, number_of, numbers, on_its_device, stor
 from ...shapes import new_output
 from ..operators import schema
 from .inputs import WindowInputs, WindowLayer
-from .softmax import LN_2, in_sinks, in_window, load_scores, query_tile, softmax_step, state_gate
+from .softmax import LN_2, in_sinks, in_window, load_scores, query_program, query_tile, softmax_step, state_gate
 
 SCHEMA = schema(WindowInputs, "(Tensor, Tensor, Tensor)")
 
 
 @triton.jit
 def _window_softmax(
-    q_tile,
-    k,
-    v,
-    sink_k,
-    sink_v,
+    q_tile, k, v, sink_k, sink_v,
     sink_logit,  # of the head, or None
-    k_t,
-    v_t,
-    first,
-    end,
-    tokens,
-    length,
-    text_start,
-    scale,
-    softcap,
-    columns,
-    column_ok,
-    values,
-    value_ok,
-    HKV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BV: tl.constexpr,
-    S: tl.constexpr,
-    BS: tl.constexpr,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    BN: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    k_t, v_t,
+    first, end, tokens, length, text_start, scale, softcap, columns, column_ok, values, value_ok,
+    HKV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, W: tl.constexpr,
+    C: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Softmax attention of a tile of queries over window and sinks: output `[C, BV]` and log-denominator `[C]`."""
     top = tl.full([C], -1e30, tl.float32)
     denominator = tl.zeros([C], tl.float32)
@@ -84,56 +60,23 @@ def _window_softmax(
 
 @triton.jit
 def _window_kernel(
-    q,
-    k,
-    v,
+    q, k, v,
     states,  # [N, boundaries, Hkv, 2, K, V] or None: all empty
-    mix,
-    norm_weight,
-    state_gain,
-    state_bias,
-    sink_k,
-    sink_v,
+    mix, norm_weight, state_gain, state_bias, sink_k, sink_v,
     sink_logits,  # [Hq] or None
-    row_start,
-    row_length,
-    o,
-    log_denominators,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    T,
-    boundaries,
-    scale,
+    row_start, row_length, o, log_denominators,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    T, boundaries, scale,
     softcap,  # or None
     norm_eps,
-    HKV: tl.constexpr,
-    R: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
+    HKV: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     KC: tl.constexpr,  # channels of a product with the states
-    S: tl.constexpr,
-    BS: tl.constexpr,
-    W: tl.constexpr,
-    SIZE: tl.constexpr,
-    C: tl.constexpr,
-    BN: tl.constexpr,
+    S: tl.constexpr, BS: tl.constexpr, W: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr, BN: tl.constexpr,
     PER_BLOCK: tl.constexpr,
     FIRST_STATE: tl.constexpr,  # first block whose states can hold something
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    tile, row_head = tl.program_id(0) // R, tl.program_id(1)  # the heads of a group side by side: they share k, v and states
-    row, kv_head = (row_head // HKV).to(tl.int64), row_head % HKV
-    head = kv_head * R + tl.program_id(0) % R
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile, row, kv_head, head = query_program(HKV, R)
     block = tile // PER_BLOCK
     tokens, written, token_ok, first, tile_end, length = query_tile(tile, row, T, row_length, PER_BLOCK, SIZE, C)
     end = tl.minimum(tile_end, length)

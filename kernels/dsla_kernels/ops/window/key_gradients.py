@@ -21,46 +21,18 @@ from .softmax import in_window, query_tile, score_slope, softmax_scores
 
 @triton.jit
 def _state_key_kernel(
-    k,
-    v,
+    k, v,
     states,  # [B, boundaries, Hkv, 2, K, V]: at the start of each tile
-    gradients,
-    gate_logits,
-    write_logits,
-    mask,
-    query_factors,
-    keys,
-    at_middle,
-    state_length,
+    gradients, gate_logits, write_logits, mask, query_factors, keys, at_middle, state_length,
     dk_parts,  # [B, T, Hkv, 2, K]: by state
-    dv_parts,
-    d_gate_logits,
-    d_write_logits,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
+    dv_parts, d_gate_logits, d_write_logits,
+    k_b, k_t, k_h, v_b, v_t, v_h,
     T,
     taken,  # tokens that the states take in where state_length is None
-    boundaries,
-    state_tiles,
-    gradient_tiles,
-    inverse_normalizer,
-    bound,
-    HKV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    G: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SIZE: tl.constexpr,
-    C: tl.constexpr,
-    PER_BLOCK: tl.constexpr,
-):
+    boundaries, state_tiles, gradient_tiles, inverse_normalizer, bound,
+    HKV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr, PER_BLOCK: tl.constexpr,
+):  # fmt: skip
     tile, i, row_head = tl.program_id(0) // 2, tl.program_id(0) % 2, tl.program_id(1)  # one state: both need too many registers
     row, kv_head = (row_head // HKV).to(tl.int64), row_head % HKV
     tokens, in_block = tile_tokens(tile, PER_BLOCK, SIZE, C)
@@ -92,45 +64,14 @@ def _state_key_kernel(
 
 @triton.jit
 def _key_kernel(
-    q,
-    k,
-    v,
-    do,
-    log_denominators,
-    alphas,
-    deltas,
-    row_length,
+    q, k, v, do, log_denominators, alphas, deltas, row_length,
     dk_parts,  # what the states' gradients gave, by state, for the first `state_tiles` tiles; None without states
-    dv_parts,
-    dk,
-    dv,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    T,
-    state_tiles,
-    scale,
-    softcap,
-    HKV: tl.constexpr,
-    R: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    W: tl.constexpr,
-    SIZE: tl.constexpr,
-    C: tl.constexpr,
-    BN: tl.constexpr,
-    PER_BLOCK: tl.constexpr,
-):
+    dv_parts, dk, dv,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    T, state_tiles, scale, softcap,
+    HKV: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, W: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, PER_BLOCK: tl.constexpr,
+):  # fmt: skip
     tile, row_head = tl.program_id(0), tl.program_id(1)
     row, kv_head = (row_head // HKV).to(tl.int64), row_head % HKV
     tokens, written, token_ok, first, tile_end, length = query_tile(tile, row, T, row_length, PER_BLOCK, SIZE, C)

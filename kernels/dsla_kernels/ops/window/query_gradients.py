@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...common import LOG2_E, load_rows, number_of, numbers, store_rows, strides
 from .inputs import WindowLayer
-from .softmax import in_sinks, in_window, load_scores, query_tile, score_slope, state_gate
+from .softmax import in_sinks, in_window, load_scores, query_program, query_tile, score_slope, state_gate
 
 
 class QueryGradients(NamedTuple):
@@ -52,68 +52,34 @@ def _query_step(scores, visible, log_denominator, d_window, delta, k_tile, v_til
 
 
 @triton.jit
+def _through_gate(o_state, do_tile, delta, log_denominator, gain, bias, weight, norm_eps, V: tl.constexpr):
+    """alpha `[C]`; delta as the window needs it; u `[C, BV]`; gradients of norm weight, gain and bias."""
+    rms, log_rms, alpha = state_gate(o_state, log_denominator, gain, bias, norm_eps, V)
+    normalised = o_state / rms[:, None]
+    # With n = weight * normalised, o = (1 - alpha) o_window + alpha n: the gate's gradient needs no o_window,
+    # d_gate = alpha (1 - alpha) do · (n - o_window) = alpha do · (n - o).
+    d_n = tl.sum(do_tile * normalised * weight[None, :], 1)
+    d_gate = alpha * (d_n - delta)
+    d_normalised = do_tile * (alpha[:, None] * weight[None, :])
+    d_log_rms = d_gate * gain - tl.sum(d_normalised * normalised, 1)
+    u = (d_normalised + normalised * (d_log_rms / V)[:, None]) / rms[:, None]
+    d_weight = tl.sum(do_tile * alpha[:, None] * normalised, 0)
+    return alpha, delta - alpha * d_n + d_gate, u, d_weight, tl.sum(d_gate * log_rms, 0), tl.sum(d_gate, 0)
+
+
+@triton.jit
 def _query_kernel(
-    q,
-    k,
-    v,
+    q, k, v,
     states,  # [N, boundaries, Hkv, 2, K, V] at every tile, or None
-    mix,
-    norm_weight,
-    state_gain,
-    state_bias,
-    sink_k,
-    sink_v,
-    sink_logits,
-    row_start,
-    row_length,
-    o,
-    do,
-    log_denominators,
-    dq,
-    d_state_output,  # u `[B, T, Hq, V]` or None
-    alphas,  # fp32 [B, T, Hq]
-    deltas,  # fp32 [B, T, Hq]
-    d_norm,  # fp32 [B, tiles, Hq, V]
-    d_scalars,  # fp32 [B, tiles, Hq, 4]: mix 1, mix 2, gain, bias
-    d_sink_k,  # fp32 [B, tiles, Hq, S, K]
-    d_sink_v,
-    d_sink_logits,  # fp32 [B, tiles, Hq]
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    T,
-    tiles,
-    boundaries,
-    scale,
-    softcap,
-    norm_eps,
-    HKV: tl.constexpr,
-    R: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    KC: tl.constexpr,
-    S: tl.constexpr,
-    BS: tl.constexpr,
-    W: tl.constexpr,
-    SIZE: tl.constexpr,
-    C: tl.constexpr,
-    BN: tl.constexpr,
-    PER_BLOCK: tl.constexpr,
-    FIRST_STATE: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    tile, row_head = tl.program_id(0) // R, tl.program_id(1)
-    row, kv_head = (row_head // HKV).to(tl.int64), row_head % HKV
-    head = kv_head * R + tl.program_id(0) % R
+    mix, norm_weight, state_gain, state_bias, sink_k, sink_v, sink_logits, row_start, row_length, o, do, log_denominators,
+    dq, d_state_output, alphas, deltas, d_norm, d_scalars, d_sink_k, d_sink_v, d_sink_logits,  # as `QueryGradients` has them
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    T, tiles, boundaries, scale, softcap, norm_eps,
+    HKV: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KC: tl.constexpr,
+    S: tl.constexpr, BS: tl.constexpr, W: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr, BN: tl.constexpr,
+    PER_BLOCK: tl.constexpr, FIRST_STATE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile, row, kv_head, head = query_program(HKV, R)
     block = tile // PER_BLOCK
     tokens, written, token_ok, first, tile_end, length = query_tile(tile, row, T, row_length, PER_BLOCK, SIZE, C)
     end = tl.minimum(tile_end, length)
@@ -150,19 +116,9 @@ def _query_kernel(
                 state = load_rows(states + i * K * V, columns, column_ok, V, values, value_ok).to(DOT)
                 query = (q_scaled * tl.load(mix + head * 2 + i).to(tl.float32)).to(DOT)
                 o_state = tl.dot(query, state, acc=o_state, input_precision=PRECISION)
-            rms, log_rms, alpha = state_gate(o_state, log_denominator, gain, bias, norm_eps, V)
-            normalised = o_state / rms[:, None]
-            # With n = weight * normalised, o = (1 - alpha) o_window + alpha n: the gate's gradient needs no o_window,
-            # d_gate = alpha (1 - alpha) do · (n - o_window) = alpha do · (n - o).
-            d_n = tl.sum(do_tile * normalised * weight[None, :], 1)
-            d_gate = alpha * (d_n - delta)
-            delta = delta - alpha * d_n + d_gate
-            d_normalised = do_tile * (alpha[:, None] * weight[None, :])
-            d_log_rms = d_gate * gain - tl.sum(d_normalised * normalised, 1)
-            u = (d_normalised + normalised * (d_log_rms / V)[:, None]) / rms[:, None]
-            d_weight = tl.sum(do_tile * alpha[:, None] * normalised, 0)
-            d_gain = tl.sum(d_gate * log_rms, 0)
-            d_bias = tl.sum(d_gate, 0)
+            alpha, delta, u, d_weight, d_gain, d_bias = _through_gate(
+                o_state, do_tile, delta, log_denominator, gain, bias, weight, norm_eps, V
+            )
             u_factor = u.to(DOT)
             for i in tl.range(0, 2, loop_unroll_factor=1, num_stages=1):
                 state = load_rows(states + i * K * V, columns, column_ok, V, values, value_ok).to(DOT)

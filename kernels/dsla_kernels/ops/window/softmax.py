@@ -69,6 +69,13 @@ def in_sinks(sinks, tokens, text_start, S: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
+def query_program(HKV: tl.constexpr, R: tl.constexpr):
+    """Of a program: its tile, row, KV head and query head. The heads of a group lie side by side: they share keys, values and states."""
+    row, kv_head = (tl.program_id(1) // HKV).to(tl.int64), tl.program_id(1) % HKV
+    return tl.program_id(0) // R, row, kv_head, kv_head * R + tl.program_id(0) % R
+
+
+@triton.jit
 def query_tile(tile, row, T, row_length, PER_BLOCK: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr):
     """Tokens of a tile `[C]`; which of them are there and which are real; the first one, the end of the tile, and of the row."""
     length = number_of(row_length, row, T)

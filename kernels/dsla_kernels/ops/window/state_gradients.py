@@ -18,37 +18,19 @@ from .inputs import WindowLayer
 def _state_gradient_kernel(
     q,
     u,  # [B, T, Hq, V]
-    at_middle,
-    row_length,
-    mix,
+    at_middle, row_length, mix,
     entering,  # fp32 [B, segments, Hkv, 2, K, V]: gradient at each segment's end; written by ADDITIONS; None: zeros
     segment_decay,
     gradients,  # [B, tiles, Hkv, 2, K, V]: at the end of each tile
     d_initial,  # fp32 [B, Hkv, 2, K, V] or None
-    q_b,
-    q_t,
-    q_h,
+    q_b, q_t, q_h,
     T,
     state_tiles,  # tiles that decay the states; behind them only queries follow
-    tiles,
-    segments,
-    per_segment,
-    scale,
-    HKV: tl.constexpr,
-    R: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    G: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SIZE: tl.constexpr,
-    C: tl.constexpr,
-    PER_BLOCK: tl.constexpr,
-    FIRST_STATE: tl.constexpr,
-    ADDITIONS: tl.constexpr,
-):
+    tiles, segments, per_segment, scale,
+    HKV: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr, PER_BLOCK: tl.constexpr,
+    FIRST_STATE: tl.constexpr, ADDITIONS: tl.constexpr,
+):  # fmt: skip
     value_tile, segment, row_head = tl.program_id(0) // 2, tl.program_id(1), tl.program_id(2)
     row, kv_head = (row_head // HKV).to(tl.int64), row_head % HKV
     i = tl.program_id(0) % 2
