@@ -213,7 +213,7 @@ WRONG = {
     "weights in fp64": ({"gate_up": torch.Tensor.double}, "gate_up must be fp32, bf16 or fp16 .*float64"),
     "heads": ({"v": lambda x: x[:, :, :1]}, rf"gate_down must be {FLOATS} \[1, 12, rank\]"),
     "head size": ({"gate_down": lambda x: x[:, :5]}, rf"gate_down must be {FLOATS} \[2, 12, rank\]"),
-    "rank": ({"gate_up": lambda x: x[:, :3]}, rf"gate_up must be {FLOATS} \[2, 4, columns\]"),
+    "rank": ({"gate_up": lambda x: x[:, :3]}, rf"gate_up must be {FLOATS} \[2, 4, 12\]"),
     "decays": ({"gate_up": lambda x: x[..., :6]}, rf"gate_up must be {FLOATS} \[2, 4, 12\]"),
     "bias": ({"gate_bias": lambda x: x[:, 0]}, rf"gate_bias must be {FLOATS} \[2, 2, G\]"),
     "bias of whole numbers": ({"gate_bias": torch.Tensor.long}, f"gate_bias must be {FLOATS} .*int64"),

@@ -266,11 +266,6 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def dense(x: Tensor | None) -> Tensor | None:
-    """x contiguous, or None."""
-    return None if x is None else x.contiguous()
-
-
 def as_bytes(mask: Tensor | None) -> Tensor | None:
     """A mask `[B, T]` as contiguous bytes, which every backend can load."""
     return None if mask is None else mask.to(torch.bool).contiguous().view(torch.uint8)

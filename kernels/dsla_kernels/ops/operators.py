@@ -9,9 +9,12 @@ from torch import Tensor
 KINDS = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float", float | None: "float?", bool: "bool"}
 
 
-def schema(fields: type, results: str, before: str = "") -> str:
-    """Of an operator with the arguments `before`, which end in a comma, and the fields of a NamedTuple: `(Tensor q, ...) -> results`."""
-    return f"({before}{', '.join(f'{KINDS[kind]} {name}' for name, kind in get_type_hints(fields).items())}) -> {results}"
+def schema(fields: type, results: str, before: str = "", changed: Sequence[str] = ()) -> str:
+    """Of an operator with the arguments `before`, which end in a comma, and the fields of a NamedTuple: `(Tensor q, ...) -> results`.
+    Tensors `changed` are written to."""
+    kinds = {name: KINDS[kind] for name, kind in get_type_hints(fields).items()}
+    kinds |= {name: f"Tensor({letter}!)" for letter, name in zip("abcdefgh", changed, strict=False)}
+    return f"({before}{', '.join(f'{kind} {name}' for name, kind in kinds.items())}) -> {results}"
 
 
 def like(inputs: Sequence[Tensor | None], some: Tensor) -> list[Tensor]:

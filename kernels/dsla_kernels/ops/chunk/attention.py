@@ -4,8 +4,9 @@ from torch import Tensor
 
 from ..._ops import ops
 from ...checks import check_kernel_inputs
-from ...common import as_bytes, dense, unit_stride
+from ...common import as_bytes, unit_stride
 from ...ragged import rows_from_cu_seqlens
+from ...shapes import contiguous
 from . import backward  # noqa: F401 (registers the gradients)
 
 
@@ -45,10 +46,7 @@ def dual_state_attention(
         unit_stride(q),
         unit_stride(k),
         unit_stride(v),
-        gate_logits.contiguous(),
-        mix.contiguous(),
-        dense(write_logits),
-        dense(initial_state),
+        *contiguous(gate_logits, mix, write_logits, initial_state),
         as_bytes(padding_mask),
         row_first,
         row_length,

@@ -6,10 +6,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ...common import largest_tile, make_heads, make_tiling, padded
+from ...common import largest_tile, make_heads, padded
 from ..states.decays import Decayed
 from ..states.inputs import StateInputs
-from ..states.state_pass import state_pass, value_tile
+from ..states.state_pass import state_heads, state_pass, state_tiling
 
 
 class ChunkInputs(NamedTuple):
@@ -63,13 +63,11 @@ class ChunkLayer:
     def __init__(self, inputs: ChunkInputs):
         q, k, v, gate_logits = inputs[:4]
         self.inputs, self.state_inputs = inputs, inputs.of_states
-        programs = self.programs = self.state_inputs.programs
-        self.state_heads = make_heads(q, v, gate_logits, value_tile(k, v, programs))
+        self.programs = self.state_inputs.programs
+        self.state_heads = state_heads(self.state_inputs)
         heads = make_heads(q, v, gate_logits, 128 if q.dtype == torch.bfloat16 else 64)
         self.value_tiles = triton.cdiv(heads.V, heads.BV)
-        chunk = largest_tile(q, v)
-        programs *= 2 * triton.cdiv(heads.V, self.state_heads.BV)
-        self.tiling = make_tiling(inputs.longest, chunk, programs, q.device, inputs.segment_blocks or None, chunk)
+        self.tiling = state_tiling(self.state_inputs, self.state_heads, inputs.longest, largest_tile(q, v), inputs.segment_blocks)
         self.group = q.shape[2] // k.shape[2]
         # As the kernels name them: numbers, then sizes at compile time, by default and with all values of a head in one tile.
         self.counts = (q.shape[1], inputs.longest, self.tiling.tiles, inputs.scale)

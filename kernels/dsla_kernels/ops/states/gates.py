@@ -14,7 +14,8 @@ from torch import Tensor
 from ... import reference
 from ..._ops import add_op_namespace_prefix, ops
 from ...checks import KERNEL_GATES, LARGEST_HEAD, LARGEST_RANK, check_gate_inputs
-from ...common import dense, load_rows, numbers, on_its_device, processors, store_rows, strides, unit_stride
+from ...common import load_rows, numbers, on_its_device, processors, store_rows, strides, unit_stride
+from ...shapes import contiguous
 
 TILE = 32  # tokens; below 64, so that products may have the few columns of a rank (see `common.padded`)
 GATE_TILE = 128  # gates of a program, of both states together
@@ -226,5 +227,5 @@ def gate_logits(
         raise ValueError(f"the kernel takes heads of up to {LARGEST_HEAD} channels, got V = {v.shape[-1]} for v")
     if gate_down.shape[-1] > LARGEST_RANK:
         raise ValueError(f"the kernel takes a rank of up to {LARGEST_RANK}, got {gate_down.shape[-1]} for gate_down")
-    gates, writes = ops.gate_logits(unit_stride(v), *(dense(x) for x in weights), norm_eps)
+    gates, writes = ops.gate_logits(unit_stride(v), *contiguous(*weights), norm_eps)
     return gates, None if write_weight is None else writes

@@ -1,14 +1,14 @@
 """The states alone, for callers: at block boundaries, or at the end of rows."""
 
 import torch
-import triton
 from torch import Tensor
 
 from ...checks import KERNEL_STATES, check_kernel_sizes, check_state_inputs
-from ...common import as_bytes, dense, largest_tile, make_heads, make_tiling, on_its_device, unit_stride
+from ...common import as_bytes, on_its_device, unit_stride
+from ...shapes import contiguous
 from .decays import decay_keys
 from .inputs import StateInputs
-from .state_pass import state_pass, value_tile
+from .state_pass import state_heads, state_pass, state_tiling
 
 
 @on_its_device
@@ -71,9 +71,8 @@ def _prepare(k, v, gate_logits, size, write_logits, gate_normalizer, lower_bound
     tensors = (k, v, gate_logits, write_logits, initial_state)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         raise ValueError("the state pass alone has no gradient: call it under torch.no_grad(), or use the reference")
-    k, v, gate_logits = unit_stride(k), unit_stride(v), gate_logits.contiguous()
-    write_logits = dense(write_logits)
-    inputs = StateInputs(k, v, gate_logits, write_logits, as_bytes(padding_mask), None, None, k.shape[1], gate_normalizer, lower_bound)
-    heads = make_heads(k, v, gate_logits, value_tile(k, v, k.shape[0] * k.shape[2]))
-    programs = inputs.programs * 2 * triton.cdiv(heads.V, heads.BV)
-    return inputs, make_tiling(k.shape[1], size, programs, k.device, segment_blocks, largest_tile(k, v)), heads
+    gates, (writes,) = gate_logits.contiguous(), contiguous(write_logits)
+    rows = (as_bytes(padding_mask), None, None, k.shape[1])
+    inputs = StateInputs(unit_stride(k), unit_stride(v), gates, writes, *rows, gate_normalizer, lower_bound)
+    heads = state_heads(inputs)
+    return inputs, state_tiling(inputs, heads, k.shape[1], size, segment_blocks), heads

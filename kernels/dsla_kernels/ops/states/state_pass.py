@@ -10,7 +10,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...common import Heads, Tiling, channel_columns, load_rows, numbers, processors, row_span, store_rows, strides, tile_tokens
+from ...common import (
+    Heads,
+    Tiling,
+    channel_columns,
+    largest_tile,
+    load_rows,
+    make_heads,
+    make_tiling,
+    numbers,
+    processors,
+    row_span,
+    store_rows,
+    strides,
+    tile_tokens,
+)
 from .decays import Decayed, load_middle
 from .inputs import StateInputs
 from .segments import enter_segments, load_entry, store_addition
@@ -149,7 +163,19 @@ def _launch(inputs, tiling, heads, decayed, entering, segment_decay, states=None
     )
 
 
-def value_tile(k: Tensor, v: Tensor, programs: int) -> int:
+def state_heads(inputs: StateInputs) -> Heads:
+    """Sizes of a head as the passes over the states name them."""
+    return make_heads(inputs.k, inputs.v, inputs.gate_logits, _value_tile(inputs.k, inputs.v, inputs.programs))
+
+
+def state_tiling(inputs: StateInputs, heads: Heads, tokens: int, size: int, segment_blocks: int | None) -> Tiling:
+    """Blocks of `size` tokens and segments of the first `tokens` tokens; segment_blocks: blocks a segment, 0 or None for a choice by
+    shape."""
+    programs = inputs.programs * 2 * triton.cdiv(heads.V, heads.BV)
+    return make_tiling(tokens, size, programs, inputs.k.device, segment_blocks or None, largest_tile(inputs.k, inputs.v))
+
+
+def _value_tile(k: Tensor, v: Tensor, programs: int) -> int:
     """Values a program of the state pass, one for each of two states of `programs` rows and heads: few where they then fill the card
     without segments, which cost a second pass; otherwise as many as registers allow."""
     most = 64 if v.shape[-1] > 32 and k.shape[-1] * k.element_size() <= 256 else 32

@@ -5,8 +5,9 @@ from torch import Tensor
 
 from ..._ops import ops
 from ...checks import FUSED_WINDOW, check_kernel_inputs, check_window_inputs
-from ...common import as_bytes, dense, unit_stride
+from ...common import as_bytes, unit_stride
 from ...reference import count_tokens
+from ...shapes import contiguous
 from . import backward  # noqa: F401 (registers the gradients)
 
 
@@ -63,24 +64,15 @@ def fused_window_attention(
         state_bias=state_bias,
         sink_logits=sink_logits,
     )
-    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    sink_k, sink_v = sinks or (None, None)
     row_length = state_length = None
     if padding_mask is not None:
         row_length, state_length = count_tokens(padding_mask, window_size) if row_counts is None else row_counts
     o, _, final = ops.window_forward(
-        q,
-        k,
-        v,
-        gate_logits.contiguous(),
-        mix.contiguous(),
-        norm_weight.contiguous(),
-        state_gain.contiguous(),
-        state_bias.contiguous(),
-        dense(write_logits),
-        None if sinks is None else sinks[0].contiguous(),
-        None if sinks is None else sinks[1].contiguous(),
-        dense(sink_logits),
-        dense(initial_state),
+        unit_stride(q),
+        unit_stride(k),
+        unit_stride(v),
+        *contiguous(gate_logits, mix, norm_weight, state_gain, state_bias, write_logits, sink_k, sink_v, sink_logits, initial_state),
         as_bytes(state_mask),
         row_length,
         state_length,

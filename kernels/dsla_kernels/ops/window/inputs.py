@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 import triton
 from torch import Tensor
 
-from ...common import Tiling, largest_tile, make_heads, make_tiling, padded
+from ...common import Tiling, largest_tile, make_tiling, padded
 from ..states.decays import Decayed, decay_keys
 from ..states.inputs import StateInputs
-from ..states.state_pass import state_pass, value_tile
+from ..states.state_pass import state_heads, state_pass, state_tiling
 
 
 class WindowInputs(NamedTuple):
@@ -68,19 +68,18 @@ class WindowLayer:
     """Shapes and launch parameters of one call."""
 
     def __init__(self, inputs: WindowInputs):
-        q, k, v, gate_logits = inputs[:4]
+        q, k, v = inputs[:3]
         self.inputs = inputs
         self.batch, self.tokens, self.heads = q.shape[:3]
         self.kv_heads = k.shape[2]
         self.size = inputs.window_size // 2
-        self.largest_tile = largest_tile(q, v)
         # Blocks that another whole block follows: what the states hold at the end, and all that a query reads of them.
         self.state_tokens = max(self.tokens // self.size - 1, 0) * self.size
         self.state_inputs = inputs.of_states(self.state_tokens)
         self.programs = self.batch * self.kv_heads
-        self.state_heads = make_heads(q, v, gate_logits, value_tile(k, v, self.programs))
+        self.state_heads = state_heads(self.state_inputs)
         self.value_tiles = triton.cdiv(self.state_heads.V, self.state_heads.BV)
-        self.tiling = make_tiling(self.tokens, self.size, 1, q.device, None, self.largest_tile)
+        self.tiling = make_tiling(self.tokens, self.size, 1, q.device, largest=largest_tile(q, v))
         self.state_tiles = self.state_tokens // self.size * self.tiling.per_block  # those that decay the states
         self.first_state = 2 if inputs.initial_state is None else 0  # first block whose states can hold something
         self.sizes = self._sizes()
@@ -123,8 +122,7 @@ class WindowLayer:
 
     def state_tiling(self, tokens: int) -> Tiling:
         """Segments of the first `tokens` tokens, `segment_blocks` blocks each if that is not 0."""
-        programs = self.programs * 2 * self.value_tiles
-        return make_tiling(tokens, self.size, programs, self.inputs.q.device, self.inputs.segment_blocks or None, self.largest_tile)
+        return state_tiling(self.state_inputs, self.state_heads, tokens, self.size, self.inputs.segment_blocks)
 
     def decayed(self) -> Decayed | None:
         """Keys of all tokens that the states take in; None for none."""
