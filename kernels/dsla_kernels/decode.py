@@ -22,7 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ._ops import add_op_namespace_prefix, ops
 from .checks import LARGEST_HEAD, check_softcap
 from .common import INTERPRETED, LOG2_E, bounded_log_decay, dot_type, largest_tile, load_rows, on_its_device, padded, processors
-from .window_forward import LN_2, softmax_scores, softmax_step, state_gate
+from .ops.window.softmax import LN_2, softmax_scores, softmax_step, state_gate
 
 
 class GateWeights(NamedTuple):

@@ -12,8 +12,8 @@ from torch import Tensor
 from ._ops import add_op_namespace_prefix, ops
 from .checks import check_softmax_kernel_inputs, check_softmax_prompt_inputs
 from .common import on_its_device, shared_memory
+from .ops.window.softmax import softmax_scores, softmax_step
 from .split_kv import DOT_TYPES, NOTHING, Launch, _load_tokens
-from .window_forward import softmax_scores, softmax_step
 
 
 @triton.jit

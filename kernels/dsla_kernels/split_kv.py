@@ -18,7 +18,7 @@ from ._ops import add_op_namespace_prefix, ops
 from .checks import check_softmax_decode_inputs, check_softmax_kernel_inputs
 from .common import LOG2_E, load_rows, on_its_device, processors
 from .decode import _can_overlap
-from .window_forward import softmax_scores, softmax_step
+from .ops.window.softmax import softmax_scores, softmax_step
 
 GROUP_TILE = 16  # query heads of a product, as few as tensor cores take; a larger group has several programs
 LEAST_TOKENS = 128  # a part, unless the caller wants a number of parts
