@@ -197,8 +197,9 @@ def _read_json(path: Path) -> dict | None:
         return {}
 
 
-# --- adapters: PEFT lets a method choose its layers and its state dict, but not how a directory is written; those of other methods are
-# saved as before ---------------------------------------------------------------------------------------------------
+# --- what PEFT writes -------------------------------------------------------------------------------------------
+
+# PEFT lets a method choose its layers and its state dict, but not how a directory is written. Others' adapters are saved as before.
 
 
 def _save_adapter(original: Callable[..., None], self: PeftModel, save_directory: Any, *args: Any, **kwargs: Any) -> None:
