@@ -159,3 +159,8 @@ def check_groups(heads: int, kv_heads: int) -> None:
 def new_output(q: Tensor, v: Tensor) -> Tensor:
     """Room for the output of attention, `[B, T, Hq, V]` in q's dtype: what its operators return, and their fakes."""
     return q.new_empty(*q.shape[:3], v.shape[-1])
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Each tensor as it is or, where strides differ, as a copy; None stays None."""
+    return [None if x is None else x.contiguous() for x in tensors]

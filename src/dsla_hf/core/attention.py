@@ -406,7 +406,7 @@ class DualStateAttention(nn.Module):
 
     def _kernel_step(self, q, k, v, padding_mask, state, softcap, sink_logits, counts):
         """One token a row in one kernel, which writes the new state over `state`."""
-        from dsla_kernels.decode import GateWeights, pure_decode, window_decode  # imports Triton
+        from dsla_kernels.ops.decode import GateWeights, pure_decode, window_decode  # imports Triton
 
         write = (self.write_weight, self.write_bias) if self.write_gate else (None, None)
         gates = GateWeights(self.gate_down, self.gate_up, self.gate_bias, *write)

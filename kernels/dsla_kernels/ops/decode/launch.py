@@ -1,0 +1,172 @@
+"""How a head is worked through: programs, channels and slots at a time, and the sizes that the kernels are compiled for."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ...common import dot_type, largest_tile, padded, processors
+from ...overlap import can_overlap
+from .step import PureStep, WindowStep
+
+FEW_ROWS = 4  # padding among more is left out at once; to look for it first costs a single row more than it spares
+FEW_HEADS = 8  # query heads a KV head that are multiplied one by one; more go through tensor cores
+LEAST_CHANNELS = 16  # a part
+
+
+class Launch(NamedTuple):
+    """How a head is worked through."""
+
+    warps: int
+    channels: int  # of both states in registers at a time, beside as many on their way
+    slots: int = 64  # of the ring at a time
+    registers: int | None = None  # a thread at most, so that more programs share a processor
+    parts: int = 1  # programs a head; a power of two
+    overlap: bool = True  # the join is launched while the parts still run, where the device can
+
+
+tuned: Launch | None = None  # overrules the choice, for measurements
+
+
+def round_to_power(x: float) -> int:
+    """The power of two next to a positive number, by ratio."""
+    return int(2 ** round(math.log2(x)))
+
+
+def choose_launch(programs: int, processors: int, key_dim: int, value_dim: int, slots: int, element_size: int) -> Launch:
+    """By shape: programs of one row and KV head each, padded head sizes, slots of the ring (0 without one).
+
+    Few heads are shared by about as many programs as there are processors, with all bytes of a part on their way at once: what
+    counts is the latency. With many, programs have parts of 16 or 32 KB on their way, and so few registers that several share a
+    processor and one computes while the others wait. With a window a head always has programs of its own for window and states:
+    on an H200 four parts were faster than one up to 64 rows of 32 heads.
+    """
+    registers = 128 if value_dim <= 128 and element_size == 2 else None
+    parts = min(max(1, round_to_power(processors / programs)), key_dim // LEAST_CHANNELS)
+    if tuned is not None:
+        chosen = tuned
+    elif slots:
+        chosen = Launch(4, max(16, 4096 // value_dim), 32, registers, max(parts, 4))
+    elif parts > 1:
+        chosen = Launch(4, max(16, 4096 // value_dim), 32, registers, parts)
+    else:
+        chosen = Launch(4, 16, registers=128 if value_dim <= 128 else None)
+    parts = min(chosen.parts, key_dim // LEAST_CHANNELS)
+    return chosen._replace(parts=parts, channels=min(chosen.channels, key_dim // parts))
+
+
+class HeadSizes(NamedTuple):
+    """Of a head and its programs, as the kernels name them."""
+
+    HKV: int
+    R: int  # query heads a KV head, and as many in registers
+    BM: int
+    K: int
+    V: int
+    BV: int
+    G: int
+    RANK: int
+    BR: int
+    CHANNELS: int  # of a program: K for one that does it all
+    KC: int  # of them at a time
+    ROWS: int  # sums over channels that threads keep apart, see `add_products`
+    PIECES: int  # of a query head, of the states
+    PARTS: int  # programs for the states
+    STRIDE: int  # pieces of a query head in all
+    FEW: bool
+    GATE_PRECISION: str
+    OVERLAP: bool
+    SKIP: bool  # padding at once
+
+
+def head_sizes(step: PureStep | WindowStep, slots: int = 0) -> tuple[Launch, HeadSizes]:
+    """By shape; slots: of the ring, a power of two, or 0 without one. What STRIDE has beyond PIECES are programs for the ring."""
+    q, kv_heads, key_dim, value_dim, rank = step.q, step.k.shape[2], step.q.shape[-1], step.v.shape[-1], step.down.shape[-1]
+    group = q.shape[2] // kv_heads
+    few = group <= FEW_HEADS
+    block_key, block_value = max(16, triton.next_power_of_2(key_dim)), padded(value_dim)
+    launch = choose_launch(q.shape[0] * kv_heads, processors(q.device), block_key, block_value, slots, q.element_size())
+    rows = min(launch.channels, max(1, 128 * launch.warps // block_value))  # threads load 4 values at a time
+    pieces = launch.parts * (rows if few else 1)
+    slot_parts = 0
+    if launch.parts > 1 and slots:  # of about as many bytes as those of the states
+        slot_parts = triton.next_power_of_2(max(1, launch.parts * slots * q.element_size() // (4 * block_value)))
+        slot_parts = min(slot_parts, slots // 16)
+    sizes = HeadSizes(
+        HKV=kv_heads,
+        R=group,
+        BM=triton.next_power_of_2(group) if few else max(16, triton.next_power_of_2(group)),
+        K=key_dim,
+        V=value_dim,
+        BV=block_value,
+        G=step.bias.shape[-1],
+        RANK=rank,
+        BR=max(16, triton.next_power_of_2(rank)),
+        CHANNELS=key_dim if launch.parts == 1 else block_key // launch.parts,
+        KC=launch.channels,
+        ROWS=rows,
+        PIECES=pieces,
+        PARTS=launch.parts,
+        STRIDE=pieces + slot_parts,
+        FEW=few,
+        GATE_PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        OVERLAP=launch.parts > 1 and can_overlap(q.device),
+        SKIP=step.real is not None and q.shape[0] > FEW_ROWS,
+    )
+    return launch, sizes
+
+
+class RingSizes(NamedTuple):
+    """Of the ring and the sinks, and of the tiles in which a block leaves the ring."""
+
+    S: int  # sinks, and as many in registers
+    BS: int
+    W: int  # slots of the ring
+    SLOT_PARTS: int  # programs for them, beside those for the states
+    SLOTS: int  # of a program
+    BN: int  # of them at a time
+    BK: int  # channels of a query or key in registers
+    SIZE: int  # tokens of a block, and of a tile of it
+    C: int
+    PER_BLOCK: int  # tiles
+    GC: int  # channels of the states at a time
+    DOT: tl.dtype  # of the factors of matrix products
+    PRECISION: str
+
+
+def ring_sizes(step: WindowStep) -> tuple[Launch, HeadSizes, RingSizes]:
+    """By shape, of all that the kernel with a window needs."""
+    window_size, size = step.window_size, step.window_size // 2
+    slots = max(16, triton.next_power_of_2(window_size))
+    launch, head = head_sizes(step, slots)
+    head = head._replace(BM=max(16, head.BM))  # rows of a product of tiles
+    slot_parts = head.STRIDE - head.PIECES
+    sinks, least = step.window_k.shape[1] - window_size, _least_columns(head.BM)
+    largest = largest_tile(step.q, step.v)
+    tile = min(largest, 32, max(16, triton.next_power_of_2(size)))  # seldom: rather twice than with many registers
+    channels = head.G if launch.parts == 1 else head.CHANNELS
+    part = slots if launch.parts == 1 else slots // slot_parts
+    dot, precision = dot_type(step.q.dtype)
+    ring = RingSizes(
+        S=sinks,
+        BS=max(least, triton.next_power_of_2(sinks)),
+        W=window_size,
+        SLOT_PARTS=slot_parts,
+        SLOTS=window_size if launch.parts == 1 else part,
+        BN=max(least, min(launch.slots, part)),
+        BK=max(16, triton.next_power_of_2(head.K)),
+        SIZE=size,
+        C=tile,
+        PER_BLOCK=triton.cdiv(size, tile),
+        GC=min(largest, max(_least_columns(tile), triton.next_power_of_2(channels))),
+        DOT=dot,
+        PRECISION=precision,
+    )
+    return launch, head, ring
+
+
+def _least_columns(rows: int) -> int:
+    """Of a matrix product: with 64 rows Triton 3.6 multiplies on Hopper's tensor cores, and goes wrong with 16 columns."""
+    return 32 if rows >= 64 else 16
