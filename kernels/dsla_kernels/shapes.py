@@ -112,7 +112,7 @@ def check(arguments: tuple[Argument, ...], given: Mapping[str, Tensor | None], *
     first = given[arguments[0].name]
     if first is None:
         raise _missing(arguments[0].name)
-    device, sizes = first.device, NUMBERS | sizes
+    device, fixed, sizes = first.device, sizes, NUMBERS | sizes
     for argument in arguments:
         name, letters, new, expected, _, dtypes, like, optional, dense, in_place = argument
         x = given[name]
@@ -123,13 +123,13 @@ def check(arguments: tuple[Argument, ...], given: Mapping[str, Tensor | None], *
         shape = x.shape
         if new:
             if len(shape) != len(letters):
-                raise _misfit(given, argument, x, device, sizes)
+                raise _misfit(given, argument, x, device, sizes, fixed)
             for place, letter in new:
                 sizes.setdefault(letter, shape[place])
         if (
             shape != expected(sizes) or x.device != device or (dtypes and x.dtype not in dtypes) or (like and x.dtype != given[like].dtype)  # type: ignore[union-attr]
         ):
-            raise _misfit(given, argument, x, device, sizes)
+            raise _misfit(given, argument, x, device, sizes, fixed)
         if dense and x.stride(-1) != 1:
             raise ValueError(f"{name} must be dense in the last dimension, got strides {x.stride()}; call contiguous() on it")
         if in_place and not x.is_contiguous():
@@ -137,9 +137,17 @@ def check(arguments: tuple[Argument, ...], given: Mapping[str, Tensor | None], *
     return sizes
 
 
-def _misfit(given: Mapping[str, Tensor | None], wrong: Argument, x: Tensor, device: torch.device, sizes: dict[str, int]) -> ValueError:
-    """What x must be, with the sizes that others have decided, and what it is."""
-    own = {letter for place, letter in wrong.new if x.ndim == len(wrong.letters) and sizes[letter] == x.shape[place]}
+def _misfit(
+    given: Mapping[str, Tensor | None],
+    wrong: Argument,
+    x: Tensor,
+    device: torch.device,
+    sizes: Mapping[str, int],
+    fixed: Mapping[str, int],
+) -> ValueError:
+    """What x must be, with the sizes that others have decided, and what it is. fixed: sizes that no tensor has decided."""
+    fits = x.ndim == len(wrong.letters)
+    own = {letter for place, letter in wrong.new if letter not in fixed and fits and sizes[letter] == x.shape[place]}
     shape = ", ".join(letter if letter in own else str(sizes.get(letter, letter)) for letter in wrong.letters)
     like = given[wrong.like] if wrong.like else None
     must = f"{wrong.words if like is None else like.dtype} [{shape}] on {device}".lstrip()

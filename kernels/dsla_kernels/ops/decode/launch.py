@@ -1,14 +1,15 @@
 """How a head is worked through: programs, channels and slots at a time, and the sizes that the kernels are compiled for."""
 
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from ...common import dot_type, largest_tile, padded, processors
-from ...overlap import can_overlap
+from ...overlap import can_overlap, overlapping
 from .step import PureStep, WindowStep
 
 FEW_ROWS = 4  # padding among more is left out at once; to look for it first costs a single row more than it spares
@@ -45,16 +46,11 @@ def choose_launch(programs: int, processors: int, key_dim: int, value_dim: int, 
     """
     registers = 128 if value_dim <= 128 and element_size == 2 else None
     parts = min(max(1, round_to_power(processors / programs)), key_dim // LEAST_CHANNELS)
-    if tuned is not None:
-        chosen = tuned
-    elif slots:
-        chosen = Launch(4, max(16, 4096 // value_dim), 32, registers, max(parts, 4))
-    elif parts > 1:
-        chosen = Launch(4, max(16, 4096 // value_dim), 32, registers, parts)
-    else:
-        chosen = Launch(4, 16, registers=128 if value_dim <= 128 else None)
-    parts = min(chosen.parts, key_dim // LEAST_CHANNELS)
-    return chosen._replace(parts=parts, channels=min(chosen.channels, key_dim // parts))
+    if slots:
+        return Launch(4, max(16, 4096 // value_dim), 32, registers, max(parts, 4))
+    if parts > 1:
+        return Launch(4, max(16, 4096 // value_dim), 32, registers, parts)
+    return Launch(4, 16, registers=128 if value_dim <= 128 else None)
 
 
 class HeadSizes(NamedTuple):
@@ -81,43 +77,6 @@ class HeadSizes(NamedTuple):
     SKIP: bool  # padding at once
 
 
-def head_sizes(step: PureStep | WindowStep, slots: int = 0) -> tuple[Launch, HeadSizes]:
-    """By shape; slots: of the ring, a power of two, or 0 without one. What STRIDE has beyond PIECES are programs for the ring."""
-    q, kv_heads, key_dim, value_dim, rank = step.q, step.k.shape[2], step.q.shape[-1], step.v.shape[-1], step.down.shape[-1]
-    group = q.shape[2] // kv_heads
-    few = group <= FEW_HEADS
-    block_key, block_value = max(16, triton.next_power_of_2(key_dim)), padded(value_dim)
-    launch = choose_launch(q.shape[0] * kv_heads, processors(q.device), block_key, block_value, slots, q.element_size())
-    rows = min(launch.channels, max(1, 128 * launch.warps // block_value))  # threads load 4 values at a time
-    pieces = launch.parts * (rows if few else 1)
-    slot_parts = 0
-    if launch.parts > 1 and slots:  # of about as many bytes as those of the states
-        slot_parts = triton.next_power_of_2(max(1, launch.parts * slots * q.element_size() // (4 * block_value)))
-        slot_parts = min(slot_parts, slots // 16)
-    sizes = HeadSizes(
-        HKV=kv_heads,
-        R=group,
-        BM=triton.next_power_of_2(group) if few else max(16, triton.next_power_of_2(group)),
-        K=key_dim,
-        V=value_dim,
-        BV=block_value,
-        G=step.bias.shape[-1],
-        RANK=rank,
-        BR=max(16, triton.next_power_of_2(rank)),
-        CHANNELS=key_dim if launch.parts == 1 else block_key // launch.parts,
-        KC=launch.channels,
-        ROWS=rows,
-        PIECES=pieces,
-        PARTS=launch.parts,
-        STRIDE=pieces + slot_parts,
-        FEW=few,
-        GATE_PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        OVERLAP=launch.parts > 1 and can_overlap(q.device),
-        SKIP=step.real is not None and q.shape[0] > FEW_ROWS,
-    )
-    return launch, sizes
-
-
 class RingSizes(NamedTuple):
     """Of the ring and the sinks, and of the tiles in which a block leaves the ring."""
 
@@ -136,19 +95,64 @@ class RingSizes(NamedTuple):
     PRECISION: str
 
 
-def ring_sizes(step: WindowStep) -> tuple[Launch, HeadSizes, RingSizes]:
-    """By shape, of all that the kernel with a window needs."""
-    window_size, size = step.window_size, step.window_size // 2
-    slots = max(16, triton.next_power_of_2(window_size))
-    launch, head = head_sizes(step, slots)
+class Plan(NamedTuple):
+    """All that a step of a shape is launched with."""
+
+    grid: tuple[int, int]
+    options: dict[str, Any]  # of the kernel: sizes by name, warps, registers
+    head: HeadSizes
+    join: dict[str, Any]  # options of the join, where there are several parts
+
+
+class Shape(NamedTuple):
+    """What a plan is made by."""
+
+    rows: int
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    decays: int
+    rank: int
+    dtype: torch.dtype
+    device: torch.device
+    skip: bool  # padding at once
+    tile: int  # tokens of a tile at most
+
+
+def plan_pure(step: PureStep) -> Plan:
+    return _plan_pure(_shape(step), tuned)
+
+
+def plan_window(step: WindowStep) -> Plan:
+    return _plan_window(_shape(step), step.window_size, step.window_k.shape[1] - step.window_size, tuned)
+
+
+def _shape(step: PureStep | WindowStep) -> Shape:
+    q, v = step.q, step.v
+    rows, _, heads, key_dim = q.shape
+    skip = step.real is not None and rows > FEW_ROWS
+    decays, rank = step.bias.shape[-1], step.down.shape[-1]
+    return Shape(rows, heads, v.shape[2], key_dim, v.shape[-1], decays, rank, q.dtype, q.device, skip, largest_tile(q, v))
+
+
+@functools.lru_cache(maxsize=1024)  # steps come one after the other, and most are alike
+def _plan_pure(shape: Shape, wanted: Launch | None) -> Plan:
+    launch, head = _head_sizes(shape, wanted, 0)
+    gates = max(16, triton.next_power_of_2(head.G)) if launch.parts == 1 else head.CHANNELS
+    return _plan(shape, launch, head, head._asdict() | {"BG": gates}, 0)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan_window(shape: Shape, window_size: int, sinks: int, wanted: Launch | None) -> Plan:
+    size, slots = window_size // 2, max(16, triton.next_power_of_2(window_size))
+    launch, head = _head_sizes(shape, wanted, slots)
     head = head._replace(BM=max(16, head.BM))  # rows of a product of tiles
-    slot_parts = head.STRIDE - head.PIECES
-    sinks, least = step.window_k.shape[1] - window_size, _least_columns(head.BM)
-    largest = largest_tile(step.q, step.v)
-    tile = min(largest, 32, max(16, triton.next_power_of_2(size)))  # seldom: rather twice than with many registers
+    slot_parts, least = head.STRIDE - head.PIECES, _least_columns(head.BM)
+    tile = min(shape.tile, 32, max(16, triton.next_power_of_2(size)))  # seldom: rather twice than with many registers
     channels = head.G if launch.parts == 1 else head.CHANNELS
     part = slots if launch.parts == 1 else slots // slot_parts
-    dot, precision = dot_type(step.q.dtype)
+    dot, precision = dot_type(shape.dtype)
     ring = RingSizes(
         S=sinks,
         BS=max(least, triton.next_power_of_2(sinks)),
@@ -160,11 +164,68 @@ def ring_sizes(step: WindowStep) -> tuple[Launch, HeadSizes, RingSizes]:
         SIZE=size,
         C=tile,
         PER_BLOCK=triton.cdiv(size, tile),
-        GC=min(largest, max(_least_columns(tile), triton.next_power_of_2(channels))),
+        GC=min(shape.tile, max(_least_columns(tile), triton.next_power_of_2(channels))),
         DOT=dot,
         PRECISION=precision,
     )
-    return launch, head, ring
+    return _plan(shape, launch, head, head._asdict() | ring._asdict(), size)
+
+
+def _head_sizes(shape: Shape, wanted: Launch | None, slots: int) -> tuple[Launch, HeadSizes]:
+    """slots: of the ring, a power of two, or 0 without one. What STRIDE has beyond PIECES are programs for the ring."""
+    group, bytes_each = shape.heads // shape.kv_heads, shape.dtype.itemsize
+    few = group <= FEW_HEADS
+    block_key, block_value = max(16, triton.next_power_of_2(shape.key_dim)), padded(shape.value_dim)
+    programs = shape.rows * shape.kv_heads
+    launch = wanted or choose_launch(programs, processors(shape.device), block_key, block_value, slots, bytes_each)
+    parts = min(launch.parts, block_key // LEAST_CHANNELS)
+    launch = launch._replace(parts=parts, channels=min(launch.channels, block_key // parts))
+    rows = min(launch.channels, max(1, 128 * launch.warps // block_value))  # threads load 4 values at a time
+    pieces = parts * (rows if few else 1)
+    slot_parts = 0
+    if parts > 1 and slots:  # of about as many bytes as those of the states
+        slot_parts = triton.next_power_of_2(max(1, parts * slots * bytes_each // (4 * block_value)))
+        slot_parts = min(slot_parts, slots // 16)
+    sizes = HeadSizes(
+        HKV=shape.kv_heads,
+        R=group,
+        BM=triton.next_power_of_2(group) if few else max(16, triton.next_power_of_2(group)),
+        K=shape.key_dim,
+        V=shape.value_dim,
+        BV=block_value,
+        G=shape.decays,
+        RANK=shape.rank,
+        BR=max(16, triton.next_power_of_2(shape.rank)),
+        CHANNELS=shape.key_dim if parts == 1 else block_key // parts,
+        KC=launch.channels,
+        ROWS=rows,
+        PIECES=pieces,
+        PARTS=parts,
+        STRIDE=pieces + slot_parts,
+        FEW=few,
+        GATE_PRECISION="ieee" if shape.dtype == torch.float32 else "tf32",
+        OVERLAP=parts > 1 and can_overlap(shape.device),
+        SKIP=shape.skip,
+    )
+    return launch, sizes
+
+
+def _plan(shape: Shape, launch: Launch, head: HeadSizes, sizes: dict[str, Any], block: int) -> Plan:
+    slot_parts = head.STRIDE - head.PIECES
+    join = {
+        "HQ": shape.heads,
+        "V": head.V,
+        "BV": head.BV,
+        "PIECES": head.PIECES,
+        "SLOT_PARTS": slot_parts,
+        "STRIDE": head.STRIDE,
+        "SIZE": block,
+        "OVERLAP": head.OVERLAP,
+        "num_warps": max(1, head.PIECES * head.BV // 4096),  # one warp adds without a barrier
+        **overlapping(head.OVERLAP and launch.overlap),
+    }
+    options = sizes | {"num_warps": launch.warps, "maxnreg": launch.registers, "num_stages": 1}
+    return Plan((shape.rows * shape.kv_heads, launch.parts + slot_parts), options, head, join)
 
 
 def _least_columns(rows: int) -> int:

@@ -7,10 +7,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from ...common import load_rows
-from ...overlap import overlapping
 from ...window_forward import LN_2, state_gate
-from .launch import HeadSizes, Launch
-from .step import PureStep, WindowStep
+from .launch import HeadSizes
 
 
 @triton.jit
@@ -61,7 +59,7 @@ def store_pieces(
 
 
 @triton.jit
-def _join_kernel(
+def join_kernel(
     pieces,  # fp32 [B * Hq, STRIDE, V]: PIECES of the states, then SLOT_PARTS of the window
     softmax,  # fp32 [B * Hq, 2, SLOT_PARTS]: tops and denominators of the window; None without one
     lengths,
@@ -116,37 +114,11 @@ def _join_kernel(
     tl.store(o + number * V + values[None, :], result.to(o.dtype.element_ty), mask=value_ok[None, :])
 
 
-def make_pieces(step: PureStep | WindowStep, sizes: HeadSizes) -> tuple[Tensor | None, Tensor | None]:
-    """Room for what `join` reads: sums in fp32 `[B * Hq, STRIDE, V]`, and `[B * Hq, 2, programs for the ring]` tops and denominators.
+def make_pieces(q: Tensor, sizes: HeadSizes) -> tuple[Tensor | None, Tensor | None]:
+    """Room for what the join reads: sums in fp32 `[B * Hq, STRIDE, V]`, and `[B * Hq, 2, programs for the ring]` tops and denominators.
     None and None where one program does it all, the second also without a ring."""
     if sizes.PARTS == 1:
         return None, None
-    heads, slot_parts = step.q.shape[0] * step.q.shape[2], sizes.STRIDE - sizes.PIECES
-    pieces = torch.empty(heads, sizes.STRIDE, sizes.V, device=step.q.device)
-    return pieces, torch.empty(heads, 2, slot_parts, device=step.q.device) if slot_parts else None
-
-
-def join(step: PureStep | WindowStep, o: Tensor, pieces: Tensor, softmax: Tensor | None, launch: Launch, sizes: HeadSizes) -> None:
-    """Writes o."""
-    window = step if isinstance(step, WindowStep) else None
-    _join_kernel[(pieces.shape[0],)](
-        pieces,
-        softmax,
-        window.lengths if window else None,
-        step.real,
-        step.norm_weight,
-        window.state_gain if window else None,
-        window.state_bias if window else None,
-        o,
-        step.norm_eps,
-        HQ=o.shape[2],
-        V=sizes.V,
-        BV=sizes.BV,
-        PIECES=sizes.PIECES,
-        SLOT_PARTS=sizes.STRIDE - sizes.PIECES,
-        STRIDE=sizes.STRIDE,
-        SIZE=window.window_size // 2 if window else 0,
-        OVERLAP=sizes.OVERLAP,
-        num_warps=max(1, sizes.PIECES * sizes.BV // 4096),  # one warp adds without a barrier
-        **overlapping(sizes.OVERLAP and launch.overlap),
-    )
+    heads, slot_parts = q.shape[0] * q.shape[2], sizes.STRIDE - sizes.PIECES
+    pieces = torch.empty(heads, sizes.STRIDE, sizes.V, device=q.device)
+    return pieces, torch.empty(heads, 2, slot_parts, device=q.device) if slot_parts else None

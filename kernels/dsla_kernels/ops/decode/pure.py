@@ -10,8 +10,8 @@ from ..._ops import add_op_namespace_prefix
 from ...common import bounded_log_decay, load_rows, on_its_device
 from ...shapes import new_output
 from ..operators import schema
-from .launch import head_sizes
-from .output import join, make_pieces, normed, store_pieces, store_zeros
+from .launch import plan_pure
+from .output import join_kernel, make_pieces, normed, store_pieces, store_zeros
 from .states import add_products, finished, load_mix, load_queries, load_states, no_sums
 from .step import TENSORS, PureStep
 
@@ -157,10 +157,10 @@ CHANGED = ("recurrent",)
 @on_its_device
 def _pure_decode(*fields) -> Tensor:
     step = PureStep(*fields)
-    launch, head = head_sizes(step)
+    plan = plan_pure(step)
     o = new_output(step.q, step.v)
-    pieces, _ = make_pieces(step, head)
-    _pure_decode_kernel[(step.q.shape[0] * head.HKV, launch.parts)](
+    pieces, _ = make_pieces(step.q, plan.head)
+    _pure_decode_kernel[plan.grid](
         *step[: TENSORS[PureStep]],
         o,
         pieces,
@@ -168,14 +168,10 @@ def _pure_decode(*fields) -> Tensor:
         step.norm_eps,
         1.0 / step.gate_normalizer,
         step.lower_bound,
-        **head._asdict(),
-        BG=max(16, triton.next_power_of_2(head.G)) if launch.parts == 1 else head.CHANNELS,
-        num_warps=launch.warps,
-        maxnreg=launch.registers,
-        num_stages=1,
+        **plan.options,
     )
     if pieces is not None:
-        join(step, o, pieces, None, launch, head)
+        join_kernel[(pieces.shape[0],)](pieces, None, None, step.real, step.norm_weight, None, None, o, step.norm_eps, **plan.join)
     return o
 
 

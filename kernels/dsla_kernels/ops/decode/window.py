@@ -12,8 +12,8 @@ from ...shapes import new_output
 from ...window_forward import LN_2
 from ..operators import schema
 from .gates import take_block
-from .launch import ring_sizes
-from .output import gated, join, make_pieces, store_pieces, store_zeros
+from .launch import plan_window
+from .output import gated, join_kernel, make_pieces, store_pieces, store_zeros
 from .ring import attend_window, begin_window, write_token
 from .states import finished, load_mix, load_queries, load_states, read_states
 from .step import TENSORS, WindowStep
@@ -190,10 +190,10 @@ CHANGED = ("recurrent", "window_k", "window_v")
 @on_its_device
 def _window_decode(*fields) -> Tensor:
     step = WindowStep(*fields)
-    launch, head, ring = ring_sizes(step)
+    plan = plan_window(step)
     o = new_output(step.q, step.v)
-    pieces, softmax = make_pieces(step, head)
-    _window_decode_kernel[(step.q.shape[0] * head.HKV, launch.parts + ring.SLOT_PARTS)](
+    pieces, softmax = make_pieces(step.q, plan.head)
+    _window_decode_kernel[plan.grid](
         *step[: TENSORS[WindowStep]],
         o,
         pieces,
@@ -203,14 +203,21 @@ def _window_decode(*fields) -> Tensor:
         step.norm_eps,
         1.0 / step.gate_normalizer,
         step.lower_bound,
-        **head._asdict(),
-        **ring._asdict(),
-        num_warps=launch.warps,
-        maxnreg=launch.registers,
-        num_stages=1,
+        **plan.options,
     )
     if pieces is not None:
-        join(step, o, pieces, softmax, launch, head)
+        join_kernel[(pieces.shape[0],)](
+            pieces,
+            softmax,
+            step.lengths,
+            step.real,
+            step.norm_weight,
+            step.state_gain,
+            step.state_bias,
+            o,
+            step.norm_eps,
+            **plan.join,
+        )
     return o
 
 

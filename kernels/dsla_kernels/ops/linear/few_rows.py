@@ -200,7 +200,7 @@ def _run(
     end1, end2, end = (sum(weight.shape[0] for weight in weights[:count]) for count in (1, 2, 3))
     launch = tuned or configuration(rows, end, k, x.element_size(), gate is not None)
     overlap = overlap and can_overlap(x.device)
-    _few_rows_kernel[(triton.cdiv(end, launch.rows),)](
+    _few_rows_kernel[(-(-end // launch.rows),)](
         x,
         *_three(weights),
         *_three(biases),

@@ -1,5 +1,7 @@
 """A token's keys and values into a cache, in one launch: both tensors, all rows, and the count of tokens beside them."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -61,7 +63,6 @@ def _append_kernel(
 @on_its_device
 def _append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, places: Tensor, count: Tensor | None) -> None:
     batch, kv_heads, _, key_dim = k.shape
-    value_dim = v.shape[-1]
     # Rows of a pool lie in one tensor.
     rows = [x.stride(0) if x.shape[0] == batch else 0 for x in (keys, values)]
     _append_kernel[(batch * kv_heads,)](
@@ -77,12 +78,15 @@ def _append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, places: Tensor, 
         *values.stride()[1:3],
         *k.stride()[:2],
         *v.stride()[:2],
-        HKV=kv_heads,
-        K=key_dim,
-        V=value_dim,
-        BD=triton.next_power_of_2(max(key_dim, value_dim)),
-        num_warps=1 if max(key_dim, value_dim) <= 128 else 2,
+        **_options(kv_heads, key_dim, v.shape[-1]),
     )
+
+
+@functools.cache
+def _options(kv_heads: int, key_dim: int, value_dim: int) -> dict[str, int]:
+    largest = max(key_dim, value_dim)
+    warps = 1 if largest <= 128 else 2
+    return {"HKV": kv_heads, "K": key_dim, "V": value_dim, "BD": triton.next_power_of_2(largest), "num_warps": warps}
 
 
 @_append.register_fake

@@ -15,11 +15,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ..._ops import add_op_namespace_prefix, ops
 from ...checks import check_softmax_decode_inputs, check_softmax_kernel_inputs
 from ...common import LOG2_E, load_rows, on_its_device, unit_stride
-from ...overlap import can_overlap, overlapping
 from ...shapes import new_output
 from ...window_forward import softmax_scores, softmax_step
-from .splits import GROUP_TILE, make_plan
-from .tiles import DOT_TYPES, NOTHING, head_tiles, load_tokens
+from .splits import make_plan
+from .tiles import NOTHING, load_tokens
 
 
 @triton.jit
@@ -205,17 +204,14 @@ def _softmax_decode(
     splits: int,
 ) -> Tensor:
     plan = make_plan(q, keys, values, block_table, window, splits)
-    batch, _, heads, key_dim = q.shape
-    value_dim, parts = values.shape[-1], plan.parts
-    block_key, block_value = head_tiles(key_dim, value_dim)
     order = (0, 1, 2) if block_table is None else (0, 2, 1)  # a row or block, a head, a token
-    overlap = parts > 1 and can_overlap(q.device)
+    rows, parts = q.shape[0] * q.shape[2], plan.grid[1]
     o = new_output(q, values)
     pieces = softmax = None
     if parts > 1:
-        pieces = torch.empty(batch * heads, parts, value_dim, device=q.device)
-        softmax = torch.empty(batch * heads, 2, parts, device=q.device)
-    _softmax_decode_kernel[(plan.programs, parts)](
+        pieces = torch.empty(rows, parts, values.shape[-1], device=q.device)
+        softmax = torch.empty(rows, 2, parts, device=q.device)
+    _softmax_decode_kernel[plan.grid](
         q,
         keys,
         values,
@@ -226,8 +222,8 @@ def _softmax_decode(
         o,
         pieces,
         softmax,
-        *(keys.stride(dim) for dim in order),
-        *(values.stride(dim) for dim in order),
+        *[keys.stride(dim) for dim in order],
+        *[values.stride(dim) for dim in order],
         0 if mask is None else mask.stride(0),
         0 if block_table is None else block_table.stride(0),
         plan.room,
@@ -235,47 +231,11 @@ def _softmax_decode(
         window,
         scale,
         softcap,
-        HKV=plan.kv_heads,
-        R=heads // plan.kv_heads,
-        K=key_dim,
-        V=value_dim,
-        BK=block_key,
-        BV=block_value,
-        BM=GROUP_TILE,
-        BN=plan.launch.tokens,
-        BLOCK=plan.block,
-        DOT=DOT_TYPES[q.dtype],
-        OVERLAP=overlap,
-        num_warps=plan.launch.warps,
-        num_stages=plan.launch.stages,
+        **plan.options,
     )
     if pieces is not None:
-        _join(pieces, softmax, lengths, sink_logits, o, window, plan, overlap)
+        _join_kernel[(rows,)](pieces, softmax, lengths, sink_logits, o, parts, plan.room, plan.least, window, **plan.join)
     return o
-
-
-def _join(pieces, softmax, lengths, sink_logits, o, window, plan, overlap):
-    block_value = head_tiles(0, o.shape[-1])[1]
-    at_a_time = min(triton.next_power_of_2(plan.parts), max(1, 4096 // block_value))
-    _join_kernel[(pieces.shape[0],)](
-        pieces,
-        softmax,
-        lengths,
-        sink_logits,
-        o,
-        plan.parts,
-        plan.room,
-        plan.least,
-        window,
-        HQ=o.shape[2],
-        V=o.shape[-1],
-        BV=block_value,
-        BN=plan.launch.tokens,
-        BP=at_a_time,
-        OVERLAP=overlap,
-        num_warps=max(1, at_a_time * block_value // 1024),
-        **overlapping(overlap),
-    )
 
 
 @_softmax_decode.register_fake
