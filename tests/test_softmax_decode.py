@@ -269,15 +269,15 @@ def test_a_cuda_graph_follows_lengths_and_cache():
 
 
 WRONG = {
-    "two tokens": ({"q": lambda x: x.expand(-1, 2, -1, -1)}, r"q must be \[B, 1, Hq, D\]"),
+    "two tokens": ({"q": lambda x: x.expand(-1, 2, -1, -1)}, r"q must be floating-point \[B, 1, Hq, D\]"),
     "heads": ({"q": lambda x: x[:, :, :3]}, "multiple of the 2"),
     "no rows": ({name: (lambda x: x[:0]) for name in ("q", "keys", "values", "lengths")}, "no rows"),
     "rows": ({"keys": lambda x: x[:1]}, "keys must be"),
     "three dimensions": ({"values": lambda x: x[0]}, "values must be"),
-    "head size": ({"keys": lambda x: x[..., :16]}, "D = 32"),
+    "head size": ({"keys": lambda x: x[..., :16]}, r"keys must be torch.float32 \[2, Hkv, T, 32\]"),
     "tokens": ({"values": lambda x: x[:, :, :5]}, "values must be"),
     "no room": ({"keys": lambda x: x[:, :, :0], "values": lambda x: x[:, :, :0]}, "room"),
-    "a dtype each": ({"keys": lambda x: x.half()}, "one floating-point dtype"),
+    "a dtype each": ({"keys": lambda x: x.half()}, "keys must be torch.float32 .* got torch.float16"),
     "fp64": (dict.fromkeys(("q", "keys", "values"), torch.Tensor.double), "fp32, bf16 and fp16"),
     "columns": ({"keys": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)}, "keys must be dense.*contiguous"),
     "lengths": ({"lengths": lambda x: x.float()}, "lengths must be int32 or int64"),
@@ -290,9 +290,9 @@ WRONG = {
     "table and mask": ({"block_table": torch.zeros(2, 4).int(), "mask": torch.ones(2, 20).bool(), "q": lambda x: x}, "mask goes with"),
     "table": ({"block_table": torch.zeros(2, 4)}, "block_table must be int32"),
     "table of others": ({"block_table": torch.zeros(3, 4).int()}, "block_table must be int32"),
-    "empty table": ({"block_table": torch.zeros(2, 0).int()}, "no columns"),
+    "empty table": ({"block_table": torch.zeros(2, 0).int()}, "room for a token at least, and a block_table a column"),
     "splits": ({"splits": -1}, "splits must be 0"),
-    "elsewhere": ({"lengths": lambda x: x.to("meta")}, "lengths must be on"),
+    "elsewhere": ({"lengths": lambda x: x.to("meta")}, f"lengths must be .* on {DEVICE}.*, got .* on meta"),
 }
 
 

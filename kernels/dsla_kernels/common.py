@@ -77,6 +77,13 @@ def store_rows(base, rows, row_ok, stride, columns, column_ok, x):
 
 
 @triton.jit
+def numbers(first, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK numbers from `first` on, and which of them are below SIZE."""
+    found = first + tl.arange(0, BLOCK)
+    return found, found < SIZE
+
+
+@triton.jit
 def channel_columns(K: tl.constexpr, G: tl.constexpr, BK: tl.constexpr):
     """Channels of a tile, which of them exist, and the numbers of their gates. With a gate for channels i and i + G these lie
     BK / 2 apart, so that sums over a pair are sums over halves."""

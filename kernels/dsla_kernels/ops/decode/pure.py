@@ -7,7 +7,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from ..._ops import add_op_namespace_prefix
-from ...common import bounded_log_decay, load_rows, on_its_device
+from ...common import bounded_log_decay, load_rows, numbers, on_its_device
 from ...shapes import new_output
 from ..operators import schema
 from .launch import plan_pure
@@ -36,26 +36,26 @@ def _pure_decode_kernel(
     norm_eps,
     inverse_normalizer,
     bound,
-    HKV: tl.constexpr,
+    HKV: tl.constexpr,  # `HeadSizes`
     R: tl.constexpr,
     BM: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
+    BV: tl.constexpr,
     G: tl.constexpr,
     RANK: tl.constexpr,
     BR: tl.constexpr,
-    BG: tl.constexpr,  # decays of a state that the program needs
-    BV: tl.constexpr,
-    CHANNELS: tl.constexpr,  # of the program: K for one that does it all
-    KC: tl.constexpr,  # of them at a time
+    CHANNELS: tl.constexpr,
+    KC: tl.constexpr,
     ROWS: tl.constexpr,
     PIECES: tl.constexpr,
-    PARTS: tl.constexpr,  # programs a head
+    PARTS: tl.constexpr,
     STRIDE: tl.constexpr,
     FEW: tl.constexpr,
     GATE_PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
     SKIP: tl.constexpr,
+    BG: tl.constexpr,  # decays of a state that the program needs
 ):
     row, head = (tl.program_id(0) // HKV).to(tl.int64), tl.program_id(0) % HKV
     piece = 0
@@ -64,13 +64,10 @@ def _pure_decode_kernel(
         if OVERLAP:
             gdc_launch_dependents()
     first_channel = piece * CHANNELS
-    number = tl.arange(0, BM)
-    group_ok = number < R
-    heads = head * R + number
-    group = number, group_ok
-    value = tl.arange(0, BV)
-    value_ok = value < V
-    values = value, value_ok
+    group = numbers(0, R, BM)
+    heads = head * R + group[0]
+    values = numbers(0, V, BV)
+    value, value_ok = values
     rank = tl.arange(0, BR)
     q += (row * HKV + head) * R * K
     k += (row * HKV + head) * K
@@ -103,7 +100,7 @@ def _pure_decode_kernel(
         write1 = tl.load(write_bias + head * 2)
         write2 = tl.load(write_bias + head * 2 + 1)
     mixes = load_mix(mix_logits + head * R * 2, group, R, FEW)
-    weight = load_rows(norm_weight, heads, group_ok, V, value, value_ok)
+    weight = load_rows(norm_weight, heads, group[1], V, value, value_ok)
     part = first_channel + tl.arange(0, KC)
     k_part = tl.load(k + part, mask=part < K, other=0.0)
     queries = load_queries(q, part, group, K, R, FEW)
@@ -143,7 +140,7 @@ def _pure_decode_kernel(
     if PARTS == 1:
         result = normed(finished(sums, group, R, BM, BV, FEW), weight, norm_eps, V)
         result = tl.where(is_real, result, 0.0)
-        store_ok = group_ok[:, None] & value_ok[None, :]
+        store_ok = group[1][:, None] & value_ok[None, :]
         tl.store(o + (row * HKV * R + heads)[:, None] * V + value[None, :], result.to(o.dtype.element_ty), mask=store_ok)
     else:
         pieces += (row * HKV + head) * R * STRIDE * V

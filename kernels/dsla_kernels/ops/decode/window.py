@@ -7,7 +7,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from ..._ops import add_op_namespace_prefix
-from ...common import load_rows, on_its_device
+from ...common import load_rows, numbers, on_its_device
 from ...shapes import new_output
 from ...window_forward import LN_2
 from ..operators import schema
@@ -47,32 +47,32 @@ def _window_decode_kernel(
     norm_eps,
     inverse_normalizer,
     bound,
-    HKV: tl.constexpr,
+    HKV: tl.constexpr,  # `HeadSizes`
     R: tl.constexpr,
     BM: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
+    BV: tl.constexpr,
     G: tl.constexpr,
     RANK: tl.constexpr,
     BR: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    CHANNELS: tl.constexpr,  # of the program: K for one that does it all
-    KC: tl.constexpr,  # of them at a time
+    CHANNELS: tl.constexpr,
+    KC: tl.constexpr,
     ROWS: tl.constexpr,
     PIECES: tl.constexpr,
-    PARTS: tl.constexpr,  # programs a head for the states, and if more than one
-    SLOT_PARTS: tl.constexpr,  # programs for the window
+    PARTS: tl.constexpr,
     STRIDE: tl.constexpr,
     FEW: tl.constexpr,
     GATE_PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
-    SKIP: tl.constexpr,  # padding at once
-    S: tl.constexpr,
+    SKIP: tl.constexpr,
+    S: tl.constexpr,  # `RingSizes`
     BS: tl.constexpr,
     W: tl.constexpr,
-    SLOTS: tl.constexpr,  # of the program
-    BN: tl.constexpr,  # of them at a time
+    SLOT_PARTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
     SIZE: tl.constexpr,
     C: tl.constexpr,
     PER_BLOCK: tl.constexpr,
@@ -81,15 +81,12 @@ def _window_decode_kernel(
     PRECISION: tl.constexpr,
 ):
     row, head = (tl.program_id(0) // HKV).to(tl.int64), tl.program_id(0) % HKV
-    number_in_group = tl.arange(0, BM)
-    group_ok = number_in_group < R
-    heads = head * R + number_in_group
-    column = tl.arange(0, BK)
-    columns = column, column < K
-    value = tl.arange(0, BV)
-    value_ok = value < V
-    values = value, value_ok
-    group = number_in_group, group_ok
+    group = numbers(0, R, BM)
+    group_number, group_ok = group
+    heads = head * R + group_number
+    columns = numbers(0, K, BK)
+    values = numbers(0, V, BV)
+    value, value_ok = values
     store_ok = group_ok[:, None] & value_ok[None, :]
     q += (row * HKV + head) * R * K
     k += (row * HKV + head) * K
@@ -119,9 +116,7 @@ def _window_decode_kernel(
                 store_zeros(o, row * HKV * R + heads, group, values, V)
             return
     if PARTS == 1:
-        loaded = begin_window(
-            q, k, v, ring, 0, group, columns, values, HKV, K, V, S, BS, W, BN
-        )  # fmt: skip
+        loaded = begin_window(q, k, v, ring, 0, group, columns, values, HKV, K, V, S, BS, W, BN)
         mixes = load_mix(mix_logits, group, R, FEW)
         queries = load_queries(q, tl.arange(0, KC), group, K, R, FEW)
         states = load_states(recurrent, tl.arange(0, KC), values, K, V)
@@ -129,13 +124,12 @@ def _window_decode_kernel(
         offset = tl.load(state_bias + heads, mask=group_ok, other=0.0)
         weight = load_rows(norm_weight, heads, group_ok, V, value, value_ok)
         top, denominator, o_window = attend_window(
-            loaded, ring, sink_logits, length, 0, (heads, group_ok), columns, values, scale, softcap,
-            HKV, K, V, BM, BV, S, BS, W, SLOTS, BN, DOT, PRECISION,
+            loaded, ring, sink_logits, length, 0, (heads, group_ok), columns, values, scale, softcap, HKV, K, V, BM, BV, S, BS, W, SLOTS,
+            BN, DOT, PRECISION,
         )  # fmt: skip
         o_window /= denominator[:, None]
         sums = read_states(
-            recurrent, q, mixes, queries, states, 0, group, values, scale, R, BM, K, V, BV, CHANNELS, KC, ROWS, FEW,
-            GATE_PRECISION,
+            recurrent, q, mixes, queries, states, 0, group, values, scale, R, BM, K, V, BV, CHANNELS, KC, ROWS, FEW, GATE_PRECISION,
         )  # fmt: skip
         log_denominator = (top + tl.log2(denominator)) * LN_2
         o_state = finished(sums, group, R, BM, BV, FEW)
@@ -146,17 +140,14 @@ def _window_decode_kernel(
             write_token(ring, loaded[1], loaded[2], length, columns, values, HKV, K, V, S, W)
     else:
         if piece < 0:
-            loaded = begin_window(
-                q, k, v, ring, number * SLOTS, group, columns, values, HKV, K, V, S, BS, W,
-                BN,
-            )  # fmt: skip
+            loaded = begin_window(q, k, v, ring, number * SLOTS, group, columns, values, HKV, K, V, S, BS, W, BN)
             top, denominator, o_window = attend_window(
-                loaded, ring, sink_logits, length, number * SLOTS, (heads, group_ok), columns, values,
-                scale, softcap, HKV, K, V, BM, BV, S, BS, W, SLOTS, BN, DOT, PRECISION,
+                loaded, ring, sink_logits, length, number * SLOTS, (heads, group_ok), columns, values, scale, softcap, HKV, K, V, BM, BV,
+                S, BS, W, SLOTS, BN, DOT, PRECISION,
             )  # fmt: skip
-            tl.store(pieces + (number_in_group * STRIDE + PIECES + number)[:, None] * V + value[None, :], o_window, mask=store_ok)
-            tl.store(softmax + number_in_group * 2 * SLOT_PARTS + number, top, mask=group_ok)
-            tl.store(softmax + (number_in_group * 2 + 1) * SLOT_PARTS + number, denominator, mask=group_ok)
+            tl.store(pieces + (group_number * STRIDE + PIECES + number)[:, None] * V + value[None, :], o_window, mask=store_ok)
+            tl.store(softmax + group_number * 2 * SLOT_PARTS + number, top, mask=group_ok)
+            tl.store(softmax + (group_number * 2 + 1) * SLOT_PARTS + number, denominator, mask=group_ok)
             if is_real & (number == 0):
                 write_token(ring, loaded[1], loaded[2], length, columns, values, HKV, K, V, S, W)
         else:
@@ -165,8 +156,8 @@ def _window_decode_kernel(
             queries = load_queries(q, part, group, K, R, FEW)
             states = load_states(recurrent, part, values, K, V)
             sums = read_states(
-                recurrent, q, mixes, queries, states, first_channel, group, values, scale, R, BM, K, V, BV, CHANNELS,
-                KC, ROWS, FEW, GATE_PRECISION,
+                recurrent, q, mixes, queries, states, first_channel, group, values, scale, R, BM, K, V, BV, CHANNELS, KC, ROWS, FEW,
+                GATE_PRECISION,
             )  # fmt: skip
             store_pieces(pieces, sums, piece, group, values, R, V, ROWS, PIECES, STRIDE, FEW)
 
@@ -175,9 +166,8 @@ def _window_decode_kernel(
         # The older half of the ring: tokens length - W to length - W + SIZE - 1, none of them written above by any program.
         tl.debug_barrier()  # every thread has read the states
         take_block(
-            recurrent, ring, length - W, down, up, bias, write_weight, write_bias, head, first_channel, values,
-            norm_eps, inverse_normalizer, bound, HKV, K, V, G, CHANNELS, RANK, BR, GC, S, W, SIZE, C, PER_BLOCK, DOT, PRECISION,
-            GATE_PRECISION,
+            recurrent, ring, length - W, down, up, bias, write_weight, write_bias, head, first_channel, values, norm_eps,
+            inverse_normalizer, bound, HKV, K, V, G, CHANNELS, RANK, BR, GC, S, W, SIZE, C, PER_BLOCK, DOT, PRECISION, GATE_PRECISION,
         )  # fmt: skip
 
 
