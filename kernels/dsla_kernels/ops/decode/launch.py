@@ -62,7 +62,7 @@ class HeadSizes(NamedTuple):
     K: int
     V: int
     BV: int
-    G: int
+    G: int  # decays of a state
     RANK: int
     BR: int
     CHANNELS: int  # of a program: K for one that does it all
@@ -71,9 +71,9 @@ class HeadSizes(NamedTuple):
     PIECES: int  # of a query head, of the states
     PARTS: int  # programs for the states
     STRIDE: int  # pieces of a query head in all
-    FEW: bool
+    FEW: bool  # query heads, which are multiplied one by one
     GATE_PRECISION: str
-    OVERLAP: bool
+    OVERLAP: bool  # the join waits on the device
     SKIP: bool  # padding at once
 
 
@@ -121,10 +121,12 @@ class Shape(NamedTuple):
 
 
 def plan_pure(step: PureStep) -> Plan:
+    """Made once for a shape: a host has little time between two layers of a token."""
     return _plan_pure(_shape(step), tuned)
 
 
 def plan_window(step: WindowStep) -> Plan:
+    """Likewise."""
     return _plan_window(_shape(step), step.window_size, step.window_k.shape[1] - step.window_size, tuned)
 
 

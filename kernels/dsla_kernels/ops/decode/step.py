@@ -216,7 +216,7 @@ def _real(padding_mask: Tensor | None) -> Tensor | None:
     if padding_mask is None:
         return None
     mask = padding_mask[:, -1]
-    return mask.contiguous().view(torch.uint8) if mask.dtype == torch.bool else mask.to(torch.uint8)
+    return mask.contiguous().view(torch.uint8) if mask.dtype == torch.bool else mask.to(torch.uint8).contiguous()
 
 
 def _check(arguments: tuple[Argument, ...], gates: GateWeights, given: dict[str, Tensor | None]) -> dict[str, int]:
