@@ -126,9 +126,9 @@ def check(arguments: tuple[Argument, ...], given: Mapping[str, Tensor | None], *
                 raise _misfit(given, argument, x, device, sizes, fixed)
             for place, letter in new:
                 sizes.setdefault(letter, shape[place])
-        if (
-            shape != expected(sizes) or x.device != device or (dtypes and x.dtype not in dtypes) or (like and x.dtype != given[like].dtype)  # type: ignore[union-attr]
-        ):
+        if shape != expected(sizes) or x.device != device or (dtypes and x.dtype not in dtypes):
+            raise _misfit(given, argument, x, device, sizes, fixed)
+        if like and x.dtype != given[like].dtype:  # type: ignore[union-attr]
             raise _misfit(given, argument, x, device, sizes, fixed)
         if dense and x.stride(-1) != 1:
             raise ValueError(f"{name} must be dense in the last dimension, got strides {x.stride()}; call contiguous() on it")
