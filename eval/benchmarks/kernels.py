@@ -197,7 +197,7 @@ def _state_mask(x: Shape, tokens: int, first: int = 0) -> Tensor:
 
 
 def kernels_of(x: Shape) -> Any:
-    from dsla_kernels import chunk, window
+    from dsla_kernels.ops import chunk, window
 
     return window if x.window else chunk
 
@@ -207,7 +207,7 @@ def ours(what: str, x: Shape) -> Call:
         return decode_call(x)
     inputs = make_inputs(x)
     if what == "fold":
-        from dsla_kernels import states
+        from dsla_kernels.ops import states
 
         arguments = {name: inputs[name] for name in ("k", "v", "gate_logits", "write_logits") if name in inputs}
         return lambda: states.final_state(**arguments)

@@ -72,7 +72,7 @@ def gate_logits(
     """Raw gates and raw write gates from values, see `reference.gate_logits`, which runs for fp64 and for ranks above 64 everywhere."""
     weights = (gate_down, gate_up, gate_bias, write_weight, write_bias)
     if v.dtype != torch.float64 and gate_down.shape[-1] <= LARGEST_RANK and uses_triton(v, v, quietly=True):  # attention says it
-        from . import gates
+        from .ops.states import gates
 
         return gates.gate_logits(v, *weights, norm_eps=norm_eps)
     return reference.gate_logits(v, *weights, norm_eps=norm_eps)
@@ -81,7 +81,7 @@ def gate_logits(
 def dual_state_attention(q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor, mix: Tensor, **options) -> tuple[Tensor, Tensor | None]:
     """The layer without a window, see `reference.dual_state_attention`."""
     if uses_triton(q, v):
-        from . import chunk
+        from .ops import chunk
 
         return chunk.dual_state_attention(q, k, v, gate_logits, mix, **options)
     return reference.dual_state_attention(q, k, v, gate_logits, mix, **options)
@@ -102,7 +102,7 @@ def fused_window_attention(
     """The layer with a softmax window, see `reference.fused_window_attention`."""
     arguments = (q, k, v, gate_logits, mix, norm_weight, state_gain, state_bias, window_size)
     if uses_triton(q, v):
-        from . import window
+        from .ops import window
 
         return window.fused_window_attention(*arguments, **options)
     return reference.fused_window_attention(*arguments, **options)
@@ -114,7 +114,7 @@ def final_state(k: Tensor, v: Tensor, gate_logits: Tensor, **options) -> Tensor:
     tensors = (k, v, gate_logits, options.get("write_logits"), options.get("initial_state"))
     needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     if uses_triton(k, v) and not needs_gradient:
-        from . import states
+        from .ops import states
 
         return states.final_state(k, v, gate_logits, **options)
     return reference.block_states(k, v, gate_logits, 64, **options)[:, -1].clone()  # not a view of all boundaries

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ...common import LOG2_E, bounded_log_decay, load_rows
-from ...window_forward import LN_2
+from ..window.softmax import LN_2
 
 
 @triton.jit

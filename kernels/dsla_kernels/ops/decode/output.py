@@ -7,7 +7,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from ...common import load_rows
-from ...window_forward import LN_2, state_gate
+from ..window.softmax import LN_2, state_gate
 from .launch import HeadSizes
 
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ...common import LOG2_E, load_rows
-from ...window_forward import softmax_scores, softmax_step
+from ..window.softmax import softmax_scores, softmax_step
 
 
 @triton.jit

@@ -9,8 +9,8 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from ..._ops import add_op_namespace_prefix
 from ...common import load_rows, numbers, on_its_device
 from ...shapes import new_output
-from ...window_forward import LN_2
 from ..operators import schema
+from ..window.softmax import LN_2
 from .gates import take_block
 from .launch import plan_window
 from .output import gated, join_kernel, make_pieces, store_pieces, store_zeros

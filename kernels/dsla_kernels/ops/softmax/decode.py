@@ -16,7 +16,7 @@ from ..._ops import add_op_namespace_prefix, ops
 from ...checks import check_softmax_decode_inputs, check_softmax_kernel_inputs
 from ...common import LOG2_E, load_rows, on_its_device, unit_stride
 from ...shapes import new_output
-from ...window_forward import softmax_scores, softmax_step
+from ..window.softmax import softmax_scores, softmax_step
 from .splits import make_plan
 from .tiles import NOTHING, load_tokens
 

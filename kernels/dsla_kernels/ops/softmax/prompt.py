@@ -13,7 +13,7 @@ from ..._ops import add_op_namespace_prefix, ops
 from ...checks import check_softmax_kernel_inputs, check_softmax_prompt_inputs
 from ...common import on_its_device, shared_memory, unit_stride
 from ...shapes import new_output
-from ...window_forward import softmax_scores, softmax_step
+from ..window.softmax import softmax_scores, softmax_step
 from .tiles import DOT_TYPES, NOTHING, Launch, head_tiles, load_tokens
 
 

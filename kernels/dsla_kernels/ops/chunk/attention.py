@@ -1,12 +1,13 @@
-"""The pure layer in Triton, for callers: arguments are checked and made dense, then `chunk_forward` runs, whose gradients are in
-`chunk_backward`."""
+"""The layer without a window, for callers: arguments are checked and made dense, then `forward` runs, whose gradients are in `backward`."""
 
 from torch import Tensor
 
-from . import chunk_backward  # noqa: F401 (registers the gradients)
-from ._ops import ops
-from .common import as_bytes, check_kernel_inputs, unit_stride
-from .ragged import rows_from_cu_seqlens
+from ..._ops import ops
+from ...checks import check_kernel_inputs
+from ...common import as_bytes, unit_stride
+from ...ragged import rows_from_cu_seqlens
+from ...shapes import contiguous
+from . import backward  # noqa: F401 (registers the gradients)
 
 
 def dual_state_attention(
@@ -45,10 +46,7 @@ def dual_state_attention(
         unit_stride(q),
         unit_stride(k),
         unit_stride(v),
-        gate_logits.contiguous(),
-        mix.contiguous(),
-        None if write_logits is None else write_logits.contiguous(),
-        None if initial_state is None else initial_state.contiguous(),
+        *contiguous(gate_logits, mix, write_logits, initial_state),
         as_bytes(padding_mask),
         row_first,
         row_length,

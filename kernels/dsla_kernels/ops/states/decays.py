@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import (
+from ...common import (
     LOG2_E,
     Tiling,
     bounded_log_decay,
@@ -22,10 +22,14 @@ from .common import (
     load_mask,
     load_rows,
     load_write_gate,
+    numbers,
     padded,
     row_span,
     store_rows,
+    strides,
+    tile_tokens,
 )
+from .inputs import StateInputs
 
 
 class Decayed(NamedTuple):
@@ -35,6 +39,14 @@ class Decayed(NamedTuple):
     query_factors: Tensor
     keys: Tensor
     at_middle: Tensor
+
+
+@triton.jit
+def load_middle(at_middle, tile, tile_ok, stride, gates, channel_ok):
+    """exp(m) of a tile `[BK]`; 1 for a tile that is not there."""
+    return tl.load(
+        at_middle + tile * stride + gates, mask=channel_ok & (gates * 0 + tile_ok > 0), other=1.0
+    )  # a tile as mask, for the interpreter
 
 
 @triton.jit
@@ -53,41 +65,23 @@ def cumulative(x, EXACT: tl.constexpr):
 
 @triton.jit
 def _decay_kernel(
-    k,
-    gate_logits,
-    write_logits,
+    k, gate_logits, write_logits,
     mask,  # uint8 [B, T] or None
     row_first,  # [N] or None: rows are the batch's
     row_length,  # [N] or None: `length` for all
-    query_factors,
-    keys,
-    at_middle,
-    k_b,
-    k_t,
-    k_h,
-    T,
-    length,
-    tiles,
-    inverse_normalizer,
-    bound,
-    HKV: tl.constexpr,
-    K: tl.constexpr,
-    G: tl.constexpr,
-    BG: tl.constexpr,
-    SIZE: tl.constexpr,
-    C: tl.constexpr,
-    PER_BLOCK: tl.constexpr,
-    EXACT: tl.constexpr,
-):
+    query_factors, keys, at_middle,
+    k_b, k_t, k_h,
+    T, length, tiles, inverse_normalizer, bound,
+    HKV: tl.constexpr, K: tl.constexpr, G: tl.constexpr, BG: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr,
+    PER_BLOCK: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
     GATE_TILES: tl.constexpr = tl.cdiv(G, BG)
     head_state, tile, row = tl.program_id(0) // GATE_TILES, tl.program_id(1), tl.program_id(2)  # states side by side: they share k
     batch, first, flat, length = row_span(row, T, length, row_first, row_length)
-    inside = tile % PER_BLOCK * C + tl.arange(0, C)
-    tokens = tile // PER_BLOCK * SIZE + inside
-    in_row = (inside < SIZE) & (tokens < length)
+    tokens, in_block = tile_tokens(tile, PER_BLOCK, SIZE, C)
+    in_row = in_block & (tokens < length)
     token_ok = load_mask(mask, flat, tokens, in_row)
-    gates = tl.program_id(0) % GATE_TILES * BG + tl.arange(0, BG)
-    gate_ok = gates < G
+    gates, gate_ok = numbers(tl.program_id(0) % GATE_TILES * BG, G, BG)
     offset = flat * HKV * 2 + head_state
     # Outside, gates so open that nothing decays. Without EXACT, exponents of base 2; what overflows ends at the bound.
     pointers = gate_logits + offset * G + (tokens.to(tl.int64) * (HKV * 2 * G))[:, None] + gates[None, :]
@@ -118,53 +112,38 @@ def _decay_kernel(
         store_rows(keys + offset * K, tokens, in_row, HKV * 2 * K, channels, channel_ok, key)
 
 
-def decay_keys(
-    k: Tensor,
-    gate_logits: Tensor,
-    write_logits: Tensor | None,
-    tiling: Tiling,
-    dtype: torch.dtype,
-    mask: Tensor | None,
-    row_first: Tensor | None,
-    row_length: Tensor | None,
-    length: int,
-    gate_normalizer: float,
-    lower_bound: float,
-) -> Decayed:
-    """Of the first `length` tokens (or row_length) of each row, from contiguous raw gates `[B, T, Hkv, 2, G]`.
-
-    dtype: bf16 or fp32, of keys and query factors. What lies behind a row's end is not written.
-    """
-    tokens, kv_heads, key_dim, gates = *k.shape[1:], gate_logits.shape[-1]
-    rows = k.shape[0] if row_first is None else row_first.shape[0]
-    query_factors = torch.empty(gate_logits.shape, dtype=dtype, device=k.device)
-    keys = torch.empty(*gate_logits.shape[:-1], key_dim, dtype=dtype, device=k.device)
-    at_middle = torch.empty(rows, tiling.tiles, kv_heads, 2, gates, dtype=torch.float32, device=k.device)
+def decay_keys(inputs: StateInputs, tiling: Tiling) -> Decayed:
+    """Of the tokens of each row, in `inputs.dtype`. What lies behind a row's end is not written."""
+    k, gate_logits = inputs.k, inputs.gate_logits
+    gates = gate_logits.shape[-1]
+    query_factors = torch.empty(gate_logits.shape, dtype=inputs.dtype, device=k.device)
+    keys = torch.empty(*gate_logits.shape[:-1], k.shape[-1], dtype=inputs.dtype, device=k.device)
+    at_middle = torch.empty(inputs.rows, tiling.tiles, inputs.kv_heads, 2, gates, dtype=torch.float32, device=k.device)
     block = min(64, padded(gates, 32))
-    _decay_kernel[(kv_heads * 2 * triton.cdiv(gates, block), tiling.tiles, rows)](
+    _decay_kernel[(inputs.kv_heads * 2 * triton.cdiv(gates, block), tiling.tiles, inputs.rows)](
         k,
         gate_logits,
-        write_logits,
-        mask,
-        row_first,
-        row_length,
+        inputs.write_logits,
+        inputs.mask,
+        inputs.row_first,
+        inputs.row_length,
         query_factors,
         keys,
         at_middle,
-        *k.stride()[:3],
-        tokens,
-        length,
+        *strides(k),
+        k.shape[1],
+        inputs.length,
         tiling.tiles,
-        1.0 / gate_normalizer,
-        lower_bound,
-        HKV=kv_heads,
-        K=key_dim,
+        1.0 / inputs.gate_normalizer,
+        inputs.lower_bound,
+        HKV=inputs.kv_heads,
+        K=k.shape[-1],
         G=gates,
         BG=block,
         SIZE=tiling.size,
         C=tiling.tile,
         PER_BLOCK=tiling.per_block,
-        EXACT=dtype == torch.float32,
+        EXACT=inputs.dtype == torch.float32,
         num_warps=4,
     )
     return Decayed(query_factors, keys, at_middle)

@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference
-from ._ops import add_op_namespace_prefix, ops
-from .checks import LARGEST_HEAD, LARGEST_RANK, check_gate_inputs
-from .common import load_rows, on_its_device, processors, store_rows, unit_stride
+from ... import reference
+from ..._ops import add_op_namespace_prefix, ops
+from ...checks import KERNEL_GATES, LARGEST_HEAD, LARGEST_RANK, check_gate_inputs
+from ...common import load_rows, numbers, on_its_device, processors, store_rows, strides, unit_stride
+from ...shapes import contiguous
 
 TILE = 32  # tokens; below 64, so that products may have the few columns of a rank (see `common.padded`)
 GATE_TILE = 128  # gates of a program, of both states together
@@ -51,22 +52,16 @@ def _gate_kernel(
     write_bias,  # [Hkv, 2] or None
     gate_logits,  # fp32 [B, T, Hkv, GATES]
     write_logits,  # fp32 [B, T, Hkv, 2]
-    v_b,
-    v_t,
-    v_h,
+    v_b, v_t, v_h,
     T,
     parts,  # programs a row, head and tile of gates
     per_part,  # tiles of C tokens
     norm_eps,
-    HKV: tl.constexpr,
-    V: tl.constexpr,
-    RANK: tl.constexpr,
+    HKV: tl.constexpr, V: tl.constexpr, RANK: tl.constexpr,
     GATES: tl.constexpr,  # of both states
     BV: tl.constexpr,  # values at a time
-    BR: tl.constexpr,
-    BG: tl.constexpr,
-    C: tl.constexpr,
-):
+    BR: tl.constexpr, BG: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
     DOT: tl.constexpr = v.dtype.element_ty
     EXACT: tl.constexpr = v.dtype.element_ty == tl.float32
     GATE_TILES: tl.constexpr = (GATES + BG - 1) // BG
@@ -79,8 +74,7 @@ def _gate_kernel(
         write_shift1 = tl.load(write_bias + head * 2).to(tl.float32)
         write_shift2 = tl.load(write_bias + head * 2 + 1).to(tl.float32)
     rank = tl.arange(0, BR)
-    gates = gate_tile * BG + tl.arange(0, BG)
-    gate_ok = gates < GATES
+    gates, gate_ok = numbers(gate_tile * BG, GATES, BG)
     up_tile = load_rows(up + head * RANK * GATES, rank, rank < RANK, GATES, gates, gate_ok).to(tl.float32)
     up_upper, up_lower = _two_parts(up_tile, DOT)
     shift = tl.load(bias + head * GATES + gates, mask=gate_ok, other=0.0).to(tl.float32)
@@ -159,7 +153,7 @@ def _gate_logits(
         write_bias,
         gate_logits,
         write_logits,
-        *v.stride()[:3],
+        *strides(v),
         tokens,
         parts,
         per_part,
@@ -227,20 +221,11 @@ def gate_logits(
     Raises:
         ValueError: names the argument that does not fit, before anything is launched.
     """
-    check_gate_inputs(v, gate_down, gate_up, gate_bias, write_weight, write_bias)
-    weights = {
-        "gate_down": gate_down,
-        "gate_up": gate_up,
-        "gate_bias": gate_bias,
-        "write_weight": write_weight,
-        "write_bias": write_bias,
-    }
-    for name, x in {"v": v, **weights}.items():
-        if x is not None and x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"the kernel takes fp32, bf16 and fp16, got {x.dtype} for {name}; the reference takes fp64 too")
+    weights = (gate_down, gate_up, gate_bias, write_weight, write_bias)
+    check_gate_inputs(v, *weights, arguments=KERNEL_GATES)
     if v.shape[-1] > LARGEST_HEAD:
         raise ValueError(f"the kernel takes heads of up to {LARGEST_HEAD} channels, got V = {v.shape[-1]} for v")
     if gate_down.shape[-1] > LARGEST_RANK:
         raise ValueError(f"the kernel takes a rank of up to {LARGEST_RANK}, got {gate_down.shape[-1]} for gate_down")
-    gates, writes = ops.gate_logits(unit_stride(v), *(None if x is None else x.contiguous() for x in weights.values()), norm_eps)
+    gates, writes = ops.gate_logits(unit_stride(v), *contiguous(*weights), norm_eps)
     return gates, None if write_weight is None else writes
