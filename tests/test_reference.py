@@ -631,6 +631,25 @@ def test_bad_inputs_of_the_window_form_are_named(case):
         dual_state_window_attention(**arguments, window_size=4)
 
 
+OF_STATES = ("lower_bound", "^v must be", "gate_logits", "write_logits", "padding_mask", "initial_state")
+
+
+@pytest.mark.parametrize("case", [case for case, (message, _) in BAD_INPUTS.items() if message.startswith(OF_STATES)])
+def test_bad_inputs_of_the_states_alone_are_named(case):
+    message, changes = BAD_INPUTS[case]
+    arguments = bad(**changes)
+    for name in ("q", "mix", "cu_seqlens"):
+        del arguments[name]
+    with pytest.raises(ValueError, match=message):
+        block_states(**arguments, block_size=4)
+
+
+def test_blocks_without_tokens_are_refused():
+    _, k, v, gate_logits, _ = make_inputs(tokens=10)
+    with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
+        block_states(k, v, gate_logits, 0)
+
+
 @pytest.mark.parametrize("window_size", [-2, 0, 1, 7])
 def test_windows_that_are_no_even_number_of_tokens_are_refused(window_size):
     with pytest.raises(ValueError, match=f"window_size must be an even number of tokens, got {window_size}"):
