@@ -16,8 +16,9 @@ if not INTERPRETED and not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from dsla_hf.core.attention import DualStateAttention  # noqa: E402 (after the choice of how kernels run)
-from dsla_kernels import decode, reference  # noqa: E402
-from dsla_kernels.ops import chunk, states, window  # noqa: E402
+from dsla_kernels import reference  # noqa: E402
+from dsla_kernels.ops import chunk, decode, states, window  # noqa: E402
+from dsla_kernels.ops.decode import launch as decode_launch  # noqa: E402
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPES = [
@@ -308,9 +309,9 @@ def test_decode_follows_the_layer(size, sinks, group, write, rank, softcap, laun
     """With a cap on the scores there is also a logit that takes a share of the softmax. launch: how heads are worked through, in
     place of the choice by shape, and other sizes; few_rows: among more, padding is left out at once."""
     launch = dict(launch)
-    monkeypatch.setattr(decode, "FEW_ROWS", launch.pop("few_rows", decode.FEW_ROWS))
+    monkeypatch.setattr(decode_launch, "FEW_ROWS", launch.pop("few_rows", decode_launch.FEW_ROWS))
     batch, kv_heads, key_dim, value_dim = launch.pop("batch", 2), launch.pop("kv_heads", 1), launch.pop("key_dim", 32), 48
-    monkeypatch.setattr(decode, "tuned", decode.Launch(4, **launch) if launch else None)
+    monkeypatch.setattr(decode_launch, "tuned", decode_launch.Launch(4, **launch) if launch else None)
     layer = DualStateAttention(
         kv_heads * group, kv_heads, key_dim, value_dim, window_size=size, sink_tokens=sinks, write_gate=write, gate_rank=rank
     ).to(DEVICE)

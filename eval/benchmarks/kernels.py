@@ -221,7 +221,7 @@ def ours(what: str, x: Shape) -> Call:
 
 def decode_call(x: Shape, layers: int = 1, folds: bool = False) -> Call:
     """A token through `layers` layers with states of their own. folds: the token that fills a block."""
-    from dsla_kernels import decode
+    from dsla_kernels.ops import decode
 
     rank = 16
     lengths = torch.full((x.batch,), 64 * x.window + (x.window // 2 - 1 if folds else 5), device="cuda")

@@ -23,8 +23,8 @@ from reporting import RESULTS, rows_table, write_results  # noqa: E402
 from torch.nn.attention.bias import causal_lower_right  # noqa: E402
 from triton.testing import do_bench  # noqa: E402
 
-from dsla_kernels import prompt  # noqa: E402
-from dsla_kernels.split_kv import Launch  # noqa: E402
+from dsla_kernels.ops.softmax import prompt  # noqa: E402
+from dsla_kernels.ops.softmax.tiles import Launch  # noqa: E402
 
 HEADS, SIZE, BLOCK = 32, 128, 64
 PIECES = [(256, 0), (1024, 0), (2048, 0), (512, 2048), (2048, 6144), (2048, 14336)]  # new tokens, tokens before them

@@ -185,6 +185,18 @@ def check_window_inputs(
     check(arguments, {"q": q, "k": k, "v": v, "k of the sinks": sink_k, "v of the sinks": sink_v, **others})
 
 
+def _softmax(q: str, keys: str, others: dict[str, str]) -> tuple[Argument, ...]:
+    lines = {"q": f"{q} Hq D; floating-point", "keys": f"{keys} D; as q", "values": f"{keys} V; as q", "lengths": "B; int32 or int64"}
+    return table(lines | others)
+
+
+BLOCK_TABLE = {"block_table": "B most_blocks; int32 or int64"}
+SINK_LOGITS = {"sink_logits": "Hq; floating-point; optional"}
+SOFTMAX_DECODE = _softmax("B 1", "B Hkv T", {"mask": "B T; bool; optional"} | SINK_LOGITS)
+PAGED_DECODE = _softmax("B 1", "blocks block_size Hkv", BLOCK_TABLE | SINK_LOGITS)
+SOFTMAX_PROMPT = _softmax("B T", "blocks block_size Hkv", BLOCK_TABLE | {"starts": "B; as lengths"})
+
+
 def check_softmax_decode_inputs(
     q: Tensor,
     keys: Tensor,
@@ -197,64 +209,38 @@ def check_softmax_decode_inputs(
     mask: Tensor | None = None,
 ) -> None:
     """Raises ValueError that names the argument which does not fit the contract of `softmax_decode`."""
-    if q.ndim != 4 or q.shape[1] != 1:
-        raise ValueError(f"q must be [B, 1, Hq, D], one token a row, got {list(q.shape)}")
-    batch, _, heads, key_dim = q.shape
-    layout = "[B, Hkv, T, D]" if block_table is None else "[blocks, block_size, Hkv, D], as they have a block_table"
-    for name, x in (("keys", keys), ("values", values)):
-        if x.ndim != 4:
-            raise ValueError(f"{name} must be {layout}, got {list(x.shape)}")
-    if keys.shape[-1] != key_dim or (block_table is None and keys.shape[0] != batch):
-        raise ValueError(f"keys must be {layout} with B = {batch} and D = {key_dim} to fit q {list(q.shape)}, got {list(keys.shape)}")
-    if values.shape[:3] != keys.shape[:3]:
-        raise ValueError(f"values must be {list(keys.shape[:3])} and their head size, to fit keys, got {list(values.shape)}")
-    kv_heads, room = (keys.shape[1], keys.shape[2]) if block_table is None else (keys.shape[2], keys.shape[1])
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"the {heads} query heads of q must be a multiple of the {kv_heads} key-value heads; keys must be {layout}")
-    if room == 0:
-        raise ValueError(f"keys must have room for a token at least, got {list(keys.shape)} for {layout}")
-    if batch == 0:
-        raise ValueError("q holds no rows (B = 0)")
-    if not (q.dtype == keys.dtype == values.dtype) or not q.is_floating_point():
-        raise ValueError(f"q, keys, values must share one floating-point dtype, got {q.dtype}, {keys.dtype}, {values.dtype}")
-    if lengths.shape != (batch,) or lengths.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"lengths must be int32 or int64 [{batch}], got {lengths.dtype} {list(lengths.shape)}")
-    if block_table is not None:
-        if block_table.ndim != 2 or block_table.shape[0] != batch or block_table.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"block_table must be int32 or int64 [{batch}, most blocks], got {block_table.dtype} {list(block_table.shape)}"
-            )
-        if block_table.shape[1] == 0:
-            raise ValueError("block_table has no columns: a row needs room for a block at least")
-        if mask is not None:
-            raise ValueError("mask goes with keys [B, Hkv, T, D], not with a block_table: leave padding out of the blocks")
-    elif mask is not None and (mask.shape != (batch, room) or mask.dtype != torch.bool):
-        raise ValueError(f"mask must be bool [{batch}, {room}], True at tokens that are seen, got {mask.dtype} {list(mask.shape)}")
-    if sink_logits is not None and (sink_logits.shape != (heads,) or not sink_logits.is_floating_point()):
-        raise ValueError(
-            f"sink_logits must be floating-point [{heads}], one a query head, got {sink_logits.dtype} {list(sink_logits.shape)}"
-        )
-    for name, option in (("softcap", softcap), ("window", window)):
-        if option is not None and option <= 0:
-            raise ValueError(f"{name} must be positive, or None for attention without it, got {option}")
-    others = (("keys", keys), ("values", values), ("lengths", lengths), ("sink_logits", sink_logits), ("block_table", block_table))
-    for name, other in (*others, ("mask", mask)):
-        if other is not None and other.device != q.device:
-            raise ValueError(f"{name} must be on {q.device} as q is, got {other.device}")
+    given = {"q": q, "keys": keys, "values": values, "lengths": lengths, "sink_logits": sink_logits}
+    if block_table is None:
+        sizes = check(SOFTMAX_DECODE, given | {"mask": mask})
+        room = sizes["T"]
+    elif mask is not None:
+        raise ValueError("mask goes with keys [B, Hkv, T, D], not with a block_table: leave padding out of the blocks")
+    else:
+        sizes = check(PAGED_DECODE, given | {"block_table": block_table})
+        room = sizes["block_size"] * sizes["most_blocks"]
+    _check_softmax(sizes, room, window)
+    check_softcap(softcap)
 
 
 def check_softmax_prompt_inputs(
     q: Tensor, keys: Tensor, values: Tensor, starts: Tensor, lengths: Tensor, block_table: Tensor, window: int | None = None
 ) -> None:
     """Raises ValueError that names the argument which does not fit the contract of `softmax_prompt`."""
-    if q.ndim != 4 or q.shape[1] == 0:
+    given = {"q": q, "keys": keys, "values": values, "lengths": lengths, "block_table": block_table, "starts": starts}
+    sizes = check(SOFTMAX_PROMPT, given)
+    if sizes["T"] == 0:
         raise ValueError(f"q must be [B, T, Hq, D] with a token at least, got {list(q.shape)}")
-    check_softmax_decode_inputs(q[:, :1], keys, values, lengths, window=window, block_table=block_table)
-    if starts.shape != lengths.shape or starts.dtype != lengths.dtype or starts.device != q.device:
-        raise ValueError(
-            f"starts must be {lengths.dtype} {list(lengths.shape)} on {q.device} as lengths are, got {starts.dtype} "
-            f"{list(starts.shape)} on {starts.device}"
-        )
+    _check_softmax(sizes, sizes["block_size"] * sizes["most_blocks"], window)
+
+
+def _check_softmax(sizes: dict[str, int], room: int, window: int | None) -> None:
+    check_groups(sizes["Hq"], sizes["Hkv"])
+    if sizes["B"] == 0:
+        raise ValueError("q holds no rows (B = 0)")
+    if room == 0:
+        raise ValueError("keys must have room for a token at least, and a block_table a column")
+    if window is not None and window <= 0:
+        raise ValueError(f"window must be positive, or None for attention without it, got {window}")
 
 
 def check_softmax_kernel_inputs(q: Tensor, keys: Tensor, values: Tensor) -> None:

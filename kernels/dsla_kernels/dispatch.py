@@ -123,18 +123,18 @@ def final_state(k: Tensor, v: Tensor, gate_logits: Tensor, **options) -> Tensor:
 def softmax_decode(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, **options) -> Tensor:
     """Softmax attention of one token a row over its cache, see `reference.softmax_decode`. On a GPU it has no gradient."""
     if uses_triton(q, values):
-        from . import split_kv
+        from .ops import softmax
 
-        return split_kv.softmax_decode(q, keys, values, lengths, **options)
+        return softmax.softmax_decode(q, keys, values, lengths, **options)
     return reference.softmax_decode(q, keys, values, lengths, **options)
 
 
 def softmax_prompt(q: Tensor, keys: Tensor, values: Tensor, starts: Tensor, lengths: Tensor, block_table: Tensor, **options) -> Tensor:
     """Softmax attention of a piece of a text a row over blocks, see `reference.softmax_prompt`. On a GPU it has no gradient."""
     if uses_triton(q, values):
-        from . import prompt
+        from .ops import softmax
 
-        return prompt.softmax_prompt(q, keys, values, starts, lengths, block_table, **options)
+        return softmax.softmax_prompt(q, keys, values, starts, lengths, block_table, **options)
     return reference.softmax_prompt(q, keys, values, starts, lengths, block_table, **options)
 
 
@@ -156,9 +156,9 @@ def takes_few_rows(x: Tensor, *weights: Tensor) -> bool:
 def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None, **options) -> list[Tensor]:
     """Up to three linear layers of one x, each as `F.linear`; in one launch where x has few rows and gradients are off."""
     if takes_few_rows(x, *weights):
-        from . import few_rows
+        from .ops import linear
 
-        return few_rows.linears(x, weights, biases, **options)
+        return linear.linears(x, weights, biases, **options)
     every: Sequence[Tensor | None] = biases or [None] * len(weights)
     return [F.linear(x, weight, bias) for weight, bias in zip(weights, every, strict=True)]
 
@@ -166,18 +166,18 @@ def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | Non
 def gated_linear(x: Tensor, gate_weight: Tensor, up_weight: Tensor, activation: str = "silu", **options) -> Tensor:
     """The first half of a gated MLP, see `reference.gated_linear`; in one launch where `linears` is one."""
     if takes_few_rows(x, gate_weight, up_weight):
-        from . import few_rows
+        from .ops import linear
 
-        return few_rows.gated_linear(x, gate_weight, up_weight, activation, **options)
+        return linear.gated_linear(x, gate_weight, up_weight, activation, **options)
     return reference.gated_linear(x, gate_weight, up_weight, activation)
 
 
 def append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, places: Tensor, count: Tensor | None = None) -> None:
-    """A token of each row into a cache, in place, see `caches.append`; without Triton as PyTorch indexes."""
+    """A token of each row into a cache, in place, see `ops.softmax.append`; without Triton as PyTorch indexes."""
     if uses_triton(k, v):
-        from . import caches
+        from .ops import softmax
 
-        return caches.append(keys, values, k, v, places, count)
+        return softmax.append(keys, values, k, v, places, count)
     rows = torch.arange(k.shape[0], device=k.device) % keys.shape[0]  # one row is that of all
     keys[rows, :, places.long()], values[rows, :, places.long()] = k[:, :, 0], v[:, :, 0]
     if count is not None:

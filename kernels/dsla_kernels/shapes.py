@@ -12,7 +12,7 @@ A line has the dimensions, then rules. A letter (or a word) is a size: the first
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -38,7 +38,6 @@ class Argument(NamedTuple):
     name: str
     letters: tuple[str, ...]
     new: tuple[tuple[int, str], ...]  # dimensions that this line may be the first to have
-    expected: Callable[[Mapping[str, int]], tuple[int, ...]]  # its shape, from the sizes of letters
     words: str  # of its dtype
     dtypes: tuple[torch.dtype, ...]  # that it may have; none given: any
     like: str  # the argument whose dtype it has, or ""
@@ -85,8 +84,6 @@ def _argument(name: str, line: str, known: set[str]) -> Argument:
         name,
         letters,
         tuple((place, letter) for place, letter in enumerate(letters) if letter not in known),
-        # As fast as a shape written out: checks run for every layer and token.
-        eval("lambda sizes: (" + "".join(f"sizes[{letter!r}], " for letter in letters) + ")"),
         words,
         dtypes,
         like,
@@ -114,7 +111,7 @@ def check(arguments: tuple[Argument, ...], given: Mapping[str, Tensor | None], *
         raise _missing(arguments[0].name)
     device, fixed, sizes = first.device, sizes, NUMBERS | sizes
     for argument in arguments:
-        name, letters, new, expected, _, dtypes, like, optional, dense, in_place = argument
+        name, letters, new, _, dtypes, like, optional, dense, in_place = argument
         x = given[name]
         if x is None and optional:
             continue
@@ -126,7 +123,7 @@ def check(arguments: tuple[Argument, ...], given: Mapping[str, Tensor | None], *
                 raise _misfit(given, argument, x, device, sizes, fixed)
             for place, letter in new:
                 sizes.setdefault(letter, shape[place])
-        if shape != expected(sizes) or x.device != device or (dtypes and x.dtype not in dtypes):
+        if shape != tuple([sizes[letter] for letter in letters]) or x.device != device or (dtypes and x.dtype not in dtypes):
             raise _misfit(given, argument, x, device, sizes, fixed)
         if like and x.dtype != given[like].dtype:  # type: ignore[union-attr]
             raise _misfit(given, argument, x, device, sizes, fixed)

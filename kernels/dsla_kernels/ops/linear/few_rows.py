@@ -13,10 +13,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ._ops import add_op_namespace_prefix, ops
-from .checks import MOST_ROWS, MOST_WEIGHTS, check_gated_linear_inputs, check_linears_inputs
-from .common import on_its_device
-from .decode import _can_overlap
+from ..._ops import add_op_namespace_prefix, ops
+from ...checks import MOST_ROWS, MOST_WEIGHTS, check_gated_linear_inputs, check_linears_inputs
+from ...common import on_its_device
+from ...overlap import can_overlap, overlapping
 
 
 @triton.jit
@@ -199,8 +199,8 @@ def _run(
     rows, k = x.shape
     end1, end2, end = (sum(weight.shape[0] for weight in weights[:count]) for count in (1, 2, 3))
     launch = tuned or configuration(rows, end, k, x.element_size(), gate is not None)
-    overlap = overlap and _can_overlap(x.device)
-    _few_rows_kernel[(triton.cdiv(end, launch.rows),)](
+    overlap = overlap and can_overlap(x.device)
+    _few_rows_kernel[(-(-end // launch.rows),)](
         x,
         *_three(weights),
         *_three(biases),
@@ -218,7 +218,7 @@ def _run(
         GATE=gate,
         OVERLAP=overlap,
         num_warps=launch.warps,
-        **{"launch_pdl": True} if overlap else {},
+        **overlapping(overlap),
     )
 
 

@@ -1,12 +1,26 @@
 """A token's keys and values into a cache, in one launch: both tensors, all rows, and the count of tokens beside them."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._ops import add_op_namespace_prefix, ops
-from .common import on_its_device
+from ..._ops import add_op_namespace_prefix, ops
+from ...common import on_its_device
+from ...shapes import check, table
+
+TABLE = table(
+    {
+        "k": "B Hkv 1 K; dense",
+        "v": "B Hkv 1 V; dense",
+        "keys": "rows Hkv L K; as k; dense",
+        "values": "rows Hkv L V; as v; dense",
+        "places": "B; int32 or int64",
+        "count": "; int64; optional",
+    }
+)
 
 
 @triton.jit
@@ -49,7 +63,6 @@ def _append_kernel(
 @on_its_device
 def _append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, places: Tensor, count: Tensor | None) -> None:
     batch, kv_heads, _, key_dim = k.shape
-    value_dim = v.shape[-1]
     # Rows of a pool lie in one tensor.
     rows = [x.stride(0) if x.shape[0] == batch else 0 for x in (keys, values)]
     _append_kernel[(batch * kv_heads,)](
@@ -65,12 +78,15 @@ def _append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, places: Tensor, 
         *values.stride()[1:3],
         *k.stride()[:2],
         *v.stride()[:2],
-        HKV=kv_heads,
-        K=key_dim,
-        V=value_dim,
-        BD=triton.next_power_of_2(max(key_dim, value_dim)),
-        num_warps=1 if max(key_dim, value_dim) <= 128 else 2,
+        **_options(kv_heads, key_dim, v.shape[-1]),
     )
+
+
+@functools.cache
+def _options(kv_heads: int, key_dim: int, value_dim: int) -> dict[str, int]:
+    largest = max(key_dim, value_dim)
+    warps = 1 if largest <= 128 else 2
+    return {"HKV": kv_heads, "K": key_dim, "V": value_dim, "BD": triton.next_power_of_2(largest), "num_warps": warps}
 
 
 @_append.register_fake
@@ -90,18 +106,7 @@ def append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, places: Tensor, c
     Raises:
         ValueError: names what does not fit, before anything is written.
     """
-    batch, kv_heads = k.shape[:2]
-    for name, cache, new in (("keys", keys, k), ("values", values, v)):
-        if new.ndim != 4 or new.shape[:3] != (batch, kv_heads, 1):
-            raise ValueError(f"k and v must be [B, Hkv, 1, D], one token a row, got {list(k.shape)} and {list(v.shape)}")
-        if cache.ndim != 4 or cache.shape[0] not in (1, batch) or (cache.shape[1], cache.shape[3]) != (kv_heads, new.shape[3]):
-            raise ValueError(f"{name} must be [{batch} or 1, {kv_heads}, L, {new.shape[3]}], got {list(cache.shape)}")
-        if cache.dtype != new.dtype or cache.device != new.device:
-            raise ValueError(f"{name} are {cache.dtype} on {cache.device}, the token is {new.dtype} on {new.device}: they must be alike")
-        if cache.stride(3) != 1 or new.stride(3) != 1:
-            raise ValueError(f"the last dimension of {name} and of the token must be dense, got {cache.stride()} and {new.stride()}")
-    if places.shape != (batch,) or places.dtype not in (torch.int32, torch.int64) or not places.is_contiguous():
-        raise ValueError(f"places must be dense integers [{batch}], got {places.dtype} {list(places.shape)}")
-    if count is not None and (count.shape != () or count.dtype != torch.int64):
-        raise ValueError(f"count must be one int64 number, got {count.dtype} {list(count.shape)}")
-    ops.append(keys, values, k, v, places, count)
+    sizes = check(TABLE, {"k": k, "v": v, "keys": keys, "values": values, "places": places, "count": count})
+    if sizes["rows"] not in (1, sizes["B"]):
+        raise ValueError(f"keys and values must have 1 row or {sizes['B']}, as k and v have, got {list(keys.shape)}")
+    ops.append(keys, values, k, v, places.contiguous(), count)

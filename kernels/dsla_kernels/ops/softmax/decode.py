@@ -6,27 +6,19 @@ the parts. The cut is made on the device, of the length that a row has and not o
 length, nor does a short text in a large cache leave processors idle. Grid and addresses stay, so a step can be captured in a CUDA graph.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ._ops import add_op_namespace_prefix, ops
-from .checks import check_softmax_decode_inputs, check_softmax_kernel_inputs
-from .common import LOG2_E, load_rows, on_its_device, processors
-from .decode import _can_overlap
-from .ops.window.softmax import softmax_scores, softmax_step
-
-GROUP_TILE = 16  # query heads of a product, as few as tensor cores take; a larger group has several programs
-LEAST_TOKENS = 128  # a part, unless the caller wants a number of parts
-# The same of rows in blocks, if there are several: of short ones the first part does all, and the others leave at once.
-LEAST_OF_MANY = 512
-MOST_PROGRAMS = 8192  # more than these only to leave at once would cost more than they spare
-DOT_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-NOTHING = tl.constexpr(-1e30)  # top of a softmax that has seen nothing: finite, as differences of infinities are not numbers
+from ..._ops import add_op_namespace_prefix, ops
+from ...checks import check_softmax_decode_inputs, check_softmax_kernel_inputs
+from ...common import LOG2_E, load_rows, on_its_device, unit_stride
+from ...shapes import new_output
+from ..window.softmax import softmax_scores, softmax_step
+from .splits import make_plan
+from .tiles import NOTHING, load_tokens
 
 
 @triton.jit
@@ -46,13 +38,6 @@ def _cut(lengths, row, room, window, parts, least, BN: tl.constexpr):
 def _load_mask(mask, tile, length, BN: tl.constexpr):
     token = tile * BN + tl.arange(0, BN)
     return tl.load(mask + token, mask=token < length, other=0)
-
-
-@triton.jit
-def _load_tokens(cache, block, inside, visible, block_stride, token_stride, columns, column_ok):
-    """A tile of keys or values, zero where not visible: what lies there may be anything, NaN included."""
-    places = block * block_stride + inside.to(tl.int64) * token_stride
-    return tl.load(cache + places[:, None] + columns[None, :], mask=visible[:, None] & column_ok[None, :], other=0.0)
 
 
 @triton.jit
@@ -139,8 +124,8 @@ def _softmax_decode_kernel(
         else:
             block = tl.load(block_table + row * table_row + token // BLOCK, mask=visible, other=0).to(tl.int64)
             inside = token % BLOCK
-        k_tile = _load_tokens(keys, block, inside, visible, k_block, k_token, columns, column_ok)
-        v_tile = _load_tokens(values, block, inside, visible, v_block, v_token, channels, channel_ok)
+        k_tile = load_tokens(keys, block, inside, visible, k_block, k_token, columns, column_ok)
+        v_tile = load_tokens(values, block, inside, visible, v_block, v_token, channels, channel_ok)
         scores = softmax_scores(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), scale, softcap)
         top, denominator, result = softmax_step(scores, visible[None, :], v_tile, top, denominator, result, DOT, "ieee")
     store_ok = group_ok[:, None] & channel_ok[None, :]
@@ -203,41 +188,6 @@ def _join_kernel(
     tl.store(o + number * V + channels, result.to(o.dtype.element_ty), mask=channel_ok)
 
 
-class Launch(NamedTuple):
-    """How a part is worked through."""
-
-    tokens: int  # a tile
-    warps: int = 4
-    stages: int = 3  # tiles on their way, and the one that is multiplied
-
-
-tuned: Launch | None = None  # overrules the choice, for measurements
-
-
-def choose_launch(row_bytes: int) -> Launch:
-    """By the bytes of a key or value in registers. Tiles of 32 KB in all: with two more on their way a program asks for what a
-    processor needs to reach the memory's speed, and two or three programs share its memory."""
-    return Launch(max(16, min(64, 16384 // row_bytes)))
-
-
-def choose_splits(programs: int, tiles: int, least: int, slots: int) -> int:
-    """Parts a row: the fewest that take at most a tenth longer than the best number would.
-
-    programs: with one part. tiles: of a row at most. least: tiles a part. slots: programs that the card holds at a time. What counts
-    is how often it is filled, a last time with few programs perhaps, times the tiles of a part.
-    """
-    most = max(1, min(tiles // least, max(slots // programs, 8)))
-    times = [-(-programs * splits // slots) * -(-tiles // splits) for splits in range(1, most + 1)]
-    return next(splits for splits, time in enumerate(times, 1) if time <= 1.1 * min(times))
-
-
-def choose_uneven_splits(batch: int, programs: int, tiles: int, least: int, slots: int) -> int:
-    """The same for rows of which some may be much longer than others, as texts that share a pool of blocks are: the longest shall not be at
-    work alone when all others are done. So a row has as many parts as if it were the only one, up to a number of programs."""
-    alone = choose_splits(programs // batch, tiles, least, slots)
-    return max(choose_splits(programs, tiles, least, slots), min(alone, max(MOST_PROGRAMS // programs, 4), max(tiles // least, 1)))
-
-
 @torch.library.custom_op(add_op_namespace_prefix("softmax_decode"), mutates_args=())
 @on_its_device
 def _softmax_decode(
@@ -253,34 +203,15 @@ def _softmax_decode(
     window: int | None,
     splits: int,
 ) -> Tensor:
-    batch, _, heads, key_dim = q.shape
-    value_dim = values.shape[-1]
-    # Strides of a row or block, a head, a token.
-    order = (0, 1, 2) if block_table is None else (0, 2, 1)
-    kv_heads, room = keys.shape[order[1]], keys.shape[order[2]]
-    block = 0
-    if block_table is not None:
-        block, room = room, room * block_table.shape[1]
-    block_key, block_value = (max(16, triton.next_power_of_2(size)) for size in (key_dim, value_dim))
-    launch = tuned or choose_launch(max(block_key, block_value) * q.element_size())
-    tiles = triton.cdiv(room if window is None else min(room, window), launch.tokens)
-    programs = batch * kv_heads * triton.cdiv(heads // kv_heads, GROUP_TILE)
-    uneven = block_table is not None and batch > 1
-    least = 1 if splits else triton.cdiv(LEAST_OF_MANY if uneven else LEAST_TOKENS, launch.tokens)
-    if splits:
-        parts = min(splits, tiles)
-    elif uneven:
-        parts = choose_uneven_splits(batch, programs, tiles, least, 2 * processors(q.device))
-    else:
-        parts = choose_splits(programs, tiles, least, 2 * processors(q.device))
-    overlap = parts > 1 and _can_overlap(q.device)
-
-    o = q.new_empty(batch, 1, heads, value_dim)
+    plan = make_plan(q, keys, values, block_table, window, splits)
+    order = (0, 1, 2) if block_table is None else (0, 2, 1)  # a row or block, a head, a token
+    rows, parts = q.shape[0] * q.shape[2], plan.grid[1]
+    o = new_output(q, values)
     pieces = softmax = None
     if parts > 1:
-        pieces = torch.empty(batch * heads, parts, value_dim, device=q.device)
-        softmax = torch.empty(batch * heads, 2, parts, device=q.device)
-    _softmax_decode_kernel[(programs, parts)](
+        pieces = torch.empty(rows, parts, values.shape[-1], device=q.device)
+        softmax = torch.empty(rows, 2, parts, device=q.device)
+    _softmax_decode_kernel[plan.grid](
         q,
         keys,
         values,
@@ -291,56 +222,25 @@ def _softmax_decode(
         o,
         pieces,
         softmax,
-        *(keys.stride(dim) for dim in order),
-        *(values.stride(dim) for dim in order),
+        *[keys.stride(dim) for dim in order],
+        *[values.stride(dim) for dim in order],
         0 if mask is None else mask.stride(0),
         0 if block_table is None else block_table.stride(0),
-        room,
-        least,
+        plan.room,
+        plan.least,
         window,
         scale,
         softcap,
-        HKV=kv_heads,
-        R=heads // kv_heads,
-        K=key_dim,
-        V=value_dim,
-        BK=block_key,
-        BV=block_value,
-        BM=GROUP_TILE,
-        BN=launch.tokens,
-        BLOCK=block,
-        DOT=DOT_TYPES[q.dtype],
-        OVERLAP=overlap,
-        num_warps=launch.warps,
-        num_stages=launch.stages,
+        **plan.options,
     )
     if pieces is not None:
-        at_a_time = min(triton.next_power_of_2(parts), max(1, 4096 // block_value))
-        _join_kernel[(batch * heads,)](
-            pieces,
-            softmax,
-            lengths,
-            sink_logits,
-            o,
-            parts,
-            room,
-            least,
-            window,
-            HQ=heads,
-            V=value_dim,
-            BV=block_value,
-            BN=launch.tokens,
-            BP=at_a_time,
-            OVERLAP=overlap,
-            num_warps=max(1, at_a_time * block_value // 1024),
-            **{"launch_pdl": True} if overlap else {},
-        )
+        _join_kernel[(rows,)](pieces, softmax, lengths, sink_logits, o, parts, plan.room, plan.least, window, **plan.join)
     return o
 
 
 @_softmax_decode.register_fake
 def _(q, keys, values, *others):
-    return q.new_empty(*q.shape[:3], values.shape[-1])
+    return new_output(q, values)
 
 
 def softmax_decode(
@@ -373,8 +273,8 @@ def softmax_decode(
         keys,
         values,
         lengths.contiguous(),
-        mask if mask is None or mask.stride(-1) == 1 else mask.contiguous(),
-        block_table if block_table is None or block_table.stride(-1) == 1 else block_table.contiguous(),
+        None if mask is None else unit_stride(mask),
+        None if block_table is None else unit_stride(block_table),
         None if sink_logits is None else sink_logits.contiguous(),
         q.shape[-1] ** -0.5 if scale is None else scale,
         softcap,

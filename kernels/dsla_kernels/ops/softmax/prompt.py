@@ -9,11 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._ops import add_op_namespace_prefix, ops
-from .checks import check_softmax_kernel_inputs, check_softmax_prompt_inputs
-from .common import on_its_device, shared_memory
-from .ops.window.softmax import softmax_scores, softmax_step
-from .split_kv import DOT_TYPES, NOTHING, Launch, _load_tokens
+from ..._ops import add_op_namespace_prefix, ops
+from ...checks import check_softmax_kernel_inputs, check_softmax_prompt_inputs
+from ...common import on_its_device, shared_memory, unit_stride
+from ...shapes import new_output
+from ..window.softmax import softmax_scores, softmax_step
+from .tiles import DOT_TYPES, NOTHING, Launch, head_tiles, load_tokens
 
 
 @triton.jit
@@ -25,7 +26,7 @@ def _load_tile(cache, table, tile, length, block_stride, token_stride, columns, 
         block = tl.load(table + tile * BN // BLOCK).to(tl.int64)
     else:
         block = tl.load(table + token // BLOCK, mask=inside, other=0).to(tl.int64)
-    return _load_tokens(cache, block, token % BLOCK, inside, block_stride, token_stride, columns, column_ok)
+    return load_tokens(cache, block, token % BLOCK, inside, block_stride, token_stride, columns, column_ok)
 
 
 @triton.jit
@@ -132,11 +133,11 @@ def _softmax_prompt(
 ) -> Tensor:
     batch, tokens, heads, key_dim = q.shape
     block_size, kv_heads, value_dim = values.shape[1:]
-    block_key, block_value = (max(16, triton.next_power_of_2(size)) for size in (key_dim, value_dim))
+    block_key, block_value = head_tiles(key_dim, value_dim)
     row_bytes = max(block_key, block_value) * q.element_size()
     queries, launch = choose_launch(row_bytes, shared_memory(q.device))
     queries, launch = max(16, min(queries, triton.next_power_of_2(tokens))), tuned or launch
-    o = q.new_empty(batch, tokens, heads, value_dim)
+    o = new_output(q, values)
     _softmax_prompt_kernel[(heads, batch, triton.cdiv(tokens, queries))](
         q,
         keys,
@@ -171,7 +172,7 @@ def _softmax_prompt(
 
 @_softmax_prompt.register_fake
 def _(q, keys, values, *others):
-    return q.new_empty(*q.shape[:3], values.shape[-1])
+    return new_output(q, values)
 
 
 def softmax_prompt(
@@ -193,12 +194,12 @@ def softmax_prompt(
     check_softmax_prompt_inputs(q, keys, values, starts, lengths, block_table, window)
     check_softmax_kernel_inputs(q, keys, values)
     return ops.softmax_prompt(
-        q if q.stride(-1) == 1 else q.contiguous(),
+        unit_stride(q),
         keys,
         values,
         starts.contiguous(),
         lengths.contiguous(),
-        block_table if block_table.stride(-1) == 1 else block_table.contiguous(),
+        unit_stride(block_table),
         q.shape[-1] ** -0.5 if scale is None else scale,
         window,
     )
