@@ -28,6 +28,7 @@ def main():
         assert place.is_relative_to(sys.prefix), f"{package.__name__} comes from {place}, not from this installation"
         assert (place.parent / "py.typed").exists() or package is dsla_cli, f"{package.__name__} has no type hints"
     assert list(files("dsla_hf").rglob("*.yaml")), "the tasks for lm-eval are missing"
+    assert list(files("dsla_hf").rglob("*.jinja")), "the page of dsla report is missing"
 
     said = subprocess.run([Path(sys.prefix) / "bin" / "dsla", "--version"], check=True, capture_output=True, text=True).stdout
     assert version("dsla-hf") in said, said

@@ -7,8 +7,6 @@ writes eval/results/generation-architectures.json and the table in docs/architec
 
 from __future__ import annotations
 
-import os
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 from peft import PeftModel, get_peft_model
-from reporting import markdown_table, write_results
+from reporting import fill_page, rows_table, write_results
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging
@@ -157,11 +155,8 @@ def main() -> None:
         "notes": "notes",
     }
     shown = [{title: cell(row[name]) for name, title in titles.items()} for row in rows]
-    table = markdown_table(shown, list(titles.values()))
-    page = re.sub(r"(<!-- table -->\n).*?(<!-- end -->)", lambda found: f"{found[1]}{table}\n{found[2]}", PAGE.read_text(), flags=re.DOTALL)
-    partial = PAGE.with_suffix(".partial")
-    partial.write_text(page)
-    os.replace(partial, PAGE)
+    table = rows_table(shown, list(titles.values()))
+    fill_page(PAGE, {"table": table})
     print(table)
 
 

@@ -20,31 +20,24 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
-from measures import (
-    INTERVENTIONS,
-    answers_right,
-    associative_recall,
-    far_bigrams,
-    held_out_blocks,
-    intervened_losses,
-    raised_losses,
-    state_reads,
-    token_losses,
-)
-from needle import make_needles, needle_accuracy, plant_facts, plant_recall
+from measures import INTERVENTIONS, WINDOW_REACH, held_out_blocks, intervened_losses, raised_losses, state_reads
 from peft import get_peft_model
+from planting import make_needles, plant_facts, plant_recall
 from released_layer import RELEASED_LAYER, become_released_layer
-from reporting import RESULTS, write_results
+from reporting import RESULTS, made_once, write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dsla_hf import DSLAConfig, DualStateAttention, set_level
+from dsla_hf.evaluation.long_context import Writer, answers_right, associative_recall, last_seen, recalled, token_losses
 from dsla_hf.models.adapter import DSLALayer, dsla_layers
 from dsla_hf.training import losses
-from dsla_hf.training.data import PackedTokens, read_texts
-from dsla_hf.training.trainer import DSLATrainingArguments, distill
+from dsla_hf.training.arguments import DSLATrainingArguments
+from dsla_hf.training.recipe import distill
+from dsla_hf.training.text import PackedTokens, read_texts
 from dsla_kernels import kernel_path
 
 LENGTH, BATCH, LEVELS = 2048, 8, (4, 8, 12, 16)
@@ -53,6 +46,7 @@ RANKING_BLOCKS = 16
 RECALL_SHARE = 0.1
 NEEDLE_LENGTHS, NEEDLES = (512, 1984, 3900), 200
 PAIRS, PAIRS_LENGTH, ROWS = (1, 4, 16, 32), 3072, 64
+ROWS_AT_ONCE = 16  # of a forward
 RAISE = ((0, 1024), (4, 2048), (8, 3072), (12, 4096))  # level until token
 POSITIONS = (64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -105,8 +99,6 @@ ARMS: dict[str, Arm] = {
     "more recall, high levels": Arm(training={"level_draws": 2}, facts=True),
     "more recall, window 192, 4 sinks": Arm({"window_size": 192}, "no states", facts=True),
     "chain": Arm(distill={"method": "chain"}),
-    "raises in training": Arm(training={"raise_share": 0.25}),
-    "half-life gap": Arm(training={"half_life_gap_weight": 0.01}),
     "order: greedy": Arm(distill={"ranking_metric": "greedy"}),
     "order: entropy": Arm(distill={"ranking_metric": "entropy"}),
 }
@@ -131,15 +123,14 @@ CONTROLS = {"no states": close_states, "one state": keep_one_state, "released": 
 
 def training_blocks(data: Path, tokenizer: Any, cache: Path) -> torch.Tensor:
     """`[N, 2048]` blocks of shuffled documents: both stages and the ranking. Tokenised once."""
-    if not cache.exists():
+
+    def make() -> torch.Tensor:
         texts = list(read_texts(data / "distill.txt.xz"))
         random.Random(0).shuffle(texts)
         tokens = STAGE_TOKENS * 2 + (RANKING_BLOCKS + 1) * LENGTH
-        blocks = PackedTokens.from_texts(texts, tokenizer, LENGTH, max_tokens=tokens).blocks
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(blocks.to(torch.uint16), cache.with_suffix(".partial"))
-        cache.with_suffix(".partial").rename(cache)
-    return torch.load(cache).long()
+        return PackedTokens.from_texts(texts, tokenizer, LENGTH, max_tokens=tokens).blocks.to(torch.uint16)
+
+    return made_once(cache, make).long()
 
 
 def run_arm(name: str, teacher: str, data: Path, output: Path, seed: int) -> dict[str, Any]:
@@ -171,14 +162,9 @@ def run_arm(name: str, teacher: str, data: Path, output: Path, seed: int) -> dic
     )
     steps = STAGE_TOKENS // (BATCH * LENGTH)
     plain = DualStateAttention._window, DualStateAttention._pure, losses._weighted_kl
-    # The same mathematics in fewer launches, where no kernel does it. Not for chains, whose links each train another layer, nor for texts
-    # cut at a place of their own: they would compile anew each time.
-    if (
-        device == "cuda"
-        and not kernel_path(device).startswith("Triton")
-        and not arm.distill.get("method")
-        and not arm.training.get("raise_share")
-    ):
+    # The same mathematics in fewer launches, where no kernel does it. Not for chains, whose links each train another layer: they would
+    # compile anew each time.
+    if device == "cuda" and not kernel_path(device).startswith("Triton") and not arm.distill.get("method"):
         DualStateAttention._window, DualStateAttention._pure, losses._weighted_kl = (torch.compile(f, dynamic=False) for f in plain)
     start = time.perf_counter()
     order = distill(
@@ -211,24 +197,25 @@ def evaluate(model: Any, tokenizer: Any, data: Path, name: str, arm: Arm) -> tup
         kind: held_out_blocks(data / f"{kind}_val.jsonl.xz", tokenizer, 2 * LENGTH, count)[0]
         for kind, count in (("novels", 48), ("code", 24))
     }
-    far = {kind: far_bigrams(blocks) for kind, blocks in long.items()}
+    far = {kind: last_seen(blocks) > WINDOW_REACH for kind, blocks in long.items()}
     haystack = [
         token
         for text in list(read_texts(data / "novels_val.jsonl.xz"))[:2]
         for token in tokenizer(text[-400_000:], verbose=False)["input_ids"]
     ]
-    recall = {pairs: associative_recall(tokenizer, haystack, PAIRS_LENGTH, pairs, ROWS, seed=pairs) for pairs in PAIRS}
+    writer = Writer(tokenizer)
+    recall = {pairs: associative_recall(writer, haystack, PAIRS_LENGTH, ROWS, random.Random(pairs), pairs) for pairs in PAIRS}
     needles = {length: make_needles(tokenizer, haystack, length, NEEDLES, seed=0) for length in NEEDLE_LENGTHS}
     rows = []
     for level in (0, *LEVELS) if name == "default" else LEVELS:
         set_level(model, level)
         row: dict[str, Any] = {"level": level}
         for kind, (blocks, documents) in texts.items():
-            loss = token_losses(model, blocks).mean(1)
+            loss = token_losses(model, blocks, ROWS_AT_ONCE).mean(1)
             row[kind] = math.exp(loss.mean())
             row[f"{kind}_by_document"] = [loss[[d == n for d in documents]].mean().item() for n in sorted(set(documents))]
         for kind, blocks in long.items():
-            loss = token_losses(model, blocks)
+            loss = token_losses(model, blocks, ROWS_AT_ONCE)
             row[f"{kind}_far_bigrams"] = loss[far[kind]].mean().item()
             bounds = (0, *POSITIONS)
             row[f"{kind}_by_position"] = {
@@ -236,9 +223,9 @@ def evaluate(model: Any, tokenizer: Any, data: Path, name: str, arm: Arm) -> tup
             }
         row["far_bigram_count"] = sum(int(x.sum()) for x in far.values())
         for pairs, (ids, answers) in recall.items():
-            row[f"mqar_{pairs}"] = answers_right(model, ids, answers)
+            row[f"mqar_{pairs}"] = recalled(model, ids, answers, ROWS_AT_ONCE)
         for length, samples in needles.items():
-            row[f"needle_{length}"] = needle_accuracy(model, samples, batch_size=100)
+            row[f"needle_{length}"] = fmean(answers_right(model, tokenizer, samples, batch_size=100))
         rows.append(row)
     once: dict[str, Any] = {}
     cores = {i: layer.dsla_core["default"] for i, layer in dsla_layers(model).items()}
@@ -322,11 +309,13 @@ def save(results: list[dict[str, Any]]) -> None:
     def kept(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [entry for entry in entries if (entry["arm"], entry["seed"]) not in made]
 
-    def place(entry: dict[str, Any]) -> tuple[int, int]:
-        return list(ARMS).index(entry["arm"]), entry["seed"]
-
     rows = kept(before["rows"]) + [row for result in results for row in result["rows"]]
     runs = kept(before["runs"]) + [result["once"] for result in results]
+    names = list(dict.fromkeys([*ARMS, *(run["arm"] for run in runs)]))  # arms that are gone keep their results
+
+    def place(entry: dict[str, Any]) -> tuple[int, int]:
+        return names.index(entry["arm"]), entry["seed"]
+
     write_results("distillation", sorted(rows, key=place), runs=sorted(runs, key=place))
 
 

@@ -17,16 +17,17 @@ from typing import Any
 
 import torch
 from measures import held_out_blocks, raised_losses
-from needle import Needle, make_needles
 from peft import PeftModel
-from reporting import markdown_table, write_results
+from planting import make_needles
+from reporting import rows_table, write_results
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from dsla_hf import DualStateAttention, cache_bytes, set_level
 from dsla_hf.core.fold import dsla_cache_layer
 from dsla_hf.core.layout import TokenLayout
-from dsla_hf.training.data import read_texts
+from dsla_hf.evaluation.long_context import Prompt, is_answer
+from dsla_hf.training.text import read_texts
 
 # Levels, and the share of the text until which they hold.
 WAYS = {"never raised": ((0, 1.0),), "level 8 from the start": ((8, 1.0),), "raised 0, 4, 8": ((0, 1 / 3), (4, 2 / 3), (8, 1.0))}
@@ -40,7 +41,7 @@ def plan_for(way: str, tokens: int) -> tuple[tuple[int, int], ...]:
 
 
 @torch.no_grad()
-def needles_found(model: Any, needles: list[Needle], way: str, batch_size: int = 50) -> float:
+def needles_found(model: Any, tokenizer: Any, needles: list[Prompt], way: str, batch_size: int = 50) -> float:
     """Share of needles whose number `generate` gives, after a prompt that was read while the level rose."""
     right = 0
     for first in tqdm(range(0, len(needles), batch_size), desc=way):
@@ -51,10 +52,10 @@ def needles_found(model: Any, needles: list[Needle], way: str, batch_size: int =
             set_level(model, level)
             model(input_ids=ids[:, begin:end], past_key_values=cache, logits_to_keep=1)
             begin = end
-        new = max(len(needle.answer) for needle in batch)
+        new = max(needle.new_tokens for needle in batch)
         options = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
         out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)[:, ids.shape[1] :]
-        right += sum(row[: len(needle.answer)] == needle.answer for row, needle in zip(out.tolist(), batch, strict=True))
+        right += sum(is_answer(tokenizer, needle, row) for row, needle in zip(out.tolist(), batch, strict=True))
     return right / len(needles)
 
 
@@ -74,7 +75,7 @@ def quality(teacher: str, adapter: str, data: Path) -> list[dict[str, Any]]:
             row[kind] = math.exp(losses.mean())
             row[f"{kind}_last_third"] = math.exp(losses[:, 2731:].mean())
         for length in (1984, 3900):
-            row[f"needle_{length}"] = needles_found(model, make_needles(tokenizer, haystack, length, 200, seed=0), way)
+            row[f"needle_{length}"] = needles_found(model, tokenizer, make_needles(tokenizer, haystack, length, 200, seed=0), way)
         rows.append(row)
     return rows
 
@@ -121,8 +122,8 @@ def main() -> None:
         rows += [cost(shape, tokens) for shape in SHAPES for tokens in LENGTHS]
     write_results("generation", rows, "python eval/generation.py --teacher teacher --adapter adapter --data data")
     costs = [row for row in rows if row["what"] != "quality"]
-    print(markdown_table(rows[: len(WAYS)], list(rows[0])))
-    print(markdown_table(costs, ["shape", "tokens", "milliseconds", "bytes_freed", "bytes_freed_reckoned"]))
+    print(rows_table(rows[: len(WAYS)], list(rows[0])))
+    print(rows_table(costs, ["shape", "tokens", "milliseconds", "bytes_freed", "bytes_freed_reckoned"]))
 
 
 if __name__ == "__main__":

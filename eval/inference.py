@@ -26,13 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reporting import RESULTS, fill_page, markdown_table, write_results
+from reporting import RESULTS, fill_page, rows_table, write_results
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from dsla_hf.core.plots import mark_measured, mark_plain
+from dsla_hf.core.plots import figure, mark_measured, mark_plain, save
 from dsla_hf.inference.bench.costs import copy_bandwidth, matmul_rate
-from dsla_hf.inference.bench.measure import Case, Runner, measure_largest, measured, networks, random_model, ready
+from dsla_hf.inference.bench.measure import Case, Runner, measure_largest, measured
+from dsla_hf.inference.bench.models import networks, random_model, ready
 
 PARTS = ("token", "batch", "prefill", "largest", "growth", "baseline", "others", "profile")
 PAGE = Path(__file__).parent.parent / "docs" / "measured" / "inference.md"
@@ -274,38 +275,31 @@ def break_even(rows: list[dict[str, Any]], shape: str, level: int) -> int | None
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     shapes = list(dict.fromkeys(row["shape"] for row in pick(rows, part="growth")))
-    figure, axes = plt.subplots(len(shapes), 2, figsize=(11, 4 * len(shapes)), squeeze=False)
-    for line, shape in zip(axes, shapes, strict=True):
-        for axis, along, fixed in ((line[0], "length", {"batch_size": 1}), (line[1], "batch_size", {"length": 2048})):
+    drawn, axes = figure(len(shapes), 2, size=(11, 4 * len(shapes)))
+    for by_length, by_batch, shape in zip(axes[::2], axes[1::2], shapes, strict=True):
+        for axis, along, fixed in ((by_length, "length", {"batch_size": 1}), (by_batch, "batch_size", {"length": 2048})):
             found = pick(rows, part="growth", shape=shape, **fixed)
             for level in sorted({row["level"] for row in found}):
                 points = sorted(
                     (row[along], row["seconds_per_token"], row["predicted_seconds_per_token"]) for row in pick(found, level=level)
                 )
                 x, y, floor = zip(*points, strict=True)
-                (drawn,) = axis.plot(x, [1e3 * value for value in y], "o-", label=f"level {level}")
-                axis.plot(x, [1e3 * value for value in floor], ":", color=drawn.get_color())
+                (line,) = axis.plot(x, [1e3 * value for value in y], "o-", label=f"level {level}")
+                axis.plot(x, [1e3 * value for value in floor], ":", color=line.get_color())
             axis.set(xscale="log", yscale="log", xlabel=along.replace("_", " "), ylabel="ms a step", title=shape)
             mark_measured(axis.xaxis, {row[along] for row in found})
             mark_plain(axis.yaxis)
             axis.grid(alpha=0.3)
             axis.legend(fontsize="small", title="dotted: floor by bytes")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(drawn, path)
 
 
 def make_page(rows: list[dict[str, Any]], page: Path = PAGE) -> None:
     if not rows:
         fill_page(page, {"measured": "Nothing measured yet."})
         return
-    text = markdown_table(summary(rows), ["shape", "what", "measured"])
+    text = rows_table(summary(rows), ["shape", "what", "measured"])
     if pick(rows, part="growth"):
         draw(rows, page.parent.parent / "images" / "inference.png")
         text += "\n\n![time per token against length and batch](../images/inference.png)"
@@ -319,7 +313,7 @@ def make_page(rows: list[dict[str, Any]], page: Path = PAGE) -> None:
         parts = ", ".join(f"{kind} {value:.2f}" for kind, value in sorted(spent.items(), key=lambda item: -item[1]))
         text += f"\n\nOne token of {row['shape']} at level {row['level']}, {row['length']:,} tokens, {row['ms_per_token']:.2f} ms: {parts}."
     if others := [row for row in rows if row["part"] == "others"]:
-        text += "\n\n" + markdown_table(others, ["shape", "length", "prefill_seconds", "seconds_per_token", "fast_kernels", "error"])
+        text += "\n\n" + rows_table(others, ["shape", "length", "prefill_seconds", "seconds_per_token", "fast_kernels", "error"])
     fill_page(page, {"measured": text})
 
 
@@ -338,7 +332,7 @@ def main(arguments: list[str] | None = None) -> None:
             measure_shape(shape, options.parts, rows)
         if "others" in options.parts:
             measure_others(rows)
-        print(markdown_table(summary(rows.rows), ["shape", "what", "measured"]))
+        print(rows_table(summary(rows.rows), ["shape", "what", "measured"]))
     if options.page:
         make_page(rows.rows)
 

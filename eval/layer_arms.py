@@ -23,14 +23,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from needle import plant_recall
-from reporting import markdown_table, write_results
+from planting import plant_recall
+from reporting import made_once, rows_table, write_results
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from dsla_hf.core.attention import half_life_to_logit
-from dsla_hf.training.data import PackedTokens, read_texts
+from dsla_hf.training.text import PackedTokens, read_texts
 from dsla_kernels import log_decays
 
 LAYERS = (5, 9, 11, 12, 13, 15)  # where the alignment error of a 64-token window stays above 10 %
@@ -412,8 +412,8 @@ def run_arm(arm: Arm, teacher: Capture, train: Tensor, held_out: dict[str, tuple
 
 
 def load_data(args: argparse.Namespace, tokenizer: Any, device: torch.device) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor | None]]]:
-    cache = args.output / "data.pt"
-    if not cache.exists():
+
+    def make() -> tuple[Tensor, dict[str, Tensor]]:
         texts = list(read_texts(args.data / "distill.txt.xz"))
         random.Random(0).shuffle(texts)
         train = PackedTokens.from_texts(texts, tokenizer, LENGTH, max_tokens=STEPS * BATCH * LENGTH).blocks
@@ -424,10 +424,9 @@ def load_data(args: argparse.Namespace, tokenizer: Any, device: torch.device) ->
             kinds[name] = kinds[name][:: max(1, len(kinds[name]) // 32)][:32]
         plain = kinds["novels"]
         kinds["recall"] = plant_recall(plain, tokenizer, 1.0, 1)
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        torch.save((train, kinds), cache.with_suffix(".partial"))
-        cache.with_suffix(".partial").rename(cache)
-    train, kinds = torch.load(cache)
+        return train, kinds
+
+    train, kinds = made_once(args.output / "data.pt", make)
     held_out: dict[str, tuple[Tensor, Tensor | None]] = {name: (x.to(device), None) for name, x in kinds.items()}
     # Only the positions that predict the answer, which begins 8 tokens before the end.
     mask = torch.zeros(kinds["recall"].shape, device=device)
@@ -477,7 +476,7 @@ def main() -> None:
         raise SystemExit("an arm failed; its error is above. Run the same command again to go on")
     rows = [json.loads(file(name).read_text()) for name in args.arms]
     write_results("distillation-layers", rows)
-    print(markdown_table(rows, ["arm", "novels", "code", "recall", "training_seconds"]))
+    print(rows_table(rows, ["arm", "novels", "code", "recall", "training_seconds"]))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,17 @@
-"""What the recipes are judged by: loss by token, position and document, loss on far bigrams, associative recall, interventions on
-the states. All deterministic; every text is held out."""
+"""What the recipes are judged by beside the long-context tasks of `dsla_hf.evaluation`: text by document, interventions on the states,
+raises in mid-text, what the states read. All deterministic; every text is held out."""
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from needle import FACT, FIRST, QUESTION, SECOND
 from torch import Tensor
 from transformers import DynamicCache
 
-from dsla_hf.training.data import read_texts
+from dsla_hf.training.text import read_texts
 from dsla_kernels import log_decays
 
 # Sixteen stacked windows of 64 tokens reach 16 * 63 + 1 tokens back: nothing farther can come through windows alone.
@@ -34,79 +32,6 @@ def held_out_blocks(path: Path, tokenizer: Any, length: int, count: int) -> tupl
     if not blocks:
         raise ValueError(f"{path} holds no document of {length} tokens")
     return torch.tensor(blocks), numbers
-
-
-@torch.no_grad()
-def token_losses(model: Any, blocks: Tensor, batch_size: int = 16) -> Tensor:
-    """Cross-entropy in nats of tokens 1 to T - 1 of each block, `[N, T - 1]`, on the CPU."""
-    losses = []
-    for batch in blocks.split(batch_size):
-        batch = batch.to(model.device)
-        logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
-        losses += [F.cross_entropy(x.float(), y, reduction="none").cpu() for x, y in zip(logits, batch[:, 1:], strict=True)]
-    return torch.stack(losses)
-
-
-def far_bigrams(blocks: Tensor, farther_than: int = WINDOW_REACH) -> Tensor:
-    """Where the pair (token before, token) was last seen more than `farther_than` tokens back: bool `[N, T - 1]`, in the
-    places of `token_losses`. The text has said it, and no window can know."""
-    far = torch.zeros(blocks.shape[0], blocks.shape[1] - 1, dtype=torch.bool)
-    for n, row in enumerate(blocks.tolist()):
-        last: dict[tuple[int, int], int] = {}
-        for t in range(1, len(row)):
-            bigram = (row[t - 1], row[t])
-            far[n, t - 1] = t - last.get(bigram, t) > farther_than
-            last[bigram] = t
-    return far
-
-
-def associative_recall(
-    tokenizer: Any, haystack: list[int], length: int, pairs: int, count: int, seed: int, queries: int = 4
-) -> tuple[Tensor, Tensor]:
-    """Multi-query associative recall (Zoology, arXiv 2312.04927) in sentences that the teacher knows: `pairs` names with a number
-    each, then other text, then up to `queries` of the names again, each with its number.
-
-    Returns:
-        ids `[count, length]`, and int `[count, length - 1]`, in the places of `token_losses`: the number of the question that a
-        token answers, from 1 on, and 0 elsewhere.
-    """
-    rng = random.Random(seed)
-
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    rows, answers = [], []
-    for _ in range(count):
-        names = rng.sample([f"{first}-{second}" for first in FIRST for second in SECOND], pairs)
-        numbers = [str(rng.randint(10000, 99999)) for _ in names]
-        facts = [token for fact in zip(names, numbers, strict=True) for token in encode(FACT.format(name=fact[0], number=fact[1]))]
-        questions: list[int] = []
-        marks: list[int] = []
-        for number, i in enumerate(rng.sample(range(pairs), min(queries, pairs)), 1):
-            question = encode(QUESTION.format(name=names[i]))
-            answer = encode(QUESTION.format(name=names[i]) + f" {numbers[i]}")[len(question) :]
-            questions += [*question, *answer]
-            marks += [0] * len(question) + [number] * len(answer)
-        room = length - len(facts) - len(questions)
-        start = rng.randrange(len(haystack) - room)
-        rows.append([*facts, *haystack[start : start + room], *questions])
-        answers.append([0] * (length - len(marks)) + marks)
-    return torch.tensor(rows), torch.tensor(answers)[:, 1:]
-
-
-@torch.no_grad()
-def answers_right(model: Any, ids: Tensor, answers: Tensor, batch_size: int = 16) -> float:
-    """Share of the answers all of whose tokens the model puts first, given all before them."""
-    right = total = 0
-    for batch, marks in zip(ids.split(batch_size), answers.split(batch_size), strict=True):
-        batch = batch.to(model.device)
-        best = model(input_ids=batch, use_cache=False).logits[:, :-1].argmax(-1)
-        wrong = (best != batch[:, 1:]).cpu()
-        for question in range(1, int(marks.max()) + 1):
-            asked = (marks == question).any(1)
-            total += int(asked.sum())
-            right += int((asked & ~(wrong & (marks == question)).any(1)).sum())
-    return right / total
 
 
 INTERVENTIONS = ("none", "no history", "no recency", "no states", "another document's states")

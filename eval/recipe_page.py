@@ -11,9 +11,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from reporting import RESULTS, fill_page, markdown_table
+from reporting import RESULTS, fill_page, rows_table
 
-from dsla_hf.core.plots import mark_plain
+from dsla_hf.core.plots import figure, mark_plain, save
 
 PAGE = RESULTS / "recipe.md"
 SUMMARY_PAGE = Path(__file__).parent.parent / "docs" / "recipe.md"
@@ -68,7 +68,7 @@ def quality_table(rows: list[dict]) -> str:
     teacher = {"arm": "teacher"} | {f"novels @{level}": cell(over_seeds(rows, "default", 0, "novels")[:1]) for level in LEVELS}
     teacher |= {f"code @{level}": cell(over_seeds(rows, "default", 0, "code")[:1], 3) for level in (12, 16)}
     teacher |= {f"PEPs @{level}": cell(over_seeds(rows, "default", 0, "peps")[:1]) for level in (12, 16)}
-    return markdown_table([teacher, *table], list(table[0]))
+    return rows_table([teacher, *table], list(table[0]))
 
 
 def summary_table(rows: list[dict]) -> str:
@@ -83,7 +83,7 @@ def summary_table(rows: list[dict]) -> str:
         entry["far bigrams at 16"] = cell(over_seeds(rows, arm, 16, "novels_far_bigrams"), 3)
         entry["needle at 8 / 12 / 16"] = " / ".join(f"{mean(over_seeds(rows, arm, level, 'needle_1984')):.2f}" for level in (8, 12, 16))
         table.append(entry)
-    return markdown_table(table, list(table[1]))
+    return rows_table(table, list(table[1]))
 
 
 def recall_table(rows: list[dict]) -> str:
@@ -97,7 +97,7 @@ def recall_table(rows: list[dict]) -> str:
         for length in (512, 1984, 3900):
             entry[f"needle {length:,}"] = cell(over_seeds(rows, arm, level, f"needle_{length}"))
         table.append(entry)
-    return markdown_table(table, list(table[0]))
+    return rows_table(table, list(table[0]))
 
 
 def gap_table(rows: list[dict]) -> str:
@@ -125,7 +125,7 @@ def gap_table(rows: list[dict]) -> str:
                     error = stdev(numerators) / math.sqrt(len(numerators)) / mean(denominators) if len(numerators) > 1 else 0.0
                     entry[f"{kind} @{level}"] = f"{mean(numerators) / mean(denominators):+.2f} ± {abs(error):.2f}"
         table.append(entry)
-    return markdown_table(table, list(table[0]))
+    return rows_table(table, list(table[0]))
 
 
 def interventions_table(runs: list[dict]) -> str:
@@ -134,7 +134,7 @@ def interventions_table(runs: list[dict]) -> str:
         for kind in ("novels", "code"):
             if f"interventions_{kind}" in run:
                 table.append({"arm": run["arm"], "seed": run["seed"], "text": kind, **run[f"interventions_{kind}"]})
-    return markdown_table(table, list(table[0]))
+    return rows_table(table, list(table[0]))
 
 
 def raise_table(runs: list[dict]) -> str:
@@ -143,7 +143,7 @@ def raise_table(runs: list[dict]) -> str:
         for kind, ways in run["raise"].items():
             found = {"raised 0, 4, 8, 12": ways["raised"], "12 from the start": ways["from the start"], "never": ways["never"]}
             table.append({"arm": run["arm"], "seed": run["seed"], "text": kind, **found})
-    return markdown_table(table, list(table[0]))
+    return rows_table(table, list(table[0]))
 
 
 def orders_table(runs: list[dict]) -> str:
@@ -152,7 +152,7 @@ def orders_table(runs: list[dict]) -> str:
         order = " ".join(map(str, run["order"]))
         read = run["order_passes"] * run["order_tokens"]
         table.append({"arm": run["arm"], "seed": run["seed"], "by": run["order_metric"], "tokens read": read, "order": order})
-    return markdown_table(table, list(table[0]))
+    return rows_table(table, list(table[0]))
 
 
 def correlations_table(runs: list[dict]) -> str:
@@ -167,25 +167,19 @@ def correlations_table(runs: list[dict]) -> str:
     table = []
     for a, b in combinations(chosen, 2):
         table.append({"orders": f"{a['arm']} / {b['arm']}", "correlation": f"{spearman(a['order'], b['order']):.2f}"})
-    return markdown_table(table, ["orders", "correlation"])
+    return rows_table(table, ["orders", "correlation"])
 
 
 def alignment_table(rows: list[dict]) -> str:
-    return markdown_table(rows, ALIGNMENT_COLUMNS)
+    return rows_table(rows, ALIGNMENT_COLUMNS)
 
 
 # --- plots ------------------------------------------------------------------------------------------------------
 
 
 def make_plots(rows: list[dict], runs: list[dict]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    IMAGES.mkdir(parents=True, exist_ok=True)
     teacher = over_seeds(rows, "default", 0, "novels")[0]
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
+    drawn, axes = figure(1, 2, size=(12, 4.5))
     for i, arm in enumerate(arm for arm in arms_of(rows) if arm in PLOTTED or arm.startswith("window")):
         style = {"marker": "osD^vPX*"[i % 8], "linestyle": ("-", "--", ":", "-.")[i % 4], "label": arm, "alpha": 0.8}
         axes[0].plot(LEVELS, [100 * (mean(over_seeds(rows, arm, level, "novels")) / teacher - 1) for level in LEVELS], **style)
@@ -197,11 +191,11 @@ def make_plots(rows: list[dict], runs: list[dict]) -> None:
     axes[1].set(xlabel="position in the text, up to", ylabel="the same by position, level 16, %", xscale="log")
     axes[1].set_yscale("symlog", linthresh=1)
     axes[0].legend(fontsize=7)
-    _save(figure, axes, "recipe-quality.png")
+    _save(drawn, axes, "recipe-quality.png")
 
     run = next(run for run in runs if run["arm"] == "default")
     layers = sorted(map(int, run["half_lives"]))
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4))
+    drawn, axes = figure(1, 2, size=(12, 4))
     for i, (name, start) in enumerate((("history", (64, 4096)), ("recency", (8, 256)))):
         axes[0].plot(layers, [run["half_lives"][str(layer)][i] for layer in layers], "o-", label=f"{name}, after", color=f"C{i}")
         axes[0].axhline(math.sqrt(start[0] * start[1]), linestyle=":", color=f"C{i}", label=f"{name}, before")
@@ -211,11 +205,11 @@ def make_plots(rows: list[dict], runs: list[dict]) -> None:
         axes[1].plot(layers, [run["mix"][str(layer)][head] for layer in layers], "o", color=f"C{head}", alpha=0.8)
     axes[1].axhline(0.5, linestyle=":", color="grey")
     axes[1].set(xlabel="layer", ylabel="weight of history, a dot per head", ylim=(0, 1))
-    _save(figure, axes, "recipe-states.png")
+    _save(drawn, axes, "recipe-states.png")
 
     shown = [run for run in runs if run.get("state_reads") and run["arm"] in ("default", "one state", "pure")]
-    figure, axes = plt.subplots(1, len(shown), figsize=(4.5 * len(shown), 4), squeeze=False)
-    for axis, run in zip(axes[0], shown, strict=True):
+    drawn, axes = figure(1, len(shown), size=(4.5 * len(shown), 4))
+    for axis, run in zip(axes, shown, strict=True):
         reads = list(run["state_reads"].values())
         bins = len(reads[0][0])
         for i, name in enumerate(("history", "recency")):
@@ -225,16 +219,15 @@ def make_plots(rows: list[dict], runs: list[dict]) -> None:
             axis.plot([-(bins - b - 0.5) * 2048 / bins for b in range(bins)], shares, label=name)
         axis.set(title=run["arm"], xlabel="token, relative to the one that reads", ylabel="share of what is read", yscale="log")
         axis.legend(fontsize=8)
-    _save(figure, axes[0], "recipe-reads.png")
+    _save(drawn, axes, "recipe-reads.png")
 
 
-def _save(figure: Any, axes: Any, name: str) -> None:
+def _save(drawn: Any, axes: list[Any], name: str) -> None:
     for axis in axes:
         mark_plain(axis.xaxis)
         mark_plain(axis.yaxis)
         axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(IMAGES / name, dpi=110)
+    save(drawn, IMAGES / name)
 
 
 def fill_pages(page: Path = PAGE, summary_page: Path = SUMMARY_PAGE) -> None:

@@ -1,39 +1,28 @@
-"""Result files: one JSON per experiment, written by the script that measured it."""
+"""What the scripts of eval/ write: result files, tables, the parts of pages that are made from them, and tensors made once."""
 
 from __future__ import annotations
 
-import json
+import io
 import os
-import platform
 import re
 import sys
-from importlib.metadata import version
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from dsla_hf.core import results
+from dsla_hf.core.files import write_whole
+from dsla_hf.core.tables import markdown_table
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def write_results(name: str, rows: list[dict[str, Any]], command: str | None = None, folder: Path = RESULTS, **extra: Any) -> Path:
     """Write `NAME.json` in a folder whole or not at all: command, versions, device, rows."""
-    content = {
-        "command": command or "python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
-        "versions": {
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "transformers", "peft", "accelerate")},
-        },
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU",
-        **extra,
-        "rows": rows,
-    }
-    path = folder / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, path)
-    return path
+    command = command or "python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    return results.write_results(folder / f"{name}.json", rows, command, **extra)
 
 
 def fill_page(page: Path, parts: dict[str, str]) -> None:
@@ -48,17 +37,22 @@ def fill_page(page: Path, parts: dict[str, str]) -> None:
         if len(mark.findall(text)) != 1:
             raise ValueError(f"{page} must hold one place for {name!r}: <!-- {name} --> and <!-- end -->")
         text = mark.sub(lambda found, content=content: f"{found[1]}{content}\n{found[2]}", text)  # type: ignore[misc]
-    partial = page.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, page)
+    write_whole(page, text)
 
 
-def markdown_table(rows: list[dict[str, Any]], columns: list[str]) -> str:
+def rows_table(rows: list[dict[str, Any]], columns: list[str]) -> str:
     """Rows as a Markdown table; floats with four significant digits."""
 
     def cell(value: Any) -> str:
         return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(cell(row.get(column)) for column in columns) + " |" for row in rows]
-    return "\n".join(lines)
+    return markdown_table(columns, ([cell(row.get(column)) for column in columns] for row in rows))
+
+
+def made_once(file: Path, make: Callable[[], Any]) -> Any:
+    """What `make` gives, tensors or what holds them, kept in a file for the next process."""
+    if not file.exists():
+        content = io.BytesIO()
+        torch.save(make(), content)
+        write_whole(file, content.getvalue())
+    return torch.load(file)

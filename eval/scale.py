@@ -26,15 +26,16 @@ import torch
 from accelerate import PartialState
 from operations import SHAPES, Shape, alignment_operations, logits_operations
 from peft import get_peft_model
-from reporting import RESULTS, markdown_table, write_results
+from reporting import RESULTS, rows_table, write_results
 from scale_plan import write_page
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 from dsla_hf import DSLAConfig
 from dsla_hf.inference.batching import out_of_memory
 from dsla_hf.models.adapter import dsla_layers
+from dsla_hf.training.arguments import DSLATrainingArguments
 from dsla_hf.training.losses import alignment_loss
-from dsla_hf.training.trainer import DSLATrainer, DSLATrainingArguments
+from dsla_hf.training.trainer import DSLATrainer
 from dsla_kernels import kernel_path
 
 STAGES = ("alignment", "logits")
@@ -253,11 +254,11 @@ def main(arguments: list[str] | None = None) -> None:
             measured.append(row)
             if state.is_main_process:
                 write_results("scale", with_row(stored_rows(options.results), row), folder=options.results)
-                print(markdown_table([row], COLUMNS), flush=True)
+                print(rows_table([row], COLUMNS), flush=True)
         del model
         free()
     if state.is_main_process:
-        print(markdown_table(measured, COLUMNS))
+        print(rows_table(measured, COLUMNS))
     if state.num_processes > 1:
         state.destroy_process_group()
 

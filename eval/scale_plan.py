@@ -18,7 +18,9 @@ from operations import (
     logits_operations,
     trained_weights,
 )
-from reporting import fill_page, markdown_table
+from reporting import fill_page, rows_table
+
+from dsla_hf.core.plots import figure, save
 
 PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
 BF16, FP32, ADAM = 2, 4, 8  # bytes of a weight, and of Adam's two moments of it
@@ -117,7 +119,7 @@ def measured_table(rows: list[dict[str, Any]]) -> str:
         "speed_up": "over one GPU",
     }
     shown = [{title: row.get(name) for name, title in columns.items()} for row in (row | speed_up(row, rows) for row in rows)]
-    return markdown_table(shown, list(columns.values()))
+    return rows_table(shown, list(columns.values()))
 
 
 def speed_up(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -129,28 +131,20 @@ def speed_up(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Tokens per second, share of the floor and peak memory of every row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     labels = [f"{row['shape']} {row['stage']}, {row['processes']} × {row['kind']}, {row['batch']} seq." for row in rows]
     panels = {"tokens_per_second": "tokens per second", "share_of_floor": "floor by operations / step", "peak_gib": "peak GiB per GPU"}
-    figure, axes = plt.subplots(1, len(panels), figsize=(14, 1 + 0.4 * len(rows)), sharey=True)
+    drawn, axes = figure(1, len(panels), size=(14, 1 + 0.4 * len(rows)), sharey=True)
     for axis, (name, title) in zip(axes, panels.items(), strict=True):
         axis.barh(labels, [row[name] or 0 for row in rows], color=["C0" if row["stage"] == "alignment" else "C1" for row in rows])
         axis.set_xlabel(title)
         axis.grid(axis="x", alpha=0.3)
     axes[0].invert_yaxis()
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(drawn, path)
 
 
 def write_page(rows: list[dict[str, Any]], bandwidth: float, page: Path = PAGE) -> str:
     """Fill the tables of docs/scale.md, draw its plot if there are rows, and return the plan."""
-    planned = markdown_table(plan(rows, bandwidth), ["what", "value"])
+    planned = rows_table(plan(rows, bandwidth), ["what", "value"])
     measured = measured_table(rows)
     if rows:
         draw(rows, page.parent / "images" / "scale.png")

@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
 
 from dsla_hf import LevelProcessor, Stats, cache_bytes
-from dsla_hf.core.plots import mark_plain
+from dsla_hf.core.plots import figure, mark_plain, save
 
 
 class Recorder(TextStreamer):
@@ -48,10 +48,6 @@ def rising(levels: int, start: int, end: int):
 
 
 def plot(rows: list[tuple[int, int, int, float]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
     tokens = [row[0] for row in rows]
@@ -61,7 +57,7 @@ def plot(rows: list[tuple[int, int, int, float]], path: Path) -> None:
         "cache, KiB": [row[2] / 2**10 for row in rows],
         "tokens per second": [rates[0], *rates],
     }
-    figure, axes = plt.subplots(3, 1, sharex=True, figsize=(8, 7))
+    drawn, axes = figure(3, 1, size=(8, 7), sharex=True)
     for axis, (label, values) in zip(axes, columns.items(), strict=True):
         axis.plot(tokens, values)
         axis.set_ylabel(label)
@@ -70,8 +66,7 @@ def plot(rows: list[tuple[int, int, int, float]], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].yaxis.set_major_locator(MaxNLocator(integer=True))  # half a layer is none
     axes[-1].set_xlabel("tokens, prompt included")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    save(drawn, path)
 
 
 def main() -> None:

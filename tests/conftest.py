@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: small random models of both kinds, adapters far from their start, the shared folder."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -39,6 +40,10 @@ ARCHITECTURE_OPTIONS = {
 
 # Small tensors gain nothing from threads, and workers of xdist that each start one per core slow each other down.
 torch.set_num_threads(1)
+
+# What was imported stays: a garbage collection over it would take a third of a second, and several tests ask for many.
+gc.collect()
+gc.freeze()
 
 
 def pytest_addoption(parser):

@@ -20,9 +20,9 @@ from accelerate.state import AcceleratorState, DistributedType, PartialState
 
 from dsla_cli import main
 from dsla_hf.cli import distill as distill_job  # noqa: F401, imported before the forks
-from dsla_hf.training import chats
+from dsla_hf.evaluation import short_answers
 
-chats.ANSWER_TOKENS, chats.SAMPLE_TOKENS = 4, 2  # the same code in less time
+short_answers.ANSWER_TOKENS, short_answers.SAMPLE_TOKENS = 4, 2  # the same code in less time
 
 
 def run(job, processes):

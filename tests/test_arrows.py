@@ -57,7 +57,7 @@ def test_the_import_reader_sees_every_kind_of_import():
     assert set(absolute_imports(ast.parse(code), ("p", "q"))) == {"a.b", "p.q.c", "p.q.d.e", "p.g.h", "i.j"}
     imports = imports_of("dsla_hf")
     assert "core.attention" in imports["core.cache"][0] and "models.hybrid" in imports["models.adapter"][0]
-    assert "common" in imports_of("dsla_kernels")["chunk_forward"][0]
+    assert "common" in imports_of("dsla_kernels")["ops.chunk.forward"][0]
 
 
 def test_every_module_has_its_folder():

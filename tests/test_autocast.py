@@ -9,8 +9,9 @@ from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
 
 from dsla_hf import DualStateAttention
 from dsla_hf.models.adapter_layer import AdapterLinear
-from dsla_hf.training.data import PackedTokens
-from dsla_hf.training.trainer import DSLATrainer, DSLATrainingArguments
+from dsla_hf.training.arguments import DSLATrainingArguments
+from dsla_hf.training.text import PackedTokens
+from dsla_hf.training.trainer import DSLATrainer
 
 IDS = torch.randint(3, 97, (2, 30), generator=torch.Generator().manual_seed(3))
 LOW = (torch.bfloat16, torch.float16)
@@ -257,7 +258,7 @@ def test_the_trainer_of_transformers(dsla_model, form, tmp_path):
     assert runs[0] == pytest.approx(runs[1], rel=0.01) and runs[0] != runs[1]
 
 
-@pytest.mark.parametrize("options", [{"stage": "alignment"}, {"stage": "logits", "raise_share": 1.0}], ids=str)
+@pytest.mark.parametrize("options", [{"stage": "alignment"}, {"stage": "logits"}], ids=str)
 def test_distillation(dsla_model, options, tmp_path):
     model = dsla_model()
     runs = []

@@ -12,7 +12,9 @@ from dsla_cli import main
 from dsla_hf import DSLAConfig, cache_bytes
 from dsla_hf.evaluation.report.measurements import read_measurements
 from dsla_hf.inference.bench.costs import costs_of
-from dsla_hf.inference.bench.measure import PRESETS, TRIED, Case, Results, Runner, bench, largest, measure_largest, preset_config
+from dsla_hf.inference.bench.measure import TRIED, Case, Runner, bench, largest, measure_largest
+from dsla_hf.inference.bench.models import PRESETS, preset_config
+from dsla_hf.inference.bench.results import Results
 from dsla_hf.inference.graph import GraphDecoder, PlainRecording
 
 
@@ -201,6 +203,15 @@ def test_costs_follow_the_level(tiny_model, window_size):
     assert costs.prompt_operations(1, 10**6) < plain.prompt_operations(1, 10**6) / 10
 
 
+def plotted(folder, lengths, batches):
+    results = Results(folder, 1e9)
+    for length in lengths:
+        for batch in batches:
+            row = {"engine": "eager", "level": 0, "length": length, "batch_size": batch}
+            results.rows.append(row | {"seconds_per_token": 1e-6 * length + batch, "predicted_seconds_per_token": 0.5})
+    results.plot()
+
+
 @pytest.mark.parametrize(
     "lengths, batches, titles", [([512, 4096], [1], ["batch size 1"]), ([512], [1, 8], ["length 512"]), ([512], [1], [])]
 )
@@ -209,12 +220,7 @@ def test_a_plot_has_no_panel_of_one_point_and_plain_ticks(lengths, batches, titl
 
     drawn, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: (drawn.append(figure), save(figure, *args, **options)))
-    results = Results(tmp_path, 1e9)
-    for length in lengths:
-        for batch in batches:
-            row = {"engine": "eager", "level": 0, "length": length, "batch_size": batch}
-            results.rows.append(row | {"seconds_per_token": 1e-6 * length + batch, "predicted_seconds_per_token": 0.5})
-    results.plot()
+    plotted(tmp_path, lengths, batches)
     assert [axes.get_title() for figure in drawn for axes in figure.axes] == titles
     if titles:
         ticks = [label.get_text() for label in drawn[0].axes[0].get_xticklabels()]
@@ -225,5 +231,5 @@ def test_a_plot_has_no_panel_of_one_point_and_plain_ticks(lengths, batches, titl
 
 def test_rows_without_a_file_of_matplotlib(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    Results(tmp_path, 1e9).plot()
-    assert "needs matplotlib" in capsys.readouterr().out
+    plotted(tmp_path, [512, 4096], [1])
+    assert "no plot: plots need matplotlib: pip install" in capsys.readouterr().out and not list(tmp_path.iterdir())

@@ -13,7 +13,8 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1 for Triton's interpreter", allow_module_level=True)
 pytest.importorskip("triton")
 
-from dsla_kernels import caches, dispatch  # noqa: E402 (after the choice of how kernels run)
+from dsla_kernels import dispatch  # noqa: E402 (after the choice of how kernels run)
+from dsla_kernels.ops.softmax import append  # noqa: E402
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 
@@ -36,7 +37,7 @@ def test_the_kernel_writes_what_indexing_writes_and_nothing_else(pool, sizes, dt
     arguments = make_inputs(pool=pool, dtype=dtype, **sizes)
     found, expected = ([x.clone() for x in arguments] for _ in range(2))
     before = found[0].clone()
-    caches.append(*found)
+    append(*found)
     monkeypatch.setattr(dispatch, "choice", "pytorch")
     dispatch.append(*expected)
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
@@ -48,13 +49,13 @@ def test_strides_are_kept_to():
     large = torch.zeros(2, 6, 3, 16, device=DEVICE)
     keys = values = large[:, 1:5, :, 4:12].transpose(1, 2)
     token = torch.ones(2, 3, 1, 8, device=DEVICE)
-    caches.append(keys, values, token, token, torch.tensor([0, 3], device=DEVICE))
+    append(keys, values, token, token, torch.tensor([0, 3], device=DEVICE))
     assert large.sum() == 2 * 3 * 8 and large[0, 1, :, 4:12].all() and large[1, 4, :, 4:12].all()
 
 
 def test_places_of_32_bits_and_no_count():
     keys, values, k, v, places, _ = make_inputs()
-    caches.append(keys, values, k, v, places.int())
+    append(keys, values, k, v, places.int())
     for row, place in enumerate(places.tolist()):
         assert torch.equal(keys[row, :, place], k[row, :, 0]) and torch.equal(values[row, :, place], v[row, :, 0])
 
@@ -66,11 +67,12 @@ def test_the_operator_is_registered_in_full():
 @pytest.mark.parametrize(
     "index, change, message",
     [
-        (2, lambda x: x.repeat(1, 1, 2, 1), "one token a row"),
-        (0, lambda x: x[:, :1], "keys must be"),
+        (2, lambda x: x.repeat(1, 1, 2, 1), r"k must be \[B, Hkv, 1, K\]"),
+        (0, lambda x: x[:, :1], r"keys must be .*\[rows, 2, L, 8\]"),
+        (slice(2), lambda x: [each[:2] for each in x], "keys and values must have 1 row or 3"),
         (1, lambda x: x[..., :4], "values must be"),
-        (0, lambda x: x.half(), "must be alike"),
-        (1, lambda x: x.transpose(2, 3).contiguous().transpose(2, 3), "dense"),
+        (0, lambda x: x.half(), "keys must be torch.float32 .* got torch.float16"),
+        (1, lambda x: x.transpose(2, 3).contiguous().transpose(2, 3), "values must be dense"),
         (4, lambda x: x[:2], "places must be"),
         (4, lambda x: x.float(), "places must be"),
         (5, lambda x: x.float(), "count must be"),
@@ -81,5 +83,5 @@ def test_bad_input_is_refused_before_anything_is_written(index, change, message)
     arguments[index] = change(arguments[index])
     before = [x.clone() for x in arguments]
     with pytest.raises(ValueError, match=message):
-        caches.append(*arguments)
+        append(*arguments)
     assert all(torch.equal(x, y) for x, y in zip(arguments, before, strict=True))

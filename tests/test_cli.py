@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import json
 import re
 import sys
 from importlib.metadata import version
@@ -88,6 +89,31 @@ def test_environment(capsys):
     assert error == ""
 
 
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_what_of_a_model_is_fused(hybrid, tiny_model, adapter_model, tmp_path, capsys):
+    model = tiny_model("qwen3")
+    model = adapter_model(model, level=2).merge_and_unload() if hybrid else model
+    model.save_pretrained(tmp_path)
+    assert main(["env", "--model", str(tmp_path)]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fused")]
+    assert line.split(maxsplit=1)[1] == "norms 17 of 17, rotations 4 of 4, gated MLPs 4 of 4, layers 4 of 4"
+
+
+def test_quantised_weights_are_not_fused(tiny_model, tmp_path, capsys):
+    tiny_model("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["env", "--model", str(tmp_path)]) == 0
+    assert "layers 4 of 4 (without the MLPs: the weights are quantised)" in capsys.readouterr().out
+
+
+def test_no_model_to_look_at(tmp_path, capsys):
+    assert main(["env", "--model", str(tmp_path / "none")]) == 1
+    output, error = capsys.readouterr()
+    assert output == "" and error.startswith("dsla env: ") and error.count("\n") == 1
+
+
 # --- errors of the quickstart -----------------------------------------------------------------------------------
 
 
@@ -152,6 +178,8 @@ def test_quickstart_writes_models_and_plot(finished):
     ):
         assert name in files
     assert str(finished.output / "quickstart.png") in finished.printed
+    written = json.loads((finished.output / "quickstart.json").read_text())
+    assert written["rows"] == finished.rows and written["command"] == "dsla quickstart --steps 4 --seed 0" and written["versions"]["torch"]
 
 
 def test_plot_is_a_picture_with_something_in_it(finished):

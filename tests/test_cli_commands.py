@@ -2,13 +2,10 @@
 
 import hashlib
 import json
-import os
 import re
 import runpy
 import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from dsla_cli import main, preflight
 from dsla_hf import DSLAConfig
 from dsla_hf.cli import distill as distill_job
-from dsla_hf.cli.distill import DistillOptions, parse_options
+from dsla_hf.cli.distill_options import DistillOptions, parse_options
 from dsla_hf.cli.order import order as order_layers
 from dsla_hf.cli.quickstart import train_tokenizer
 from dsla_hf.models.configuration import resolve_level
-from dsla_hf.training.trainer import DSLATrainingArguments
+from dsla_hf.training.arguments import DSLATrainingArguments
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS, ORDER, LEVEL = 4, [2, 0, 3, 1], 2
@@ -351,40 +348,6 @@ def test_distill_as_a_chain(made, tmp_path, capsys):
 def test_distill_while_the_text_streams(made, tmp_path):
     assert main(distill(made, tmp_path / "out", "--streaming", "true", "--window_size", 8, data=[made.text, made.more])) == 0
     assert (tmp_path / "out" / "adapter_model.safetensors").exists() and (tmp_path / "out" / "ranking.json").exists()
-
-
-KILLED = """
-import sys
-from dsla_cli import main, preflight
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def test_run_that_is_killed_and_started_again_gives_what_one_run_gives(made, tmp_path):
-    """Killed by a signal that nobody can catch, as soon as another checkpoint begins to appear: often in the middle of writing it."""
-
-    def arguments(output):
-        return distill(made, output, "--tokens", 1024, "--save_steps", 2, "--window_size", 8, "--eval_sequences", 0)
-
-    def losses(output):
-        return json.loads((output / "logits" / "trainer_state.json").read_text())["log_history"]
-
-    assert main(arguments(tmp_path / "whole")) == 0
-    command = [sys.executable, "-c", KILLED, *arguments(tmp_path / "parts")]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
-    for wanted in ("alignment/checkpoint-4", "logits/checkpoint-2"):
-        running = subprocess.Popen(command, **quiet)
-        while running.poll() is None and not (tmp_path / "parts" / wanted).exists():
-            time.sleep(0.002)
-        running.kill()
-        running.wait()
-        assert (tmp_path / "parts" / wanted).exists() and not (tmp_path / "parts" / "adapter_config.json").exists()
-    assert main(arguments(tmp_path / "parts")) == 0
-    before, after = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before)
-    timed = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos"}
-    for one, other in zip(losses(tmp_path / "whole"), losses(tmp_path / "parts"), strict=True):
-        assert {n: x for n, x in one.items() if n not in timed} == {n: x for n, x in other.items() if n not in timed}
 
 
 def test_tokenizer_of_another_checkpoint_is_refused(made, tmp_path, capsys):

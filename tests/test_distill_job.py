@@ -17,13 +17,14 @@ from dsla_cli import main
 from dsla_hf import DSLAConfig
 from dsla_hf.cli import distill as distill_job
 from dsla_hf.cli import distill_plan
-from dsla_hf.cli.distill import parse_options
+from dsla_hf.cli.distill_options import parse_options
 from dsla_hf.cli.quickstart import train_tokenizer
+from dsla_hf.evaluation import short_answers
 from dsla_hf.evaluation.levels import evaluate_levels
 from dsla_hf.evaluation.report.measurements import read_measurements
-from dsla_hf.training import chats
-from dsla_hf.training import trainer as distillation
-from dsla_hf.training.trainer import DSLATrainer, DSLATrainingArguments
+from dsla_hf.training.arguments import DSLATrainingArguments
+from dsla_hf.training.recipe import distill
+from dsla_hf.training.trainer import DSLATrainer
 
 TEXT = " ".join(f"{number} green bottles hang on the wall, and if one of them should fall" for number in range(200, 0, -1))
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
@@ -34,7 +35,7 @@ LAYERS = 4
 def base(tmp_path_factory):
     """A small model with a tokenizer that has a chat template, and a text."""
     folder = tmp_path_factory.mktemp("base")
-    tokenizer = train_tokenizer([TEXT, " ".join(chats.QUESTIONS)], vocab_size=320)
+    tokenizer = train_tokenizer([TEXT, " ".join(short_answers.QUESTIONS)], vocab_size=320)
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -49,8 +50,8 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def brief_answers():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chats, "ANSWER_TOKENS", 6)
-        patch.setattr(chats, "SAMPLE_TOKENS", 3)
+        patch.setattr(short_answers, "ANSWER_TOKENS", 6)
+        patch.setattr(short_answers, "SAMPLE_TOKENS", 3)
         yield
 
 
@@ -222,9 +223,9 @@ def test_short_chats_are_in_the_table_with_an_answer_of_each_level(finished):
     rows = rows_of(output)
     assert rows[0]["answers"] == 1 and all(0 <= row["answers"] <= 1 for row in rows)
     answers = json.loads((output / "levels.json").read_text())["answers"]
-    lines = printed[printed.index(f"Answers to {chats.QUESTIONS[0]!r}:") :].splitlines()[1:6]
+    lines = printed[printed.index(f"Answers to {short_answers.QUESTIONS[0]!r}:") :].splitlines()[1:6]
     assert [line.split(maxsplit=1) for line in lines] == [[level, answer] for level, answer in answers.items()]
-    assert all(len(line) <= 7 + chats.SAMPLE_WIDTH for line in lines)
+    assert all(len(line) <= 7 + short_answers.SAMPLE_WIDTH for line in lines)
 
 
 def test_useless_adapter_does_not_look_like_a_useful_one(base, tmp_path, capsys):
@@ -411,12 +412,12 @@ def test_library_measures_nothing_by_itself(tiny_model, adapter_model, tmp_path,
     data = [{"input_ids": torch.randint(3, 97, (24,))} for _ in range(8)]
     options = {"report_to": [], "use_cpu": True, "per_device_train_batch_size": 2}
     args = DSLATrainingArguments(output_dir=str(tmp_path), **options)
-    assert distillation.distill(model, data, args, alignment_steps=1, logits_steps=1) is None
+    assert distill(model, data, args, alignment_steps=1, logits_steps=1) is None
     config = DSLAConfig.from_pretrained(tmp_path)
     assert config.level == 4 and config.level_metrics is None and model.get_level() == 4
     assert capsys.readouterr().out == ""
     with pytest.raises(ValueError, match="beyond the window"):
-        distillation.distill(model, [{"input_ids": torch.arange(12)}], args, alignment_steps=1, logits_steps=1)
+        distill(model, [{"input_ids": torch.arange(12)}], args, alignment_steps=1, logits_steps=1)
     with pytest.raises(ValueError, match="to rank layers on has 0 %"):
-        distillation.distill(model, data, args, alignment_steps=1, logits_steps=1, ranking_data=[torch.arange(10)])
+        distill(model, data, args, alignment_steps=1, logits_steps=1, ranking_data=[torch.arange(10)])
     assert math.isfinite(sum(p.sum().item() for p in model.parameters()))

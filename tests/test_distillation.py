@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import fields
@@ -11,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModel, DynamicCache, HfArgumentParser, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import AutoConfig, AutoModel, HfArgumentParser, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from dsla_hf import DSLAConfig, DSLALayer, set_level
 from dsla_hf.models.adapter import dsla_layers
 from dsla_hf.models.decoder import decoder_of
+from dsla_hf.training.arguments import DSLATrainingArguments
 from dsla_hf.training.ranking import LayerRanking, rank_layers
-from dsla_hf.training.trainer import DSLATrainer, DSLATrainingArguments, distill, draw_level, draw_raise, half_lives
+from dsla_hf.training.recipe import distill
+from dsla_hf.training.trainer import DSLATrainer, draw_level
 
 ORDER = [2, 0, 3, 1]  # the plan of the fixture `adapter_model`
 STAGES = ("alignment", "logits")
@@ -716,7 +717,7 @@ def test_finished_distillation_is_read_back(fresh, tmp_path, monkeypatch):
     model = fresh()
     ranking = run_distill(model, tmp_path)
     monkeypatch.setattr(Trainer, "train", no_training)
-    monkeypatch.setattr("dsla_hf.training.trainer.rank_layers", no_training)
+    monkeypatch.setattr("dsla_hf.training.recipe.rank_layers", no_training)
     again = fresh()
     assert run_distill(again, tmp_path) == ranking
     assert_same_adapter(again, model)
@@ -778,7 +779,7 @@ def test_interrupted_between_the_stages(fresh, tmp_path, monkeypatch):
         raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr("dsla_hf.training.trainer.rank_layers", interrupt)
+        patch.setattr("dsla_hf.training.recipe.rank_layers", interrupt)
         with pytest.raises(Interrupted):
             run_distill(fresh(), tmp_path / "parts")
     assert not (tmp_path / "parts" / "ranking.json").exists()
@@ -971,72 +972,12 @@ def test_bare_decoders_are_aligned_but_have_no_logits(tmp_path):
         distill(model, None, arguments(tmp_path), alignment_steps=1, logits_steps=1)
 
 
-def test_half_life_gap_term_drives_the_states_apart(tiny_model, tmp_path):
-    config = DSLAConfig(task_type="CAUSAL_LM", half_lives=(16.0, 16.0))
-    model = get_peft_model(tiny_model("llama"), config)
-    trainer = train(model, tmp_path, max_steps=8, warmup_steps=0, learning_rate=1e-2, train_level=4, half_life_gap_weight=10.0)
-    gaps = logged(trainer, "half_life_gap")
-    assert gaps[1] == pytest.approx(math.log(8) ** 2, rel=1e-3) and gaps[8] < 0.7 * gaps[1]
-    lives = half_lives(model)
-    assert all(lives[f"half_life/history/layer_{i}"] > 1.2 * lives[f"half_life/recency/layer_{i}"] for i in range(4))
-
-
 def test_terms_without_weight_are_not_computed(llama, tmp_path):
     trainer = train(llama, tmp_path, max_steps=1)
-    assert not logged(trainer, "hidden") and not logged(trainer, "half_life_gap")
+    assert not logged(trainer, "hidden")
 
 
-# --- raises in training -----------------------------------------------------------------------------------------
-
-
-def test_drawn_raises_are_a_pure_function_with_the_share_asked_for():
-    draws = [draw_raise(3, step, 0.25, 6, 100) for step in range(2000)]
-    assert draws == [draw_raise(3, step, 0.25, 6, 100) for step in range(2000)]
-    raises = [draw for draw in draws if draw is not None]
-    assert 400 < len(raises) < 600
-    assert {below for below, _ in raises} == set(range(6)) and all(25 <= cut <= 75 for _, cut in raises)
-    assert all(draw_raise(3, step, 0.0, 6, 100) is None and draw_raise(3, step, 1.0, 0, 100) is None for step in range(50))
-    assert draws != [draw_raise(4, step, 0.25, 6, 100) for step in range(2000)]
-
-
-@pytest.mark.parametrize("padded", [False, True])
-def test_raised_step_is_the_kl_of_the_rest_after_a_fold(model, padded, tmp_path):
-    data = token_data(2, 40)
-    if padded:
-        for item, pad in zip(data, (0, 5), strict=True):
-            item["attention_mask"] = torch.ones(40, dtype=torch.long)
-            item["attention_mask"][:pad] = 0
-    trainer = train(model, tmp_path, data, max_steps=1, learning_rate=0.0, train_level=3, raise_share=1.0)
-    below, cut = draw_raise(5, 0, 1.0, 3, 40)
-    inputs = together(data)
-    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-    with torch.no_grad():
-        model.train()
-        set_level(model, 0)
-        teacher = model(**inputs).logits[:, cut:].double().log_softmax(-1)
-        cache = DynamicCache(config=model.config)
-        set_level(model, below)
-        model(input_ids=inputs["input_ids"][:, :cut], attention_mask=mask[:, :cut], past_key_values=cache)
-        set_level(model, 3)
-        student = model(input_ids=inputs["input_ids"][:, cut:], attention_mask=mask, past_key_values=cache).logits.double().log_softmax(-1)
-    kl = (teacher.exp() * (teacher - student)).sum(-1)
-    expected = (kl * mask[:, cut:]).sum() / mask[:, cut:].sum()
-    assert logged(trainer, "kl")[1] == pytest.approx(expected.item(), rel=1e-4)
-
-
-def test_raised_steps_train_the_layers_that_are_dsla_at_the_end(llama, tmp_path):
-    gradients, _ = first_gradients(llama, tmp_path, token_data(2, 40), train_level=4, raise_share=1.0)
-    assert all(gradient.abs().max() > 0 for name, gradient in gradients.items() if "q_proj" in name or "o_proj" in name)
-
-
-def test_raises_with_checkpointing_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="raise_share needs the cache"):
-        arguments(tmp_path, raise_share=0.5, **{CHECKPOINTING: True})
-
-
-@pytest.mark.parametrize(
-    "name, value", [("raise_share", 1.5), ("raise_share", -0.1), ("hidden_weight", -1.0), ("half_life_gap_weight", float("nan"))]
-)
+@pytest.mark.parametrize("name, value", [("hidden_weight", -1.0), ("gate_learning_rate_factor", float("nan"))])
 def test_weights_that_are_none_are_refused(name, value, tmp_path):
     with pytest.raises(ValueError, match=f"{name} must be"):
         arguments(tmp_path, **{name: value})

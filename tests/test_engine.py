@@ -6,14 +6,16 @@ import threading
 import pytest
 import torch
 from peft import get_peft_model
+from prometheus_client import generate_latest
 
 from dsla_hf import DSLAConfig, Load
-from dsla_hf.inference.graph import CudaRecording, PlainRecording
+from dsla_hf.inference.recorder import CudaRecording, PlainRecording
+from dsla_hf.inference.sampling import Sampling
 from dsla_hf.serving.engine.engine import Draining, Engine, EngineOptions, ShedForMemory
 from dsla_hf.serving.engine.graphs import piece_sizes
 from dsla_hf.serving.engine.recent import RecentMean
-from dsla_hf.serving.engine.request import Sampling
 from dsla_hf.serving.engine.scheduler import QueueFull
+from dsla_hf.serving.http.metrics import Metrics
 
 SMALL = EngineOptions(
     slots=4, block_size=4, chunk=8, kv_bytes=2**20, max_tokens=256, prompt_share=1.0, hold=0.0, busy_hold=0.0, cool_down=0.0
@@ -75,6 +77,12 @@ def ask(engine, wanted):
         ear.request = engine.submit(prompt, tokens, ear)
         ears.append(ear)
     return ears
+
+
+def recorded(engine):
+    """Recordings of steps by (level, rows, past), and of pieces by (level, size, place)."""
+    every = engine.runner.recorder.recordings
+    return tuple({key: value for key, value in every.items() if isinstance(key[2], str) == piece} for piece in (False, True))
 
 
 def assert_empty(engine):
@@ -450,7 +458,7 @@ def test_listeners_are_told_while_the_next_token_is_computed(tuned, monkeypatch)
 @pytest.mark.parametrize("kernels", [False, True])
 def test_recorded_steps_give_the_same_texts(tuned, monkeypatch, request, kernels):
     """With the kernels a step reads keys and values in their blocks, and one recording serves texts of every length."""
-    monkeypatch.setattr("dsla_hf.serving.engine.graphs.SMALLEST_PAST", 8)
+    monkeypatch.setattr("dsla_hf.inference.recorder.SMALLEST_SHOWN", 8)
     if kernels:
         request.getfixturevalue("interpreted_kernels")
     level = [0]
@@ -470,25 +478,29 @@ def test_recorded_steps_give_the_same_texts(tuned, monkeypatch, request, kernels
                 return max([first, *(to for at, to in raises if stats.tokens >= at)])
 
             assert ear.tokens == alone(tuned, prompt, tokens, first, level_policy=policy)
-    assert bool(engine.runner.pieces) == kernels
-    recorded = [key for key, recording in engine.runner.recordings.items() if recording is not None]
-    assert {key[0] for key in recorded} == {0, 2} and {key[1] for key in recorded} <= {1, 2, 4}
-    assert ({key[2] for key in recorded} == {0}) if kernels else len({key[2] for key in recorded}) > 1
+    steps, pieces = recorded(engine)
+    assert bool(pieces) == kernels
+    assert {key[0] for key in steps} == {0, 2} and {key[1] for key in steps} <= {1, 2, 4}
+    assert ({key[2] for key in steps} == {0}) if kernels else len({key[2] for key in steps}) > 1
     assert_empty(engine)
 
 
 def test_prepared_steps_are_there_when_a_text_comes(tuned, monkeypatch):
-    monkeypatch.setattr("dsla_hf.serving.engine.graphs.SMALLEST_PAST", 64)
+    monkeypatch.setattr("dsla_hf.inference.recorder.SMALLEST_SHOWN", 64)
     engine = Engine(tuned, 2, SMALL, record=PlainRecording)
     engine.prepare([0, 1, 2])
-    recordings = dict(engine.runner.recordings)
-    assert {key[:2] for key in recordings} == {(level, rows) for level in (0, 1, 2) for rows in (1, 2, 4)} and all(recordings.values())
+    steps, pieces = recorded(engine)
+    assert {key[:2] for key in steps} == {(level, rows) for level in (0, 1, 2) for rows in (1, 2, 4)} and not pieces
     assert_empty(engine)
     wanted = [(prompt, 6) for prompt in prompts(4, 1, 8)]
     ears = ask(engine, wanted)
     run(engine)
     assert [ear.tokens for ear in ears] == [alone(tuned, prompt, tokens, 2) for prompt, tokens in wanted]
-    assert engine.runner.recordings == recordings
+    assert recorded(engine) == (steps, {})
+    calls = engine.snapshot()["calls"]
+    assert calls["replayed"] > 9 and calls["plain"] == 0
+    metrics = generate_latest(Metrics(engine).registry).decode()
+    assert f'dsla_recordable_calls_total{{how="replayed"}} {calls["replayed"]}.0' in metrics
 
 
 @pytest.fixture
@@ -505,14 +517,15 @@ def test_recorded_pieces_read_prompts_of_any_length_anywhere(tuned, in_blocks, w
     monkeypatch.setattr("dsla_hf.serving.engine.graphs.FINE_PIECES", 4)
     engine = Engine(tuned, 2, options(chunk=chunk), record=watched_recording)
     engine.prepare([2])
-    pieces = dict(engine.runner.pieces)
+    _, pieces = recorded(engine)
     sizes = [size for size in (1, 2, 4, 5, 6, 7, 8) if size <= chunk]
     assert sorted(pieces) == [(2, size, place) for size in sizes for place in ("behind windows", "first")]
     wanted = [(prompt, 3) for prompt in prompts(9, 1, 30, seed=3)] + [([7] * length, 2) for length in (1, 2, 3, 8, 9, 16)]
     ears = ask(engine, wanted)
     run(engine)
-    assert {key: engine.runner.pieces[key] for key in pieces} == pieces
-    assert {place for _, _, place in engine.runner.pieces} == places
+    _, now = recorded(engine)
+    assert {key: now[key] for key in pieces} == pieces
+    assert {place for _, _, place in now} == places
     assert [ear.tokens for ear in ears] == [alone(tuned, prompt, tokens, 2) for prompt, tokens in wanted]
     assert_empty(engine)
 
@@ -524,7 +537,7 @@ def test_a_piece_can_be_recorded_while_texts_run(tuned, in_blocks, monkeypatch):
     read = engine.runner.prefill
 
     def read_anew(request, tokens):
-        engine.runner.pieces.clear()
+        engine.runner.recorder.drop(lambda key: isinstance(key[2], str))
         return read(request, tokens)
 
     monkeypatch.setattr(engine.runner, "prefill", read_anew)
@@ -540,12 +553,12 @@ def test_graphs_serve_texts_that_come_go_and_are_raised(tiny_model, adapter_mode
     model = adapter_model(tiny_model("llama", hidden_size=64, head_dim=16), level=0).cuda()
     engine = Engine(model, lambda stats: 2 if stats.tokens >= 60 else 0, options(block_size=16, chunk=96), record=CudaRecording)
     engine.prepare([0, 2])
-    pieces, steps = dict(engine.runner.pieces), dict(engine.runner.recordings)
-    assert {key[:2] for key in pieces} == {(level, size) for level in (0, 2) for size in (64, 96)} and all(steps.values())
+    steps, pieces = recorded(engine)
+    assert {key[:2] for key in pieces} == {(level, size) for level in (0, 2) for size in (64, 96)} and steps
     wanted = [(prompt, 40) for prompt in prompts(7, 3, 50, seed=5)] + [(prompt, 5) for prompt in prompts(3, 97, 200)]
     ears = ask(engine, wanted)
     run(engine)
-    assert engine.runner.pieces == pieces and engine.runner.recordings == steps and engine.runner.record is not None
+    assert recorded(engine) == (steps, pieces) and engine.runner.recorder.reason is None
     for (prompt, tokens), ear in zip(wanted, ears, strict=True):
         (_, first), *raises = ear.request.levels
         if all(at > len(prompt) for at, _ in raises):
@@ -642,12 +655,13 @@ def test_recordings_that_find_no_memory_are_left_out(tuned, in_blocks, caplog):
 
     engine = Engine(tuned, 2, SMALL, record=record)
     engine.prepare()
-    assert len(engine.runner.pieces) + sum(recording is not None for recording in engine.runner.recordings.values()) == 3
+    assert len(engine.runner.recorder.recordings) == 3
     wanted = [(prompt, 4) for prompt in prompts(4, 1, 20)]
     ears = ask(engine, wanted)
     run(engine)
     assert [ear.tokens for ear in ears] == [alone(tuned, prompt, tokens, 2) for prompt, tokens in wanted]
-    assert len(made) == 3 and len([record for record in caplog.records if "record" in record.message]) == 1
+    said = [record.message for record in caplog.records if "record" in record.message]
+    assert len(made) == 3 and len(said) == 1 and "--kv-gib" in said[0]
 
 
 def test_sizes_of_pieces():

@@ -35,6 +35,11 @@ def serving():
 
 
 @pytest.fixture(scope="module")
+def serving_page(serving):
+    return sys.modules["serving_page"]
+
+
+@pytest.fixture(scope="module")
 def trace_file(serving, tmp_path_factory):
     draws, at, requests = random.Random(0), 0.0, []
     for _ in range(200):
@@ -194,7 +199,7 @@ def test_rows_without_http_and_how_an_interrupted_run_goes_on(serving, trace_fil
     assert len(rows_of(tmp_path)) == 8  # another setup, other rows
 
 
-def test_search_then_shares_then_the_other_policy(serving, trace_file, tmp_path, monkeypatch):
+def test_search_then_shares_then_the_other_policy(serving, serving_page, trace_file, tmp_path, monkeypatch):
     """With a fake measurement: level 0 does up to 10 requests a second, the other up to 16."""
     measured = []
 
@@ -219,8 +224,8 @@ def test_search_then_shares_then_the_other_policy(serving, trace_file, tmp_path,
         ("load", 11.4),
     ]
     rows = rows_of(tmp_path)
-    assert serving.best_rate(rows, "fixed") == 9.51 and 14.5 < serving.best_rate(rows, "load") <= 16
-    assert measured[-1] == ("fixed", serving.best_rate(rows, "load"), "shares")
+    assert serving_page.best_rate(rows, "fixed") == 9.51 and 14.5 < serving_page.best_rate(rows, "load") <= 16
+    assert measured[-1] == ("fixed", serving_page.best_rate(rows, "load"), "shares")
     assert {row["share"] for row in rows if row["rate"] == 4.75} == {4.75 / 9.51}
     count = len(measured)
     serving.main(options)
@@ -263,7 +268,7 @@ def made_row(serving, policy, rate, mean, met, **values):
     return {**row, **finished(times, {"0": 10, "2": 10} if policy == "load" else {"0": 20}), "setup": setup, **values}
 
 
-def test_page_says_what_pays_and_what_does_not(serving, tmp_path):
+def test_page_says_what_pays_and_what_does_not(serving, serving_page, tmp_path):
     pytest.importorskip("matplotlib")
     page = tmp_path / "measured" / "serving.md"
     page.parent.mkdir()
@@ -276,7 +281,7 @@ def test_page_says_what_pays_and_what_does_not(serving, tmp_path):
         made_row(serving, "fixed", 4.0, 0.0, False, cut="9 requests not answered after 30 s"),
         made_row(serving, "load", 4.0, 0.9, False),
     ]
-    serving.write_page(serving.with_shares(rows), page)
+    serving_page.write_page(serving_page.with_shares(rows), page)
     text = page.read_text()
     assert "| 3 | 1.50 | load | 20 | 0.4, 0.4 |" in text and "| 4 | 2.00 | fixed | 20 | cut: 9 requests" in text
     assert "3 requests/s with `load`, 2 at level 0 (1.50 ×)" in text
@@ -284,31 +289,31 @@ def test_page_says_what_pays_and_what_does_not(serving, tmp_path):
     assert "latency changes by +5.0%: not within the 3% allowed" in text
     assert "`load` does not pay at 1 requests/s" in text and "Cut, because the queue grew without end: fixed at 4." in text
     assert (tmp_path / "images" / "replay.png").stat().st_size > 1000
-    serving.write_page([], page)
+    serving_page.write_page([], page)
     assert "Nothing measured yet." in page.read_text() and "replay.png)\n<!-- end -->" not in page.read_text()
 
 
-def test_the_page_holds_what_the_results_say(serving):
+def test_the_page_holds_what_the_results_say(serving, serving_page):
     rows = json.loads((EVAL / "results" / "replay.json").read_text())["rows"]
-    assert serving.page_part(rows) in serving.PAGE.read_text(), "`python eval/serving.py --page` would write something else"
+    assert serving_page.page_part(rows) in serving_page.PAGE.read_text(), "`python eval/serving.py --page` would write something else"
 
 
-def test_rates_without_a_search_are_shares_of_what_another_found(serving):
+def test_rates_without_a_search_are_shares_of_what_another_found(serving, serving_page):
     """Runs beyond what level 0 serves have more requests, and no search of their own."""
     found = made_row(serving, "fixed", 2.0, 0.2, True, part="search")
     setup = found["setup"] | {"requests": 90, "max_level": 1}
     beyond = [made_row(serving, policy, 6.0, mean, False, setup=setup) for policy, mean in (("fixed", 3.0), ("load", 1.0))]
     other = made_row(serving, "fixed", 6.0, 3.0, False, setup=setup | {"chunk": 8})
-    rows = serving.with_shares([found, *beyond, other])
+    rows = serving_page.with_shares([found, *beyond, other])
     assert [row["share"] for row in rows] == [1.0, 3.0, 3.0, None]
-    assert serving.rates_table(rows).count("paper") == 1
-    said = " ".join(serving.verdict(beyond))
+    assert serving_page.rates_table(rows).count("paper") == 1
+    said = " ".join(serving_page.verdict(beyond))
     assert "at most 3.00 × lower, at 6 requests/s (3.00 of" in said and "lowest rate" not in said
 
 
-def test_page_without_measurements_and_wrong_options(serving, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(serving, "PAGE", tmp_path / "page.md")
-    monkeypatch.setattr(serving.write_page, "__defaults__", (tmp_path / "page.md",))
+def test_page_without_measurements_and_wrong_options(serving, serving_page, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(serving_page, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(serving_page.write_page, "__defaults__", (tmp_path / "page.md",))
     (tmp_path / "page.md").write_text("before\n<!-- replay -->\nold\n<!-- end -->\nafter\n")
     serving.main(["--page", "--results", str(tmp_path)])
     assert (tmp_path / "page.md").read_text() == "before\n<!-- replay -->\nNothing measured yet.\n<!-- end -->\nafter\n"

@@ -14,7 +14,8 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1 for Triton's interpreter", allow_module_level=True)
 pytest.importorskip("triton")
 
-from dsla_kernels import dispatch, few_rows, reference  # noqa: E402 (after the choice of how kernels run)
+from dsla_kernels import dispatch, reference  # noqa: E402 (after the choice of how kernels run)
+from dsla_kernels.ops.linear import few_rows  # noqa: E402
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")]

@@ -15,7 +15,8 @@ if not INTERPRETED and not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from dsla_hf.core.attention import NORM_EPS, DualStateAttention  # noqa: E402 (after the choice of how kernels run)
-from dsla_kernels import dispatch, gates, reference  # noqa: E402
+from dsla_kernels import dispatch, reference  # noqa: E402
+from dsla_kernels.ops.states import gates  # noqa: E402
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPES = [
@@ -204,20 +205,21 @@ def test_compiled_whole_graph(write, dynamic):
     assert_close(with_gradients(compiled, inputs), with_gradients(form(gates), inputs), torch.float32)
 
 
+FLOATS = "(floating-point|fp32, bf16 or fp16)"  # of the reference, of the kernel
 WRONG = {
-    "three dimensions": ({"v": lambda x: x[0]}, r"v must be floating-point \[B, T, Hkv, V\]"),
-    "whole numbers": ({"v": torch.Tensor.long}, "v must be floating-point"),
-    "fp64": ({"v": torch.Tensor.double}, "float64 for v"),
-    "weights in fp64": ({"gate_up": torch.Tensor.double}, "float64 for gate_up"),
-    "heads": ({"v": lambda x: x[:, :, :1]}, r"gate_down must be \[1, 12, rank\]"),
-    "head size": ({"gate_down": lambda x: x[:, :5]}, r"gate_down must be \[2, 12, rank\]"),
-    "rank": ({"gate_up": lambda x: x[:, :3]}, r"gate_up must be floating-point \[2, 4, 12\]"),
-    "decays": ({"gate_up": lambda x: x[..., :6]}, r"gate_up must be floating-point \[2, 4, 12\]"),
-    "bias": ({"gate_bias": lambda x: x[:, 0]}, r"gate_bias must be \[2, 2, G\]"),
-    "bias of whole numbers": ({"gate_bias": torch.Tensor.long}, "gate_bias must be floating-point"),
+    "three dimensions": ({"v": lambda x: x[0]}, rf"v must be {FLOATS} \[B, T, Hkv, V\]"),
+    "whole numbers": ({"v": torch.Tensor.long}, f"v must be {FLOATS} .*int64"),
+    "fp64": ({"v": torch.Tensor.double}, "v must be fp32, bf16 or fp16 .*float64"),
+    "weights in fp64": ({"gate_up": torch.Tensor.double}, "gate_up must be fp32, bf16 or fp16 .*float64"),
+    "heads": ({"v": lambda x: x[:, :, :1]}, rf"gate_down must be {FLOATS} \[1, 12, rank\]"),
+    "head size": ({"gate_down": lambda x: x[:, :5]}, rf"gate_down must be {FLOATS} \[2, 12, rank\]"),
+    "rank": ({"gate_up": lambda x: x[:, :3]}, rf"gate_up must be {FLOATS} \[2, 4, 12\]"),
+    "decays": ({"gate_up": lambda x: x[..., :6]}, rf"gate_up must be {FLOATS} \[2, 4, 12\]"),
+    "bias": ({"gate_bias": lambda x: x[:, 0]}, rf"gate_bias must be {FLOATS} \[2, 2, G\]"),
+    "bias of whole numbers": ({"gate_bias": torch.Tensor.long}, f"gate_bias must be {FLOATS} .*int64"),
     "half a write gate": ({"write_bias": lambda x: None}, "together"),
-    "write gate": ({"write_weight": lambda x: x[..., :1]}, r"write_weight must be floating-point \[2, 12, 2\]"),
-    "write bias": ({"write_bias": lambda x: x[:1]}, r"write_bias must be floating-point \[2, 2\]"),
+    "write gate": ({"write_weight": lambda x: x[..., :1]}, rf"write_weight must be {FLOATS} \[2, 12, 2\]"),
+    "write bias": ({"write_bias": lambda x: x[:1]}, rf"write_bias must be {FLOATS} \[2, 2\]"),
     "elsewhere": ({"gate_up": lambda x: x.to("meta")}, "gate_up must be .* on meta"),
 }
 

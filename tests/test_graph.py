@@ -10,6 +10,7 @@ from transformers import DynamicCache, LogitsProcessor, StaticCache, StoppingCri
 
 import dsla_hf.inference.decode_attention
 import dsla_hf.inference.graph
+import dsla_hf.inference.recorder
 from dsla_hf import LevelProcessor, cache_bytes
 from dsla_hf.core.cache import DSLACacheLayer, StaticDSLACacheLayer, VisibleStaticLayer
 from dsla_hf.inference.graph import GraphDecoder, PlainRecording
@@ -57,7 +58,7 @@ def recorder():
 
 @pytest.fixture(autouse=True)
 def small_views(monkeypatch):
-    monkeypatch.setattr(dsla_hf.inference.graph, "SMALLEST_VIEW", 16)
+    monkeypatch.setattr(dsla_hf.inference.recorder, "SMALLEST_SHOWN", 16)
 
 
 @pytest.mark.parametrize("window_size", [0, 8])
@@ -249,16 +250,26 @@ def test_where_graphs_cannot_run_generate_does_and_says_why(tiny_model, adapter_
         GraphDecoder(model).prepare([1], max_length=20)
 
 
-def test_a_step_that_cannot_be_captured_runs_as_it_is(tiny_model, monkeypatch):
+def test_a_step_that_cannot_be_captured_runs_as_it_is(tiny_model, caplog):
     def refuse(step, pool):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    said = []
-    monkeypatch.setattr(dsla_hf.inference.graph.logger, "warning_once", said.append)
     model = tiny_model("llama")
-    found = GraphDecoder(model, record=refuse).generate(IDS, max_new_tokens=20, do_sample=False)
+    decoder = GraphDecoder(model, record=refuse)
+    found = decoder.generate(IDS, max_new_tokens=20, do_sample=False)
     assert torch.equal(found, model.generate(IDS, max_new_tokens=20, do_sample=False))
-    assert "(operation not permitted when stream is capturing)" in said[0]
+    assert caplog.text.count("cannot be recorded (operation not permitted when stream is capturing): it runs as it is") == 1
+    assert decoder.recorder.reason == "operation not permitted when stream is capturing"
+
+
+def test_a_step_without_memory_for_its_graph_runs_as_it_is_and_says_how_to_have_more(tiny_model, caplog):
+    def full(step, pool):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = tiny_model("llama")
+    found = GraphDecoder(model, record=full).generate(IDS, max_new_tokens=20, do_sample=False)
+    assert torch.equal(found, model.generate(IDS, max_new_tokens=20, do_sample=False))
+    assert caplog.text.count("give a smaller max_length, fewer rows, or GraphDecoder(keep=False)") == 1
 
 
 @pytest.mark.parametrize(
@@ -328,7 +339,7 @@ def test_captured_graphs_give_the_text_of_generate(tiny_model, adapter_model, pa
     assert decoder.obstacle(**options) is None
     for _ in range(2):
         assert torch.equal(decoder.generate(ids, **options), expected)
-    assert all(recording is not None for recording in decoder.workspace.recordings.values())
+    assert decoder.recorder.recordings and decoder.recorder.reason is None
 
 
 @pytest.mark.parametrize("window_size", [0, 8])

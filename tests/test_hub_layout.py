@@ -35,7 +35,7 @@ def test_the_package_has_the_name_in_build_toml(folder):
 
 
 def test_modules_import_each_other_relatively_and_name_no_operator_namespace(folder):
-    for path in (folder / "torch-ext" / "dsla_kernels").glob("*.py"):
+    for path in (folder / "torch-ext" / "dsla_kernels").rglob("*.py"):
         text = path.read_text()
         assert "dsla_kernels::" not in text and "torch.ops" not in text, path.name
         for node in ast.walk(ast.parse(text)):
@@ -50,7 +50,7 @@ def test_a_build_is_loaded_beside_the_installed_package(folder, tmp_path):
     package = folder / "torch-ext" / "dsla_kernels"
     code = f"""
 import importlib.util, shutil, sys
-import dsla_kernels.chunk, dsla_kernels.decode, dsla_kernels.window
+import dsla_kernels.ops.chunk, dsla_kernels.ops.decode, dsla_kernels.ops.window
 import torch
 package = {str(tmp_path / "package")!r}
 shutil.copytree({str(package)!r}, package)
@@ -59,7 +59,7 @@ spec = importlib.util.spec_from_file_location("unique_name", package + "/__init_
 module = importlib.util.module_from_spec(spec)
 sys.modules["unique_name"] = module
 spec.loader.exec_module(module)
-for name in ("chunk", "decode", "window"):
+for name in ("ops.chunk", "ops.decode", "ops.window"):
     importlib.import_module("unique_name." + name)
 for name in ("chunk_forward", "chunk_backward", "window_forward", "window_backward", "window_decode", "pure_decode"):
     assert hasattr(torch.ops._dsla_kernels_1a2b3c, name) and hasattr(torch.ops.dsla_kernels, name)

@@ -85,7 +85,7 @@ def test_the_profile_adds_up(checkpoint, monkeypatch):
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(checkpoint), dsla_hf.DSLAConfig(task_type="CAUSAL_LM", window_size=8, level=2)
     ).eval()
-    runner = dsla_hf.inference.bench.measure.Runner(dsla_hf.inference.bench.measure.ready(model, model.device))
+    runner = dsla_hf.inference.bench.measure.Runner(inference.ready(model, model.device))
     monkeypatch.setattr(inference, "Case", lambda engine, *rest: dsla_hf.inference.bench.measure.Case("eager", *rest))
     found = inference.profile(runner, 1e9, length=20)
     assert found["ms_nothing_runs"] + sum(found["ms_by_kind"].values()) == pytest.approx(found["ms_per_token"])

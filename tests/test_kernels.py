@@ -16,7 +16,9 @@ if not INTERPRETED and not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from dsla_hf.core.attention import DualStateAttention  # noqa: E402 (after the choice of how kernels run)
-from dsla_kernels import chunk, decode, reference, states, window  # noqa: E402
+from dsla_kernels import reference  # noqa: E402
+from dsla_kernels.ops import chunk, decode, states, window  # noqa: E402
+from dsla_kernels.ops.decode import launch as decode_launch  # noqa: E402
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPES = [
@@ -307,9 +309,9 @@ def test_decode_follows_the_layer(size, sinks, group, write, rank, softcap, laun
     """With a cap on the scores there is also a logit that takes a share of the softmax. launch: how heads are worked through, in
     place of the choice by shape, and other sizes; few_rows: among more, padding is left out at once."""
     launch = dict(launch)
-    monkeypatch.setattr(decode, "FEW_ROWS", launch.pop("few_rows", decode.FEW_ROWS))
+    monkeypatch.setattr(decode_launch, "FEW_ROWS", launch.pop("few_rows", decode_launch.FEW_ROWS))
     batch, kv_heads, key_dim, value_dim = launch.pop("batch", 2), launch.pop("kv_heads", 1), launch.pop("key_dim", 32), 48
-    monkeypatch.setattr(decode, "tuned", decode.Launch(4, **launch) if launch else None)
+    monkeypatch.setattr(decode_launch, "tuned", decode_launch.Launch(4, **launch) if launch else None)
     layer = DualStateAttention(
         kv_heads * group, kv_heads, key_dim, value_dim, window_size=size, sink_tokens=sinks, write_gate=write, gate_rank=rank
     ).to(DEVICE)
@@ -404,8 +406,8 @@ def test_compiled_decode_changes_its_buffers_in_place():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"q": lambda x: x.double(), "k": lambda x: x.double(), "v": lambda x: x.double()}, "fp32, bf16 and fp16"),
-        ({"k": lambda x: x.half()}, "one floating-point dtype"),
+        ({"q": lambda x: x.double(), "k": lambda x: x.double(), "v": lambda x: x.double()}, "q must be fp32, bf16 or fp16 .*float64"),
+        ({"k": lambda x: x.half()}, "k must be torch.float32 .*float16"),
         ({"gate_logits": lambda x: x[..., :3]}, "gate_logits"),
         ({"gate_logits": lambda x: x.double()}, "gate_logits"),
         ({"mix": lambda x: x[:, :1]}, "mix"),

@@ -1,11 +1,9 @@
 """The loss terms against their plain formulas in fp64."""
 
-import math
-
 import pytest
 import torch
 
-from dsla_hf.training.losses import TOKENS_PER_CHUNK, alignment_loss, half_life_gap_loss, kl_loss
+from dsla_hf.training.losses import TOKENS_PER_CHUNK, alignment_loss, kl_loss
 
 VOCABULARY = 13
 # One chunk or less, exactly one, one and a bit, several; in one row and in several.
@@ -148,18 +146,3 @@ def test_batch_without_a_real_token_gives_zero_and_no_gradient(loss, plain):
     found = loss(student, teacher, torch.zeros(2, 9, dtype=torch.long))
     found.backward()
     assert found == 0 and torch.equal(student.grad, torch.zeros_like(student))
-
-
-# --- half-lives -------------------------------------------------------------------------------------------------
-
-
-def test_half_life_gap_counts_what_is_missing_to_the_gap_of_each_head():
-    lives = torch.tensor([[[64.0, 16.0], [8.0, 32.0]], [[900.0, 100.0], [3.0, 3.0]]])  # geometric means 32 and 16; 300 and 3
-    assert half_life_gap_loss(lives).item() == pytest.approx((math.log(8) - math.log(2)) ** 2 / 2)
-    assert half_life_gap_loss(lives, gap=math.log(2)).item() == pytest.approx(0, abs=1e-10)
-
-
-def test_half_life_gap_pulls_history_up_and_recency_down():
-    lives = torch.full((2, 2, 3), 16.0).requires_grad_()
-    half_life_gap_loss(lives).backward()
-    assert (lives.grad[:, 0] < 0).all() and (lives.grad[:, 1] > 0).all()

@@ -10,10 +10,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainingArguments
 
-from dsla_hf.models.decoder import decoder_layers
-from dsla_hf.training import trainer as distillation
+from dsla_hf.models.decoder import decoder_layers, first_layers
+from dsla_hf.training import arguments, sharding
+from dsla_hf.training.arguments import DSLATrainingArguments
 from dsla_hf.training.losses import kl_sums
-from dsla_hf.training.trainer import DSLATrainer, DSLATrainingArguments
+from dsla_hf.training.trainer import DSLATrainer
 
 STAGES = ("alignment", "logits")
 NAMES = {field.name for field in fields(TrainingArguments)}
@@ -130,7 +131,7 @@ def test_alignment_runs_no_layer_above_the_last_one(make, trainer, monkeypatch):
 
     found, ran = run()
     assert ran == [0, 1] * 2
-    monkeypatch.setattr(distillation, "first_layers", lambda *_: nullcontext())
+    monkeypatch.setattr("dsla_hf.training.trainer.first_layers", lambda *_: nullcontext())
     expected, all_ran = run()
     assert all_ran == [0, 1, 2, 3] * 2 and found == expected
 
@@ -148,7 +149,7 @@ def test_alignment_of_trained_layers_only(make, trainer):
 def test_decoder_is_whole_again_after_an_error(make):
     model = make()
     base = model.get_base_model()
-    with distillation.first_layers(base, 2):
+    with first_layers(base, 2):
         with pytest.raises(IndexError):
             model(input_ids=torch.tensor([[1000]]))
         assert len(decoder_layers(base)) == 4
@@ -192,7 +193,9 @@ def test_backward_pass_ends_at_the_lowest_dsla_layer(make, trainer):
 
 def test_hidden_states_of_the_teacher_are_kept_from_the_lowest_dsla_layer_on(make, trainer, monkeypatch):
     seen = []
-    monkeypatch.setattr(distillation, "alignment_sums", lambda s, t, mask: seen.append(s) or (s.sum() * 0 + 1, s.new_tensor(2.0)))
+    monkeypatch.setattr(
+        "dsla_hf.training.trainer.alignment_sums", lambda s, t, mask: seen.append(s) or (s.sum() * 0 + 1, s.new_tensor(2.0))
+    )
     run = trainer(make(), steps=1, train_level=1, hidden_weight=1.0)
     run.train()
     assert len(seen) == 2, "blocks 0 and 1 give student and teacher the same"
@@ -232,25 +235,23 @@ def test_deepspeed_is_refused_before_anything_is_set_up(way, tmp_path, monkeypat
         ({}, "bf16", "--dtype bfloat16"),
     ],
 )
-def test_other_ways_of_fsdp_are_refused(plugin, mixed_precision, fix, trainer):
-    run = trainer()
+def test_other_ways_of_fsdp_are_refused(plugin, mixed_precision, fix):
     state = SimpleNamespace(fsdp_plugin=SimpleNamespace(**{"fsdp_version": 2, "activation_checkpointing": False, **plugin}))
-    run.accelerator = SimpleNamespace(state=state, mixed_precision=mixed_precision)
     with pytest.raises(ValueError, match=fix):
-        run._check_fsdp()
+        sharding.check_fsdp(SimpleNamespace(state=state, mixed_precision=mixed_precision))
 
 
 def test_fsdp_that_accelerate_leaves_out_is_said(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     said = []
-    monkeypatch.setattr(distillation.logger, "warning_once", said.append)
-    DSLATrainer._check_fsdp(SimpleNamespace(accelerator=SimpleNamespace(state=SimpleNamespace())))
+    monkeypatch.setattr(sharding.logger, "warning_once", said.append)
+    sharding.check_fsdp(SimpleNamespace(state=SimpleNamespace()))
     assert len(said) == 1 and "every process holds the whole model" in said[0]
 
 
 def test_one_process_uses_one_gpu_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 4))
     said = []
-    monkeypatch.setattr(distillation.logger, "warning", said.append)
+    monkeypatch.setattr(arguments.logger, "warning", said.append)
     args = DSLATrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
     assert args._n_gpu == 1 and len(said) == 1 and "one of 4 GPUs" in said[0] and "accelerate launch" in said[0]

@@ -2,7 +2,7 @@
 
 import importlib
 import pickle
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -64,6 +64,9 @@ def test_a_module_that_never_was_is_not_found():
         importlib.import_module("dsla_hf.nothing")
 
 
-def test_a_command_by_its_old_name_runs():
-    done = subprocess.run([sys.executable, "-m", "dsla_hf.lm_eval", "--help"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "lm" in done.stdout.lower()
+def test_a_command_by_its_old_name_runs(monkeypatch, capsys):
+    sys.modules.pop("dsla_hf.lm_eval", None)
+    monkeypatch.setattr(sys, "argv", ["lm_eval", "--help"])
+    with pytest.warns(DeprecationWarning, match=r"is now dsla_hf\.evaluation\.lm_eval"), pytest.raises(SystemExit) as caught:
+        runpy.run_module("dsla_hf.lm_eval", run_name="__main__", alter_sys=True)
+    assert caught.value.code == 0 and "lm" in capsys.readouterr().out.lower()

@@ -210,13 +210,13 @@ def test_a_name_on_the_hub_without_network_imports_nothing_heavy(arguments, tmp_
 
 def test_shapes_of_bench_are_those_that_it_knows():
     from dsla_cli.commands.bench import SHAPES
-    from dsla_hf.inference.bench.measure import PRESETS
+    from dsla_hf.inference.bench.models import PRESETS
 
     assert set(SHAPES) == set(PRESETS)
 
 
 def test_order_and_distill_name_the_same_formats():
     from dsla_cli.options import SOURCES
-    from dsla_hf.training import corpus
+    from dsla_hf.training import text
 
-    assert SOURCES == corpus.SOURCES
+    assert SOURCES == text.SOURCES

@@ -13,7 +13,8 @@ from transformers.quantizers import HfQuantizer
 from dsla_hf import DSLAConfig
 from dsla_hf.inference.bench.costs import costs_of
 from dsla_hf.inference.graph import GraphDecoder, PlainRecording
-from dsla_hf.training.trainer import DSLATrainer, DSLATrainingArguments
+from dsla_hf.training.arguments import DSLATrainingArguments
+from dsla_hf.training.trainer import DSLATrainer
 
 IDS = torch.tensor([[5, 17, 31, 44, 9, 60, 61, 62, 3, 8, 12, 77]])
 # Worst relative error of logits against the base in full precision.

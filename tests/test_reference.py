@@ -583,8 +583,8 @@ BAD_INPUTS = {
     "lower bound too low": ("lower_bound", {"lower_bound": lambda _: -1.26}),
     "lower bound zero": ("lower_bound", {"lower_bound": lambda _: 0.0}),
     "lower bound not a number": ("lower_bound", {"lower_bound": lambda _: float("nan")}),
-    "q of three dimensions": ("q, k, v", {"q": lambda q: q[0]}),
-    "v of five dimensions": ("q, k, v", {"v": lambda v: v[None]}),
+    "q of three dimensions": ("^q must be", {"q": lambda q: q[0]}),
+    "v of five dimensions": ("^v must be", {"v": lambda v: v[None]}),
     "no tokens": ("q holds no tokens", {name: lambda x: x[:, :0] for name in NAMES[:4]}),
     "k of another batch": ("^k must be", {"k": lambda k: k[:1]}),
     "k of other tokens": ("^k must be", {"k": lambda k: k[:, 1:]}),
@@ -603,9 +603,9 @@ BAD_INPUTS = {
     "write gates of another device": ("write_logits.*meta", {"write_logits": lambda _: make_write(tokens=10).to("meta")}),
     "mix of KV heads": ("mix", {"mix": lambda m: m[:2]}),
     "mix of three states": ("mix", {"mix": lambda m: m[:, [0, 1, 1]]}),
-    "dtypes that differ": ("share one floating-point dtype", {"v": lambda v: v.float()}),
-    "whole numbers": ("share one floating-point dtype", {name: lambda x: x.long() for name in ("q", "k", "v")}),
-    "another device": ("device", {"mix": lambda m: m.to("meta")}),
+    "dtypes that differ": ("^v must be torch.float64 .*got torch.float32", {"v": lambda v: v.float()}),
+    "whole numbers": ("^q must be floating-point .*int64", {name: lambda x: x.long() for name in ("q", "k", "v")}),
+    "another device": ("mix must be .* on cpu, got .* on meta", {"mix": lambda m: m.to("meta")}),
     "mask of other tokens": ("padding_mask", {"padding_mask": lambda _: torch.ones(2, 9, dtype=torch.bool)}),
     "mask with heads": ("padding_mask", {"padding_mask": lambda _: torch.ones(2, 10, 1, dtype=torch.bool)}),
     "packing in two rows": ("cu_seqlens", {"cu_seqlens": lambda _: torch.tensor([0, 10])}),
@@ -629,6 +629,25 @@ def test_bad_inputs_of_the_window_form_are_named(case):
     del arguments["cu_seqlens"]
     with pytest.raises(ValueError, match=message):
         dual_state_window_attention(**arguments, window_size=4)
+
+
+OF_STATES = ("lower_bound", "^v must be", "gate_logits", "write_logits", "padding_mask", "initial_state")
+
+
+@pytest.mark.parametrize("case", [case for case, (message, _) in BAD_INPUTS.items() if message.startswith(OF_STATES)])
+def test_bad_inputs_of_the_states_alone_are_named(case):
+    message, changes = BAD_INPUTS[case]
+    arguments = bad(**changes)
+    for name in ("q", "mix", "cu_seqlens"):
+        del arguments[name]
+    with pytest.raises(ValueError, match=message):
+        block_states(**arguments, block_size=4)
+
+
+def test_blocks_without_tokens_are_refused():
+    _, k, v, gate_logits, _ = make_inputs(tokens=10)
+    with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
+        block_states(k, v, gate_logits, 0)
 
 
 @pytest.mark.parametrize("window_size", [-2, 0, 1, 7])

@@ -15,7 +15,11 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1 for Triton's interpreter", allow_module_level=True)
 pytest.importorskip("triton")
 
-from dsla_kernels import dispatch, prompt, reference, split_kv  # noqa: E402 (after the choice of how kernels run)
+from dsla_kernels import dispatch, reference  # noqa: E402 (after the choice of how kernels run)
+from dsla_kernels.ops import softmax  # noqa: E402
+from dsla_kernels.ops.softmax import prompt  # noqa: E402
+from dsla_kernels.ops.softmax import splits as softmax_splits  # noqa: E402
+from dsla_kernels.ops.softmax.splits import choose_splits, choose_uneven_splits  # noqa: E402
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")]
@@ -65,7 +69,7 @@ def check(q, keys, values, lengths, splits=0, **options):
     """The kernels' output, after it was compared with the truth."""
     floating = {name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for name, x in options.items()}
     expected = reference.softmax_decode(q.double(), keys.double(), values.double(), lengths, **floating)
-    found = split_kv.softmax_decode(q, keys, values, lengths, splits=splits, **options)
+    found = softmax.softmax_decode(q, keys, values, lengths, splits=splits, **options)
     assert found.dtype == q.dtype and found.shape == expected.shape
     error = float((found.double() - expected).norm() / expected.norm().clamp_min(1e-30))
     assert error <= BOUNDS[q.dtype]
@@ -170,7 +174,7 @@ def test_any_number_of_parts_gives_the_same():
         check(*inputs, splits)
     inputs[-1][0] = 1_000_000  # no more is read than there is room for
     inputs[1].nan_to_num_(), inputs[2].nan_to_num_()
-    found = split_kv.softmax_decode(*inputs, splits=2)
+    found = softmax.softmax_decode(*inputs, splits=2)
     torch.testing.assert_close(found, check(*inputs[:3], inputs[3].clamp_max(320), 2))
 
 
@@ -188,11 +192,11 @@ def test_parts_fill_the_card():
     """A card of 132 processors that hold two programs each, tiles of 64 tokens."""
     for programs in (1, 8, 32, 100, 160, 256, 288, 320, 512, 5000):
         for tiles in (1, 2, 16, 128, 2048):
-            splits = split_kv.choose_splits(programs, tiles, 2, 264)
+            splits = choose_splits(programs, tiles, 2, 264)
             assert 1 <= splits <= max(1, tiles // 2)
             if tiles // 2 * programs >= 8 * 264:  # then it is no more than a quarter off a card that is always full
                 assert -(-programs * splits // 264) * -(-tiles // splits) <= 1.25 * programs * tiles / 264
-    chosen = [split_kv.choose_splits(programs, 128, 2, 264) for programs in (32, 8, 512, 128)]
+    chosen = [choose_splits(programs, 128, 2, 264) for programs in (32, 8, 512, 128)]
     assert chosen == [8, 32, 1, 2]  # one row and sixteen, 32 and 8 heads, at 8,192 tokens
 
 
@@ -201,11 +205,11 @@ def test_long_rows_among_short_ones_have_parts():
     that is full of rows of an eighth of its length."""
     for heads in (8, 32):
         for batch in (2, 5, 16, 40, 64, 128):
-            parts = split_kv.choose_uneven_splits(batch, batch * heads, 272, 8, 264)
+            parts = choose_uneven_splits(batch, batch * heads, 272, 8, 264)
             longest, evenly = 272 / parts, batch * heads * 272 / 8 / 264
             assert longest <= max(272 / 4, evenly) and parts <= 34
             assert batch * heads * parts <= max(8192, 4 * batch * heads)
-    assert split_kv.choose_uneven_splits(16, 512, 4, 8, 264) == 1  # nothing to divide
+    assert choose_uneven_splits(16, 512, 4, 8, 264) == 1  # nothing to divide
 
 
 def test_uneven_rows_in_blocks():
@@ -219,15 +223,15 @@ def test_uneven_rows_in_blocks():
 def test_the_choice_of_how_kernels_run(monkeypatch):
     inputs = make_inputs([70, 3], 80)
     launched = []
-    run = split_kv.softmax_decode
-    monkeypatch.setattr(split_kv, "softmax_decode", lambda *x, **options: launched.append(1) or run(*x, **options))
+    run = softmax.softmax_decode
+    monkeypatch.setattr(softmax, "softmax_decode", lambda *x, **options: launched.append(1) or run(*x, **options))
     outputs = []
     for choice in ("pytorch", "triton"):
         monkeypatch.setattr(dispatch, "choice", choice)
         outputs.append(dispatch.softmax_decode(*inputs, window=50))
     torch.testing.assert_close(*outputs)
     assert launched == [1]
-    monkeypatch.setattr(split_kv, "tuned", split_kv.Launch(32, 2, 2))
+    monkeypatch.setattr(softmax_splits, "tuned", prompt.Launch(32, 2, 2))
     torch.testing.assert_close(run(*inputs, window=50), outputs[0])
 
 
@@ -236,7 +240,7 @@ def test_compiled_whole_graph(dynamic):
     inputs = make_inputs([70, 3], 80)
 
     def step(q, keys, values, lengths):
-        return split_kv.softmax_decode(q, keys, values, lengths, window=50, splits=2) * 2
+        return softmax.softmax_decode(q, keys, values, lengths, window=50, splits=2) * 2
 
     found = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)(*inputs)
     assert torch.equal(found, step(*inputs))
@@ -251,11 +255,11 @@ def test_compiled_whole_graph(dynamic):
 @pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
 def test_a_cuda_graph_follows_lengths_and_cache():
     q, keys, values, lengths = make_inputs([500, 3], 2048, 128, dtype=torch.bfloat16)
-    split_kv.softmax_decode(q, keys, values, lengths)  # compiles
+    softmax.softmax_decode(q, keys, values, lengths)  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        o = split_kv.softmax_decode(q, keys, values, lengths)
+        o = softmax.softmax_decode(q, keys, values, lengths)
     for steps in ([501, 2048], [0, 64], [2000, 1]):
         for x in (q, keys, values):
             x.normal_()
@@ -265,15 +269,15 @@ def test_a_cuda_graph_follows_lengths_and_cache():
 
 
 WRONG = {
-    "two tokens": ({"q": lambda x: x.expand(-1, 2, -1, -1)}, r"q must be \[B, 1, Hq, D\]"),
+    "two tokens": ({"q": lambda x: x.expand(-1, 2, -1, -1)}, r"q must be floating-point \[B, 1, Hq, D\]"),
     "heads": ({"q": lambda x: x[:, :, :3]}, "multiple of the 2"),
     "no rows": ({name: (lambda x: x[:0]) for name in ("q", "keys", "values", "lengths")}, "no rows"),
     "rows": ({"keys": lambda x: x[:1]}, "keys must be"),
     "three dimensions": ({"values": lambda x: x[0]}, "values must be"),
-    "head size": ({"keys": lambda x: x[..., :16]}, "D = 32"),
+    "head size": ({"keys": lambda x: x[..., :16]}, r"keys must be torch.float32 \[2, Hkv, T, 32\]"),
     "tokens": ({"values": lambda x: x[:, :, :5]}, "values must be"),
     "no room": ({"keys": lambda x: x[:, :, :0], "values": lambda x: x[:, :, :0]}, "room"),
-    "a dtype each": ({"keys": lambda x: x.half()}, "one floating-point dtype"),
+    "a dtype each": ({"keys": lambda x: x.half()}, "keys must be torch.float32 .* got torch.float16"),
     "fp64": (dict.fromkeys(("q", "keys", "values"), torch.Tensor.double), "fp32, bf16 and fp16"),
     "columns": ({"keys": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)}, "keys must be dense.*contiguous"),
     "lengths": ({"lengths": lambda x: x.float()}, "lengths must be int32 or int64"),
@@ -286,9 +290,9 @@ WRONG = {
     "table and mask": ({"block_table": torch.zeros(2, 4).int(), "mask": torch.ones(2, 20).bool(), "q": lambda x: x}, "mask goes with"),
     "table": ({"block_table": torch.zeros(2, 4)}, "block_table must be int32"),
     "table of others": ({"block_table": torch.zeros(3, 4).int()}, "block_table must be int32"),
-    "empty table": ({"block_table": torch.zeros(2, 0).int()}, "no columns"),
+    "empty table": ({"block_table": torch.zeros(2, 0).int()}, "room for a token at least, and a block_table a column"),
     "splits": ({"splits": -1}, "splits must be 0"),
-    "elsewhere": ({"lengths": lambda x: x.to("meta")}, "lengths must be on"),
+    "elsewhere": ({"lengths": lambda x: x.to("meta")}, f"lengths must be .* on {DEVICE}.*, got .* on meta"),
 }
 
 
@@ -302,12 +306,12 @@ def test_wrong_inputs_are_named_before_a_launch(case, monkeypatch):
         arguments |= {name: x.transpose(1, 2) for name, x in arguments.items() if name in ("keys", "values")}
     arguments |= {name: edit(arguments[name]) for name, edit in changes.items() if name in arguments}
     with pytest.raises(ValueError, match=message):
-        split_kv.softmax_decode(**arguments, **options)
+        softmax.softmax_decode(**arguments, **options)
 
 
 def test_heads_beyond_what_the_kernels_take():
     with pytest.raises(ValueError, match="up to 256"):
-        split_kv.softmax_decode(*make_inputs([2], 3, 258))
+        softmax.softmax_decode(*make_inputs([2], 3, 258))
 
 
 # --- a piece of a text ------------------------------------------------------------------------------------------
@@ -324,7 +328,7 @@ def make_piece(starts, news, tokens, key_dim=32, value_dim=None, kv_heads=2, gro
 
 def check_piece(q, keys, values, starts, lengths, table, **options):
     expected = reference.softmax_prompt(q.double(), keys.double(), values.double(), starts, lengths, table, **options)
-    found = prompt.softmax_prompt(q, keys, values, starts, lengths, table, **options)
+    found = softmax.softmax_prompt(q, keys, values, starts, lengths, table, **options)
     assert found.dtype == q.dtype and found.shape == expected.shape
     error = float((found.double() - expected).norm() / expected.norm().clamp_min(1e-30))
     assert error <= BOUNDS[q.dtype]
@@ -371,14 +375,14 @@ def test_pieces_of_any_strides_and_tables_that_are_too_short():
     heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, keys, values)]
     slow_table = table.long().t().contiguous().t()
     torch.testing.assert_close(check_piece(*heads_first, starts, lengths, slow_table), expected)
-    found = prompt.softmax_prompt(q, keys, values, starts, lengths + 1_000_000, table[:, :1].clamp_max(len(keys) - 1))
+    found = softmax.softmax_prompt(q, keys, values, starts, lengths + 1_000_000, table[:, :1].clamp_max(len(keys) - 1))
     assert found.shape == expected.shape  # no more is read than there is room for
 
 
 def test_any_launch_of_a_piece_gives_the_same(monkeypatch):
     inputs = make_piece([100, 0], [90, 33], 90, kv_heads=1)
     for tokens in (16, 64, 128):
-        monkeypatch.setattr(prompt, "tuned", split_kv.Launch(tokens))
+        monkeypatch.setattr(prompt, "tuned", prompt.Launch(tokens))
         check_piece(*inputs)
 
 
@@ -392,13 +396,13 @@ def test_pieces_that_do_not_fit_are_refused():
         ((q.double(), keys.double(), values.double(), starts, lengths, table), "fp32, bf16 and fp16"),
     ]:
         with pytest.raises(ValueError, match=words):
-            prompt.softmax_prompt(*wrong)
+            softmax.softmax_prompt(*wrong)
 
 
 def test_the_choice_of_how_pieces_run(monkeypatch):
     inputs = make_piece([4], [5], 5)
-    launched, run = [], prompt.softmax_prompt
-    monkeypatch.setattr(prompt, "softmax_prompt", lambda *x, **options: launched.append(1) or run(*x, **options))
+    launched, run = [], softmax.softmax_prompt
+    monkeypatch.setattr(softmax, "softmax_prompt", lambda *x, **options: launched.append(1) or run(*x, **options))
     found = {}
     for choice in ("pytorch", "triton"):
         monkeypatch.setattr(dispatch, "choice", choice)
@@ -412,10 +416,10 @@ def test_the_choice_of_how_pieces_run(monkeypatch):
 def test_a_graph_of_a_piece_serves_every_place():
     q, keys, values, starts, lengths, table = make_piece([0, 100], [64, 64], 64, 128, dtype=torch.bfloat16)
     keys, values, table = keys.nan_to_num(0), values.nan_to_num(0), table.clamp_max(len(keys) - 1)
-    prompt.softmax_prompt(q, keys, values, starts, lengths, table)
+    softmax.softmax_prompt(q, keys, values, starts, lengths, table)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        o = prompt.softmax_prompt(q, keys, values, starts, lengths, table)
+        o = softmax.softmax_prompt(q, keys, values, starts, lengths, table)
     for start in (3, 77):
         starts.fill_(start), lengths.fill_(start + 60)
         graph.replay()

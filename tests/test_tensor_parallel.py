@@ -20,7 +20,8 @@ from transformers.distributed import DistributedConfig
 from dsla_hf import DSLACacheLayer, GraphDecoder
 from dsla_hf.core.head_sharding import HeadShardedAttention
 from dsla_hf.core.tensor_parallel import asks_for_tensor_parallel
-from dsla_hf.training.trainer import DSLATrainer, DSLATrainingArguments
+from dsla_hf.training.arguments import DSLATrainingArguments
+from dsla_hf.training.trainer import DSLATrainer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CASES = {"llama": {}, "llama-pure": {"window_size": 0}, "qwen3": {}, "olmo2": {}}  # options of their adapters

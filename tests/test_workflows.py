@@ -68,6 +68,15 @@ def test_forms_and_citation_can_be_read():
     assert "2506.09316" in str(citation["references"])
 
 
+def test_the_release_is_the_same_everywhere():
+    versions = re.findall(r"^## \[([\d.]+)\] - (\d{4}-\d\d-\d\d)$", (REPOSITORY / "CHANGELOG.md").read_text(), re.MULTILINE)
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    if ".dev" not in PROJECT["version"]:
+        assert (PROJECT["version"], str(citation["date-released"])) == versions[0] and citation["version"] == PROJECT["version"]
+    links = re.findall(r"^\[(.+)\]: ", (REPOSITORY / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert links == ["Unreleased", *(version for version, _ in versions)]
+
+
 def test_the_manifest_names_what_is_there():
     for line in (REPOSITORY / "MANIFEST.in").read_text().splitlines():
         if line.startswith(("graft", "include")):

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from reporting import markdown_table, write_results
+from reporting import rows_table, write_results
 
 LAYERS: dict[str, dict[str, Any]] = {"window": {}, "pure": {"window_size": 0}}
 PATHS = {"Triton": ("triton", "bfloat16"), "PyTorch": ("pytorch", "bfloat16"), "PyTorch, fp32": ("pytorch", "float32")}
@@ -34,7 +34,7 @@ def train(args: argparse.Namespace, layer: str, dtype: str) -> list[float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from dsla_hf import DSLAConfig, set_level
-    from dsla_hf.training.data import PackedTokens, read_texts
+    from dsla_hf.training.text import PackedTokens, read_texts
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(args.teacher)
@@ -60,23 +60,16 @@ def train(args: argparse.Namespace, layer: str, dtype: str) -> list[float]:
 
 
 def make_plot(rows: list[dict[str, Any]]) -> None:
-    import matplotlib
+    from dsla_hf.core.plots import figure, mark_plain, save
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from dsla_hf.core.plots import mark_plain
-
-    figure, axes = plt.subplots(1, len(LAYERS), figsize=(10, 4))
+    drawn, axes = figure(1, len(LAYERS), size=(10, 4))
     for ax, layer in zip(axes, LAYERS, strict=True):
         for row in (row for row in rows if row["layer"] == layer):
             ax.plot(range(1, len(row["losses"]) + 1), row["losses"], label=row["path"], alpha=0.7)
         ax.set(title=layer, xlabel="step", ylabel="KL, nats a token", yscale="log")
         mark_plain(ax.yaxis)
         ax.legend()
-    figure.tight_layout()
-    IMAGE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(IMAGE, dpi=110)
+    save(drawn, IMAGE)
 
 
 def start(layer: str, path: str, given: list[str]) -> subprocess.Popen[str]:
@@ -118,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
         make_plot(rows)
     except ImportError as error:
         print(f"no plot: {error}")
-    print(markdown_table(rows, ["layer", "path", "first", "last", "mean distance"]))
+    print(rows_table(rows, ["layer", "path", "first", "last", "mean distance"]))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # Not this folder: there is a package called `kernels`.
 sys.path[:] = [str(REPOSITORY / "eval"), str(REPOSITORY / "kernels"), *(x for x in sys.path if Path(x).resolve() != Path(__file__).parent)]
 
-from reporting import RESULTS, markdown_table, write_results  # noqa: E402
+from reporting import RESULTS, rows_table, write_results  # noqa: E402
 
 IMAGES = REPOSITORY / "docs" / "images"
 PARTS = ("forward", "training", "decode", "fold", "tokens", "batch", "heads", "accuracy")
@@ -197,7 +197,7 @@ def _state_mask(x: Shape, tokens: int, first: int = 0) -> Tensor:
 
 
 def kernels_of(x: Shape) -> Any:
-    from dsla_kernels import chunk, window
+    from dsla_kernels.ops import chunk, window
 
     return window if x.window else chunk
 
@@ -207,7 +207,7 @@ def ours(what: str, x: Shape) -> Call:
         return decode_call(x)
     inputs = make_inputs(x)
     if what == "fold":
-        from dsla_kernels import states
+        from dsla_kernels.ops import states
 
         arguments = {name: inputs[name] for name in ("k", "v", "gate_logits", "write_logits") if name in inputs}
         return lambda: states.final_state(**arguments)
@@ -221,7 +221,7 @@ def ours(what: str, x: Shape) -> Call:
 
 def decode_call(x: Shape, layers: int = 1, folds: bool = False) -> Call:
     """A token through `layers` layers with states of their own. folds: the token that fills a block."""
-    from dsla_kernels import decode
+    from dsla_kernels.ops import decode
 
     rank = 16
     lengths = torch.full((x.batch,), 64 * x.window + (x.window // 2 - 1 if folds else 5), device="cuda")
@@ -538,14 +538,8 @@ def reference_in_pieces(x: Shape, inputs: dict[str, Tensor], piece: int = 8192) 
 
 
 def make_plots(rows: list[dict[str, Any]]) -> None:
-    import matplotlib
+    from dsla_hf.core.plots import figure, mark_measured, mark_plain, save
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from dsla_hf.core.plots import mark_measured, mark_plain
-
-    IMAGES.mkdir(parents=True, exist_ok=True)
     for part, axis_key, what, label in (
         ("tokens", "tokens", "forward", "tokens"),
         ("batch", "batch", "decode", "sequences decoded together"),
@@ -558,7 +552,7 @@ def make_plots(rows: list[dict[str, Any]]) -> None:
             ]
         if not shown:
             continue
-        figure, axes = plt.subplots(figsize=(7, 4.5))
+        drawn, (axes,) = figure(size=(7, 4.5))
         for i, name in enumerate(dict.fromkeys((row["layer"], row["form"]) for row in shown)):
             points = sorted({row[axis_key]: row for row in shown if (row["layer"], row["form"]) == name}.items())
             text = ", ".join(filter(None, (name[1], name[0])))
@@ -571,9 +565,7 @@ def make_plots(rows: list[dict[str, Any]]) -> None:
         mark_plain(axes.yaxis)
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
-        figure.tight_layout()
-        figure.savefig(IMAGES / f"kernels-{part}.png", dpi=110)
-        plt.close(figure)
+        save(drawn, IMAGES / f"kernels-{part}.png")
 
 
 def save(rows: list[dict[str, Any]], bandwidth: float) -> list[dict[str, Any]]:
@@ -588,10 +580,10 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
     times = [row for row in rows if row["part"] != "accuracy"]
     if times:
         columns = ["what", "layer", "form", "batch", "tokens", "heads", "kv_heads", "ms", "spread", "floor", "of floor", "error"]
-        print(markdown_table(times, columns))
+        print(rows_table(times, columns))
     errors = [row for row in rows if row["part"] == "accuracy"]
     if errors:
-        print(markdown_table(errors, ["layer", "dtype", "gates", "tokens", "output", "worst gradient", "error"]))
+        print(rows_table(errors, ["layer", "dtype", "gates", "tokens", "output", "worst gradient", "error"]))
 
 
 def print_floors(parts: list[str], bandwidth: float) -> None:
@@ -603,7 +595,7 @@ def print_floors(parts: list[str], bandwidth: float) -> None:
             rows[-1]["operations"] = operations(case.what, case.shape)
     columns = ["what", "layer", "batch", "tokens", "heads", "kv_heads", "one pass", "two passes", "floor", "operations"]
     print(f"milliseconds at {bandwidth} TB/s")
-    print(markdown_table([row for i, row in enumerate(rows) if row not in rows[:i]], columns))
+    print(rows_table([row for i, row in enumerate(rows) if row not in rows[:i]], columns))
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

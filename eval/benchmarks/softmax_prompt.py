@@ -19,12 +19,12 @@ sys.path[:] = [str(REPOSITORY / "eval"), str(REPOSITORY / "kernels"), *(x for x 
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from reporting import RESULTS, markdown_table, write_results  # noqa: E402
+from reporting import RESULTS, rows_table, write_results  # noqa: E402
 from torch.nn.attention.bias import causal_lower_right  # noqa: E402
 from triton.testing import do_bench  # noqa: E402
 
-from dsla_kernels import prompt  # noqa: E402
-from dsla_kernels.split_kv import Launch  # noqa: E402
+from dsla_kernels.ops.softmax import prompt  # noqa: E402
+from dsla_kernels.ops.softmax.tiles import Launch  # noqa: E402
 
 HEADS, SIZE, BLOCK = 32, 128, 64
 PIECES = [(256, 0), (1024, 0), (2048, 0), (512, 2048), (2048, 6144), (2048, 14336)]  # new tokens, tokens before them
@@ -72,7 +72,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = [measure(new, past, kv_heads, LAUNCHES if args.launches else []) for kv_heads in (32, 8) for new, past in PIECES]
     write_results("softmax_prompt", rows, folder=args.results)
-    print(markdown_table(rows, max((list(row) for row in rows), key=len)))
+    print(rows_table(rows, max((list(row) for row in rows), key=len)))
 
 
 if __name__ == "__main__":

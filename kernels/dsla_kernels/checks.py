@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .shapes import KERNEL_DTYPES, Argument, check, check_groups, table
+
 # A chunk of 64 tokens at this log-decay reaches exp(-80), which fp32 and bf16 still hold; the bound is part of the contract.
 SMALLEST_LOG_DECAY = -1.25
 LARGEST_HEAD = 256  # channels that the Triton kernels take
@@ -12,6 +14,54 @@ LARGEST_RANK = 64  # of the map from values to gates
 MOST_ROWS = 16  # of x, that the kernels for linear layers take
 MOST_WEIGHTS = 3  # of one launch: queries, keys and values
 ACTIVATIONS = ("silu", "gelu_tanh")
+
+
+def _states(dtypes: str) -> dict[str, str]:
+    return {
+        "k": f"B T Hkv K; {dtypes}",
+        "v": "B T Hkv V; as k",
+        "gate_logits": f"B T Hkv 2 G; {dtypes}",
+        "write_logits": f"B T Hkv 2; {dtypes}; optional",
+        "padding_mask": "B T; optional",
+        "initial_state": f"N Hkv 2 K V; {dtypes}; optional",
+    }
+
+
+def _layer(dtypes: str) -> dict[str, str]:
+    queries = {"q": f"B T Hq K; {dtypes}"} | _states(dtypes) | {"k": "B T Hkv K; as q", "v": "B T Hkv V; as q"}
+    return queries | {"mix": f"Hq 2; {dtypes}", "cu_seqlens": "boundaries; optional"}
+
+
+def _gates(dtypes: str) -> dict[str, str]:
+    return {
+        "v": f"B T Hkv V; {dtypes}",
+        "gate_down": f"Hkv V rank; {dtypes}",
+        "gate_up": f"Hkv rank columns; {dtypes}",  # 2 G
+        "gate_bias": f"Hkv 2 G; {dtypes}",
+        "write_weight": f"Hkv V 2; {dtypes}; optional",
+        "write_bias": f"Hkv 2; {dtypes}; optional",
+    }
+
+
+_WINDOW = {
+    "q": "B T Hq K",
+    "k": "B T Hkv K",
+    "v": "B T Hkv V",
+    "k of the sinks": "B S Hkv K; as q; optional",
+    "v of the sinks": "B S Hkv V; as q; optional",
+    "row_start": "B; int32 or int64; optional",
+    "state_mask": "B T; optional",
+}
+LAYER, KERNEL_LAYER = (table(_layer(dtypes)) for dtypes in ("floating-point", KERNEL_DTYPES))
+STATES, KERNEL_STATES = (table(_states(dtypes)) for dtypes in ("floating-point", KERNEL_DTYPES))
+GATES, KERNEL_GATES = (table(_gates(dtypes)) for dtypes in ("floating-point", KERNEL_DTYPES))
+WINDOW = table(_WINDOW | {"sink_logits": "Hq; floating-point; optional"})
+FUSED_WINDOW = table(
+    _WINDOW
+    | {"norm_weight": f"Hq V; {KERNEL_DTYPES}"}
+    | dict.fromkeys(("state_gain", "state_bias"), f"Hq; {KERNEL_DTYPES}")
+    | {"sink_logits": f"Hq; {KERNEL_DTYPES}; optional"}
+)
 
 
 def check_lower_bound(lower_bound: float) -> None:
@@ -33,61 +83,118 @@ def check_inputs(
     cu_seqlens: Tensor | None = None,
     initial_state: Tensor | None = None,
     write_logits: Tensor | None = None,
+    *,
+    arguments: tuple[Argument, ...] = LAYER,
 ) -> None:
     """Raises ValueError that names the argument which does not fit the contract of `dual_state_attention`."""
     check_lower_bound(lower_bound)
-    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
-        raise ValueError(f"q, k, v must be [B, T, H, D], got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}")
-    batch, tokens, heads, key_dim = q.shape
-    kv_heads = k.shape[2]
-    if tokens == 0:
-        raise ValueError("q holds no tokens (T = 0)")
-    if k.shape != (batch, tokens, kv_heads, key_dim):
-        raise ValueError(f"k must be [{batch}, {tokens}, Hkv, {key_dim}] to fit q {list(q.shape)}, got {list(k.shape)}")
-    if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"v must be [{batch}, {tokens}, {kv_heads}, V] to fit k {list(k.shape)}, got {list(v.shape)}")
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"the {heads} query heads must be a multiple of the {kv_heads} key-value heads")
-    if gate_logits.shape[:-1] != (batch, tokens, kv_heads, 2) or gate_logits.shape[-1] not in (key_dim, key_dim / 2):
-        raise ValueError(
-            f"gate_logits must be [{batch}, {tokens}, {kv_heads}, 2, G] with G = {key_dim} or {key_dim / 2:g}, "
-            f"got {list(gate_logits.shape)}"
-        )
-    if write_logits is not None and (write_logits.shape != (batch, tokens, kv_heads, 2) or write_logits.device != q.device):
-        raise ValueError(
-            f"write_logits must be [{batch}, {tokens}, {kv_heads}, 2] on {q.device}, "
-            f"got {list(write_logits.shape)} on {write_logits.device}"
-        )
-    if mix.shape != (heads, 2):
-        raise ValueError(f"mix must be [{heads}, 2] (query heads, states), got {list(mix.shape)}")
-    if not (q.dtype == k.dtype == v.dtype) or not q.is_floating_point():
-        raise ValueError(f"q, k, v must share one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if not (q.device == k.device == v.device == gate_logits.device == mix.device):
-        raise ValueError(f"all inputs must be on one device, got {[str(x.device) for x in (q, k, v, gate_logits, mix)]}")
-    if padding_mask is not None and padding_mask.shape != (batch, tokens):
-        raise ValueError(f"padding_mask must be [{batch}, {tokens}], got {list(padding_mask.shape)}")
-    if cu_seqlens is not None and (batch != 1 or padding_mask is not None or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2):
+    if cu_seqlens is not None and (q.shape[:1] != (1,) or padding_mask is not None or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2):
         raise ValueError("cu_seqlens (1-D, at least two entries) needs one batch row and no padding_mask")
-    rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-    expected = (rows, kv_heads, 2, key_dim, v.shape[-1])
-    if initial_state is not None and initial_state.shape != expected:
-        raise ValueError(f"initial_state must be {list(expected)}, got {list(initial_state.shape)}")
+    tensors = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "gate_logits": gate_logits,
+        "mix": mix,
+        "write_logits": write_logits,
+        "padding_mask": padding_mask,
+        "cu_seqlens": cu_seqlens,
+        "initial_state": initial_state,
+    }
+    # A state a sequence, of which a batch has one a row.
+    sizes = check(arguments, tensors, **({} if cu_seqlens is None else {"N": cu_seqlens.numel() - 1}))
+    check_groups(sizes["Hq"], sizes["Hkv"])
+    _check_sizes(sizes, "q", None if cu_seqlens is not None else initial_state)
+
+
+def _check_sizes(sizes: dict[str, int], first: str, batch_state: Tensor | None) -> None:
+    """What a table cannot say; batch_state: an initial state that has a row for each of the batch's."""
+    if sizes["T"] == 0:
+        raise ValueError(f"{first} holds no tokens (T = 0)")
+    if sizes["G"] not in (sizes["K"], sizes["K"] / 2):
+        raise ValueError(f"gate_logits must have G = {sizes['K']} or {sizes['K'] / 2:g} decays a state, got {sizes['G']}")
+    if batch_state is not None and sizes["N"] != sizes["B"]:
+        raise ValueError(f"initial_state must hold the {sizes['B']} rows of {first}, got {list(batch_state.shape)}")
+
+
+def check_state_inputs(
+    k: Tensor,
+    v: Tensor,
+    gate_logits: Tensor,
+    block_size: int,
+    lower_bound: float,
+    padding_mask: Tensor | None,
+    initial_state: Tensor | None,
+    write_logits: Tensor | None,
+    *,
+    arguments: tuple[Argument, ...] = STATES,
+) -> None:
+    """Raises ValueError that names the argument which does not fit the contract of `block_states`."""
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    check_lower_bound(lower_bound)
+    tensors = {
+        "k": k,
+        "v": v,
+        "gate_logits": gate_logits,
+        "write_logits": write_logits,
+        "padding_mask": padding_mask,
+        "initial_state": initial_state,
+    }
+    _check_sizes(check(arguments, tensors), "k", initial_state)
+
+
+def check_kernel_inputs(
+    q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor, mix: Tensor, gate_normalizer: float, lower_bound: float, *others: Tensor | None
+) -> None:
+    """As `check_inputs`, with its further arguments in `others`, and raises ValueError for what the Triton kernels do not take: other
+    dtypes than fp32, bf16 and fp16, heads of more than 256 channels, a gate_normalizer that is not positive."""
+    check_inputs(q, k, v, gate_logits, mix, lower_bound, *others, arguments=KERNEL_LAYER)
+    check_kernel_sizes(k, v, gate_normalizer)
+
+
+def check_kernel_sizes(k: Tensor, v: Tensor, gate_normalizer: float) -> None:
+    """Raises ValueError if heads have more than 256 channels or gate_normalizer is not positive."""
+    if max(k.shape[-1], v.shape[-1]) > LARGEST_HEAD:
+        raise ValueError(f"the kernels take heads of up to {LARGEST_HEAD} channels, got K = {k.shape[-1]}, V = {v.shape[-1]}")
+    if gate_normalizer <= 0:
+        raise ValueError(f"gate_normalizer must be positive, got {gate_normalizer}")
 
 
 def check_window_inputs(
-    k: Tensor, v: Tensor, sinks: tuple[Tensor, Tensor] | None, row_start: Tensor | None, state_mask: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: int,
+    sinks: tuple[Tensor, Tensor] | None,
+    softcap: float | None,
+    *,
+    arguments: tuple[Argument, ...] = WINDOW,
+    **others: Tensor | None,
 ) -> None:
-    """Raises ValueError that names what does not fit the contract of `dual_state_window_attention` beyond `check_inputs`."""
-    for name, x, like in zip(("k", "v"), sinks or (), (k, v), strict=False):
-        if x.ndim != 4 or (x.shape[0], *x.shape[2:]) != (like.shape[0], *like.shape[2:]) or x.dtype != like.dtype:
-            raise ValueError(
-                f"{name} of the sinks must be {like.dtype} [{like.shape[0]}, S, {like.shape[2]}, {like.shape[3]}], "
-                f"got {x.dtype} {list(x.shape)}"
-            )
-    if row_start is not None and (row_start.shape != k.shape[:1] or row_start.is_floating_point()):
-        raise ValueError(f"row_start must be whole numbers [{k.shape[0]}], got {row_start.dtype} {list(row_start.shape)}")
-    if state_mask is not None and state_mask.shape != k.shape[:2]:
-        raise ValueError(f"state_mask must be {list(k.shape[:2])}, got {list(state_mask.shape)}")
+    """Raises ValueError that names what does not fit the contract of `dual_state_window_attention` beyond `check_inputs`.
+
+    others: row_start, state_mask, sink_logits and, with `FUSED_WINDOW`, norm_weight, state_gain and state_bias.
+    """
+    if window_size < 2 or window_size % 2:
+        raise ValueError(
+            f"window_size must be an even number of tokens, got {window_size}; dual_state_attention is the form without a window"
+        )
+    check_softcap(softcap)
+    sink_k, sink_v = sinks or (None, None)
+    check(arguments, {"q": q, "k": k, "v": v, "k of the sinks": sink_k, "v of the sinks": sink_v, **others})
+
+
+def _softmax(q: str, keys: str, others: dict[str, str]) -> tuple[Argument, ...]:
+    lines = {"q": f"{q} Hq D; floating-point", "keys": f"{keys} D; as q", "values": f"{keys} V; as q", "lengths": "B; int32 or int64"}
+    return table(lines | others)
+
+
+BLOCK_TABLE = {"block_table": "B most_blocks; int32 or int64"}
+SINK_LOGITS = {"sink_logits": "Hq; floating-point; optional"}
+SOFTMAX_DECODE = _softmax("B 1", "B Hkv T", {"mask": "B T; bool; optional"} | SINK_LOGITS)
+PAGED_DECODE = _softmax("B 1", "blocks block_size Hkv", BLOCK_TABLE | SINK_LOGITS)
+SOFTMAX_PROMPT = _softmax("B T", "blocks block_size Hkv", BLOCK_TABLE | {"starts": "B; as lengths"})
 
 
 def check_softmax_decode_inputs(
@@ -102,64 +209,38 @@ def check_softmax_decode_inputs(
     mask: Tensor | None = None,
 ) -> None:
     """Raises ValueError that names the argument which does not fit the contract of `softmax_decode`."""
-    if q.ndim != 4 or q.shape[1] != 1:
-        raise ValueError(f"q must be [B, 1, Hq, D], one token a row, got {list(q.shape)}")
-    batch, _, heads, key_dim = q.shape
-    layout = "[B, Hkv, T, D]" if block_table is None else "[blocks, block_size, Hkv, D], as they have a block_table"
-    for name, x in (("keys", keys), ("values", values)):
-        if x.ndim != 4:
-            raise ValueError(f"{name} must be {layout}, got {list(x.shape)}")
-    if keys.shape[-1] != key_dim or (block_table is None and keys.shape[0] != batch):
-        raise ValueError(f"keys must be {layout} with B = {batch} and D = {key_dim} to fit q {list(q.shape)}, got {list(keys.shape)}")
-    if values.shape[:3] != keys.shape[:3]:
-        raise ValueError(f"values must be {list(keys.shape[:3])} and their head size, to fit keys, got {list(values.shape)}")
-    kv_heads, room = (keys.shape[1], keys.shape[2]) if block_table is None else (keys.shape[2], keys.shape[1])
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"the {heads} query heads of q must be a multiple of the {kv_heads} key-value heads; keys must be {layout}")
-    if room == 0:
-        raise ValueError(f"keys must have room for a token at least, got {list(keys.shape)} for {layout}")
-    if batch == 0:
-        raise ValueError("q holds no rows (B = 0)")
-    if not (q.dtype == keys.dtype == values.dtype) or not q.is_floating_point():
-        raise ValueError(f"q, keys, values must share one floating-point dtype, got {q.dtype}, {keys.dtype}, {values.dtype}")
-    if lengths.shape != (batch,) or lengths.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"lengths must be int32 or int64 [{batch}], got {lengths.dtype} {list(lengths.shape)}")
-    if block_table is not None:
-        if block_table.ndim != 2 or block_table.shape[0] != batch or block_table.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"block_table must be int32 or int64 [{batch}, most blocks], got {block_table.dtype} {list(block_table.shape)}"
-            )
-        if block_table.shape[1] == 0:
-            raise ValueError("block_table has no columns: a row needs room for a block at least")
-        if mask is not None:
-            raise ValueError("mask goes with keys [B, Hkv, T, D], not with a block_table: leave padding out of the blocks")
-    elif mask is not None and (mask.shape != (batch, room) or mask.dtype != torch.bool):
-        raise ValueError(f"mask must be bool [{batch}, {room}], True at tokens that are seen, got {mask.dtype} {list(mask.shape)}")
-    if sink_logits is not None and (sink_logits.shape != (heads,) or not sink_logits.is_floating_point()):
-        raise ValueError(
-            f"sink_logits must be floating-point [{heads}], one a query head, got {sink_logits.dtype} {list(sink_logits.shape)}"
-        )
-    for name, option in (("softcap", softcap), ("window", window)):
-        if option is not None and option <= 0:
-            raise ValueError(f"{name} must be positive, or None for attention without it, got {option}")
-    others = (("keys", keys), ("values", values), ("lengths", lengths), ("sink_logits", sink_logits), ("block_table", block_table))
-    for name, other in (*others, ("mask", mask)):
-        if other is not None and other.device != q.device:
-            raise ValueError(f"{name} must be on {q.device} as q is, got {other.device}")
+    given = {"q": q, "keys": keys, "values": values, "lengths": lengths, "sink_logits": sink_logits}
+    if block_table is None:
+        sizes = check(SOFTMAX_DECODE, given | {"mask": mask})
+        room = sizes["T"]
+    elif mask is not None:
+        raise ValueError("mask goes with keys [B, Hkv, T, D], not with a block_table: leave padding out of the blocks")
+    else:
+        sizes = check(PAGED_DECODE, given | {"block_table": block_table})
+        room = sizes["block_size"] * sizes["most_blocks"]
+    _check_softmax(sizes, room, window)
+    check_softcap(softcap)
 
 
 def check_softmax_prompt_inputs(
     q: Tensor, keys: Tensor, values: Tensor, starts: Tensor, lengths: Tensor, block_table: Tensor, window: int | None = None
 ) -> None:
     """Raises ValueError that names the argument which does not fit the contract of `softmax_prompt`."""
-    if q.ndim != 4 or q.shape[1] == 0:
+    given = {"q": q, "keys": keys, "values": values, "lengths": lengths, "block_table": block_table, "starts": starts}
+    sizes = check(SOFTMAX_PROMPT, given)
+    if sizes["T"] == 0:
         raise ValueError(f"q must be [B, T, Hq, D] with a token at least, got {list(q.shape)}")
-    check_softmax_decode_inputs(q[:, :1], keys, values, lengths, window=window, block_table=block_table)
-    if starts.shape != lengths.shape or starts.dtype != lengths.dtype or starts.device != q.device:
-        raise ValueError(
-            f"starts must be {lengths.dtype} {list(lengths.shape)} on {q.device} as lengths are, got {starts.dtype} "
-            f"{list(starts.shape)} on {starts.device}"
-        )
+    _check_softmax(sizes, sizes["block_size"] * sizes["most_blocks"], window)
+
+
+def _check_softmax(sizes: dict[str, int], room: int, window: int | None) -> None:
+    check_groups(sizes["Hq"], sizes["Hkv"])
+    if sizes["B"] == 0:
+        raise ValueError("q holds no rows (B = 0)")
+    if room == 0:
+        raise ValueError("keys must have room for a token at least, and a block_table a column")
+    if window is not None and window <= 0:
+        raise ValueError(f"window must be positive, or None for attention without it, got {window}")
 
 
 def check_softmax_kernel_inputs(q: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -182,30 +263,14 @@ def check_gate_inputs(
     gate_bias: Tensor,
     write_weight: Tensor | None = None,
     write_bias: Tensor | None = None,
+    *,
+    arguments: tuple[Argument, ...] = GATES,
 ) -> None:
     """Raises ValueError that names the argument which does not fit the contract of `gate_logits`."""
-    if v.ndim != 4 or not v.is_floating_point():
-        raise ValueError(f"v must be floating-point [B, T, Hkv, V], got {v.dtype} {list(v.shape)}")
-    kv_heads, value_dim = v.shape[2:]
-    if gate_down.ndim != 3 or gate_down.shape[:2] != (kv_heads, value_dim):
-        raise ValueError(f"gate_down must be [{kv_heads}, {value_dim}, rank] to fit v {list(v.shape)}, got {list(gate_down.shape)}")
-    if gate_bias.ndim != 3 or gate_bias.shape[:2] != (kv_heads, 2):
-        raise ValueError(f"gate_bias must be [{kv_heads}, 2, G] (KV heads, states, decays a state), got {list(gate_bias.shape)}")
     if (write_weight is None) != (write_bias is None):
         raise ValueError("write_weight and write_bias must be given together, or neither for a layer without write gates")
-    rank, decays = gate_down.shape[-1], gate_bias.shape[-1]
-    for name, x, shape in (
-        ("gate_down", gate_down, (kv_heads, value_dim, rank)),
-        ("gate_up", gate_up, (kv_heads, rank, 2 * decays)),
-        ("gate_bias", gate_bias, (kv_heads, 2, decays)),
-        ("write_weight", write_weight, (kv_heads, value_dim, 2)),
-        ("write_bias", write_bias, (kv_heads, 2)),
-    ):
-        if x is not None and (x.shape != shape or not x.is_floating_point() or x.device != v.device):
-            raise ValueError(
-                f"{name} must be floating-point {list(shape)} on {v.device}, as v, gate_down and gate_bias have it, "
-                f"got {x.dtype} {list(x.shape)} on {x.device}"
-            )
+    weights = {"gate_down": gate_down, "gate_up": gate_up, "gate_bias": gate_bias, "write_weight": write_weight, "write_bias": write_bias}
+    check(arguments, {"v": v, **weights}, columns=2 * gate_bias.shape[-1:].numel())
 
 
 def check_linears_inputs(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: the gate, tiles of tokens and states, and their launch-time checks."""
+"""What the Triton kernels share: the gate, tiles of tokens and states, and sizes of launches."""
 
 import functools
 from typing import NamedTuple
@@ -7,8 +7,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from .checks import LARGEST_HEAD, check_inputs
 
 TILE = 64  # tokens a tile at most; the bound on the decay is chosen for it
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -77,6 +75,13 @@ def store_rows(base, rows, row_ok, stride, columns, column_ok, x):
 
 
 @triton.jit
+def numbers(first, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK numbers from `first` on, and which of them are below SIZE."""
+    found = first + tl.arange(0, BLOCK)
+    return found, found < SIZE
+
+
+@triton.jit
 def channel_columns(K: tl.constexpr, G: tl.constexpr, BK: tl.constexpr):
     """Channels of a tile, which of them exist, and the numbers of their gates. With a gate for channels i and i + G these lie
     BK / 2 apart, so that sums over a pair are sums over halves."""
@@ -111,14 +116,28 @@ def load_write_gate(write_logits, offset, tokens, token_ok, stride):
 
 
 @triton.jit
+def number_of(numbers, row, otherwise):
+    """A row's entry of int `[N]`, or `otherwise` where numbers is None."""
+    if numbers is not None:
+        otherwise = tl.load(numbers + row).to(tl.int32)
+    return otherwise
+
+
+@triton.jit
+def tile_tokens(tile, PER_BLOCK: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr):
+    """Tokens of a tile `[C]`, and which of them lie in its block."""
+    inside = tile % PER_BLOCK * C + tl.arange(0, C)
+    return tile // PER_BLOCK * SIZE + inside, inside < SIZE
+
+
+@triton.jit
 def row_span(row, T, length, row_first, row_length):
     """Of a row: its batch entry, first token there, first token among all B * T, and number of tokens.
 
     Without `row_first` rows are the entries of the batch; with it they lie one behind the other in the only entry.
     """
     row = row.to(tl.int64)
-    if row_length is not None:
-        length = tl.load(row_length + row).to(tl.int32)
+    length = number_of(row_length, row, length)
     if row_first is not None:
         first = tl.load(row_first + row).to(tl.int64)
         batch = row * 0
@@ -139,6 +158,11 @@ def load_mask(mask, flat, tokens, token_ok):
 
 
 # --- host side ------------------------------------------------------------------------------------------------------
+
+
+def strides(*tensors: Tensor) -> tuple[int, ...]:
+    """Strides of each `[B, T, H, D]` but for its last dimension, which is dense, as the kernels take them."""
+    return tuple(stride for x in tensors for stride in x.stride()[:3])
 
 
 class Tiling(NamedTuple):
@@ -235,35 +259,6 @@ def dot_type(dtype: torch.dtype) -> tuple[tl.dtype, str]:
     """Factors of matrix products. fp16 has not the range of the decays: it is widened to fp32 and multiplied as tf32, which
     has fp16's mantissa and fp32's range."""
     return (tl.bfloat16, "ieee") if dtype == torch.bfloat16 else (tl.float32, "tf32" if dtype == torch.float16 else "ieee")
-
-
-def check_kernel_inputs(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate_logits: Tensor,
-    mix: Tensor,
-    gate_normalizer: float,
-    lower_bound: float,
-    padding_mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    initial_state: Tensor | None = None,
-    write_logits: Tensor | None = None,
-) -> None:
-    """Raises ValueError for what breaks the contract (`checks.check_inputs`) or what the kernels do not take."""
-    check_inputs(q, k, v, gate_logits, mix, lower_bound, padding_mask, cu_seqlens, initial_state, write_logits)
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"the kernels take fp32, bf16 and fp16 (computed with fp32's range), got {q.dtype}")
-    for name, x in (("gate_logits", gate_logits), ("mix", mix), ("write_logits", write_logits), ("initial_state", initial_state)):
-        if x is not None and (not x.is_floating_point() or x.dtype == torch.float64):
-            raise ValueError(f"{name} must be fp32, bf16 or fp16, got {x.dtype}")
-    if max(q.shape[-1], v.shape[-1]) > LARGEST_HEAD:
-        raise ValueError(f"the kernels take heads of up to {LARGEST_HEAD} channels, got K = {q.shape[-1]}, V = {v.shape[-1]}")
-    if gate_normalizer <= 0:
-        raise ValueError(f"gate_normalizer must be positive, got {gate_normalizer}")
-    for name, x in (("padding_mask", padding_mask), ("cu_seqlens", cu_seqlens), ("initial_state", initial_state)):
-        if x is not None and x.device != q.device:
-            raise ValueError(f"{name} must be on {q.device}, got {x.device}")
 
 
 def unit_stride(x: Tensor) -> Tensor:

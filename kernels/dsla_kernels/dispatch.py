@@ -72,7 +72,7 @@ def gate_logits(
     """Raw gates and raw write gates from values, see `reference.gate_logits`, which runs for fp64 and for ranks above 64 everywhere."""
     weights = (gate_down, gate_up, gate_bias, write_weight, write_bias)
     if v.dtype != torch.float64 and gate_down.shape[-1] <= LARGEST_RANK and uses_triton(v, v, quietly=True):  # attention says it
-        from . import gates
+        from .ops.states import gates
 
         return gates.gate_logits(v, *weights, norm_eps=norm_eps)
     return reference.gate_logits(v, *weights, norm_eps=norm_eps)
@@ -81,7 +81,7 @@ def gate_logits(
 def dual_state_attention(q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor, mix: Tensor, **options) -> tuple[Tensor, Tensor | None]:
     """The layer without a window, see `reference.dual_state_attention`."""
     if uses_triton(q, v):
-        from . import chunk
+        from .ops import chunk
 
         return chunk.dual_state_attention(q, k, v, gate_logits, mix, **options)
     return reference.dual_state_attention(q, k, v, gate_logits, mix, **options)
@@ -102,7 +102,7 @@ def fused_window_attention(
     """The layer with a softmax window, see `reference.fused_window_attention`."""
     arguments = (q, k, v, gate_logits, mix, norm_weight, state_gain, state_bias, window_size)
     if uses_triton(q, v):
-        from . import window
+        from .ops import window
 
         return window.fused_window_attention(*arguments, **options)
     return reference.fused_window_attention(*arguments, **options)
@@ -114,7 +114,7 @@ def final_state(k: Tensor, v: Tensor, gate_logits: Tensor, **options) -> Tensor:
     tensors = (k, v, gate_logits, options.get("write_logits"), options.get("initial_state"))
     needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     if uses_triton(k, v) and not needs_gradient:
-        from . import states
+        from .ops import states
 
         return states.final_state(k, v, gate_logits, **options)
     return reference.block_states(k, v, gate_logits, 64, **options)[:, -1].clone()  # not a view of all boundaries
@@ -123,18 +123,18 @@ def final_state(k: Tensor, v: Tensor, gate_logits: Tensor, **options) -> Tensor:
 def softmax_decode(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, **options) -> Tensor:
     """Softmax attention of one token a row over its cache, see `reference.softmax_decode`. On a GPU it has no gradient."""
     if uses_triton(q, values):
-        from . import split_kv
+        from .ops import softmax
 
-        return split_kv.softmax_decode(q, keys, values, lengths, **options)
+        return softmax.softmax_decode(q, keys, values, lengths, **options)
     return reference.softmax_decode(q, keys, values, lengths, **options)
 
 
 def softmax_prompt(q: Tensor, keys: Tensor, values: Tensor, starts: Tensor, lengths: Tensor, block_table: Tensor, **options) -> Tensor:
     """Softmax attention of a piece of a text a row over blocks, see `reference.softmax_prompt`. On a GPU it has no gradient."""
     if uses_triton(q, values):
-        from . import prompt
+        from .ops import softmax
 
-        return prompt.softmax_prompt(q, keys, values, starts, lengths, block_table, **options)
+        return softmax.softmax_prompt(q, keys, values, starts, lengths, block_table, **options)
     return reference.softmax_prompt(q, keys, values, starts, lengths, block_table, **options)
 
 
@@ -156,9 +156,9 @@ def takes_few_rows(x: Tensor, *weights: Tensor) -> bool:
 def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None, **options) -> list[Tensor]:
     """Up to three linear layers of one x, each as `F.linear`; in one launch where x has few rows and gradients are off."""
     if takes_few_rows(x, *weights):
-        from . import few_rows
+        from .ops import linear
 
-        return few_rows.linears(x, weights, biases, **options)
+        return linear.linears(x, weights, biases, **options)
     every: Sequence[Tensor | None] = biases or [None] * len(weights)
     return [F.linear(x, weight, bias) for weight, bias in zip(weights, every, strict=True)]
 
@@ -166,18 +166,18 @@ def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | Non
 def gated_linear(x: Tensor, gate_weight: Tensor, up_weight: Tensor, activation: str = "silu", **options) -> Tensor:
     """The first half of a gated MLP, see `reference.gated_linear`; in one launch where `linears` is one."""
     if takes_few_rows(x, gate_weight, up_weight):
-        from . import few_rows
+        from .ops import linear
 
-        return few_rows.gated_linear(x, gate_weight, up_weight, activation, **options)
+        return linear.gated_linear(x, gate_weight, up_weight, activation, **options)
     return reference.gated_linear(x, gate_weight, up_weight, activation)
 
 
 def append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, places: Tensor, count: Tensor | None = None) -> None:
-    """A token of each row into a cache, in place, see `caches.append`; without Triton as PyTorch indexes."""
+    """A token of each row into a cache, in place, see `ops.softmax.append`; without Triton as PyTorch indexes."""
     if uses_triton(k, v):
-        from . import caches
+        from .ops import softmax
 
-        return caches.append(keys, values, k, v, places, count)
+        return softmax.append(keys, values, k, v, places, count)
     rows = torch.arange(k.shape[0], device=k.device) % keys.shape[0]  # one row is that of all
     keys[rows, :, places.long()], values[rows, :, places.long()] = k[:, :, 0], v[:, :, 0]
     if count is not None:

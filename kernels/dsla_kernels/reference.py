@@ -26,6 +26,7 @@ from .checks import (
     check_inputs,
     check_softmax_decode_inputs,
     check_softmax_prompt_inputs,
+    check_state_inputs,
     check_window_inputs,
 )
 from .ragged import Rows, rows_from_cu_seqlens
@@ -215,11 +216,7 @@ def dual_state_window_attention(
         states: at every block boundary, `[B, ceil(T / (W / 2)) + 1, Hkv, 2, K, V]`; entry n holds blocks 0 to n - 1.
     """
     check_inputs(q, k, v, gate_logits, mix, lower_bound, padding_mask, None, initial_state, write_logits)
-    if window_size < 2 or window_size % 2:
-        raise ValueError(
-            f"window_size must be an even number of tokens, got {window_size}; dual_state_attention is the form without a window"
-        )
-    check_window_inputs(k, v, sinks, row_start, state_mask)
+    check_window_inputs(q, k, v, window_size, sinks, softcap, row_start=row_start, state_mask=state_mask, sink_logits=sink_logits)
     if padding_mask is not None:
         q, k, v = (x.masked_fill(~padding_mask.bool()[..., None, None], 0) for x in (q, k, v))
         state_mask = padding_mask if state_mask is None else padding_mask.bool() & state_mask.bool()
@@ -287,7 +284,11 @@ def block_states(
 
     Entry n holds the tokens of blocks 0 to n - 1, entry 0 is `initial_state`, the last one holds the whole row.
     Arguments as `dual_state_attention`.
+
+    Raises:
+        ValueError: names the argument whose shape, dtype or value does not fit.
     """
+    check_state_inputs(k, v, gate_logits, block_size, lower_bound, padding_mask, initial_state, write_logits)
     k, v, log_decay, state = _prepare_state_inputs(
         k, v, gate_logits, write_logits, gate_normalizer, lower_bound, padding_mask, initial_state
     )

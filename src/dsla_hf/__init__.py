@@ -22,8 +22,10 @@ from .models.hybrid import DSLAForCausalLM, DSLAHybridConfig
 if TYPE_CHECKING:
     from .evaluation.levels import evaluate_levels
     from .inference.graph import GraphDecoder
+    from .training.arguments import DSLATrainingArguments
     from .training.ranking import rank_layers
-    from .training.trainer import DSLATrainer, DSLATrainingArguments, distill
+    from .training.recipe import distill
+    from .training.trainer import DSLATrainer
 
 moved.install()
 
@@ -62,9 +64,9 @@ __all__ = [
 # Imported on first use: what they alone need can neither slow nor break the import of the package.
 _LAZY = {
     "DSLATrainer": "training.trainer",
-    "DSLATrainingArguments": "training.trainer",
+    "DSLATrainingArguments": "training.arguments",
     "GraphDecoder": "inference.graph",
-    "distill": "training.trainer",
+    "distill": "training.recipe",
     "evaluate_levels": "evaluation.levels",
     "rank_layers": "training.ranking",
 }

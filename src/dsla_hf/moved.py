@@ -1,4 +1,4 @@
-"""Names that modules had before 0.2, until 0.3: `import dsla_hf.distillation` gives `dsla_hf.training.trainer`, with a warning."""
+"""Names that modules had before 0.2, until 0.3: `import dsla_hf.distillation` gives `dsla_hf.training.recipe`, with a warning."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ MOVED = {
     "cache": "core.cache",
     "cards": "models.cards",
     "configuration": "models.configuration",
-    "corpus": "training.corpus",
+    "corpus": "training.text",
     "costs": "inference.bench.costs",
-    "data": "training.data",
+    "data": "training.text",
     "decode_attention": "inference.decode_attention",
     "distill_job": "cli.distill",
-    "distillation": "training.trainer",
+    "distillation": "training.recipe",
     "evaluate_job": "evaluation.harness",
     "fingerprint": "models.fingerprint",
     "fused_steps": "inference.fusion",
@@ -70,6 +70,8 @@ MOVED = {
     "tasks.documents": "evaluation.tasks.documents",
     "tasks.truncation": "evaluation.tasks.truncation",
     "tensor_parallel": "core.tensor_parallel",
+    "training.corpus": "training.text",
+    "training.data": "training.text",
 }
 
 

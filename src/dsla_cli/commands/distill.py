@@ -1,4 +1,4 @@
-"""`dsla distill`. Its options are in `dsla_hf.cli.distill`, beside those of transformers' TrainingArguments."""
+"""`dsla distill`. Its options are in `dsla_hf.cli.distill_options`, beside those of transformers' TrainingArguments."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def run(args: argparse.Namespace) -> None:
         seen = argparse.Namespace(model=None)
     if seen.model is not None and not {"-h", "--help"} & set(args.arguments):
         preflight.check(preflight.with_gguf(seen.model, seen.gguf_file), seen.adapter, converts=True)
-    from dsla_hf.cli.distill import distill_job, parse_options
+    from dsla_hf.cli.distill import distill_job
+    from dsla_hf.cli.distill_options import parse_options
 
     options, training = parse_options(args.arguments, prog="dsla distill")
     if seen.model is None:  # from a file of options

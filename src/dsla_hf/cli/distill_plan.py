@@ -11,7 +11,7 @@ import torch
 
 from ..models.adapter import active_config
 from ..models.decoder import decoder_layers
-from ..training.trainer import DSLATrainingArguments
+from ..training.arguments import DSLATrainingArguments
 
 MANY_PASSES = 4  # over the same text, from which on it is said beforehand
 BYTES_OF_OTHERS = 2 << 20  # beside tensors: settings, states of random numbers, logs, the tokenizer

@@ -17,9 +17,9 @@ from ..models.loading import (
     load_tokenizer,
     read_adapter_config,
 )
-from ..training.corpus import token_blocks
-from ..training.data import check_teaches
 from ..training.ranking import LayerRanking, rank_layers
+from ..training.text import PackedTokens
+from ..training.text_check import check_teaches
 
 
 def order(
@@ -38,13 +38,13 @@ def order(
     Only its configuration and model card are written; weights belong to layers and stay as they are. The level stays.
 
     Args:
-        data: as the sources of `corpus.token_blocks`; of chats everything is read.
+        data: as the sources of `text.token_blocks`; of chats everything is read.
 
     Raises:
         ValueError: if there is too little text, the window reads nearly all of each sequence, or `adapter` is no DSLA adapter of this
             model.
         OSError: if a file is missing.
-        ImportError: without the `datasets` library.
+        ImportError: without the `datasets` library, for other files than .txt and .jsonl.
         KeyboardInterrupt: says that the adapter is unchanged.
     """
     quieten_libraries()
@@ -59,11 +59,11 @@ def _order(model: str, adapter: str, data: list[str], metric: str, sequences: in
         raise ValueError(f"{adapter} is not a folder, so the order cannot be stored in it: give a folder, or --dry-run to print only")
     check_at_least_one("sequences", sequences)
     check_at_least_one("length", length)
-    blocks = token_blocks(data, load_tokenizer(model), length, max_tokens=sequences * length, completion_only=False)
+    blocks = PackedTokens.from_sources(data, load_tokenizer(model), length, sequences * length)
     if metric != "entropy":
         check_teaches(blocks, config.window_size, config.sink_tokens, purpose="to rank layers on")
     tuned = load_adapter(model, adapter, dtype).to(device())
-    ranking = rank_layers(tuned, [row["input_ids"] for row in blocks], metric=metric)
+    ranking = rank_layers(tuned, list(blocks.blocks), metric=metric)
     print(ranking_table(ranking))
     if not dry_run:
         config = tuned.peft_config["default"]

@@ -22,13 +22,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..core.plots import mark_measured, mark_plain
+from ..core.plots import figure, mark_measured, mark_plain, save
 from ..core.progress import on_terminal
+from ..core.results import write_results
 from ..evaluation.levels import add_cache_sizes, evaluate_levels
 from ..levels.table import table
 from ..models.configuration import DSLAConfig
-from ..training.data import PackedTokens
-from ..training.trainer import DSLATrainingArguments, distill
+from ..training.arguments import DSLATrainingArguments
+from ..training.recipe import distill
+from ..training.text import PackedTokens
 
 LAYERS, LENGTH, WINDOW = 6, 256, 32
 PROMPT = "The following example shows how a function"
@@ -36,6 +38,8 @@ PROMPT = "The following example shows how a function"
 
 def run(output: str | Path = "quickstart-output", steps: int = 400, seed: int = 0) -> list[dict[str, Any]]:
     """Run the quickstart and return the rows of its table; `steps` optimizer steps for the teacher, half for each stage.
+
+    In `output` lie then `adapter`, `hybrid`, `teacher`, the plot `quickstart.png`, and the rows as `quickstart.json`.
 
     Raises:
         ImportError: if matplotlib, which draws the plot, is missing.
@@ -85,7 +89,9 @@ def run(output: str | Path = "quickstart-output", steps: int = 400, seed: int = 
     show_raise(model, AutoTokenizer.from_pretrained(output / "hybrid"))
 
     plot(rows, output / "quickstart.png")
-    print(f"\n{table(rows)}\n\nPlot: {output / 'quickstart.png'}   Adapter: {output / 'adapter'}   Hybrid: {output / 'hybrid'}")
+    write_results(output / "quickstart.json", rows, f"dsla quickstart --steps {steps} --seed {seed}")
+    print(f"\n{table(rows)}\n")
+    print(f"Plot: {output / 'quickstart.png'}   Adapter: {output / 'adapter'}   Hybrid: {output / 'hybrid'}")
     print(f"Done in {time.perf_counter() - start:.0f} s.")
     return rows
 
@@ -164,12 +170,7 @@ def show_raise(model: Any, tokenizer: Any, tokens: int = 48) -> None:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Perplexity and cache size against the level."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (quality, memory) = plt.subplots(1, 2, figsize=(9, 3.6))
+    drawn, (quality, memory) = figure(1, 2, size=(9, 3.6))
     levels = [row["level"] for row in rows]
     perplexities = [row["perplexity"] for row in rows]
     quality.plot(levels, perplexities, marker="o")
@@ -181,6 +182,4 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for axes in (quality, memory):
         mark_measured(axes.xaxis, levels)
         mark_plain(axes.yaxis)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(drawn, path, dpi=120)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import tempfile
@@ -30,6 +31,11 @@ def write_whole(file: str | Path, content: str | bytes) -> None:
         raise OSError(error.errno, error.strerror, str(file)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_json(file: str | Path, content: Any, indent: int = 2) -> None:
+    """Write a file of JSON, as `write_whole` does."""
+    write_whole(file, json.dumps(content, indent=indent) + "\n")
 
 
 class written_whole:

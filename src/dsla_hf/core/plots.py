@@ -1,12 +1,47 @@
-"""Ticks of plots: plain numbers, at measured values, about ten at most whatever the depth of the model."""
+"""Plots as PNG, drawn without a display; their ticks are plain numbers, at measured values, about ten at most whatever the depth of the
+model."""
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+from .files import write_whole
+
 MOST_TICKS = 10
+
+
+def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (4.5, 3.6), **options: Any) -> tuple[Any, list[Any]]:
+    """A figure and its axes, row by row.
+
+    Args:
+        size: inches, of the whole figure.
+        options: of matplotlib's `Figure.subplots`, such as `sharex`.
+
+    Raises:
+        ImportError: without matplotlib, with how to install it.
+    """
+    try:
+        import matplotlib.figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'dsla-hf[plot]'") from error
+    drawn = matplotlib.figure.Figure(figsize=size, layout="constrained")
+    return drawn, list(drawn.subplots(rows, columns, squeeze=False, **options).flat)
+
+
+def png(drawn: Any, dpi: int = 110) -> bytes:
+    """The figure as a file, the same bytes for the same figure."""
+    written = io.BytesIO()
+    drawn.savefig(written, format="png", dpi=dpi, metadata={"Software": None})
+    return written.getvalue()
+
+
+def save(drawn: Any, path: Path, dpi: int = 110) -> None:
+    """Write the figure as PNG, whole or not at all."""
+    write_whole(path, png(drawn, dpi))
 
 
 def plain(value: float, position: int | None = None) -> str:

@@ -31,7 +31,7 @@ def kernel_step(
     counts: bool = True,
 ) -> tuple[Tensor, DualState]:
     """One token a row in one kernel, which writes the new state over `state`."""
-    from dsla_kernels.decode import GateWeights, pure_decode, window_decode  # imports Triton
+    from dsla_kernels.ops.decode import GateWeights, pure_decode, window_decode  # imports Triton
 
     write = (layer.write_weight, layer.write_bias) if layer.write_gate else (None, None)
     gates = GateWeights(layer.gate_down, layer.gate_up, layer.gate_bias, *write)

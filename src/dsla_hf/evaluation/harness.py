@@ -7,16 +7,16 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..core.files import write_whole
+from ..core.files import write_json
+from ..core.results import origin
+from ..core.tables import terminal_table
 from ..models.loading import (
     check_at_least_one,
     device,
@@ -143,12 +143,14 @@ def evaluate(
                 result |= details
             result |= {
                 "settings": plan[level],
-                "command": _command(model, adapter, level, settings, output, batch_size, include_path, data, haystack),
-                "versions": {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES},
-                "device": network.device.type,
+                **origin(
+                    _command(model, adapter, level, settings, output, batch_size, include_path, data, haystack),
+                    PACKAGES,
+                    network.device.type,
+                ),
                 "seconds": round(time.perf_counter() - start, 1),
             }
-            write_whole(_result_file(output, level), json.dumps(result, indent=2) + "\n")
+            write_json(_result_file(output, level), result)
             for file in Path(output).glob(f".level-{level:02d}-*"):
                 with suppress(OSError):  # where open files cannot be removed it stays, and is of no use
                     file.unlink()
@@ -176,13 +178,7 @@ def table(results: dict[int, dict[str, dict[str, float]]]) -> str:
     else:
         rows = [("task", "metric", "level", "")]
         rows += [(*name, str(level), cell(level, *name)) for name in names for level in results]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    return terminal_table(rows, left=2)
 
 
 # --- lm-eval ----------------------------------------------------------------------------------------------------
@@ -403,10 +399,3 @@ def _command(
     return shlex.join(
         ["dsla", "eval", *(str(part) for name, value in options.items() if value is not None for part in (f"--{name}", value))]
     )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

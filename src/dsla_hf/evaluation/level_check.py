@@ -4,30 +4,24 @@ chats; printed, written as JSON, and stored in the adapter."""
 from __future__ import annotations
 
 import math
-import platform
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..core.files import written_whole
+from ..core.results import write_results
 from ..levels.table import COLUMNS, measured_levels, table, warnings
 from ..models.adapter import active_config
 from ..models.cards import adapter_card
-from ..training.chats import ShortAnswers, measure_answers
-from ..training.trainer import write_json
 from .levels import add_cache_sizes, evaluate_levels
+from .short_answers import ShortAnswers, measure_answers
 
 FILE = "levels.json"
 # Multiplications (parameters × tokens × passes) that a CPU may spend on the table: about a minute of two cores.
 MOST_ON_CPU = 1e12
-PACKAGES = ("dsla-hf", "torch", "transformers", "peft", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -58,16 +52,10 @@ class LevelCheck:
     def save(self, folder: Path) -> None:
         """Write `levels.json`, a table of rows as `dsla report` reads it."""
         rows = [{name: value if math.isfinite(value) else None for name, value in row.items()} for row in self.rows]
-        content: dict[str, Any] = {
-            "command": shlex.join(["dsla", *sys.argv[1:]]),
-            "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
-            "tokens": self.tokens,
-            "rows": rows,
-        }
+        more: dict[str, Any] = {"tokens": self.tokens}
         if self.answers is not None:
-            content |= {"question": self.answers.question, "answers": {str(level): text for level, text in self.answers.samples.items()}}
-        write_json(folder / FILE, content)
+            more |= {"question": self.answers.question, "answers": {str(level): text for level, text in self.answers.samples.items()}}
+        write_results(folder / FILE, rows, **more)
 
 
 def check_levels(

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..core.progress import bar
 from ..inference.batching import halve_until_it_fits
-from ..training.data import read_texts
+from ..training.text import read_texts
 
 FACT = "\n\nThe special number for {name} is {number}. Remember it.\n\n"
 OTHER_FACT = "\n\nThe ordinary number for {name} is {number}. Remember it.\n\n"
@@ -299,9 +299,13 @@ def answers_right(model: Any, tokenizer: Any, prompts: Sequence[Prompt], batch_s
             pad_token_id=pad,
         )
         for prompt, row in zip(batch, out[:, ids.shape[1] :].tolist(), strict=True):
-            text = tokenizer.decode(row, skip_special_tokens=True)
-            right.append(re.match(rf"\s*{prompt.answer}(?!\d)", text) is not None)
+            right.append(is_answer(tokenizer, prompt, row))
     return right
+
+
+def is_answer(tokenizer: Any, prompt: Prompt, tokens: list[int]) -> bool:
+    """Whether the tokens after a prompt begin with the number asked for, and not a longer one."""
+    return re.match(rf"\s*{prompt.answer}(?!\d)", tokenizer.decode(tokens, skip_special_tokens=True)) is not None
 
 
 @torch.no_grad()

@@ -4,42 +4,39 @@ layers in kernels for few rows.
 A norm of transformers takes eight launches, a rotation ten. Where a token takes three milliseconds of reading weights, they add as
 much again. `torch.compile` fuses each of them once a class, in seconds; the model as a whole stays what it is, so that one level or
 cache more costs no compilation. Reading the weights is most of the rest: queries, keys and values are one launch, the gate of an MLP and
-what it gates another.
+what it gates another. `dsla_hf.inference.parts` says which of them a model has (`dsla env --model`).
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
-import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from dsla_kernels import gated_linear, linears, takes_few_rows
 
-from ..models.adapter_layer import AdapterLinear, DSLALayer
+from ..models.adapter_layer import DSLALayer
+from .parts import ROTATION, GatedMLP, Layer, is_plain, parts_of, summary
 
 logger = logging.getLogger(__name__)
 
-ROTATION = "apply_rotary_pos_emb"  # what modules of transformers call the rotation of queries and keys
-KINDS = ("RMSNorm", "MLP")  # endings of class names whose forward is worth it
 # Rounding as in the separate functions.
 OPTIONS: dict[str, Any] = {"emulate_precision_casts": True}
-ACTIVATIONS = {type(ACT2FN[name]): kind for name, kind in {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}.items()}
 LONG_PROMPT = 1024  # tokens from which on compiled functions are worth their calls in reading a prompt, too: fewer passes over memory
 OVERLAP = False  # weights are asked for while the kernel before runs
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 _compiled: dict[Any, Callable[..., Any]] = {}
+_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models of which it was said what is fused
 _lock = threading.RLock()  # rotations are replaced for all models of a kind
 
 
@@ -65,15 +62,17 @@ def fused(model: nn.Module, compile: Compile = _compile, prompt: bool = False) -
     run a model of the same kind meanwhile get the compiled rotation too, which computes the same. prompt: pieces of prompts run within it,
     not steps; each has compiled functions of its own."""
     with _lock:
-        modules = [x for x in model.modules() if type(x).__name__.endswith(KINDS) and "forward" not in x.__dict__]
-        forwards = {module: _bound(_once(type(module).forward, compile, prompt, _sizes(module)), module) for module in modules}
+        parts = parts_of(model)
+        if model not in _told:
+            _told.add(model)
+            logger.info("fused in %s: %s", type(model).__name__, summary(model, parts))
+        forwards = {module: _compiled_forward(module, compile, prompt) for module in (*parts.norms, *parts.mlps)}
         # The layers of an MLP run within its compiled forward, which would be compiled anew for each were they replaced.
-        inner = {part for module in modules for part in module.modules()}
-        forwards |= _linear_forwards({x for x in model.modules() if x not in inner and _is_plain(x)}, _projections(model))
-        forwards |= {module: _gated_forward(module, forwards[module]) for module in modules if _is_gated(module)}
-        forwards |= {module: _layer_forward(module, compile, prompt) for module in model.modules() if _adds_before_norm(module)}
-        homes = {sys.modules[cls.__module__] for x in model.modules() for cls in type(x).__mro__ if cls.__module__ in sys.modules}
-        rotations = {home: getattr(home, ROTATION) for home in homes if hasattr(home, ROTATION)}
+        inner = {part for module in forwards for part in module.modules()}
+        forwards |= _linear_forwards({x for x in model.modules() if x not in inner and is_plain(x)}, _projections(model))
+        forwards |= {module: _gated_forward(module, form, forwards[module]) for module, form in parts.gated.items()}
+        forwards |= {module: _layer_forward(module, form, compile, prompt) for module, form in parts.layers.items()}
+        rotations = parts.rotations
         try:
             for module, forward in forwards.items():
                 module.forward = forward
@@ -87,20 +86,9 @@ def fused(model: nn.Module, compile: Compile = _compile, prompt: bool = False) -
                 setattr(home, ROTATION, rotation)
 
 
-def _is_plain(module: Any) -> bool:
-    """Whether it computes what `nn.Linear` does and nobody has put anything else there: no quantised or sharded weight, no forward of
-    accelerate's. (What a LoRA wraps is a layer like others.)"""
-    return (
-        type(module) in (nn.Linear, AdapterLinear)
-        and "forward" not in module.__dict__
-        and type(module.weight) is nn.Parameter
-        and type(module.bias) in (nn.Parameter, type(None))
-    )
-
-
-def _few_rows(x: Any, *modules: Any) -> bool:
-    """Whether x is one token of each of a few rows `[B, 1, K]` that the kernels take."""
-    return isinstance(x, Tensor) and x.ndim == 3 and x.shape[1] == 1 and takes_few_rows(x, *(module.weight for module in modules))
+def _few_rows(x: Any, *weights: Tensor) -> bool:
+    """Whether x is one token of each of a few rows `[B, 1, K]` that the kernels take, with these weights."""
+    return isinstance(x, Tensor) and x.ndim == 3 and x.shape[1] == 1 and takes_few_rows(x, *weights)
 
 
 def _projections(model: nn.Module) -> list[list[Any]]:
@@ -125,12 +113,13 @@ def _linear_forwards(modules: set[Any], projections: list[list[Any]]) -> dict[nn
             if result is not None and of is input:
                 return result
             group = [module, *followers.get(module, ())]
-            if not _few_rows(input, *group):
+            if not _few_rows(input, *(x.weight for x in group)):
                 group = [module]
-            if not _few_rows(input, *group):
+            weights = [x.weight for x in group]
+            if not _few_rows(input, *weights):
                 return type(module).forward(module, input)
             biases = None if module.bias is None else [x.bias for x in group]
-            result, *others = linears(input, [x.weight for x in group], biases, overlap=OVERLAP)
+            result, *others = linears(input, weights, biases, overlap=OVERLAP)
             kept.update({x: (input, other) for x, other in zip(group[1:], others, strict=True)})
             return result
 
@@ -139,100 +128,64 @@ def _linear_forwards(modules: set[Any], projections: list[list[Any]]) -> dict[nn
     return {module: forward_of(module) for module in modules}
 
 
-def _gated_mlp(self, x):  # what a gated MLP looks like in transformers; the text is compared, so it is not ours to shorten
-    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-    return down_proj
-
-
-def _decoder_layer(  # what a layer with norms before attention and MLP looks like in transformers, likewise
-    self,
-    hidden_states,
-    attention_mask=None,
-    position_ids=None,
-    past_key_values=None,
-    use_cache=False,
-    position_embeddings=None,
-    **kwargs,
-):
-    residual = hidden_states
-    hidden_states = self.input_layernorm(hidden_states)
-    hidden_states, _ = self.self_attn(
-        hidden_states=hidden_states,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        past_key_values=past_key_values,
-        use_cache=use_cache,
-        position_embeddings=position_embeddings,
-        **kwargs,
-    )
-    hidden_states = residual + hidden_states
-
-    residual = hidden_states
-    hidden_states = self.post_attention_layernorm(hidden_states)
-    hidden_states = self.mlp(hidden_states)
-    hidden_states = residual + hidden_states
-    return hidden_states
-
-
-def _program(function: Any) -> Any:
-    code = getattr(inspect.unwrap(function), "__code__", None)  # transformers wraps layers, for checkpoints of gradients
-    return code and (code.co_code, code.co_names, code.co_consts)
-
-
-def _adds_before_norm(module: Any) -> bool:
-    """Whether a module computes what `_decoder_layer` does, with a norm before the MLP that is a plain RMSNorm."""
-    norm: Any = module._modules.get("post_attention_layernorm")
-    return (
-        norm is not None
-        and _program(type(module).forward) == _program(_decoder_layer)
-        and "forward" not in module.__dict__
-        and type(norm).__name__.endswith("RMSNorm")
-        and not (norm._forward_hooks or norm._forward_pre_hooks)
-    )
-
-
 @functools.cache
-def _add_and_norm(norm_class: Any) -> Callable[..., tuple[Tensor, Tensor]]:
-    def add_and_norm(norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+def _join(after: Any, before: Any, scale: float | None) -> Callable[..., Any]:
+    """What stands between two parts of a layer: a norm of the class `after` of what the first adds, the sum, and a norm of the class
+    `before` for the second. Returns `(normed, total)`, and without `before` the total alone."""
+
+    def join(after_norm: Any, before_norm: Any, x: Tensor, residual: Tensor) -> Any:
+        if after is not None:
+            x = after.forward(after_norm, x)
+        if scale is not None:
+            x = x * scale
         total = residual + x
-        return norm_class.forward(norm, total), total
+        return total if before is None else (before.forward(before_norm, total), total)
 
-    return add_and_norm
+    return join
 
 
-def _layer_forward(module: Any, compile: Compile, prompt: bool) -> Callable[..., Tensor]:
-    """`_decoder_layer`, where what attention adds and the norm of the sum are one kernel."""
-    norm = module.post_attention_layernorm
-    kind: Any = type(norm)
-    add_and_norm = _once(_add_and_norm(kind), compile, prompt, _sizes(norm))
+def _add(residual: Tensor, attended: Tensor, mixed: Tensor) -> Tensor:
+    return residual + attended + mixed
+
+
+def _layer_forward(module: Any, form: Layer, compile: Compile, prompt: bool) -> Callable[..., Tensor]:
+    """The forward of a decoder layer, where what stands between attention and MLP, and behind the MLP, are one kernel each."""
+    first, after, before, last = (module._modules[name] if name else None for name in form.norms)
+
+    def joined(after: Any, before: Any) -> Callable[[Tensor, Tensor], Any]:
+        if after is None and before is None and form.scale is None:
+            return lambda x, residual: residual + x  # a kernel as it is
+        classes: list[Any] = [None if norm is None else type(norm) for norm in (after, before)]
+        compiled = _once(_join(*classes, form.scale), compile, prompt, _sizes(after or before or module))
+        return lambda x, residual: compiled(after, before, x, residual)
+
+    between, behind = joined(after, before), joined(last, None)
+    add = _once(_add, compile, prompt) if form.parallel else _add
+
+    def mlp(x: Tensor) -> Tensor:
+        return module.mlp(x)[0] if form.tuple_of_mlp else module.mlp(x)
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args:
             return type(module).forward(module, hidden_states, *args, **kwargs)
-        attended, _ = module.self_attn(hidden_states=module.input_layernorm(hidden_states), **kwargs)
-        normed, total = add_and_norm(norm, attended, hidden_states)
-        return total + module.mlp(normed)
+        x = hidden_states if first is None else first(hidden_states)
+        attended = module.self_attn(hidden_states=x, **kwargs)[0]
+        if form.parallel:
+            return add(hidden_states, attended, mlp(x))
+        total = between(attended, hidden_states)
+        normed, total = (total, total) if before is None else total
+        return behind(mlp(normed), total)
 
     return forward
 
 
-def _is_gated(module: Any) -> bool:
-    """Whether an MLP computes what `_gated_mlp` does, in three plain layers without biases or hooks, and an activation that is known."""
-    parts = [module._modules.get(name) for name in ("gate_proj", "up_proj", "down_proj")]
-    return (
-        _program(type(module).forward) == _program(_gated_mlp)
-        and type(module._modules.get("act_fn")) in ACTIVATIONS
-        and all(_is_plain(x) and x.bias is None and not (x._forward_hooks or x._forward_pre_hooks) for x in parts)
-    )
-
-
-def _gated_forward(module: Any, otherwise: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
+def _gated_forward(module: Any, form: GatedMLP, otherwise: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        gate, up, down = module.gate_proj, module.up_proj, module.down_proj
+        gate, up = form.inner(module)
         if not _few_rows(x, gate, up):
             return otherwise(x)
-        hidden = gated_linear(x, gate.weight, up.weight, ACTIVATIONS[type(module.act_fn)], overlap=OVERLAP)
-        return linears(hidden, [down.weight], overlap=OVERLAP)[0]
+        hidden = gated_linear(x, gate, up, form.activation, overlap=OVERLAP)
+        return linears(hidden, [module.down_proj.weight], overlap=OVERLAP)[0]
 
     return forward
 
@@ -261,5 +214,6 @@ def _copy(function: Any, suffix: str) -> Any:
     return copy
 
 
-def _bound(function: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
+def _compiled_forward(module: Any, compile: Compile, prompt: bool) -> Callable[..., Any]:
+    function = _once(type(module).forward, compile, prompt, _sizes(module))
     return lambda *args, **kwargs: function(module, *args, **kwargs)

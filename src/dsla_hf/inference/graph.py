@@ -7,11 +7,10 @@ for a batch size and a longest text. A raise of the level folds the cache into s
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,39 +30,15 @@ from ..models.adapter import DSLALayer, dsla_layers
 from ..models.base_attention import DSLAAttentionMixin
 from ..models.decoder import decoder_layers
 from .decode_attention import CachedTokens, attends_where_cached, can_attend_where_cached, over_cache, over_prompt
-from .fusion import LONG_PROMPT, can_compile, fused
+from .fusion import LONG_PROMPT
+from .recorder import CudaRecording, Record, Recorder, shown_tokens
+from .recorder import PlainRecording as PlainRecording
+from .sampling import Sampler
 
 logger = logging.get_logger(__name__)
 
-SMALLEST_VIEW = 256  # tokens of a cache that a step is shown at least; more when they are reached, doubled each time
 REHEARSAL = 64  # tokens of the text that `prepare` reads
-
-Step = Callable[[], None]
-
-
-class Recording(Protocol):
-    """One step, to be run again and again on whatever its buffers hold then."""
-
-    def replay(self) -> None: ...
-
-
-class CudaRecording:
-    """A step captured in a CUDA graph, which does not run it."""
-
-    def __init__(self, step: Step, pool: Any):
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
-            step()
-
-    def replay(self) -> None:
-        self.graph.replay()
-
-
-class PlainRecording:
-    """Calls the step: the same logic without a GPU, for tests."""
-
-    def __init__(self, step: Step, pool: Any = None):
-        self.replay = step
+FOR_MEMORY = "give a smaller max_length, fewer rows, or GraphDecoder(keep=False)"
 
 
 @dataclass
@@ -75,7 +50,7 @@ class Workspace:
     logits: fp32 `[B, vocabulary]`, the output of the last step.
     softmax, dsla: the cache layers of both kinds by layer number, as far as they have been in use.
     counts: int64 `[layers, B + 1]`, of DSLA layers the lengths of the rows and the tokens in the cache.
-    recordings: by (layers that are DSLA, padding, tokens shown); None after the first step there, which runs as it is.
+    recorder: of steps by (layers that are DSLA, padding, tokens shown).
     by_length: whether the attention of a step knows how far the cache is filled, and needs not be shown a part of it.
     """
 
@@ -88,8 +63,8 @@ class Workspace:
     logits: Tensor
     counts: Tensor
     softmax: dict[int, StaticLayer]
+    recorder: Recorder
     dsla: dict[int, StaticDSLACacheLayer] = field(default_factory=dict)
-    recordings: dict[tuple[tuple[int, ...], bool, int], Recording | None] = field(default_factory=dict)
     by_length: bool = False
     read: int = 0  # tokens in the cache
     padded: bool = False
@@ -115,6 +90,7 @@ class Workspace:
     def settle(self, keep: bool) -> None:
         """DSLA layers that came to be take the addresses of those that were there at an earlier text. Without `keep` the keys and
         values that they replaced are freed, and with them the recordings that read those."""
+        freed: set[int] = set()
         for index, layer in enumerate(self.cache.layers):
             if not isinstance(layer, StaticDSLACacheLayer):
                 continue
@@ -127,7 +103,9 @@ class Workspace:
                 self.cache.layers[index] = known
             if not keep and self.softmax[index].is_initialized:
                 self.softmax[index] = VisibleStaticLayer(self.length)
-                self.recordings = {key: value for key, value in self.recordings.items() if index in key[0]}
+                freed.add(index)
+        if freed:
+            self.recorder.drop(lambda key: not freed.issubset(key[0]))
 
     def show(self, tokens: int, places: Tensor | None = None) -> None:
         """Let attention see the first `tokens` places of the cache; the next token goes to `places` `[B]`, if given."""
@@ -142,10 +120,7 @@ class Workspace:
         """How many places the next step needs to see, rounded up so that few recordings are needed."""
         if self.by_length:
             return self.length
-        tokens = SMALLEST_VIEW
-        while tokens <= self.read:
-            tokens *= 2
-        return min(tokens, self.length)
+        return min(shown_tokens(self.read + 1), self.length)
 
 
 class GraphDecoder:
@@ -162,12 +137,13 @@ class GraphDecoder:
         model: a model of transformers, a `PeftModel` with a DSLA adapter, or a hybrid.
         max_length: the longest text, prompt included, to make room for; None: as long as each call asks for.
         keep: hold the keys and values of layers that were raised, so that the next text begins without new captures. False frees them.
-        fuse: compile norms, MLPs and rotations, each into one kernel (`fused_steps`); takes seconds, once for a kind of model, and once
-            more for long prompts.
+        fuse: compile norms, MLPs and rotations, each into one kernel (`dsla_hf.inference.fusion`); takes seconds, once for a kind of model,
+            and once more for long prompts.
         record: what records a step; for tests.
 
     Attributes:
         capture_seconds: what each capture took, in order.
+        recorder: what captures and replays; its `reason` says why a capture failed.
     """
 
     def __init__(
@@ -177,19 +153,21 @@ class GraphDecoder:
         max_length: int | None = None,
         keep: bool = True,
         fuse: bool = True,
-        record: Callable[[Step, Any], Recording] = CudaRecording,
+        record: Record = CudaRecording,
     ):
-        self.model, self.max_length, self.keep, self.record = model, max_length, keep, record
+        self.model, self.max_length, self.keep = model, max_length, keep
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.causal_lm: Any = base
         self.workspace: Workspace | None = None
-        self.capture_seconds: list[float] = []
+        self.recorder = Recorder(base, record, fuse=fuse, for_memory=FOR_MEMORY)
         self._wrapped = list(dsla_layers(base).values())
-        self._pool: Any = None
         self._own_attention = False
-        self._fuse = fuse and record is CudaRecording
         self._seen: Any = None  # what `_converted` was computed from
         self._layers: tuple[int, ...] = ()
+
+    @property
+    def capture_seconds(self) -> list[float]:
+        return self.recorder.capture_seconds
 
     # --- where it can run ---------------------------------------------------------------------------------------
 
@@ -197,7 +175,7 @@ class GraphDecoder:
         """Why `generate(**options)` cannot replay graphs, in words, or None."""
         model = self.causal_lm
         config = model.config.get_text_config(decoder=True)
-        if self.record is CudaRecording and model.device.type != "cuda":
+        if self.recorder.record is CudaRecording and model.device.type != "cuda":
             return f"CUDA graphs need a CUDA device, and this model is on {model.device.type}"
         if (rounds_to := autocast_dtype(model.device)) is not None:
             return f"autocast is on, whose rounded weights no graph can keep: load the model in {rounds_to} and leave autocast out"
@@ -291,12 +269,9 @@ class GraphDecoder:
         self._read(space, input_ids[:, space.read :], settings.prefill_chunk_size)
         can_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        sampler = Sampler(logits_processor, settings.do_sample)
         while True:
-            scores = logits_processor(input_ids, space.logits.clone())
-            if settings.do_sample:
-                token = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
-            else:
-                token = scores.argmax(-1)
+            token = sampler(space.logits.clone(), input_ids)
             if can_end:
                 token = torch.where(unfinished, token, settings._pad_token_tensor)
             input_ids = torch.cat([input_ids, token[:, None]], 1)
@@ -326,6 +301,7 @@ class GraphDecoder:
             raise ValueError(
                 f"{type(self.model).__name__} has no levels, and nothing to prepare: its graph is captured at the second token"
             )
+        self.recorder.try_again()
         levels, before = sorted(levels), self.model.get_level()
         space = self._space(rows, max_length, False)
         at = (space.length if tokens is None else tokens) - 1
@@ -348,12 +324,6 @@ class GraphDecoder:
         self._own_attention = can_attend_where_cached(self.causal_lm)
         return attends_where_cached(self.causal_lm) if self._own_attention else nullcontext()
 
-    def _fused(self, prompt: bool = False) -> Any:
-        if self._fuse and not can_compile(self.causal_lm.device):
-            self._fuse = False
-            logger.warning_once("torch.compile does not work here (dsla_hf.inference.fusion): steps have more launches, and take longer")
-        return fused(self.causal_lm, prompt=prompt) if self._fuse else nullcontext()
-
     def _space(self, rows: int, length: int, goes_on: bool) -> Workspace:
         """The workspace for so many rows and tokens: the one at hand if it fits, else a new one."""
         space = self.workspace
@@ -367,6 +337,7 @@ class GraphDecoder:
         length = max(length, self.max_length or 0)
         length += -length % 8  # kernels read aligned rows of masks faster
         self.workspace = space = None  # what is not needed any more goes before the new one comes
+        self.recorder.clear()
         model = self.causal_lm
         config, device = model.config.get_text_config(decoder=True), model.device
         cache = StaticCache(config=config, max_cache_len=length)
@@ -381,9 +352,8 @@ class GraphDecoder:
             logits=torch.zeros(rows, config.vocab_size, device=device),
             counts=torch.zeros(len(cache.layers), rows + 1, dtype=torch.long, device=device),
             softmax=dict(enumerate(cache.layers)),
+            recorder=self.recorder,
         )
-        if device.type == "cuda":
-            self._pool = torch.cuda.graph_pool_handle()  # one for all graphs: no two run at a time
         return self.workspace
 
     def _read(self, space: Workspace, ids: Tensor, chunk: int | None) -> None:
@@ -394,7 +364,7 @@ class GraphDecoder:
         for part in ids.split(chunk or ids.shape[1], 1):
             start, space.read = space.read, space.read + part.shape[1]
             space.show(space.read)
-            fuses = self._fused(prompt=True) if part.numel() >= LONG_PROMPT else nullcontext()
+            fuses = self.recorder.fused(prompt=True) if part.numel() >= LONG_PROMPT else nullcontext()
             with fuses, over_prompt() if self._own_attention and not space.padded else nullcontext():
                 logits = self.causal_lm(
                     input_ids=part,
@@ -436,30 +406,8 @@ class GraphDecoder:
             for count in (space.positions, space.lengths, *([space.counts] if space.by_length else [])):
                 count.add_(1)
 
-        if key not in space.recordings:
-            with self._fused():
-                _aside(step, token.device)
+        if self.recorder.run(key, step):
             space.settle(self.keep)  # a layer that was converted in the very first forward
-            space.recordings[key] = None
-            return
-        recording = space.recordings[key]
-        if recording is None:
-            space.recordings[key] = recording = self._record(step)
-        recording.replay()
-
-    def _record(self, step: Step) -> Recording:
-        start = time.perf_counter()
-        try:
-            with self._fused():
-                return self.record(step, self._pool)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # e.g. experts that the host chooses
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            logger.warning_once(f"no CUDA graph: this model's step cannot be captured ({reason}). Its steps run as usual")
-            return PlainRecording(step)
-        finally:
-            self.capture_seconds.append(time.perf_counter() - start)
 
     def _raise(self, space: Workspace, converted: tuple[int, ...]) -> None:
         """Fold the cache of layers that have become DSLA since the last step."""
@@ -499,14 +447,3 @@ def dsla_attention_of(layer: nn.Module) -> Any:
     if isinstance(attention, DSLALayer):
         return attention.dsla_attention() if attention.converted else None
     return attention if isinstance(attention, DSLAAttentionMixin) else None
-
-
-def _aside(step: Step, device: torch.device) -> None:
-    """Run a step as it is, on another stream than the current one, as libraries that a graph shall capture want it at first."""
-    if device.type != "cuda":
-        return step()
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream(device).wait_stream(stream)

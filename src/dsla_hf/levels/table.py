@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..core.tables import markdown_table, terminal_table
+
 MOST_LEVELS = 9  # that a table of a deep model has
 CLEARLY_WORSE = 1.2  # perplexity over that of level 0
 ANSWERS_KEPT = 0.8  # of level 0's tokens in short answers, at least
@@ -50,12 +52,9 @@ def measured_levels(highest: int, most: int = MOST_LEVELS) -> list[int]:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows for a terminal, with a column for each of `COLUMNS` that they have."""
     names = [name for name in COLUMNS if any(name in row for row in rows)]
-    columns = [["level", *(str(row["level"]) for row in rows)]]
-    for name in names:
-        heading, form = COLUMNS[name]
-        columns.append([heading, *("" if name not in row else written(row[name], form) for row in rows)])
-    widths = [max(map(len, column)) for column in columns]
-    return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in zip(*columns, strict=True))
+    lines = [["level", *(COLUMNS[name][0] for name in names)]]
+    lines += [[str(row["level"]), *("" if name not in row else written(row[name], COLUMNS[name][1]) for name in names)] for row in rows]
+    return terminal_table(lines)
 
 
 def written(value: float, form: str) -> str:
@@ -67,7 +66,7 @@ def written(value: float, form: str) -> str:
     return form.format(value) if abs(value) < 10_000 else f"{value:.3g}"
 
 
-def markdown_table(metrics: Mapping[str, Mapping[str, float]]) -> str:
+def card_table(metrics: Mapping[str, Mapping[str, float]]) -> str:
     """`DSLAConfig.level_metrics` for a model card; nothing of it without measurements."""
     if not metrics:
         return ""
@@ -75,11 +74,11 @@ def markdown_table(metrics: Mapping[str, Mapping[str, float]]) -> str:
     others = [name for row in metrics.values() for name in row if name not in COLUMNS]
     names = [*known, *dict.fromkeys(others)]
     headings = [LONG_HEADINGS.get(name, COLUMNS[name][0] if name in COLUMNS else name) for name in names]
-    lines = ["| " + " | ".join(["level", *headings]) + " |", "|" + "---|" * (1 + len(names))]
-    for level in sorted(metrics, key=int):
-        row = metrics[level]
-        lines.append("| " + " | ".join([level, *("" if name not in row else _in_card(name, row[name]) for name in names)]) + " |")
-    return "\n".join(lines) + "\n\n"
+    rows = [
+        [level, *("" if name not in metrics[level] else _in_card(name, metrics[level][name]) for name in names)]
+        for level in sorted(metrics, key=int)
+    ]
+    return markdown_table(["level", *headings], rows) + "\n\n"
 
 
 def _in_card(name: str, value: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..levels.table import markdown_table, warnings
+from ..levels.table import card_table, warnings
 from .configuration import DSLAConfig
 
 _HEADER = """---
@@ -115,4 +115,4 @@ def _metrics(config: DSLAConfig) -> str:
     metrics = config.level_metrics or {}
     rows = [{"level": int(level), **row} for level, row in metrics.items() if "perplexity" in row]
     said = "".join(f"**{line[0].upper()}{line[1:].partition(': ')[0]}.**\n\n" for line in warnings(rows))
-    return markdown_table(metrics) + said
+    return card_table(metrics) + said

@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from ..core.interrupts import on_interrupt
-from ..inference.graph import CudaRecording
+from ..inference.recorder import CudaRecording
 from ..levels.policies import Load, Policy, as_policy
 from ..models.configuration import resolve_level
 from ..models.loading import device, level_to_run_at, load_adapter, load_config, load_model, load_tokenizer, read_adapter_config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -30,18 +29,6 @@ def alignment_sums(prediction: Tensor, target: Tensor, mask: Tensor | None = Non
     if mask is not None:
         error, energy = error * mask, energy * mask
     return error.sum(), energy.sum().clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def half_life_gap_loss(half_lives: Tensor, gap: float = math.log(8)) -> Tensor:
-    """Keeps the two states apart: squared shortfall of log half-life(history) - log half-life(recency) below `gap` (natural log).
-
-    The DSLA paper's trainer compares gates by their cosine, which is near 1 for any two slow gates; half-lives tell them apart.
-
-    Args:
-        half_lives: in tokens, `[Hkv, 2, G]`, history first, as `DualStateAttention.bias_half_lives` gives them.
-    """
-    history, recency = half_lives.log().mean(-1).unbind(1)
-    return (gap - (history - recency)).clamp_min(0).square().mean()
 
 
 def kl_loss(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor
 from ..compat.attributes import attention_implementation
 from ..core.progress import bar as progress_bar
 from ..models.adapter import DSLAModel, active_config, dsla_layers
-from .data import check_teaches
 from .losses import kl_loss
+from .text_check import check_teaches
 
 METRICS = ("kl", "greedy", "entropy")
 

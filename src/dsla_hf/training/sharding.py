@@ -6,6 +6,7 @@ with FSDP or without. Every function here is called by all processes alike.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +18,12 @@ from peft import get_peft_model_state_dict, load_peft_weights
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.utils import logging
 
 from ..compat.attributes import parameters_of, with_parameters
 from ..core.tensor_parallel import whole
+
+logger = logging.get_logger(__name__)
 
 ANCHOR = "dsla_anchor"
 
@@ -132,6 +136,29 @@ def _whole_on_first(tensor: Tensor) -> Tensor:
 
 def _each(state: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     return {name: change(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+
+
+# --- how it is set up --------------------------------------------------------------------------------------------
+
+
+def check_fsdp(accelerator: Any) -> None:
+    """Raises ValueError if FSDP is set up in another way than examples/configs/fsdp2.yaml has it."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            logger.warning_once("accelerate knows FSDP on accelerators only: on the CPU every process holds the whole model")
+        return
+    if getattr(plugin, "fsdp_version", 1) != 2:
+        raise ValueError("fsdp_version 1 wants the weights of a block all trained or all frozen, in one dtype: set fsdp_version: 2")
+    if accelerator.mixed_precision != "no":
+        raise ValueError(
+            f"mixed precision {accelerator.mixed_precision} with FSDP would round the gates, which are float32: leave it out, "
+            "the base computes in its own dtype (--dtype bfloat16)"
+        )
+    if plugin.activation_checkpointing:
+        raise ValueError(
+            "fsdp_activation_checkpointing would run alignment's losses twice: set it to false and give --gradient_checkpointing true"
+        )
 
 
 # --- losses inside a block --------------------------------------------------------------------------------------

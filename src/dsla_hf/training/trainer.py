@@ -1,4 +1,4 @@
-"""Distillation of a DSLA adapter from its own base: a `Trainer` with two stages, and `distill`, which runs them.
+"""`DSLATrainer`: a `Trainer` for the two stages of a distillation of a DSLA adapter from its own base.
 
 Stage "alignment": every DSLA layer learns to give the attention output of the layer it replaces, on the base's own
 inputs, all layers in one pass and each on its own. Stage "logits": KL to the base's logits, so that every level of the plan
@@ -8,39 +8,31 @@ the other in conversion order is trained and then frozen. The teacher is the sam
 
 from __future__ import annotations
 
-import copy
-import errno
-import json
 import os
 import random
 import shutil
-import zipfile
 from collections import defaultdict
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
-from transformers.utils import logging
 
-from ..core.files import is_disk_full, write_whole
-from ..core.progress import TrainingProgress, say
+from ..core.progress import TrainingProgress
 from ..core.tensor_parallel import is_tensor_parallel
 from ..models.adapter import DSLAModel, active_config, dsla_layers
 from ..models.decoder import decoder_layers, first_layers
-from ..models.saving import check_adapter_directory
-from .data import check_teaches
-from .losses import alignment_sums, half_life_gap_loss, kl_sums
-from .ranking import LayerRanking, rank_layers
+from .arguments import CHECKPOINTING, DSLATrainingArguments
+from .checkpoints import is_whole, saved_stage, told_of_full_disk, what_is_kept
+from .losses import alignment_sums, kl_sums
 from .sharding import (
+    check_fsdp,
     is_sharded,
     load_adapter_weights,
     load_optimizer_state,
@@ -51,102 +43,8 @@ from .sharding import (
     with_whole_weights,
 )
 
-logger = logging.get_logger(__name__)
-
-STAGES = ("alignment", "logits")
-METHODS = ("random", "chain")
-SETTINGS_FILE = "stage.json"
 NOT_FOR_THE_MODEL = ("labels", "loss_mask")
-# transformers 5.18 renamed it; where both names are, both hold the same.
-CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
-# Errors of a disk that takes no more; torch's and safetensors' have numbers of their own or none.
 OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"
-STAGE_SETTINGS = (
-    "seed",
-    "learning_rate",
-    "gate_learning_rate_factor",
-    "train_level",
-    "level_draws",
-    "hidden_weight",
-    "half_life_gap_weight",
-    "raise_share",
-)
-
-
-@dataclass
-class DSLATrainingArguments(TrainingArguments):
-    """`TrainingArguments` with what distillation adds."""
-
-    stage: str = field(default="logits", metadata={"help": "'alignment' of attention outputs, or 'logits' (KL at random levels)."})
-    train_level: int | None = field(
-        default=None,
-        metadata={"help": "Train stage 'logits' at this level only. Default: at a random level from 1 on, drawn anew for each step."},
-    )
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the projections."})
-    gate_learning_rate_factor: float = field(
-        default=20.0,
-        metadata={"help": "Peak learning rate of gates, mix and norm, over that of the projections: they have far to go from their start."},
-    )
-    level_draws: int = field(
-        default=2,
-        metadata={"help": "Stage 'logits': the level of a step is the highest of so many draws; 1 treats all levels alike."},
-    )
-    hidden_weight: float = field(
-        default=0.0, metadata={"help": "Stage 'logits': weight of the alignment of the hidden states after each block."}
-    )
-    half_life_gap_weight: float = field(
-        default=0.0, metadata={"help": "Stage 'logits': weight of a term that keeps the half-lives of the two states apart."}
-    )
-    raise_share: float = field(
-        default=0.0,
-        metadata={"help": "Stage 'logits': share of steps whose text begins at a lower level than it ends, as in a raise in mid-text."},
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Keep `loss_mask`, which no model takes."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule, as in transformers."})
-    warmup_steps: float = field(
-        default=20, metadata={"help": "Steps of linear warm-up, at most a fifth of a stage; below 1 a share of it."}
-    )
-
-    def __post_init__(self) -> None:
-        if self.stage not in STAGES:
-            raise ValueError(f"stage must be one of {list(STAGES)}, got {self.stage!r}")
-        if self.level_draws < 1:
-            raise ValueError(f"level_draws must be 1 or more, got {self.level_draws}")
-        if not 0 <= self.raise_share <= 1:
-            raise ValueError(f"raise_share must be a share from 0 to 1, got {self.raise_share}")
-        for name in ("gate_learning_rate_factor", "hidden_weight", "half_life_gap_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        _refuse_deepspeed(self.deepspeed)
-        super().__post_init__()
-        if self.n_gpu > 1:  # transformers would copy the model to each at every step (DataParallel), and the losses stay in the copies
-            logger.warning(f"one of {self.n_gpu} GPUs is used; for all: accelerate launch --config_file examples/configs/ddp.yaml")
-            self._n_gpu = 1
-        if not torch.accelerator.is_available():
-            self.dataloader_pin_memory = False  # it would have no effect, and a warning
-        if getattr(self, "ddp_find_unused_parameters", None) is None:
-            # Every trained weight gets a gradient at every step (see `_zero_of_idle_weights`), and alignment would confuse the search.
-            self.ddp_find_unused_parameters = False
-        names = [name for name in CHECKPOINTING if getattr(self, name, False)]
-        for name in names:
-            options = dict(getattr(self, f"{name}_kwargs") or {})
-            if options.setdefault("use_reentrant", False):
-                raise ValueError(
-                    f"{name}_kwargs={{'use_reentrant': True}} loses the gradients of DSLA layers over a frozen base: "
-                    "use {'use_reentrant': False}"
-                )
-            setattr(self, f"{name}_kwargs", options)
-        if names and self.raise_share:
-            raise ValueError(f"raise_share needs the cache, which {names[0]} turns off: use one of them")
-
-
-def _refuse_deepspeed(setting: Any) -> None:
-    """Raises ValueError where the Trainer or accelerate would start DeepSpeed."""
-    if setting or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
-        raise ValueError(
-            "DeepSpeed is not supported: two models run in one step here, teacher and student with the same weights, and that has not "
-            "been tried with ZeRO. FSDP2 cuts the weights the same way: accelerate launch --config_file examples/configs/fsdp2.yaml"
-        )
 
 
 def draw_level(seed: int, step: int, depth: int, draws: int = 1) -> int:
@@ -154,14 +52,6 @@ def draw_level(seed: int, step: int, depth: int, draws: int = 1) -> int:
     so that it is the same on every process and after a resume."""
     rng = random.Random(f"{seed}/{step}")
     return max(rng.randint(1, depth) for _ in range(draws))
-
-
-def draw_raise(seed: int, step: int, share: float, level: int, tokens: int) -> tuple[int, int] | None:
-    """For a share of the steps a lower level and the number of tokens that are read at it: a pure function of its arguments."""
-    rng = random.Random(f"raise/{seed}/{step}")
-    if rng.random() >= share or level == 0 or tokens < 4:
-        return None
-    return rng.randrange(level), rng.randint(tokens // 4, 3 * tokens // 4)
 
 
 class DSLATrainer(Trainer):
@@ -191,7 +81,7 @@ class DSLATrainer(Trainer):
         if not isinstance(getattr(model, "base_model", None), DSLAModel):
             raise ValueError("DSLATrainer trains a DSLA adapter: give it get_peft_model(model, DSLAConfig(...))")
         if args.stage == "logits":
-            _check_logits(model)
+            check_logits(model)
         if is_tensor_parallel(model):
             raise ValueError(
                 "training under tensor parallelism is not supported: load the base without tp_plan, and train with FSDP2 "
@@ -218,7 +108,7 @@ class DSLATrainer(Trainer):
         part = "" if args.train_level is None else f" at level {args.train_level}"
         self.progress = TrainingProgress(f"{args.stage}{part}", args.world_size, bool(args.disable_tqdm))
         self.add_callback(self.progress)
-        self._check_fsdp()
+        check_fsdp(self.accelerator)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; `config.use_cache`, which it turns off, is the base's own and is put back."""
@@ -287,7 +177,7 @@ class DSLATrainer(Trainer):
         if args.stage == "alignment":
             loss = sum(losses.values()) / len(losses)
         else:
-            factors = {"kl": 1.0, "hidden": args.hidden_weight, "half_life_gap": args.half_life_gap_weight}
+            factors = {"kl": 1.0, "hidden": args.hidden_weight}
             loss = sum(factors[name] * term for name, term in losses.items())
         if self.model.training:
             for name, term in losses.items():
@@ -330,43 +220,22 @@ class DSLATrainer(Trainer):
         return sums
 
     def _logits(self, model: nn.Module, inputs: dict[str, Any], mask: Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:
-        args: Any = self.args
-        hidden = bool(args.hidden_weight)
-        ids, real = inputs["input_ids"], inputs.get("attention_mask")
-        config = active_config(self.model)
-        level = config.level or 0
-        raised = draw_raise(args.seed, self.state.global_step, args.raise_share, level, ids.shape[1]) if self.model.training else None
+        hidden = bool(self.args.hidden_weight)
         with torch.no_grad(), self._teacher(model):
             teacher = model(**inputs, use_cache=False, output_hidden_states=hidden)
-        # Blocks below the first DSLA layer give student and teacher the same (after a raise up to rounding, in pieces).
+        # Blocks below the first DSLA layer give student and teacher the same.
         depth = len(decoder_layers(self.model.get_base_model()))
-        first = min(config.converted_layers, default=depth) if raised is None else 0
+        first = min(active_config(self.model).converted_layers, default=depth)
         teacher_logits, teacher_states = teacher.logits, teacher.hidden_states[first + 1 :] if hidden else ()
         del teacher
-        if raised is None:
-            cut = 0
-            student = model(**inputs, use_cache=False, output_hidden_states=hidden)
-        else:
-            below, cut = raised
-            cache = DynamicCache(config=self.accelerator.unwrap_model(model).config)
-            begin = {"input_ids": ids[:, :cut]} | ({} if real is None else {"attention_mask": real[:, :cut]})
-            with torch.no_grad(), self._at_level(below):
-                model(**begin, past_key_values=cache, logits_to_keep=1)
-            rest = inputs | {"input_ids": ids[:, cut:]}  # a mask covers the beginning too
-            student = model(**rest, past_key_values=cache, output_hidden_states=hidden)
-        mask = None if mask is None else mask[:, cut:]
-        sums = {"kl": kl_sums(student.logits, teacher_logits[:, cut:], mask, reuse_teacher=True)}
+        student = model(**inputs, use_cache=False, output_hidden_states=hidden)
+        sums = {"kl": kl_sums(student.logits, teacher_logits, mask, reuse_teacher=True)}
         if hidden:
-            pairs = zip(student.hidden_states[first + 1 :], teacher_states, strict=True)
-            measured = [alignment_sums(s, t[:, cut:], mask) for s, t in pairs]
+            measured = [alignment_sums(s, t, mask) for s, t in zip(student.hidden_states[first + 1 :], teacher_states, strict=True)]
             zero = sums["kl"][1].new_zeros(())
             errors = torch.stack([zero] * first + [error for error, _ in measured])
             energies = torch.stack([zero + 1] * first + [energy for _, energy in measured])
             sums["hidden"] = (errors / self.accelerator.reduce(energies, reduction="mean")).sum(), zero + len(errors)
-        if args.half_life_gap_weight:
-            active = [layer for layer in dsla_layers(self.model).values() if layer.converted]
-            gaps = [half_life_gap_loss(with_whole_weights(layer.dsla_core[layer.adapter_name]).bias_half_lives()) for layer in active]
-            sums["half_life_gap"] = torch.stack(gaps).sum(), gaps[0].new_tensor(len(gaps))
         return sums
 
     @torch.no_grad()
@@ -399,7 +268,7 @@ class DSLATrainer(Trainer):
         where = bad[0] if bad else "nothing that one layer gives: the gradients before, or the logits"
         raise FloatingPointError(
             f"the loss of step {self.state.global_step + 1} is not finite at level {level}; not finite is {where}. "
-            f"{_what_is_kept(str(self.args.output_dir))}; a lower learning_rate or max_grad_norm helps most often"
+            f"{what_is_kept(Path(str(self.args.output_dir)))}; a lower learning_rate or max_grad_norm helps most often"
         )
 
     def _zero_of_idle_weights(self) -> Tensor | float:
@@ -449,7 +318,7 @@ class DSLATrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except BaseException:  # an interrupt, too
-            if self.args.should_save and not _is_whole(folder):
+            if self.args.should_save and not is_whole(folder):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
@@ -467,7 +336,7 @@ class DSLATrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         peft_model: Any = self.model
-        load_adapter_weights(peft_model, _saved_stage(Path(resume_from_checkpoint), peft_model), peft_model.active_adapter)
+        load_adapter_weights(peft_model, saved_stage(Path(resume_from_checkpoint), peft_model), peft_model.active_adapter)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not os.path.exists(os.path.join(checkpoint, OPTIMIZER_FILE)):
@@ -483,24 +352,6 @@ class DSLATrainer(Trainer):
             super()._load_best_model()
             return
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-
-    def _check_fsdp(self) -> None:
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is None:
-            if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-                logger.warning_once("accelerate knows FSDP on accelerators only: on the CPU every process holds the whole model")
-            return
-        if getattr(plugin, "fsdp_version", 1) != 2:
-            raise ValueError("fsdp_version 1 wants the weights of a block all trained or all frozen, in one dtype: set fsdp_version: 2")
-        if self.accelerator.mixed_precision != "no":
-            raise ValueError(
-                f"mixed precision {self.accelerator.mixed_precision} with FSDP would round the gates, which are float32: leave it out, "
-                "the base computes in its own dtype (--dtype bfloat16)"
-            )
-        if plugin.activation_checkpointing:
-            raise ValueError(
-                "fsdp_activation_checkpointing would run alignment's losses twice: set it to false and give --gradient_checkpointing true"
-            )
 
     # --- logs ---------------------------------------------------------------------------------------------------
 
@@ -554,183 +405,7 @@ def _counted(inputs: dict[str, Any]) -> Tensor | None:
     return masks[0] * masks[1] if len(masks) == 2 else masks[0] if masks else None
 
 
-def _what_is_kept(directory: str) -> str:
-    if so_far := progress_so_far(Path(directory)):  # of a whole run
-        return f"Kept: {so_far}"
-    checkpoint = _last_whole_checkpoint(directory)
-    return "No checkpoint has been written yet" if checkpoint is None else f"The last whole checkpoint is {checkpoint}"
-
-
-def _last_whole_checkpoint(directory: str) -> str | None:
-    """The newest checkpoint that is whole: a full disk or a kill leaves others."""
-    whole = [path for path in _checkpoints(directory) if _is_whole(path)]
-    return str(whole[-1]) if whole else None
-
-
-def _checkpoints(directory: str) -> list[Path]:
-    """All checkpoints, the newest last."""
-    steps = {path: path.name.partition("-")[2] for path in Path(directory).glob("checkpoint-*")}
-    return sorted((path for path, step in steps.items() if step.isdigit()), key=lambda path: int(steps[path]))
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether the Trainer's state, written last, can be read, and each file of tensors is as long as it says."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-        for file in checkpoint.rglob("*.safetensors"):
-            with safe_open(file, "pt"):
-                pass
-    except (OSError, ValueError, SafetensorError):
-        return False
-    return all(zipfile.is_zipfile(file) for file in checkpoint.glob("*.pt"))
-
-
-class FullDisk(OSError):
-    """The disk takes no more; says where, what is kept, and what to do."""
-
-
-@contextmanager
-def told_of_full_disk(directory: Path) -> Any:
-    """Within it the many errors that a full disk gives are one.
-
-    Raises:
-        FullDisk: with the folder, what is kept there, and what to do.
-    """
-    try:
-        yield
-    except FullDisk:
-        raise
-    except Exception as error:
-        if not is_disk_full(error):
-            raise
-        number = error.errno if isinstance(error, OSError) else errno.ENOSPC
-        where = getattr(error, "filename", None) or directory
-        raise FullDisk(
-            number,
-            f"{os.strerror(number or errno.ENOSPC)} while writing to {where}. {_what_is_kept(str(directory))}; make room and give the same "
-            "command again",
-        ) from error
-
-
-# --- the whole recipe -------------------------------------------------------------------------------------------
-
-
-def distill(
-    model: PeftModel,
-    train_dataset: Any,
-    args: DSLATrainingArguments,
-    *,
-    alignment_steps: int,
-    logits_steps: int,
-    method: str = "random",
-    ranking_data: Any = None,
-    ranking_metric: str = "kl",
-    **trainer_options: Any,
-) -> LayerRanking | None:
-    """Stage 1, ranking of the layers, stage 2: an adapter whose every level is trained, saved in `args.output_dir`.
-
-    Interrupted runs go on where they were: finished parts are read back, the unfinished one resumes from its last
-    whole checkpoint, and a line on stderr says from where. The model is then at the highest level that was trained, and saved so.
-
-    Args:
-        model: `get_peft_model(base, DSLAConfig(...))`.
-        train_dataset: items with `input_ids`, all of one length (packed), used by both stages; may be an iterable one.
-        args: for both stages; `stage` and `max_steps` are set here.
-        alignment_steps: optimizer steps of stage 1.
-        logits_steps: optimizer steps of stage 2.
-        method: how stage 2 trains every level. "random": all layers, at a level drawn anew for each step. "chain": one layer after
-            the other in conversion order, each for an equal part of `logits_steps`, at the level that it completes; a layer
-            is not touched again after its turn, so that level k is part of level k + 1 bit for bit.
-        ranking_data: batches of `input_ids` `[B, T]` for `rank_layers`; None keeps the order of the config.
-        ranking_metric: of `rank_layers`.
-        trainer_options: passed to `DSLATrainer`, e.g. callbacks or `eval_dataset`.
-
-    Raises:
-        ValueError: if `method` is unknown, `output_dir` holds something else or a run with other settings, or the window reads nearly
-            all of the sequences, so that nothing can be learnt.
-        OSError: if the disk is full; see `DSLATrainer`.
-    """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {list(METHODS)}, got {method!r}")
-    tuner: Any = model.base_model
-    output = Path(args.output_dir)
-    levels = len(active_config(model).conversion_order or ())
-    if logits_steps:
-        _check_logits(model)
-    if method == "chain" and 0 < logits_steps < levels:
-        raise ValueError(f"a chain over {levels} layers needs {levels} steps or more, got logits_steps {logits_steps}")
-    config = active_config(model)
-    check_output(model, output)
-    check_teaches(train_dataset, config.window_size, config.sink_tokens)
-    if ranking_data is not None:
-        ranking_data = list(ranking_data)
-        if ranking_metric != "entropy":  # now, not after the first stage
-            check_teaches(ranking_data, config.window_size, config.sink_tokens, purpose="to rank layers on")
-    _run_stage(model, train_dataset, args, output / "alignment", {"stage": "alignment", "max_steps": alignment_steps}, trainer_options)
-    ranking = None
-    if ranking_data is not None:
-        ranking_file = output / "ranking.json"
-        if ranking_file.exists():
-            ranking = LayerRanking.from_dict(json.loads(ranking_file.read_text()))
-        else:
-            say(f"ranking the layers on {len(ranking_data)} batches")
-            ranking = rank_layers(model, ranking_data, metric=ranking_metric)
-            if args.process_index == 0:
-                with told_of_full_disk(output):
-                    write_json(ranking_file, ranking.to_dict())
-        tuner.set_conversion_order(ranking.order, ranking.scores)
-    if method == "random":
-        _run_stage(model, train_dataset, args, output / "logits", {"stage": "logits", "max_steps": logits_steps}, trainer_options)
-    elif logits_steps:
-        _run_chain(model, train_dataset, args, output / "logits", logits_steps, trainer_options)
-    weights = {"state_dict": whole_adapter(model)} if is_sharded(model) else {}
-    if alignment_steps or logits_steps:
-        tuner.set_level(highest_trained(model, args, method))
-    if args.process_index == 0:
-        with told_of_full_disk(output):
-            model.save_pretrained(str(output), **weights)
-    PartialState().wait_for_everyone()  # the adapter is there when any process returns
-    return ranking
-
-
-def highest_trained(model: Any, args: DSLATrainingArguments, method: str = "random") -> int:
-    """The highest level that is trained: at which an adapter is saved."""
-    depth = len(active_config(model).conversion_order or ())
-    return depth if args.train_level is None or method == "chain" or args.stage == "alignment" else args.train_level
-
-
-def check_output(model: PeftModel, output: Path) -> None:
-    """Raises ValueError if `output`, or the folder of a stage below it, holds something else than states of this adapter."""
-    folders = [path for stage in STAGES for path in (output / stage, *sorted(output.glob(f"{stage}/level_*")))]
-    for directory in (output, *(path for folder in folders for path in (folder, *folder.glob("checkpoint-*")))):
-        check_adapter_directory(_saved_stage(directory, model), active_config(model))
-
-
-def progress_so_far(output: Path) -> str:
-    """What of a distillation lies in `output`, in words: 'alignment is finished; the last checkpoint is step 200 of 340 of logits (DIR)';
-    nothing if there is nothing to go on from."""
-    finished, last = [], ""
-    for stage in STAGES:
-        for folder in (output / stage, *sorted(output.glob(f"{stage}/level_*"))):
-            name = str(folder.relative_to(output))
-            if (folder / "adapter_config.json").exists():
-                finished.append(name)
-            elif (checkpoint := _last_whole_checkpoint(str(folder))) is not None:
-                last = f"the last checkpoint is step {_step_of(checkpoint)}{_of_all(folder)} of {name} ({checkpoint})"
-    parts = [f"{', '.join(finished)} {'is' if len(finished) == 1 else 'are'} finished"] if finished else []
-    return "; ".join([*parts, last] if last else parts)
-
-
-def _step_of(checkpoint: str) -> str:
-    return Path(checkpoint).name.partition("-")[2]
-
-
-def _of_all(folder: Path) -> str:
-    settings = folder / SETTINGS_FILE
-    return f" of {json.loads(settings.read_text())['max_steps']}" if settings.exists() else ""
-
-
-def _check_logits(model: Any) -> None:
+def check_logits(model: Any) -> None:
     """Raises ValueError if `model` is no causal LM, whose logits stage 2 is about."""
     base = model.get_base_model()
     if base.get_output_embeddings() is None:
@@ -740,92 +415,7 @@ def _check_logits(model: Any) -> None:
         )
 
 
-def _run_chain(model: PeftModel, dataset: Any, args: DSLATrainingArguments, directory: Path, steps: int, options: dict[str, Any]) -> None:
-    tuner: Any = model.base_model
-    order = list(active_config(model).conversion_order or ())
-    settings = {"method": "chain", "max_steps": steps}
-    _check_settings(directory, settings)
-    if args.process_index == 0:
-        with told_of_full_disk(directory):
-            write_json(directory / SETTINGS_FILE, settings)
-    try:
-        for level, layer in enumerate(order, 1):
-            tuner.set_trainable_layers([layer])
-            own = steps * level // len(order) - steps * (level - 1) // len(order)
-            # Each link sees other text first.
-            changes = {"stage": "logits", "train_level": level, "max_steps": own, "data_seed": args.seed + level}
-            _run_stage(model, dataset, args, directory / f"level_{level:02d}", changes, options)
-    finally:
-        tuner.set_trainable_layers(None)
-
-
-def _run_stage(
-    model: PeftModel, dataset: Any, args: DSLATrainingArguments, directory: Path, changes: dict[str, Any], options: dict[str, Any]
-) -> None:
-    steps = changes["max_steps"]
-    if steps == 0:
-        return
-    stage_args = copy.copy(args)
-    for name, value in {**changes, "output_dir": str(directory)}.items():
-        setattr(stage_args, name, value)
-    if args.warmup_steps >= 1:  # below 1 it is a share
-        stage_args.warmup_steps = min(args.warmup_steps, steps // 5)
-    settings = {"method": "random", **_stage_settings(stage_args, len(dataset) if hasattr(dataset, "__len__") else None)}
-    _check_settings(directory, settings)
-    trainer = DSLATrainer(model, stage_args, train_dataset=dataset, **options)
-    with told_of_full_disk(directory):
-        if args.process_index == 0:
-            write_json(directory / SETTINGS_FILE, settings)
-        _train_or_read(trainer, model, directory, steps)
-
-
-def _train_or_read(trainer: DSLATrainer, model: PeftModel, directory: Path, steps: int) -> None:
-    """Do what of a stage is still to do, and say where it begins if that is not the start."""
-    adapter: Any = model.active_adapter
-    name = trainer.progress.name
-    saved = _saved_stage(directory, model)
-    if (saved / "adapter_config.json").exists():
-        say(f"{name}: finished, read from {saved}")
-        load_adapter_weights(model, saved, adapter)
-        return
-    checkpoint = _last_whole_checkpoint(str(directory))
-    for path in _checkpoints(str(directory)):
-        if not _is_whole(path):
-            say(f"{name}: {path} is damaged or half-written, and passed over")
-    if checkpoint is not None:
-        say(f"{name}: goes on from step {_step_of(checkpoint)} of {steps} ({checkpoint})")
-    if checkpoint is not None and TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step >= steps:
-        # Stopped between the last step and the end; the Trainer would take one step more.
-        load_adapter_weights(model, _saved_stage(Path(checkpoint), model), adapter)
-    else:
-        trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_state()
-    trainer.save_model(str(directory))
-
-
-def _saved_stage(directory: Path, model: PeftModel) -> Path:
-    """Where PEFT saves the active adapter in `directory`."""
-    adapter: Any = model.active_adapter
-    return directory if adapter == "default" else directory / adapter
-
-
-def _stage_settings(args: DSLATrainingArguments, items: int | None) -> dict[str, Any]:
-    """What decides the result of a stage, the number of processes left out."""
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    settings = {"max_steps": args.max_steps, "batch_size": batch, "items": items}
-    return settings | {name: getattr(args, name) for name in STAGE_SETTINGS}
-
-
-def _check_settings(directory: Path, settings: dict[str, Any]) -> None:
-    """Raises ValueError if the stage in `directory` was begun with other settings, and there is something of it to go on from."""
-    path = directory / SETTINGS_FILE
-    if not any(directory.glob("**/adapter_config.json")):
-        return
-    begun = json.loads(path.read_text()) if path.exists() else settings
-    if changed := [f"{name} {begun.get(name)} (now {value})" for name, value in settings.items() if begun.get(name) != value]:
-        raise ValueError(f"{directory} holds a stage with {', '.join(changed)}: give the same settings to go on, or another output_dir")
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file of JSON whole or not at all."""
-    write_whole(path, json.dumps(content, indent=2) + "\n")
+def highest_trained(model: Any, args: DSLATrainingArguments, method: str = "random") -> int:
+    """The highest level that is trained: at which an adapter is saved."""
+    depth = len(active_config(model).conversion_order or ())
+    return depth if args.train_level is None or method == "chain" or args.stage == "alignment" else args.train_level

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
 
-from ...core.files import write_whole
-from ...core.plots import mark_measured, mark_plain
 from . import published as paper
+from .blocks import Block, Command, Figure, Heading, Paragraph, Table, write_page
+from .figures import draw, panels_of, with_arrow
 from .measurements import Measurement, Source, read_measurements
 
 INTRODUCTION = (
@@ -26,50 +19,8 @@ PUBLISHED = (
     f"From the paper ({paper.SOURCE}), as printed there: other models, data and hardware, nothing of it measured here. LongBench in "
     "percent; empty where no number is at hand."
 )
-MOST_PANELS, COLUMNS = 12, 3
+MOST_PANELS = 12
 MOST_COLUMNS = 8  # of levels, and where there are more, of metrics
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; font-size: .9rem; display: block; overflow-x: auto; }
-th, td { border: 1px solid #ccc; padding: .25rem .6rem; text-align: left; }
-td { font-variant-numeric: tabular-nums; }
-img { max-width: 100%; }
-code { font-size: .85rem; overflow-wrap: anywhere; }
-"""
-
-
-@dataclass(frozen=True)
-class Heading:
-    level: int
-    text: str
-
-
-@dataclass(frozen=True)
-class Paragraph:
-    text: str
-
-
-@dataclass(frozen=True)
-class Table:
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True)
-class Command:
-    text: str
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A PNG, what it shows in words, and what a file of it is called after the page's own name."""
-
-    image: bytes
-    text: str
-    name: str
-
-
-Block = Heading | Paragraph | Table | Command | Figure
 
 
 def report(
@@ -116,12 +67,7 @@ def report(
         rows = [[model, *values, *[""] * (len(paper.COLUMNS) - len(values))] for model, values in paper.ROWS.items()]
         blocks += [Heading(2, "Published"), Paragraph(PUBLISHED), Table(["model", *paper.COLUMNS], rows), Paragraph(paper.SPEED)]
     blocks += _provenance([*sources, *fast_sources])
-    page = Path(output)
-    text = _markdown(blocks, page.stem) if kind == ".md" else _html(blocks)
-    if kind == ".md":  # before the page that links them
-        for figure in (block for block in blocks if isinstance(block, Figure)):
-            write_whole(page.with_name(_file_of(figure, page.stem)), figure.image)
-    write_whole(page, text)
+    text = write_page(blocks, Path(output))
     print(f"{output}: {len({m.arm for m in quality + fast})} arms, {len({(m.task, m.metric) for m in quality + fast})} metrics")
     return text
 
@@ -156,10 +102,10 @@ def _section(name: str, found: list[Measurement]) -> list[Block]:
     if same:
         blocks.append(Paragraph(f"Level 0 has the numbers of {', '.join(same)}, to the last digit."))
         found = [m for m in found if m.arm not in same]
-    panels = _panels(found)
+    panels = panels_of(found)
     if panels:
         drawn = f"{name} by level: {', '.join(title for title, _ in panels[:MOST_PANELS])}"
-        blocks.append(Figure(_draw(panels[:MOST_PANELS], found), drawn, name.lower()))
+        blocks.append(Figure(draw(panels[:MOST_PANELS], found), drawn, name.lower()))
     if len(panels) > MOST_PANELS:
         blocks.append(Paragraph(f"Drawn are {MOST_PANELS} of {len(panels)} metrics; --metrics chooses others."))
     arms = list(dict.fromkeys(m.arm for m in found))
@@ -173,7 +119,7 @@ def _tables(its: list[Measurement], arms: list[str]) -> list[Table]:
     """The numbers of a task: a row for each metric of each arm; where there are many levels, for each level."""
     levels = sorted({m.level for m in its})
     cells = {(m.arm, m.metric, m.level): _number(m) for m in its}
-    names = {m.metric: _with_arrow(m.metric, m) for m in its}
+    names = {m.metric: with_arrow(m.metric, m) for m in its}
     lines = [(arm, metric) for metric in names for arm in arms if any((arm, metric, level) in cells for level in levels)]
     several = len(arms) > 1
     heads = {level: f"{level}, original" if level == 0 else str(level) for level in levels}
@@ -189,11 +135,6 @@ def _tables(its: list[Measurement], arms: list[str]) -> list[Table]:
         rows = [[heads[level], *(cells.get((arm, metric, level), "") for arm, metric in part)] for level in levels]
         tables.append(Table(["level", *(f"{names[metric]}, {arm}" if several else names[metric] for arm, metric in part)], rows))
     return tables
-
-
-def _with_arrow(name: str, measurement: Measurement) -> str:
-    """`name`, and an arrow where it is known whether up is good."""
-    return name + {True: " ↑", False: " ↓", None: ""}[measurement.higher_is_better]
 
 
 def _same_as_level_0(found: list[Measurement]) -> list[str]:
@@ -225,127 +166,3 @@ def _provenance(sources: list[Source]) -> list[Block]:
     blocks.append(Table(["arm", "file", "device", "versions"], rows))
     blocks += [Command(command) for command in dict.fromkeys(source.command for source in sources if source.command)]
     return blocks
-
-
-# --- figures ----------------------------------------------------------------------------------------------------
-
-Panel = tuple[str, tuple[str, list[str]]]  # its title; a task, and those of its metrics that are drawn
-
-
-def _panels(found: list[Measurement]) -> list[Panel]:
-    """The first metric of every task before the second of any. Of a metric that is there at several lengths one for each length: the
-    whole, or the last of its parts, such as the farthest distance. What was measured at one level is in the tables alone."""
-    by_task: list[list[Panel]] = []
-    for task in dict.fromkeys(m.task for m in found):
-        families: dict[str, dict[str, str]] = {}
-        levels: dict[str, set[int]] = {}
-        for m in found:
-            if m.task == task:
-                levels.setdefault(m.metric, set()).add(m.level)
-        for metric in (metric for metric, its in levels.items() if len(its) > 1):
-            base, length, part = _parsed(metric)
-            chosen = families.setdefault(base, {})
-            if not part or length not in chosen or _parsed(chosen[length])[2]:
-                chosen[length] = metric
-        by_task.append([(f"{task}: {base}", (task, list(chosen.values()))) for base, chosen in families.items()])
-    most = max(map(len, by_task), default=0)
-    return [panels[i] for i in range(most) for panels in by_task if i < len(panels)]
-
-
-def _parsed(metric: str) -> tuple[str, str, str]:
-    """perplexity@512[64-127] -> perplexity, 512, 64-127."""
-    match = re.fullmatch(r"([^@\[]*)(?:@([^\[]*))?(?:\[(.*)\])?", metric)
-    return (match[1], match[2] or "", match[3] or "") if match else (metric, "", "")
-
-
-def _draw(panels: list[Panel], found: list[Measurement]) -> bytes:
-    from matplotlib.figure import Figure as Canvas
-
-    columns = min(COLUMNS, len(panels))
-    rows = -(-len(panels) // columns)
-    canvas = Canvas(figsize=(4.2 * columns, 3.2 * rows), layout="constrained")
-    axes = list(canvas.subplots(rows, columns, squeeze=False).flat)
-    arms = list(dict.fromkeys(m.arm for m in found if m.level > 0)) or list(dict.fromkeys(m.arm for m in found))
-    for axis, (title, (task, metrics)) in zip(axes, panels, strict=False):
-        if len(arms) > 1 and len(metrics) > 1:  # one line an arm: the greatest length
-            metrics = [max(metrics, key=lambda metric: float(re.sub(r"\D", "", _parsed(metric)[1]) or 0))]
-        its = [m for m in found if m.task == task and m.metric in metrics]
-        _draw_panel(axis, its, metrics, arms)
-        axis.set_title(_with_arrow(title if len(metrics) > 1 else f"{task}: {metrics[0]}", its[0]), fontsize=9)
-    for axis in axes[len(panels) :]:
-        axis.set_axis_off()
-    written = io.BytesIO()
-    canvas.savefig(written, format="png", dpi=110, metadata={"Software": None})
-    return written.getvalue()
-
-
-def _draw_panel(axis: Any, its: list[Measurement], metrics: list[str], arms: list[str]) -> None:
-    """A line for each arm, or for each of several metrics of the one arm; dotted the original model."""
-    several = len(metrics) > 1
-    for j, metric in enumerate(metrics):
-        for original in {m.value for m in its if m.metric == metric and m.level == 0}:
-            axis.axhline(original, linestyle=":", linewidth=1, color=f"C{j % 10}" if several else "0.4")
-        for i, arm in enumerate(arms):
-            points = sorted((m.level, m.value, m.error or 0.0) for m in its if m.arm == arm and m.metric == metric)
-            if points:
-                label = (_parsed(metric)[1] or metric) if several else arm
-                color = f"C{(j if several else i) % 10}"
-                axis.errorbar(*zip(*points, strict=True), marker="o", markersize=3.5, linewidth=1.2, color=color, label=label)
-    mark_measured(axis.xaxis, {m.level for m in its})
-    mark_plain(axis.yaxis)
-    axis.set_xlabel("level", fontsize=8)
-    axis.tick_params(labelsize=8)
-    axis.grid(alpha=0.3)
-    if several or len(arms) > 1:
-        axis.legend(fontsize=7)
-
-
-# --- pages ------------------------------------------------------------------------------------------------------
-
-
-def _file_of(figure: Figure, page: str) -> str:
-    return f"{page}-{figure.name}.png"
-
-
-def _markdown(blocks: Sequence[Block], page: str) -> str:
-    def row(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    parts = []
-    for block in blocks:
-        match block:
-            case Heading():
-                parts.append(f"{'#' * block.level} {block.text}")
-            case Paragraph():
-                parts.append(block.text)
-            case Table():
-                parts.append("\n".join([row(block.head), "|" + "---|" * len(block.head), *map(row, block.rows)]))
-            case Command():
-                parts.append(f"```console\n{block.text}\n```")
-            case Figure():
-                parts.append(f"![{block.text}]({quote(_file_of(block, page))})")
-    return "\n\n".join(parts) + "\n"
-
-
-def _html(blocks: Sequence[Block]) -> str:
-    def row(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    parts = []
-    for block in blocks:
-        match block:
-            case Heading():
-                parts.append(f"<h{block.level}>{html.escape(block.text)}</h{block.level}>")
-            case Paragraph():
-                parts.append(f"<p>{html.escape(block.text)}</p>")
-            case Table():
-                rows = "\n".join(row(cells, "td") for cells in block.rows)
-                parts.append(f"<table>\n<thead>{row(block.head, 'th')}</thead>\n<tbody>\n{rows}\n</tbody>\n</table>")
-            case Command():
-                parts.append(f"<p><code>{html.escape(block.text)}</code></p>")
-            case Figure():
-                source = f"data:image/png;base64,{base64.b64encode(block.image).decode()}"
-                parts.append(f'<p><img src="{source}" alt="{html.escape(block.text)}"></p>')
-    title = next((block.text for block in blocks if isinstance(block, Heading)), "")
-    head = f'<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n<style>{STYLE}</style>'
-    return "\n".join(['<!doctype html>\n<html lang="en">', f"<head>\n{head}\n</head>\n<body>", *parts, "</body>\n</html>\n"])

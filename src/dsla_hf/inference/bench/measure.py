@@ -6,86 +6,30 @@ the median of the others that of a token. A first run that is not counted warms 
 
 from __future__ import annotations
 
-import gc
 import itertools
-import json
-import platform
-import shlex
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ...core.cache import cache_bytes
-from ...core.files import write_whole
-from ...core.plots import mark_measured, mark_plain
-from ...models.configuration import DSLAConfig, resolve_level
-from ...models.loading import device, load_adapter, load_config, load_model, read_adapter_config
+from ...models.loading import device
 from ..graph import GraphDecoder
 from .costs import Costs, copy_bandwidth, costs_of, matmul_rate, synchronize
+from .models import collect, networks
+from .results import Results
 
 ENGINES = ("eager", "compiled", "graph")
-# Shapes of well-known models, to be filled with random weights; nothing is downloaded.
-PRESETS: dict[str, dict[str, Any]] = {
-    "llama2-7b": {
-        "model_type": "llama",
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-    },
-    "llama3-8b": {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "rope_theta": 500000.0,
-    },
-    "qwen3-1.7b": {
-        "model_type": "qwen3",
-        "vocab_size": 151936,
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "rope_theta": 1000000.0,
-        "tie_word_embeddings": True,
-    },
-}
-LONGEST = 262144  # tokens that presets take
 WARM_UP = 5  # tokens of the run that is not counted: compiled and captured steps need three
 TRIED = 3  # tokens that a batch has to get through to count as one that fits
 MOST_ROWS = 4096
 # Prompt tokens of all rows together above which a model without softmax layers reads SHORT_PROMPT a row: its state has the same size.
 MOST_PROMPT_TOKENS, SHORT_PROMPT = 2**20, 512
-NUMBERS = {  # columns of the table: field, heading, scale
-    "prefill_seconds": ("prefill s", 1.0),
-    "predicted_prefill_seconds": ("floor", 1.0),
-    "seconds_per_token": ("ms a token", 1e3),
-    "predicted_seconds_per_token": ("floor", 1e3),
-    "tokens_per_second": ("tokens/s", 1.0),
-    "against_level_0": ("× level 0", 1.0),
-    "raise_seconds": ("raise ms", 1e3),
-    "capture_seconds": ("capture ms", 1e3),
-    "peak_bytes": ("peak GB", 1e-9),
-    "cache_bytes": ("cache MB", 1e-6),
-    "predicted_cache_bytes": ("predicted", 1e-6),
-}
 
 
 @dataclass(frozen=True)
@@ -168,7 +112,7 @@ class Runner:
         # Two pieces of the prompt go through all that the others do.
         self.run(case, min(WARM_UP, case.new_tokens), min(prompt, 2 * (case.chunk or prompt)))
         warm_up = time.perf_counter() - start
-        _collect()
+        collect()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         times, cache = self.run(case, case.new_tokens, prompt)
@@ -215,7 +159,7 @@ class Runner:
     def forget(self) -> None:
         """Free caches and graphs."""
         self.decoder = None
-        _collect()
+        collect()
 
 
 def _operations(costs: Costs, case: Case) -> dict[str, float]:
@@ -246,7 +190,7 @@ def bench(
     Each row is written when it is there. A case that memory does not suffice for, or that an engine cannot run, is a row with `error`.
 
     Args:
-        model: a checkpoint, a hybrid, or a name in `PRESETS`. adapter: of that checkpoint; without one the DSLA layers get fresh
+        model: a checkpoint, a hybrid, or a name in `models.PRESETS`. adapter: of that checkpoint; without one the DSLA layers get fresh
             weights, as speed does not depend on their values.
         levels: as in `dsla generate`; level 0, the unconverted model, is always measured. Of a hybrid, whose softmax weights are
             gone, it is a model of the same shape with random weights.
@@ -285,7 +229,7 @@ def bench(
                     results.add({**row, "batch_size": rows, **numbers}, rate)
                     runner.forget()
         del network, runner
-        _collect()
+        collect()
     print(results.table())
     results.plot()
     print(f"written to {results.folder}")
@@ -302,7 +246,7 @@ def measured(runner: Runner, case: Case, raises: bool = False) -> dict[str, Any]
     except ValueError as error:
         return {"error": " ".join(str(error).split())}
     finally:
-        _collect()
+        collect()
 
 
 def measure_largest(runner: Runner, case: Case) -> dict[str, Any]:
@@ -333,162 +277,3 @@ def largest(fits: Callable[[int], bool], most: int = MOST_ROWS) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return min(low, most)
-
-
-# --- models -----------------------------------------------------------------------------------------------------
-
-
-def networks(model: str, adapter: str | None, levels: list[str] | None, dtype: str, where: torch.device) -> Iterator[tuple[Any, int]]:
-    """The models to measure with their levels, one at a time: the unconverted one, then the others."""
-    preset = model in PRESETS and not Path(model).exists()
-    config = preset_config(model) if preset else load_config(model)
-    if not preset and config.model_type == "dsla":
-        if adapter is not None or levels:
-            raise ValueError(f"{model} is a hybrid of one level: leave adapter and levels out")
-        base = AutoConfig.for_model(config.base_model_type, **{k: v for k, v in config.to_dict().items() if k not in _NOT_SHAPE})
-        yield ready(random_model(base, config.dtype or torch.float32, where), where), 0
-        hybrid = ready(load_model(model, dtype), where)
-        yield hybrid, hybrid.get_level()
-        return
-    plan = DSLAConfig(task_type="CAUSAL_LM") if adapter is None else read_adapter_config(adapter)
-    wanted = sorted({resolve_level(level, plan, config.num_hidden_layers) for level in levels or ["50%", "100%"]} - {0})
-    if preset:
-        kinds = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-        network = random_model(config, kinds[dtype], where)
-    else:
-        network = load_model(model, dtype)
-    network = ready(network, where)
-    yield network, 0
-    if not wanted:
-        return
-    if adapter is None:
-        with where:
-            network = get_peft_model(network, plan)
-    else:
-        del network
-        _collect()
-        network = load_adapter(model, adapter, dtype)
-    network = ready(network, where)
-    for level in wanted:
-        network.set_level(level)
-        yield network, level
-
-
-_NOT_SHAPE = ("model_type", "architectures", "auto_map", "dsla_config", "dtype", "transformers_version")
-
-
-def preset_config(name: str) -> Any:
-    """The configuration of a preset."""
-    values = dict(PRESETS[name])
-    theta = values.pop("rope_theta", 10000.0)
-    rope = {"rope_type": "default", "rope_theta": theta}
-    return AutoConfig.for_model(values.pop("model_type"), **values, rope_parameters=rope, max_position_embeddings=LONGEST)
-
-
-def random_model(config: Any, dtype: torch.dtype, where: torch.device) -> Any:
-    """A model with random weights, made where it is to run."""
-    with where:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-
-def ready(network: Any, where: torch.device) -> Any:
-    """On its device, and with texts that end only when they are long enough."""
-    network = network.to(where).eval()
-    network.generation_config.eos_token_id = None
-    network.generation_config.pad_token_id = 0
-    network.generation_config.do_sample = False
-    network.generation_config.temperature = network.generation_config.top_p = network.generation_config.top_k = None
-    return network
-
-
-def _collect() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-# --- results ----------------------------------------------------------------------------------------------------
-
-
-class Results:
-    """Rows as they come, in a file that `dsla report --speed` reads."""
-
-    def __init__(self, folder: Path, bandwidth: float):
-        self.folder, self.bandwidth, self.rows = folder, bandwidth, list[dict[str, Any]]()
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def add(self, row: dict[str, Any], rate: float) -> None:
-        """Complete a row by predictions, at `rate` operations per second, and by its comparison with level 0; write all rows."""
-        if "moved_bytes_per_token" in row:
-            row["predicted_seconds_per_token"] = row["moved_bytes_per_token"] / self.bandwidth
-            row["predicted_prefill_seconds"] = row["prefill_operations"] / rate
-            row["copy_bytes_per_second"], row["matmul_operations_per_second"] = self.bandwidth, rate
-            same = ("engine", "length") if row.get("largest_batch") else ("engine", "length", "batch_size")
-            for other in self.rows:
-                if other["level"] == 0 and "error" not in other and all(other[key] == row[key] for key in same):
-                    row["against_level_0"] = row["tokens_per_second"] / other["tokens_per_second"]
-        self.rows.append(row)
-        packages = ("dsla-hf", "torch", "transformers", "peft")
-        content = {
-            "command": shlex.join(["dsla", *sys.argv[1:]]),
-            "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
-            "rows": self.rows,
-        }
-        file = self.folder / "bench.json"
-        write_whole(file, json.dumps(content, indent=1) + "\n")
-
-    def table(self) -> str:
-        """The rows as a Markdown table."""
-        used = {field: shown for field, shown in NUMBERS.items() if any(row.get(field) is not None for row in self.rows)}
-        headings = ["engine", "level", "length", "batch", *(heading for heading, _ in used.values()), ""]
-        lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
-        for row in self.rows:
-            cells = [str(row[field]) for field in ("engine", "level", "length", "batch_size")]
-            for field, (_, scale) in used.items():
-                value = row.get(field)
-                cells.append("" if value is None else f"{value * scale:.4g}")
-            lines.append("| " + " | ".join([*cells, row.get("error", "")]) + " |")
-        return "\n".join(lines)
-
-    def plot(self) -> None:
-        """Time per token against length and against batch, a line for every engine and level, as `bench.png`."""
-        try:
-            import matplotlib
-        except ImportError:
-            print("no plot: it needs matplotlib (pip install 'dsla-hf[plot]')")
-            return
-        rows = [row for row in self.rows if "error" not in row]
-        panels = []
-        for along, other in (("length", "batch_size"), ("batch_size", "length")):
-            fixed = min((row[other] for row in rows), default=0)
-            places = {row[along] for row in rows if row[other] == fixed}
-            if len(places) > 1:
-                panels.append((along, other, fixed, places))
-        if not panels:
-            print("no plot: it needs two lengths or two batch sizes")
-            return
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
-        for axis, (along, other, fixed, places) in zip(axes[0], panels, strict=True):
-            for engine, level in dict.fromkeys((row["engine"], row["level"]) for row in rows):
-                line = sorted(
-                    (row[along], row["seconds_per_token"] * 1e3, row["predicted_seconds_per_token"] * 1e3)
-                    for row in rows
-                    if (row["engine"], row["level"], row[other]) == (engine, level, fixed)
-                )
-                if line:
-                    x, found, floor = zip(*line, strict=True)
-                    (drawn,) = axis.plot(x, found, marker="o", label=f"{engine}, level {level}")
-                    axis.plot(x, floor, linestyle=":", color=drawn.get_color())
-            axis.set(
-                xscale="log", yscale="log", xlabel=along.replace("_", " "), ylabel="ms a token", title=f"{other.replace('_', ' ')} {fixed}"
-            )
-            mark_measured(axis.xaxis, places)
-            mark_plain(axis.yaxis)
-        axes[0, 0].legend(fontsize="small", title="dotted: floor")
-        figure.tight_layout()
-        figure.savefig(self.folder / "bench.png", dpi=150)
-        plt.close(figure)

@@ -17,12 +17,14 @@ import torch
 
 from ...core.cache import FOLDED_AT_ONCE
 from ...inference.batching import out_of_memory
+from ...inference.recorder import Record
+from ...inference.sampling import draw
 from ...levels.policies import FixedLevel, Load, Policy, Stats, as_policy
 from ..control import LevelControl
-from .graphs import GraphRunner, Record
+from .graphs import GraphRunner
 from .levels import Levels
 from .recent import RecentMean
-from .request import Event, Request, Sampling, draw
+from .request import Event, Request, Sampling
 from .runner import ModelRunner
 from .scheduler import QueueFull, Scheduler
 from .slots import SlotMemory
@@ -268,6 +270,7 @@ class Engine:
             "generated_tokens": self.generated_tokens,
             "tokens_at_level": list(self.tokens_at_level),
             "finished": dict(self.finished),
+            "calls": self.runner.calls(),
             "draining": self._draining,
             "changes": [asdict(change) for change in list(self.control.changes)[-20:]],
         }
@@ -456,7 +459,7 @@ class Engine:
             budget -= tokens
             try:
                 logits = self.runner.prefill(request, tokens)
-                token = draw(logits, request) if tokens == request.unread else None
+                token = draw(logits[None], [request.sampler])[0] if tokens == request.unread else None
             except Exception as error:
                 self._failed([request], error)
                 return True
@@ -477,10 +480,8 @@ class Engine:
     def _generate(self, level: int, requests: list[Request]) -> None:
         try:
             logits = self.runner.decode(level, requests)
-            best = logits.argmax(-1)
-            self._tell_all()  # a GPU is at work now: the host has time, also for what listeners set off in other threads
-            likeliest = best.tolist()
-            tokens = [likeliest[row] if r.generator is None else draw(logits[row], r) for row, r in enumerate(requests)]
+            # A GPU is at work now: the host has time to tell, also for what listeners set off in other threads.
+            tokens = draw(logits, [request.sampler for request in requests], self._tell_all)
         except Exception as error:
             self._failed(requests, error)
             return

@@ -3,102 +3,94 @@
 from __future__ import annotations
 
 import itertools
-import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Hashable, Iterable
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ...core.layout import padding_at_end
-from ...inference.batching import out_of_memory
-from ...inference.fusion import LONG_PROMPT, can_compile, fused
+from ...inference.fusion import LONG_PROMPT
+from ...inference.recorder import Record, Recorder, Step, power_of_two, shown_tokens
 from .levels import Levels
 from .pool import Rows
 from .request import Request
 from .runner import ModelRunner
 from .slots import SlotMemory
 
-logger = logging.getLogger(__name__)
-
-SMALLEST_PAST = 256  # tokens
 SMALLEST_PIECE, FINE_PIECES = 64, 512  # tokens of a prompt that a recording reads; above the second there are four sizes an octave
-# Makes of a step, and of the memory that recordings share, something with `replay()`; it must not run the step.
-Record = Callable[[Callable[[], None], Any], Any]
+FOR_MEMORY = "give less to keys and values (kv_bytes, --kv-gib)"
 
 
 class GraphRunner(ModelRunner):
     """A recording for each (level, rows, past) in use; rows and past are rounded up to powers of two, so that few are needed. Where
     attention reads keys and values in their blocks, past is 0.
 
-    The first step of a kind runs as it is, which compiles and warms up what it needs; the second is recorded.
-
     Where attention reads keys and values in their blocks, pieces of prompts are recorded too, for each (level, size, kind of place): a host
     needs as long for the launches of a prompt as a GPU for two thousand of its tokens. A shorter piece is padded at its end. Pieces with
     which a text begins, and such as come behind whole windows, are less work in DSLA layers than pieces anywhere.
 
     Args:
-        record: such as `dsla_hf.inference.graph.CudaRecording`; `PlainRecording` for tests.
+        record: such as `dsla_hf.inference.recorder.CudaRecording`; `PlainRecording` for tests.
         chunk: tokens of the largest piece.
     """
 
     def __init__(self, levels: Levels, memory: SlotMemory, record: Record, chunk: int):
         super().__init__(levels, memory)
         slots, device = memory.num_slots, levels.device
-        self.record: Record | None = record
+        # By (level, rows, past) steps, by (level, size, place) pieces of prompts.
+        self.recorder = Recorder(levels.causal_lm, record, for_memory=FOR_MEMORY)
         # Of each row the token, tokens before it, and whether it takes part.
         self.inputs = torch.zeros(slots, 3, dtype=torch.long, device=device)
-        self.recordings: dict[tuple[int, int, int], Any] = {}  # None after the first step
         self._logits: Tensor | None = None  # [slots, V], made by the first step
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.sizes = piece_sizes(chunk) if self.in_blocks else []
         self.piece = torch.zeros(3 + chunk, dtype=torch.long, device=device)  # slot, tokens before, tokens, and these
-        self.pieces: dict[tuple[int, int, str], Any] = {}
         self._piece_logits: Tensor | None = None  # [1, V]
 
     @torch.no_grad()
     def prepare(self, levels: Iterable[int]) -> None:
         """Record what these levels need with any number of rows, so that no text waits for it. For an idle engine; where recordings are
         for a length too, those of longer texts are left to their first step."""
+        self.recorder.try_again()
         slots = self.memory.num_slots
-        rows = sorted({min(_power_of_two(count), slots) for count in range(1, slots + 1)})
+        rows = sorted({min(power_of_two(count), slots) for count in range(1, slots + 1)})
         for level in tqdm(list(levels), desc="recording steps", unit="level", disable=None):
             for count in rows:
                 # Padding alone: it belongs to nobody, and is written nowhere.
                 for _ in range(2):  # as it is, then recorded
                     self._run(level, [0] * count, [0] * count, [False] * count)
             for size, start in itertools.product(self.sizes, (0, self.levels.window or 1)):
-                self._recorded_piece(level, size, 0, start)
+                self._prepare_piece(level, size, 0, start)
 
     @torch.no_grad()
     def prefill(self, request: Request, tokens: int) -> Tensor:
         size = next((size for size in self.sizes if size >= tokens), None)
         if size is not None and request.slot is not None:
             cached, slot = request.cached, request.slot
-            if (recording := self._recorded_piece(request.level, size, slot, cached)) is not None:
+            key, read, ready = self._prepare_piece(request.level, size, slot, cached)
+            if ready:
                 self._set_piece(slot, cached, request.text[cached : cached + tokens])
-                recording.replay()
+                self.recorder.run(key, read)
                 assert self._piece_logits is not None
                 return self._piece_logits[0]
-        with self._fused(prompt=True) if tokens >= LONG_PROMPT and self.record is not None else nullcontext():
+        with self.recorder.fused(prompt=True) if tokens >= LONG_PROMPT else nullcontext():
             return super().prefill(request, tokens)
+
+    def calls(self) -> dict[str, int]:
+        return {"replayed": self.recorder.replayed, "plain": self.recorder.plain}
 
     def _set_piece(self, slot: int, start: int, ids: list[int]) -> None:
         self.piece[: 3 + len(ids)].copy_(torch.tensor([slot, start, len(ids), *ids]))
 
-    def _recorded_piece(self, level: int, size: int, slot: int, start: int) -> Any:
-        """The recording that reads pieces of up to `size` tokens at a level, first ones or such behind others; made now if need be, None if
-        that cannot be done.
+    def _prepare_piece(self, level: int, size: int, slot: int, start: int) -> tuple[Hashable, Step, bool]:
+        """What reads pieces of up to `size` tokens at a level, first ones or such behind others: its key, the step, and whether it is
+        recorded; that is done now if need be.
 
         Before that a call runs as it is, on a piece without tokens behind the `start` ones in `slot`, which changes nothing there.
         """
         place = self._place(start)
         key = level, size, place
-        recording = self.pieces.get(key)
-        if recording is not None or self.record is None:
-            return recording
         slots, starts, counts = self.piece[:3].split(1)
 
         def read() -> None:
@@ -111,16 +103,13 @@ class GraphRunner(ModelRunner):
                 self._piece_logits = torch.empty_like(logits)
             self._piece_logits.copy_(logits)
 
-        self._set_piece(slot, start, [])
-        with self._fused(prompt=True):
-            recording = self._recorded(read, rehearse=True)
-        if recording is not None:
-            self.pieces[key] = recording
-        return recording
+        if key not in self.recorder.recordings:
+            self._set_piece(slot, start, [])
+        return key, read, self.recorder.prepare(key, read, prompt=True)
 
     def _run(self, level: int, ids: list[int], lengths: list[int], active: list[bool]) -> Tensor:
-        rows = min(_power_of_two(len(ids)), self.memory.num_slots)
-        past = 0 if self.in_blocks else _power_of_two(max(max(lengths), SMALLEST_PAST))
+        rows = min(power_of_two(len(ids)), self.memory.num_slots)
+        past = 0 if self.in_blocks else shown_tokens(max(lengths))
         given = [*zip(ids, lengths, active, strict=True), *[(0, 0, False)] * (rows - len(ids))]
         self.inputs[:rows].copy_(torch.tensor(given, dtype=torch.long))  # in one: the host waits for every copy
 
@@ -131,15 +120,7 @@ class GraphRunner(ModelRunner):
                 self._logits = logits.new_empty(self.memory.num_slots, logits.shape[1])
             self._logits[:rows].copy_(logits)
 
-        key = (level, rows, past)
-        with self._fused() if self.recordings.get(key) is None and self.record is not None else nullcontext():
-            if key in self.recordings and self.recordings[key] is None and self.record is not None:
-                self.recordings[key] = self._recorded(step)
-            recording = self.recordings.setdefault(key, None)
-            if recording is None:
-                step()
-            else:
-                recording.replay()
+        self.recorder.run((level, rows, past), step)
         assert self._logits is not None
         return self._logits
 
@@ -150,29 +131,6 @@ class GraphRunner(ModelRunner):
         window = self.levels.window
         return "behind windows" if window and start % window == 0 else "anywhere"
 
-    def _recorded(self, call: Callable[[], None], rehearse: bool = False) -> Any:
-        """The recording of a call, which does not run but to `rehearse` it; None if that cannot be had, nor others from now on."""
-        assert self.record is not None
-        try:
-            if rehearse:
-                call()
-            return self.record(call, self._pool)
-        except Exception as error:
-            if out_of_memory(error):
-                logger.warning(
-                    "memory does not suffice to record more calls: they run as they are, which is slower; give less to keys and values "
-                    "(kv_bytes, --kv-gib)"
-                )
-                torch.cuda.empty_cache()
-            else:
-                logger.exception("a call cannot be recorded: from now on calls run as they are, which is slower")
-            self.record = None
-            return None
-
-    def _fused(self, prompt: bool = False) -> Any:
-        model = self.levels.causal_lm
-        return fused(model, prompt=prompt) if model.device.type == "cuda" and can_compile(model.device) else nullcontext()
-
 
 def piece_sizes(chunk: int) -> list[int]:
     """Tokens of the recordings that read prompts, up to `chunk`, rising."""
@@ -181,8 +139,3 @@ def piece_sizes(chunk: int) -> list[int]:
         sizes |= {size * quarter // 4 for quarter in ((4, 5, 6, 7) if size >= FINE_PIECES else (4,))}
         size *= 2
     return sorted(size for size in sizes if size <= chunk)
-
-
-def _power_of_two(number: int) -> int:
-    """The smallest that is no less."""
-    return 1 << (number - 1).bit_length()

@@ -6,30 +6,9 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
+from ...inference.sampling import Sampler, Sampling
 
 _numbers = itertools.count(1)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn.
-
-    temperature: 0 takes the likeliest token. top_p: draw among the likeliest tokens of this total. seed: of the draws, None for any.
-    ignore_eos: go on to `max_tokens`, whatever comes.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 
 
 @dataclass(frozen=True)
@@ -66,15 +45,10 @@ class Request:
     last_token: float = 0.0
     finished: float | None = None
     cancelled: bool = False
-    generator: torch.Generator | None = None
+    sampler: Sampler = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.sampling.temperature > 0:
-            self.generator = torch.Generator()
-            if self.sampling.seed is None:
-                self.generator.seed()
-            else:
-                self.generator.manual_seed(self.sampling.seed)
+        self.sampler = Sampler.of(self.sampling)
 
     @property
     def text(self) -> list[int]:
@@ -99,18 +73,3 @@ class Request:
     @property
     def decoding(self) -> bool:
         return bool(self.tokens) and len(self.prompt) + len(self.tokens) - self.cached == 1
-
-
-def draw(logits: Tensor, request: Request) -> int:
-    """The next token of a request from its logits `[V]`."""
-    sampling = request.sampling
-    if request.generator is None:
-        return int(logits.argmax())
-    # On the CPU, so that a seed means the same on every device and in any company.
-    probabilities = (logits.float().cpu() / max(sampling.temperature, 1e-5)).softmax(-1)
-    if sampling.top_p < 1:
-        ordered, order = probabilities.sort(descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p
-        beyond[0] = False  # the likeliest stays, however small top_p
-        probabilities = torch.zeros_like(probabilities).scatter(0, order, ordered.masked_fill(beyond, 0))
-    return int(torch.multinomial(probabilities, 1, generator=request.generator))

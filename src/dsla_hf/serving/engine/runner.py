@@ -64,6 +64,11 @@ class ModelRunner:
         places = torch.tensor(slots, device=self.levels.device)  # now: a copy from the host waits for all that has been launched
         return self._run(level, ids, lengths, active)[places]
 
+    def calls(self) -> dict[str, int]:
+        """How often steps were replayed from recordings, and how often they ran as they are though they should have been recorded; nothing
+        where none are recorded."""
+        return {}
+
     def wait(self) -> None:
         """Until all calls have been done."""
         if self.levels.device.type == "cuda":

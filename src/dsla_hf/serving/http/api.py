@@ -22,8 +22,9 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
+from ...inference.sampling import Sampling
 from ..engine.engine import Draining, Engine, ShedForMemory
-from ..engine.request import Event, Request, Sampling
+from ..engine.request import Event, Request
 from ..engine.scheduler import QueueFull
 from ..engine.text import TextStream
 from .guards import Guards

@@ -43,6 +43,10 @@ class EngineCollector(Collector):
         for finish, count in now["finished"].items():
             ended.add_metric([finish], count)
         yield ended
+        calls = CounterMetricFamily("dsla_recordable_calls", "Calls of the model that CUDA graphs are for, by how they ran", labels=["how"])
+        for how, count in now["calls"].items():
+            calls.add_metric([how], count)
+        yield calls
 
 
 class Metrics:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
-import math
 import os
 import random
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import httpx
+import numpy
 
-from ...core.files import write_whole
-from ...core.plots import mark_plain
+from ...core.files import write_json
+from ...core.plots import figure, mark_plain, save
 from .trace import TracedRequest, drawn_to_mix, read_trace, scaled
 
 LOOK_SECONDS = 1.0  # how often the level is looked up
@@ -103,7 +104,7 @@ def replay(options: ReplayOptions) -> dict[str, Any]:
         "tokens_at_level": tokens_at_level(looks),
         "requests": [{**asdict(outcome), "per_token": outcome.per_token} for outcome in outcomes],
     }
-    write_whole(out / "replay.json", json.dumps(result, indent=1) + "\n")
+    write_json(out / "replay.json", result, indent=1)
     print(table(summary))
     if importlib.util.find_spec("matplotlib") is not None:
         plot(outcomes, looks, out / "replay.png")
@@ -224,9 +225,10 @@ def summarize(outcomes: list[Outcome], slo_first: float, slo_token: float) -> di
     seconds = max((outcome.sent + (outcome.latency or 0) for outcome in outcomes), default=0.0)
     summary: dict[str, Any] = {"requests": len(outcomes), "errors": len(outcomes) - len(answered), "seconds": seconds}
     for name in TIMES:
-        values = sorted(value for outcome in answered if (value := getattr(outcome, name)) is not None)
+        values = [value for outcome in answered if (value := getattr(outcome, name)) is not None]
         if values:
-            summary[name] = {"mean": sum(values) / len(values), **{f"p{p}": percentile(values, p) for p in PERCENTILES}}
+            shares = numpy.percentile(values, PERCENTILES).tolist()  # linear interpolation
+            summary[name] = {"mean": fmean(values), **{f"p{p}": value for p, value in zip(PERCENTILES, shares, strict=True)}}
     first = sum(outcome.first_token is not None and outcome.first_token <= slo_first for outcome in answered)
     token = sum((outcome.per_token or 0) <= slo_token for outcome in answered)
     both = sum(
@@ -250,13 +252,6 @@ def tokens_at_level(looks: list[dict[str, Any]]) -> dict[str, int] | None:
     return {str(level): last - first for level, (first, last) in enumerate(zip(counts[0], counts[-1], strict=True)) if last > first}
 
 
-def percentile(ordered: list[float], percent: float) -> float:
-    """Of numbers in rising order, by linear interpolation."""
-    place = (len(ordered) - 1) * percent / 100
-    low, high = math.floor(place), math.ceil(place)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-
 def table(summary: dict[str, Any]) -> str:
     """The summary for a terminal."""
     lines = [f"{'':<22}{'mean':>10}" + "".join(f"{f'P{p}':>10}" for p in PERCENTILES)]
@@ -277,11 +272,9 @@ def table(summary: dict[str, Any]) -> str:
 
 def plot(outcomes: list[Outcome], looks: list[dict[str, Any]], path: Path) -> None:
     """Times and level over the replay."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(8, 7), layout="constrained")
-    times, each, level = figure.subplots(3, 1, sharex=True)
+    drawn, (times, each, level) = figure(3, 1, size=(8, 7), sharex=True)
     answered = [outcome for outcome in outcomes if outcome.error is None]
     times.plot([o.sent for o in answered], [o.first_token for o in answered], ".", ms=4)
     times.set(ylabel="to first token, s", ylim=(0, None))
@@ -299,4 +292,4 @@ def plot(outcomes: list[Outcome], looks: list[dict[str, Any]], path: Path) -> No
         mark_plain(axes.yaxis)
         axes.grid(alpha=0.3)
     mark_plain(level.xaxis)
-    figure.savefig(path, dpi=120)
+    save(drawn, path, dpi=120)

@@ -1,0 +1,1 @@
+"""The operations in Triton: a folder each, forward and backward beside each other."""

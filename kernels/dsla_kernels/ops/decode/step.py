@@ -1,0 +1,240 @@
+"""A token through the layer, for callers: the weights of its gates, what each argument must be, and both forms of the layer."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._ops import ops
+from ...checks import LARGEST_HEAD, check_softcap
+from ...shapes import KERNEL_DTYPES, Argument, check, check_groups, contiguous, table
+
+
+class GateWeights(NamedTuple):
+    """The map from a value vector, RMS-normalised, to the gates of its KV head.
+
+    down `[Hkv, V, rank]`, up `[Hkv, rank, 2 G]`, bias `[Hkv, 2, G]`; write_weight `[Hkv, V, 2]` and write_bias `[Hkv, 2]`, or
+    None without a write gate. Logits are `normalised v @ down @ up + bias`, `normalised v @ write_weight + write_bias`.
+    """
+
+    down: Tensor
+    up: Tensor
+    bias: Tensor
+    write_weight: Tensor | None = None
+    write_bias: Tensor | None = None
+
+
+class PureStep(NamedTuple):
+    """What the operator without a window takes; its tensors are the kernel's first arguments."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    recurrent: Tensor
+    real: Tensor | None  # uint8 [B], 0 for padding
+    down: Tensor
+    up: Tensor
+    bias: Tensor
+    write_weight: Tensor | None
+    write_bias: Tensor | None
+    mix_logits: Tensor
+    norm_weight: Tensor
+    gate_normalizer: float
+    lower_bound: float
+    scale: float
+    norm_eps: float
+
+
+class WindowStep(NamedTuple):
+    """The same of the operator with a window."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    recurrent: Tensor
+    window_k: Tensor
+    window_v: Tensor
+    lengths: Tensor
+    real: Tensor | None  # uint8 [B], 0 for padding
+    down: Tensor
+    up: Tensor
+    bias: Tensor
+    write_weight: Tensor | None
+    write_bias: Tensor | None
+    mix_logits: Tensor
+    norm_weight: Tensor
+    state_gain: Tensor
+    state_bias: Tensor
+    sink_logits: Tensor | None
+    gate_normalizer: float
+    lower_bound: float
+    scale: float
+    norm_eps: float
+    softcap: float | None
+    window_size: int
+
+
+TENSORS = {step: step._fields.index("gate_normalizer") for step in (PureStep, WindowStep)}  # of each: they come first
+PURE_LINES = {
+    "q": f"B 1 Hq K; {KERNEL_DTYPES}",
+    "k": "B 1 Hkv K; as q",
+    "v": "B 1 Hkv V; as q",
+    "recurrent": "B Hkv 2 K V; fp32; in place",
+    "gates.down": f"Hkv V rank; {KERNEL_DTYPES}",
+    "gates.bias": f"Hkv 2 G; {KERNEL_DTYPES}",
+    "gates.up": f"Hkv rank gates; {KERNEL_DTYPES}",
+    "gates.write_weight": f"Hkv V 2; {KERNEL_DTYPES}; optional",
+    "gates.write_bias": f"Hkv 2; {KERNEL_DTYPES}; optional",
+    "mix_logits": f"Hq 2; {KERNEL_DTYPES}",
+    "norm_weight": f"Hq V; {KERNEL_DTYPES}",
+    "padding_mask": "B tokens; optional",
+}
+PURE_TABLE = table(PURE_LINES)
+WINDOW_TABLE = table(
+    PURE_LINES
+    | {
+        "window_k": "B slots Hkv K; as q; in place",
+        "window_v": "B slots Hkv V; as q; in place",
+        "lengths": "B; int64; in place",
+        "state_gain": f"Hq; {KERNEL_DTYPES}",
+        "state_bias": f"Hq; {KERNEL_DTYPES}",
+        "sink_logits": f"Hq; {KERNEL_DTYPES}; optional",
+    }
+)
+
+
+def window_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    recurrent: Tensor,
+    window_k: Tensor,
+    window_v: Tensor,
+    lengths: Tensor,
+    gates: GateWeights,
+    mix_logits: Tensor,
+    norm_weight: Tensor,
+    state_gain: Tensor,
+    state_bias: Tensor,
+    window_size: int,
+    *,
+    gate_normalizer: float = 16.0,
+    lower_bound: float = -1.25,
+    scale: float | None = None,
+    norm_eps: float = 1e-6,
+    padding_mask: Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    advance: bool = True,
+) -> Tensor:
+    """One token a row through the layer with a softmax window; states, ring, sinks and lengths change in place.
+
+    Args:
+        q `[B, 1, Hq, K]`, k `[B, 1, Hkv, K]`, v `[B, 1, Hkv, V]`: the token, bf16, fp32 or fp16.
+        recurrent: fp32 `[B, Hkv, 2, K, V]`, the states of the blocks of W / 2 tokens before the last full one.
+        window_k, window_v: `[B, S + W, Hkv, K or V]` in q's dtype: S sinks, then the ring; token j lies at slot S + j % W.
+        lengths: int64 `[B]`, tokens seen before this one.
+        gates: of the layer, fp32, bf16 or fp16.
+        mix_logits `[Hq, 2]`, whose softmax is the mix of the states; norm_weight `[Hq, V]`, state_gain and state_bias `[Hq]`: see
+            `reference.fused_window_attention`.
+        padding_mask: `[B, 1]`; a padded token leaves no trace and its output is zero.
+        softcap, sink_logits `[Hq]`: of the window's softmax, see `reference.dual_state_window_attention`.
+        advance: also count the token in `lengths`; False leaves it to the caller, for example once for all layers.
+
+    Returns:
+        o `[B, 1, Hq, V]` in q's dtype.
+
+    Raises:
+        ValueError: names the argument that does not fit, before anything is launched. Tensors that change in place must be
+            contiguous.
+    """
+    if window_size < 2 or window_size % 2:
+        raise ValueError(f"window_size must be an even number of tokens, got {window_size}")
+    check_softcap(softcap)
+    ring = {"window_k": window_k, "window_v": window_v, "lengths": lengths}
+    weights = {"mix_logits": mix_logits, "norm_weight": norm_weight, "state_gain": state_gain, "state_bias": state_bias}
+    token = {"q": q, "k": k, "v": v, "recurrent": recurrent, "padding_mask": padding_mask}
+    slots = _check(WINDOW_TABLE, gates, token | ring | weights | {"sink_logits": sink_logits})["slots"]
+    if not window_size <= slots <= window_size + window_size // 2:
+        raise ValueError(f"window_k must have {window_size} slots and at most {window_size // 2} for sinks, got {slots}")
+    real = _real(padding_mask)
+    o = ops.window_decode(
+        *contiguous(q, k, v),
+        recurrent,
+        window_k,
+        window_v,
+        lengths,
+        real,
+        *contiguous(*gates, mix_logits, norm_weight, state_gain, state_bias, sink_logits),
+        gate_normalizer,
+        lower_bound,
+        q.shape[-1] ** -0.5 if scale is None else scale,
+        norm_eps,
+        softcap,
+        window_size,
+    )
+    if advance:
+        lengths.add_(1 if real is None else real)
+    return o
+
+
+def pure_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    recurrent: Tensor,
+    gates: GateWeights,
+    mix_logits: Tensor,
+    norm_weight: Tensor,
+    *,
+    gate_normalizer: float = 16.0,
+    lower_bound: float = -1.25,
+    scale: float | None = None,
+    norm_eps: float = 1e-6,
+    padding_mask: Tensor | None = None,
+) -> Tensor:
+    """One token a row through the pure layer and its norm, `norm_weight * o / sqrt(mean(o²) + norm_eps)`; the states change in place.
+
+    Arguments, result and errors as `window_decode`, without the window.
+    """
+    token = {"q": q, "k": k, "v": v, "recurrent": recurrent, "padding_mask": padding_mask}
+    _check(PURE_TABLE, gates, token | {"mix_logits": mix_logits, "norm_weight": norm_weight})
+    return ops.pure_decode(
+        *contiguous(q, k, v),
+        recurrent,
+        _real(padding_mask),
+        *contiguous(*gates, mix_logits, norm_weight),
+        gate_normalizer,
+        lower_bound,
+        q.shape[-1] ** -0.5 if scale is None else scale,
+        norm_eps,
+    )
+
+
+def _real(padding_mask: Tensor | None) -> Tensor | None:
+    """Of each row whether its token is one, as every backend can load it; without a launch where the mask is bool."""
+    if padding_mask is None:
+        return None
+    mask = padding_mask[:, -1]
+    return mask.contiguous().view(torch.uint8) if mask.dtype == torch.bool else mask.to(torch.uint8).contiguous()
+
+
+def _check(arguments: tuple[Argument, ...], gates: GateWeights, given: dict[str, Tensor | None]) -> dict[str, int]:
+    """Raises ValueError that names the argument which does not fit; the sizes of those that do."""
+    given |= {
+        "gates.down": gates.down,
+        "gates.up": gates.up,
+        "gates.bias": gates.bias,
+        "gates.write_weight": gates.write_weight,
+        "gates.write_bias": gates.write_bias,
+    }
+    sizes = check(arguments, given, gates=2 * gates.bias.shape[-1])
+    key_dim, value_dim, decays = sizes["K"], sizes["V"], sizes["G"]
+    check_groups(sizes["Hq"], sizes["Hkv"])
+    if max(key_dim, value_dim) > LARGEST_HEAD:
+        raise ValueError(f"the kernels take heads of up to {LARGEST_HEAD} channels, got K = {key_dim}, V = {value_dim}")
+    if decays not in (key_dim, key_dim / 2):
+        raise ValueError(f"gates.bias must have {key_dim} or {key_dim / 2:g} decays a state, got {decays}")
+    if (gates.write_weight is None) != (gates.write_bias is None):
+        raise ValueError("gates.write_weight and gates.write_bias must be given together")
+    return sizes

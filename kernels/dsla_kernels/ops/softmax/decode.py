@@ -1,0 +1,283 @@
+"""Plain softmax attention of one token a row over its keys and values, for the layers of a model that stay softmax.
+
+What counts are the bytes of the cache, each read once: the query heads of a KV head share a program, and where rows and heads are
+few their tokens are cut into parts that run side by side (split-KV, as Flash-Decoding: Dao et al., 2023). A small second kernel joins
+the parts. The cut is made on the device, of the length that a row has and not of the room in the cache: neither does the host read a
+length, nor does a short text in a large cache leave processors idle. Grid and addresses stay, so a step can be captured in a CUDA graph.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from ..._ops import add_op_namespace_prefix, ops
+from ...checks import check_softmax_decode_inputs, check_softmax_kernel_inputs
+from ...common import LOG2_E, load_rows, on_its_device, unit_stride
+from ...shapes import new_output
+from ..window.softmax import softmax_scores, softmax_step
+from .splits import make_plan
+from .tiles import NOTHING, load_tokens
+
+
+@triton.jit
+def _cut(lengths, row, room, window, parts, least, BN: tl.constexpr):
+    """Of a row: its length, the first token that is seen, and its tiles of BN tokens: the first, how many, and how many a part."""
+    length = tl.load(lengths + row).to(tl.int32)
+    length = tl.minimum(tl.maximum(length, 0), room)
+    seen = length * 0
+    if window is not None:
+        seen = tl.maximum(length - window, 0)
+    first = seen // BN
+    tiles = (length + BN - 1) // BN - first
+    return length, seen, first, tiles, tl.maximum((tiles + parts - 1) // parts, least)
+
+
+@triton.jit
+def _load_mask(mask, tile, length, BN: tl.constexpr):
+    token = tile * BN + tl.arange(0, BN)
+    return tl.load(mask + token, mask=token < length, other=0)
+
+
+@triton.jit
+def _softmax_decode_kernel(
+    q,  # [B, Hq, K]
+    keys,  # [B, Hkv, T, K], or with a block table [blocks, BLOCK, Hkv, K]
+    values,
+    lengths,  # [B]
+    mask,  # uint8 [B, T] or None
+    block_table,  # [B, most blocks] or None
+    sink_logits,  # [Hq] or None
+    o,  # [B, Hq, V]
+    pieces,  # fp32 [B * Hq, parts, V], for the join; None with one part
+    softmax,  # fp32 [B * Hq, 2, parts]: their tops and denominators
+    k_block,  # strides: of a block or, without a table, a row; of a head; of a token
+    k_head,
+    k_token,
+    v_block,
+    v_head,
+    v_token,
+    mask_row,
+    table_row,
+    room,  # tokens of a row at most
+    least,  # tiles a part
+    window,  # or None
+    scale,
+    softcap,  # or None
+    HKV: tl.constexpr,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BLOCK: tl.constexpr,  # tokens; 0 without a table
+    DOT: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """A part of a row's tokens, for the query heads of a KV head (BM of them at most)."""
+    if OVERLAP:
+        gdc_launch_dependents()
+    GROUPS: tl.constexpr = (R + BM - 1) // BM
+    number, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    row, head = (number // (HKV * GROUPS)).to(tl.int64), number // GROUPS % HKV
+    length, seen, first, tiles, share = _cut(lengths, row, room, window, parts, least, BN)
+    begin = first + part * share
+    end = tl.minimum(begin + share, first + tiles)
+    if (part > 0) & (begin >= end):  # the first part is there for rows without tokens too
+        return
+
+    group = number % GROUPS * BM + tl.arange(0, BM)
+    group_ok = group < R
+    heads = row * HKV * R + head * R + group
+    columns = tl.arange(0, BK)
+    column_ok = columns < K
+    channels = tl.arange(0, BV)
+    channel_ok = channels < V
+    keys += head.to(tl.int64) * k_head
+    values += head.to(tl.int64) * v_head
+    q_tile = load_rows(q, heads, group_ok, K, columns, column_ok)
+    top = tl.full([BM], NOTHING, tl.float32)
+    denominator = tl.zeros([BM], tl.float32)
+    if sink_logits is not None and pieces is None:  # with several parts the join counts it
+        logit = tl.load(sink_logits + head * R + group, mask=group_ok, other=0.0).to(tl.float32) * LOG2_E
+        top = tl.maximum(top, logit)
+        denominator = tl.exp2(logit - top)
+    result = tl.zeros([BM, BV], tl.float32)
+    if mask is not None:
+        # A tile ahead: nothing waits for it, and the compiler, which looks for the narrowest load behind a product within a turn
+        # of the loop, does not take the products for ones of bytes.
+        mask += row * mask_row
+        shown = _load_mask(mask, begin, length, BN)
+    for tile in range(begin, end):
+        token = tile * BN + tl.arange(0, BN)
+        visible = (token >= seen) & (token < length)
+        if mask is not None:
+            visible = visible & (shown != 0)
+            shown = _load_mask(mask, tile + 1, length, BN)
+        if block_table is None:
+            block, inside = row, token
+        elif BLOCK % BN == 0:  # a tile lies in one block
+            block, inside = tl.load(block_table + row * table_row + tile * BN // BLOCK).to(tl.int64), token % BLOCK
+        else:
+            block = tl.load(block_table + row * table_row + token // BLOCK, mask=visible, other=0).to(tl.int64)
+            inside = token % BLOCK
+        k_tile = load_tokens(keys, block, inside, visible, k_block, k_token, columns, column_ok)
+        v_tile = load_tokens(values, block, inside, visible, v_block, v_token, channels, channel_ok)
+        scores = softmax_scores(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), scale, softcap)
+        top, denominator, result = softmax_step(scores, visible[None, :], v_tile, top, denominator, result, DOT, "ieee")
+    store_ok = group_ok[:, None] & channel_ok[None, :]
+    if pieces is None:
+        result /= tl.where(denominator > 0, denominator, 1.0)[:, None]
+        tl.store(o + heads[:, None] * V + channels[None, :], result.to(o.dtype.element_ty), mask=store_ok)
+    else:
+        tl.store(pieces + (heads * parts + part)[:, None] * V + channels[None, :], result, mask=store_ok)
+        tl.store(softmax + heads * 2 * parts + part, top, mask=group_ok)
+        tl.store(softmax + (heads * 2 + 1) * parts + part, denominator, mask=group_ok)
+
+
+@triton.jit
+def _join_kernel(
+    pieces,
+    softmax,
+    lengths,
+    sink_logits,
+    o,
+    parts,
+    room,
+    least,
+    window,
+    HQ: tl.constexpr,
+    V: tl.constexpr,
+    BV: tl.constexpr,
+    BN: tl.constexpr,
+    BP: tl.constexpr,  # parts at a time
+    OVERLAP: tl.constexpr,
+):
+    """Joins the parts of one row and query head, those that had tokens: the others have written nothing."""
+    number = tl.program_id(0).to(tl.int64)
+    row, head = number // HQ, number % HQ
+    channels = tl.arange(0, BV)
+    channel_ok = channels < V
+    length, seen, first, tiles, share = _cut(lengths, row, room, window, parts, least, BN)
+    written = tl.maximum((tiles + share - 1) // share, 1)
+    top = tl.full([1], NOTHING, tl.float32)
+    denominator = tl.zeros([1], tl.float32)
+    if sink_logits is not None:
+        logit = tl.load(sink_logits + head).to(tl.float32) * LOG2_E
+        top = tl.maximum(top, logit)
+        denominator = tl.exp2(logit - top)
+    if OVERLAP:  # what stands above was there before the parts
+        gdc_wait()
+    result = tl.zeros([BV], tl.float32)
+    for start in range(0, written, BP):
+        part = start + tl.arange(0, BP)
+        part_ok = part < written
+        tops = tl.load(softmax + number * 2 * parts + part, mask=part_ok, other=NOTHING)
+        denominators = tl.load(softmax + (number * 2 + 1) * parts + part, mask=part_ok, other=0.0)
+        some = load_rows(pieces + number * parts * V, part, part_ok, V, channels, channel_ok)
+        new_top = tl.maximum(top, tl.max(tops, 0))
+        weights = tl.exp2(tops - new_top)
+        rescale = tl.exp2(top - new_top)
+        denominator = denominator * rescale + tl.sum(weights * denominators, 0)
+        result = result * rescale + tl.sum(weights[:, None] * some, 0)
+        top = new_top
+    result /= tl.where(denominator > 0, denominator, 1.0)
+    tl.store(o + number * V + channels, result.to(o.dtype.element_ty), mask=channel_ok)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("softmax_decode"), mutates_args=())
+@on_its_device
+def _softmax_decode(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    mask: Tensor | None,
+    block_table: Tensor | None,
+    sink_logits: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    splits: int,
+) -> Tensor:
+    plan = make_plan(q, keys, values, block_table, window, splits)
+    order = (0, 1, 2) if block_table is None else (0, 2, 1)  # a row or block, a head, a token
+    rows, parts = q.shape[0] * q.shape[2], plan.grid[1]
+    o = new_output(q, values)
+    pieces = softmax = None
+    if parts > 1:
+        pieces = torch.empty(rows, parts, values.shape[-1], device=q.device)
+        softmax = torch.empty(rows, 2, parts, device=q.device)
+    _softmax_decode_kernel[plan.grid](
+        q,
+        keys,
+        values,
+        lengths,
+        None if mask is None else mask.view(torch.uint8),  # which every backend can load
+        block_table,
+        sink_logits,
+        o,
+        pieces,
+        softmax,
+        *[keys.stride(dim) for dim in order],
+        *[values.stride(dim) for dim in order],
+        0 if mask is None else mask.stride(0),
+        0 if block_table is None else block_table.stride(0),
+        plan.room,
+        plan.least,
+        window,
+        scale,
+        softcap,
+        **plan.options,
+    )
+    if pieces is not None:
+        _join_kernel[(rows,)](pieces, softmax, lengths, sink_logits, o, parts, plan.room, plan.least, window, **plan.join)
+    return o
+
+
+@_softmax_decode.register_fake
+def _(q, keys, values, *others):
+    return new_output(q, values)
+
+
+def softmax_decode(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    window: int | None = None,
+    block_table: Tensor | None = None,
+    mask: Tensor | None = None,
+    splits: int = 0,
+) -> Tensor:
+    """Softmax attention of one token a row over its keys and values, which include its own. No gradient.
+
+    Arguments, result and errors as `reference.softmax_decode`, in bf16, fp32 or fp16, with heads of up to 256, and
+
+        keys, values: of any strides, but for a dense last dimension; read where they are.
+        splits: parts that a row's tokens are cut into; 0 chooses by shape.
+    """
+    check_softmax_decode_inputs(q, keys, values, lengths, softcap, sink_logits, window, block_table, mask)
+    check_softmax_kernel_inputs(q, keys, values)
+    if splits < 0:
+        raise ValueError(f"splits must be 0 (chosen by shape) or a number of parts, got {splits}")
+    return ops.softmax_decode(
+        q.contiguous(),
+        keys,
+        values,
+        lengths.contiguous(),
+        None if mask is None else unit_stride(mask),
+        None if block_table is None else unit_stride(block_table),
+        None if sink_logits is None else sink_logits.contiguous(),
+        q.shape[-1] ** -0.5 if scale is None else scale,
+        softcap,
+        window,
+        splits,
+    )

@@ -1,0 +1,108 @@
+"""Into how many parts the tokens of a row are cut, so that processors are busy and none of them is at work alone at the end."""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ...common import processors
+from ...overlap import can_overlap, overlapping
+from .tiles import DOT_TYPES, Launch, head_tiles
+
+GROUP_TILE = 16  # query heads of a product, as few as tensor cores take; a larger group has several programs
+LEAST_TOKENS = 128  # a part, unless the caller wants a number of parts
+# The same of rows in blocks, if there are several: of short ones the first part does all, and the others leave at once.
+LEAST_OF_MANY = 512
+MOST_PROGRAMS = 8192  # more than these only to leave at once would cost more than they spare
+tuned: Launch | None = None  # overrules the choice, for measurements
+
+
+def choose_launch(row_bytes: int) -> Launch:
+    """By the bytes of a key or value in registers. Tiles of 32 KB in all: with two more on their way a program asks for what a
+    processor needs to reach the memory's speed, and two or three programs share its memory."""
+    return Launch(max(16, min(64, 16384 // row_bytes)))
+
+
+def choose_splits(programs: int, tiles: int, least: int, slots: int) -> int:
+    """Parts a row: the fewest that take at most a tenth longer than the best number would.
+
+    programs: with one part. tiles: of a row at most. least: tiles a part. slots: programs that the card holds at a time. What counts
+    is how often it is filled, a last time with few programs perhaps, times the tiles of a part.
+    """
+    most = max(1, min(tiles // least, max(slots // programs, 8)))
+    times = [-(-programs * splits // slots) * -(-tiles // splits) for splits in range(1, most + 1)]
+    return next(splits for splits, time in enumerate(times, 1) if time <= 1.1 * min(times))
+
+
+def choose_uneven_splits(batch: int, programs: int, tiles: int, least: int, slots: int) -> int:
+    """The same for rows of which some may be much longer than others, as texts that share a pool of blocks are: the longest shall not be at
+    work alone when all others are done. So a row has as many parts as if it were the only one, up to a number of programs."""
+    alone = choose_splits(programs // batch, tiles, least, slots)
+    return max(choose_splits(programs, tiles, least, slots), min(alone, max(MOST_PROGRAMS // programs, 4), max(tiles // least, 1)))
+
+
+class Plan(NamedTuple):
+    """All that a step of a shape is launched with."""
+
+    grid: tuple[int, int]  # programs of one part of every row, and parts
+    room: int  # tokens of a row at most
+    least: int  # tiles a part
+    options: dict[str, Any]  # of the kernel: sizes by name, warps, stages
+    join: dict[str, Any]  # of the join, where there are several parts
+
+
+def make_plan(q: Tensor, keys: Tensor, values: Tensor, block_table: Tensor | None, window: int | None, splits: int) -> Plan:
+    """By shape; splits: the number of parts, or 0. Nothing depends on what lies in a tensor."""
+    blocks = None if block_table is None else block_table.shape[1]
+    return _plan(q.shape, keys.shape, values.shape[-1], blocks, window, splits, q.dtype, q.device, tuned)
+
+
+@functools.lru_cache(maxsize=1024)  # layers and steps come one after the other, and most are alike
+def _plan(
+    q: torch.Size,
+    keys: torch.Size,
+    value_dim: int,
+    blocks: int | None,  # of a row, None without a block table
+    window: int | None,
+    splits: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    wanted: Launch | None,
+) -> Plan:
+    batch, _, heads, key_dim = q
+    if blocks is None:
+        kv_heads, room, block = keys[1], keys[2], 0
+    else:
+        block, kv_heads = keys[1:3]
+        room = block * blocks
+    block_key, block_value = head_tiles(key_dim, value_dim)
+    launch = wanted or choose_launch(max(block_key, block_value) * dtype.itemsize)
+    tiles = triton.cdiv(room if window is None else min(room, window), launch.tokens)
+    programs = batch * kv_heads * triton.cdiv(heads // kv_heads, GROUP_TILE)
+    uneven = blocks is not None and batch > 1
+    least = 1 if splits else triton.cdiv(LEAST_OF_MANY if uneven else LEAST_TOKENS, launch.tokens)
+    if splits:
+        parts = min(splits, tiles)
+    elif uneven:
+        parts = choose_uneven_splits(batch, programs, tiles, least, 2 * processors(device))
+    else:
+        parts = choose_splits(programs, tiles, least, 2 * processors(device))
+    overlap = parts > 1 and can_overlap(device)
+    shared = {"V": value_dim, "BV": block_value, "BN": launch.tokens, "OVERLAP": overlap}
+    options = shared | {
+        "HKV": kv_heads,
+        "R": heads // kv_heads,
+        "K": key_dim,
+        "BK": block_key,
+        "BM": GROUP_TILE,
+        "BLOCK": block,
+        "DOT": DOT_TYPES[dtype],
+        "num_warps": launch.warps,
+        "num_stages": launch.stages,
+    }
+    at_a_time = min(triton.next_power_of_2(parts), max(1, 4096 // block_value))
+    warps = max(1, at_a_time * block_value // 1024)
+    join = shared | {"HQ": heads, "BP": at_a_time, "num_warps": warps, **overlapping(overlap)}
+    return Plan((programs, parts), room, least, options, join)
