@@ -64,6 +64,7 @@ def test_a_module_that_never_was_is_not_found():
         importlib.import_module("dsla_hf.nothing")
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_a_command_by_its_old_name_runs(monkeypatch, capsys):
     sys.modules.pop("dsla_hf.lm_eval", None)
     monkeypatch.setattr(sys, "argv", ["lm_eval", "--help"])

@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
 
-import revisions  # noqa: E402
+import revisions
 
 
 def test_rows_are_of_what_both_measured(monkeypatch, tmp_path, capsys):

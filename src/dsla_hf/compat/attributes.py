@@ -32,6 +32,11 @@ def carries_adapter(model: Any) -> bool:
     return getattr(model, "_hf_peft_config_loaded", False)
 
 
+def padding_token(settings: Any) -> Tensor:
+    """What `generate` writes behind the end of a text, from the settings that it hands to a decoding loop."""
+    return settings._pad_token_tensor
+
+
 def is_loaded(parameter: Tensor) -> bool:
     """Whether transformers has loaded this parameter from a checkpoint."""
     return getattr(parameter, "_is_hf_initialized", False)
@@ -45,6 +50,11 @@ def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
     return module._modules
 
 
+def has_hooks(module: nn.Module, before_only: bool = False) -> bool:
+    """Whether functions are registered that run around the forward of a module (or before it)."""
+    return bool(module._forward_pre_hooks or (module._forward_hooks and not before_only))
+
+
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """The parameters of a module itself by name: its own dict, in which they can be exchanged without a check."""
     return module._parameters
@@ -54,6 +64,13 @@ def with_parameters(module: nn.Module, parameters: dict[str, Any]) -> Any:
     """A shallow copy of a module with these for its own parameters, which may be plain tensors."""
     copied = copy.copy(module)
     copied._parameters = parameters
+    return copied
+
+
+def with_children(module: nn.Module, children: dict[str, nn.Module]) -> Any:
+    """A shallow copy of a module, without the hooks around its call, with some children exchanged."""
+    copied = object.__new__(type(module))
+    copied.__dict__ = {**module.__dict__, "_modules": {**module._modules, **children}}
     return copied
 
 

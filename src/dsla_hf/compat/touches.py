@@ -94,10 +94,13 @@ ATTRIBUTES = {
     "_attn_implementation": Touch("of a config: which attention runs"),
     "_buffers": Touch("of a module: shared by the DSLA view of an attention"),
     "_experts_implementation": Touch("of a config: which experts run"),
+    "_forward_hooks": Touch("of a module: with hooks it runs as it is, not fused"),
+    "_forward_pre_hooks": Touch("of a module: likewise"),
     "_hf_hook": Touch("of a module: accelerate's mark of offloaded weights"),
     "_hf_peft_config_loaded": Touch("of a model: transformers has put an adapter in, and saves it alone"),
     "_is_hf_initialized": Touch("of a parameter: it was loaded"),
     "_modules": Touch("of a module: the DSLA view has children of its own"),
     "_old_forward": Touch("of a module: what accelerate's hook calls"),
+    "_pad_token_tensor": Touch("of generation settings: what is written behind the end of a text"),
     "_parameters": Touch("of a module: shared by the view; parts of cut weights for as long as it computes"),
 }

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from dsla_kernels import gated_linear, linears, takes_few_rows
 
+from ..compat.attributes import children_of, has_hooks
 from ..models.adapter_layer import DSLALayer
 from .parts import ROTATION, GatedMLP, Layer, is_plain, parts_of, summary
 
@@ -94,7 +95,7 @@ def _few_rows(x: Any, *weights: Tensor) -> bool:
 def _projections(model: nn.Module) -> list[list[Any]]:
     """Of every attention those of queries, keys and values: a converted layer has queries of its own over keys and values of its base."""
     views = [x.dsla_attention() for x in model.modules() if isinstance(x, DSLALayer) and x.converted]
-    return [[x._modules.get(name) for name in ("q_proj", "k_proj", "v_proj")] for x in (*model.modules(), *views)]
+    return [[children_of(x).get(name) for name in ("q_proj", "k_proj", "v_proj")] for x in (*model.modules(), *views)]
 
 
 def _linear_forwards(modules: set[Any], projections: list[list[Any]]) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
@@ -104,7 +105,11 @@ def _linear_forwards(modules: set[Any], projections: list[list[Any]]) -> dict[nn
     followers: dict[nn.Module, list[Any]] = {}
     for leader, *others in projections:
         group = [leader, *others]
-        if modules.issuperset(group) and len({x.bias is None for x in group}) == 1 and not any(x._forward_pre_hooks for x in group):
+        if (
+            modules.issuperset(group)
+            and len({x.bias is None for x in group}) == 1
+            and not any(has_hooks(x, before_only=True) for x in group)
+        ):
             followers[leader] = others
 
     def forward_of(module: Any) -> Callable[[Tensor], Tensor]:
@@ -150,7 +155,7 @@ def _add(residual: Tensor, attended: Tensor, mixed: Tensor) -> Tensor:
 
 def _layer_forward(module: Any, form: Layer, compile: Compile, prompt: bool) -> Callable[..., Tensor]:
     """The forward of a decoder layer, where what stands between attention and MLP, and behind the MLP, are one kernel each."""
-    first, after, before, last = (module._modules[name] if name else None for name in form.norms)
+    first, after, before, last = (children_of(module)[name] if name else None for name in form.norms)
 
     def joined(after: Any, before: Any) -> Callable[[Tensor, Tensor], Any]:
         if after is None and before is None and form.scale is None:

@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from dsla_kernels import uses_triton
 
+from ..compat.attributes import attention_implementation, padding_token
 from ..core.cache import DSLACacheLayer, StaticDSLACacheLayer, VisibleStaticLayer
 from ..core.fold import dsla_cache_layer
 from ..core.layout import TokenLayout
@@ -184,8 +185,8 @@ class GraphDecoder:
         places = set(map(str, getattr(model, "hf_device_map", {}).values()))
         if len(places) > 1 or places & {"cpu", "disk"}:
             return f"the model is spread over {sorted(places)}; a graph needs all weights on one GPU"
-        if config._attn_implementation not in ("sdpa", "eager"):
-            return f"attn_implementation is {config._attn_implementation!r}; static caches are read by 'sdpa' or 'eager'"
+        if (attention := attention_implementation(config)) not in ("sdpa", "eager"):
+            return f"attn_implementation is {attention!r}; static caches are read by 'sdpa' or 'eager'"
         rope = getattr(config, "rope_parameters", None) or {}
         kinds = {str(entry.get("rope_type")) for entry in (rope, *rope.values()) if isinstance(entry, dict)}
         if changing := sorted(kinds & {"dynamic", "longrope"}):
@@ -273,7 +274,7 @@ class GraphDecoder:
         while True:
             token = sampler(space.logits.clone(), input_ids)
             if can_end:
-                token = torch.where(unfinished, token, settings._pad_token_tensor)
+                token = torch.where(unfinished, token, padding_token(settings))
             input_ids = torch.cat([input_ids, token[:, None]], 1)
             if streamer is not None:
                 streamer.put(token.cpu())

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..compat.attributes import children_of, has_hooks, with_children
 from ..models.adapter_layer import AdapterLinear
 
 ROTATION = "apply_rotary_pos_emb"  # what modules of transformers call the rotation of queries and keys
@@ -106,7 +107,7 @@ def fused_parts(model: nn.Module, parts: Parts | None = None) -> dict[str, tuple
     how many there are. `parts`: those of the model, where they are known."""
     parts = parts or parts_of(model)
     norms = [x for x in model.modules() if type(x).__name__.endswith("Norm")]
-    layers: list[Any] = [x for x in model.modules() if {"self_attn", "mlp"} <= x._modules.keys()]
+    layers: list[Any] = [x for x in model.modules() if {"self_attn", "mlp"} <= children_of(x).keys()]
     rotated = [x for x in layers if _homes(x.self_attn.modules())]
     gated = [x for x in layers if x.mlp in parts.gated]
     found = {"norms": (parts.norms, norms), "rotations": (rotated, layers), "gated MLPs": (gated, layers), "layers": (parts.layers, layers)}
@@ -129,10 +130,6 @@ def is_plain(module: Any) -> bool:
     )
 
 
-def _has_hooks(module: Any) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 def _is_norm(module: Any) -> bool:
     """Whether it is a norm written in many operations; PyTorch's own LayerNorm is one kernel."""
     return type(module).__name__.endswith(("RMSNorm", "LayerNorm")) and not isinstance(module, nn.LayerNorm)
@@ -147,8 +144,8 @@ def _homes(modules: Iterable[nn.Module]) -> set[Any]:
 def _gated_form(module: Any) -> GatedMLP | None:
     """The form of a gated MLP of plain layers without biases or hooks; None if it is none."""
     for joined, names in ((False, ("gate_proj", "up_proj", "down_proj")), (True, ("gate_up_proj", "down_proj"))):
-        parts = [module._modules.get(name) for name in names]
-        if all(is_plain(x) and x.bias is None and not _has_hooks(x) for x in parts):
+        parts: list[Any] = [children_of(module).get(name) for name in names]
+        if all(is_plain(x) and x.bias is None and not has_hooks(x) for x in parts):
             forms = [GatedMLP(activation, joined) for activation in ACTIVATIONS]
             return _first(forms, module, _computes_mlp)
     return None
@@ -156,11 +153,11 @@ def _gated_form(module: Any) -> GatedMLP | None:
 
 def _layer_form(module: Any) -> Layer | None:
     """The form of a decoder layer whose norms are such that a fused form may call them; None if it is none."""
-    children = module._modules
+    children: dict[str, Any] = {**children_of(module)}
     if not {"self_attn", "mlp"} <= children.keys():
         return None
     norms = {name: child for name, child in children.items() if type(child).__name__.endswith("Norm")}
-    if not all(_is_norm(x) and "forward" not in x.__dict__ and not _has_hooks(x) for x in norms.values()):
+    if not all(_is_norm(x) and "forward" not in x.__dict__ and not has_hooks(x) for x in norms.values()):
         return None
     scale = getattr(module, "residual_multiplier", None)
     forms = [
@@ -184,7 +181,7 @@ def _first(forms: list[Any], module: Any, computes: Callable[[Any, Any], bool]) 
     now = (
         type(module).forward,
         state,
-        [(name, None if child is None else weakref.ref(child)) for name, child in module._modules.items()],
+        [(name, None if child is None else weakref.ref(child)) for name, child in children_of(module).items()],
         forms,
     )
     before, found = _tried.get(module, (None, None))
@@ -205,8 +202,7 @@ def _safely(computes: Callable[[Any, Any], bool], module: Any, form: Any) -> boo
 
 def _over(module: Any, children: dict[str, nn.Module]) -> Callable[..., Any]:
     """The forward of a module over other children, without its hooks."""
-    other = object.__new__(type(module))
-    other.__dict__ = {**module.__dict__, "_modules": {**module._modules, **children}}
+    other = with_children(module, children)
     return lambda *args, **kwargs: type(module).forward(other, *args, **kwargs)
 
 

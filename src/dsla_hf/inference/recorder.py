@@ -187,6 +187,9 @@ class Recorder:
         try:
             with self.fused(prompt):
                 self.recordings[key] = self.record(step, self._pool)
+        except BaseException:
+            self._pool = None  # a capture that broke off leaves its memory as if it went on: later ones have other memory
+            raise
         finally:
             self.capture_seconds.append(time.perf_counter() - start)
 
