@@ -29,15 +29,15 @@ test: $(VENV)/.installed-dev ## run the tests (more options: PYTEST_ARGS='-k nam
 
 test-kernels: $(VENV)/.installed-dev ## run the kernels' tests in Triton's interpreter; `make test` leaves them out until something changes
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --kernels \
-		$$($(BIN)/python -c 'import sys; sys.path.append("tests"); import kernel_sources as k; print(*(f"tests/{m}.py" for m in k.MODULES))')
-	$(BIN)/python tests/kernel_sources.py --record
+		$$($(BIN)/python tests/support/kernel_sources.py --files)
+	$(BIN)/python tests/support/kernel_sources.py --record
 
 # Left out: what does not touch transformers or peft or does so through what is tested already, and distributed, because transformers 5.17 itself cannot resume a run on
 # several CPU processes (it restores the optimizer to the device "cpu:0").
 NOT_MINIMUM := reference attention kernels kernels_in_layer gates_kernel softmax_decode ragged teacher distributed \
 	benchmarks eval_serving inference_eval hub_layout scale report quality task_groups replay serving_http serving_command serving_control serving_ray bench site workflows
 test-minimum: ## run the tests with the oldest supported versions, in an environment of their own
-	$(MAKE) test VENV=.venv-minimum CONSTRAINTS=constraints-minimum.txt PYTEST_ARGS="$(NOT_MINIMUM:%=--ignore tests/test_%.py) $(PYTEST_ARGS)"
+	$(MAKE) test VENV=.venv-minimum CONSTRAINTS=constraints-minimum.txt PYTEST_ARGS="$(NOT_MINIMUM:%=--ignore-glob '*/test_%.py') $(PYTEST_ARGS)"
 
 # Main branches are ahead of the ranges in pyproject.toml; pip says so and goes on.
 UPSTREAM := $(foreach name,transformers peft,"$(name) @ git+https://github.com/huggingface/$(name)")

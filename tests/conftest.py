@@ -12,31 +12,13 @@ if not torch.cuda.is_available():  # Triton kernels then run through its interpr
 
 import kernel_sources
 from peft import get_peft_model
+from tiny import ARCHITECTURE_OPTIONS
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dsla_hf import DSLAConfig
 
 # What is tested in depth: with and without norms of queries and keys.
 KINDS = ("llama", "qwen3")
-
-LOCAL_AND_GLOBAL = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"] * 2}
-# What each architecture's config has beyond the common sizes.
-ARCHITECTURE_OPTIONS = {
-    "llama": {},
-    "mistral": {"sliding_window": None},
-    "mixtral": {"sliding_window": None, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2": {},
-    "qwen3": {},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-    "gemma2": {**LOCAL_AND_GLOBAL, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 5},
-    "gemma3_text": {**LOCAL_AND_GLOBAL, "query_pre_attn_scalar": 5},
-    "phi3": {"sliding_window": None},
-    "olmo2": {},
-    "smollm3": {"no_rope_layers": [1, 0, 1, 0]},
-    "granite": {"attention_multiplier": 0.3, "residual_multiplier": 0.9},
-    "cohere2": LOCAL_AND_GLOBAL,
-    "gpt_oss": {**LOCAL_AND_GLOBAL, "num_local_experts": 4, "num_experts_per_tok": 2},
-}
 
 # Small tensors gain nothing from threads, and workers of xdist that each start one per core slow each other down.
 torch.set_num_threads(1)
@@ -51,14 +33,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what takes long in Triton's interpreter and passed with these very sources, unless a file of it is named."""
-    named = any(module in str(argument) for argument in config.args for module in kernel_sources.MODULES)
-    if os.environ.get("TRITON_INTERPRET") != "1" or config.getoption("--kernels") or named or not kernel_sources.unchanged():
-        return
-    left_out = [item for item in items if item.path.stem in kernel_sources.MODULES]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item.path.stem not in kernel_sources.MODULES]
+    kernel_sources.leave_out(config, items)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """What only one feature needs of other packages: imported when that feature is used, so that nothing else breaks where it has moved.
 
-Functions here have the names of those they stand for, or give them. tests/test_compat.py fails when one of them moves.
+Functions here have the names of those they stand for, or give them. tests/compat/test_compat.py fails when one of them moves.
 """
 
 from __future__ import annotations

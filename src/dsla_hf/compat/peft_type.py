@@ -2,7 +2,7 @@
 
 `peft.register_peft_method` takes methods from outside, but only those whose name is in the `PeftType` enum, and other
 code (transformers' adapter loading) wants a true member. PEFT has no public way to add one, so this file uses enum
-internals; `tests/test_peft_type.py` fails when they change. The member exists in this process only: whoever loads an
+internals; `tests/compat/test_peft_type.py` fails when they change. The member exists in this process only: whoever loads an
 adapter imports `dsla_hf` first.
 """
 

@@ -1,7 +1,7 @@
 """Every name of other packages that we rest on and that is not public, or may move: what for, and what it must look like.
 
-Names are `module:attribute`, as `pkgutil.resolve_name` takes them. tests/test_compat.py goes through the table, and docs/compatibility.md
-lists it. `methods.around` wraps what stands here alone.
+Names are `module:attribute`, as `pkgutil.resolve_name` takes them. tests/compat/test_compat.py goes through the table, and
+docs/compatibility.md lists it. `methods.around` wraps what stands here alone.
 """
 
 from __future__ import annotations

@@ -1,0 +1,94 @@
+"""The CPU side of the benchmarks: floors by bytes, cases and options."""
+
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).resolve().parents[2] / "eval" / "benchmarks" / "kernels.py"
+TB_S = 4.25
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    before = list(sys.path)
+    spec = importlib.util.spec_from_file_location("kernels_benchmark", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    sys.path[:] = before
+    del sys.modules[spec.name]
+
+
+def test_floors_are_what_a_count_by_hand_gives(benchmark):
+    def milliseconds(bytes_moved):
+        return bytes_moved / TB_S / 1e9
+
+    one = 8192 * 32 * 128 * 2  # bytes of q at T = 8,192
+    states = 128 * 32 * 2 * 128 * 128 * 2  # of both bf16 states at 128 boundaries
+    pure = benchmark.PURE
+    assert benchmark.forward_bytes(pure) == 6 * one
+    assert benchmark.forward_bytes(pure, 2) == 10 * one + 2 * states
+    assert benchmark.training_bytes(pure) == 10 * one + 2 * states + 4 * states + (4 + 4 + 11) * one
+    assert milliseconds(benchmark.forward_bytes(pure)) == pytest.approx(0.095, rel=0.01)
+    assert milliseconds(benchmark.forward_bytes(pure, 2)) == pytest.approx(0.284, rel=0.01)
+    assert milliseconds(benchmark.forward_bytes(benchmark.GROUPED, 2)) == pytest.approx(0.095, rel=0.01)
+    assert milliseconds(benchmark.training_bytes(pure)) == pytest.approx(0.84, rel=0.01)
+    assert milliseconds(benchmark.decode_bytes(replace(pure, batch=16))) == pytest.approx(0.0316, rel=0.01)
+    assert benchmark.fold_bytes(pure) == 4 * one + 32 * 2 * 128 * 128 * 4
+
+
+def test_floors_with_a_window_count_ring_sinks_and_write_gates(benchmark):
+    x = replace(benchmark.WINDOW, batch=2, heads=8, kv_heads=4, tokens=256)
+    state, token = 2 * 4 * 2 * 128 * 128 * 4, 2 * 4 * 128 * 2
+    assert benchmark.decode_bytes(x) == state + state * 2 / 64 + (128 + 4) * 2 * token
+    gates = 256 * 2 * 4 * (2 * 64 + 2) * 2
+    assert benchmark.forward_bytes(x) == 256 * (2 * 2 * token + 2 * token) + gates
+    assert benchmark.forward_bytes(x, 2) - benchmark.forward_bytes(x) == 256 * 2 * token + 2 * 4 * state / 2
+
+
+def test_every_part_has_cases_and_quick_runs_have_fewer(benchmark):
+    for part in benchmark.PARTS[:-1]:
+        full, quick = (set(benchmark.cases([part], quick, True)) for quick in (False, True))
+        assert quick and len(quick) <= len(full) and {case.part for case in full} == {part}
+        for case in full:
+            assert case.form in benchmark.FORMS and benchmark.operations(case.what, case.shape) > 0
+            assert all(moved > 0 for moved in benchmark.floors(case.what, case.shape).values())
+
+
+def test_options(benchmark, capsys, monkeypatch):
+    assert benchmark.parse_arguments(["--parts", "decode,fold", "--quick"]).parts == ["decode", "fold"]
+    with pytest.raises(SystemExit):
+        benchmark.parse_arguments(["--parts", "dinner"])
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--floors", "--parts", "forward"])
+    benchmark.main()
+    assert "two passes" in capsys.readouterr().out
+
+
+def test_the_reference_in_pieces_is_the_reference(benchmark, monkeypatch):
+    """On the CPU, so that a long run on a device compares with the truth."""
+    plain_arange, plain_randn = torch.arange, torch.randn
+    monkeypatch.setattr(torch, "arange", lambda *a, device=None, **o: plain_arange(*a, **o))
+    monkeypatch.setattr(torch, "randn", lambda *a, device=None, **o: plain_randn(*a, **o))
+    from dsla_kernels import reference
+
+    for layer in (replace(benchmark.PURE, size=8, decays=8), replace(benchmark.WINDOW, size=8, decays=4, window=8, sinks=2)):
+        x = replace(layer, tokens=50, heads=2, kv_heads=1)
+        inputs = {name: value.double() for name, value in benchmark.make_inputs(x).items()}
+        expected = benchmark.apply(reference, inputs, benchmark.window_options(x, inputs))
+        assert torch.allclose(benchmark.reference_in_pieces(x, inputs, piece=16), expected, rtol=0, atol=1e-12)
+
+
+def test_plots_and_result_file(benchmark, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(benchmark, "IMAGES", tmp_path)
+    rows = []
+    for case in benchmark.cases(["tokens", "batch", "heads"], True, True):
+        row = {"part": case.part, "layer": case.layer, "form": case.form, **vars(case.shape), "ms": 1.0}
+        rows.append(row | {"floors": benchmark.floors(case.what, case.shape)})
+    benchmark.make_plots(rows)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kernels-batch.png", "kernels-heads.png", "kernels-tokens.png"]

@@ -1,0 +1,93 @@
+"""`dsla serve` as a process of its own: checkpoint and adapter in, answers out, and a quiet end at SIGTERM."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+from server import byte_tokenizer
+
+from dsla_cli import main
+from dsla_hf import FixedLevel, Load, PromptLength
+from dsla_hf.serving.command import ServeOptions, load_app, policy_of
+from dsla_hf.serving.engine.engine import EngineOptions
+
+
+@pytest.fixture
+def saved(tmp_path, tiny_model, adapter_model):
+    base = tiny_model("llama")
+    base.save_pretrained(tmp_path / "my-base")
+    byte_tokenizer().save_pretrained(tmp_path / "my-base")
+    adapter_model(base).save_pretrained(tmp_path / "my-adapter")
+    return str(tmp_path / "my-base"), str(tmp_path / "my-adapter")
+
+
+def test_serve_and_end(saved):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-c", "from dsla_cli import main; raise SystemExit(main())", "serve", saved[0], "--adapter", saved[1]]
+    command += ["--policy", "50%", "--port", str(port), "--slots", "2"]
+    environment = {**os.environ, "DSLA_API_KEY": "secret", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                assert httpx.get(f"{address}/health").status_code == 200
+                break
+            except httpx.TransportError:
+                assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
+                time.sleep(0.1)
+        body = {"model": "my-base", "prompt": "Hello", "max_tokens": 4}
+        assert httpx.post(f"{address}/v1/completions", json=body).status_code == 401
+        answer = httpx.post(f"{address}/v1/completions", json=body, headers={"Authorization": "Bearer secret"})
+        assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 4
+        assert httpx.get(f"{address}/status").json()["level"] == 2
+        process.send_signal(signal.SIGTERM)
+        output = process.communicate(timeout=30)[0]
+    finally:
+        process.kill()
+    # uvicorn ends with the signal that ended it.
+    assert process.returncode in (0, -signal.SIGTERM, 128 + signal.SIGTERM), output
+    assert "level 0 -> 2: FixedLevel" in output and "secret" not in output and "Traceback" not in output
+
+
+def test_policies_by_name_and_threshold():
+    options = {"model": "m", "adapter": "a"}
+    assert policy_of(ServeOptions(**options, policy="8"), 32) == FixedLevel("8")
+    assert policy_of(ServeOptions(**options, policy="prompt-length"), 32) == PromptLength()
+    policy = policy_of(ServeOptions(**options, queue_depth=3, first_token_target=2.0, cool_down=1.0), 32)
+    assert isinstance(policy, Load) and (policy.queue_depth, policy.seconds_to_first_token, policy.cool_down) == (3, 2.0, 1.0)
+    assert policy.step == 4 and policy_of(ServeOptions(**options), 4).step == 1 and policy_of(ServeOptions(**options, step=3), 32).step == 3
+    with pytest.raises(ValueError, match="queue_depth"):
+        policy_of(ServeOptions(**options, policy="8", queue_depth=3), 32)
+
+
+def test_options_reach_the_engine(saved):
+    app = load_app(ServeOptions(saved[0], saved[1], max_level="50%", slots=3, kv_gib=0.001, chunk=32))
+    engine = app.state.engine
+    assert engine.control.highest == 2 and engine.options.slots == 3 and engine.chunk == 32
+    assert engine.memory.pool.num_blocks == 2**30 // 1000 // (2 * EngineOptions.block_size * 2 * 8 * 4)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--policy", "clever"], "level_policy"),
+        (["--max-level", "9"], "9"),
+        (["--max-tokens", "99999"], "max_tokens 99999"),
+        (["--kv-gib", "0"], "kv_bytes"),
+        (["--api-key", " "], "api key"),
+        (["--prompt-share", "0"], "prompt_share"),
+    ],
+)
+def test_wrong_options_say_what(saved, capsys, options, words):
+    assert main(["serve", saved[0], "--adapter", saved[1], *options]) == 1
+    *_, error = capsys.readouterr().err.splitlines()  # after the bar of loading, if it came so far
+    assert error.startswith("dsla serve: ") and words in error

@@ -1,0 +1,165 @@
+"""Distillation on two processes, with DDP and with FSDP2: the same losses and levels as on one with the same global batch, and a run
+that is killed goes on, on the same number of processes (one, too) bit for bit, and on another."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from dsla_hf.cli.quickstart import train_tokenizer
+from dsla_hf.training.trainer import draw_level
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIGS = REPOSITORY / "examples" / "configs"
+PROCESSES = str(REPOSITORY / "tests" / "support" / "processes.py")
+OPTIONS = [
+    "--length",
+    "64",
+    "--tokens",
+    "2048",
+    "--ranking_sequences",
+    "2",
+    "--eval_sequences",
+    "2",
+    "--window_size",
+    "8",
+    "--dtype",
+    "float32",
+]
+OPTIONS += ["--logging_steps", "1", "--save_steps", "2", "--report_to", "none", "--disable_tqdm", "True"]
+# Half of the key-value weights fit no second process, whose parts of them are empty.
+OPTIONS += ["--hidden_weight", "0.5"]
+
+
+@pytest.fixture
+def job(tiny_model, tmp_path):
+    """Options of a small distillation but for folder and batch."""
+    texts = [" ".join(f"word{(i * j) % 23} of text" for j in range(300)) for i in range(1, 30)]
+    tokenizer = train_tokenizer(texts, vocab_size=290)
+    base = tiny_model("llama", num_key_value_heads=1)
+    base.resize_token_embeddings(len(tokenizer))
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "text.txt").write_text("\0".join(texts))
+    return ["--model", str(tmp_path / "base"), "--data", str(tmp_path / "text.txt"), *OPTIONS]
+
+
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def launch(config, folder, jobs):
+    """Run jobs (see tests/support/processes.py) through `accelerate launch` on two fresh processes."""
+    own, *ports = free_ports(len(jobs) + 1)
+    file = folder / "jobs.json"
+    file.write_text(json.dumps([job | {"port": port} for job, port in zip(jobs, ports, strict=True)]))
+    options = [
+        "--config_file",
+        str(CONFIGS / config),
+        "--main_process_port",
+        str(own),
+        str(REPOSITORY / "tests/support/processes.py"),
+        str(file),
+    ]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_", "MASTER_", "TORCH"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *options],
+        env={**inherited, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    return done.stdout
+
+
+def logs(output, stage):
+    """What was logged after each step, without times."""
+    history = json.loads((output / stage / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in history if "loss" in entry]
+
+
+def assert_close(found, expected, **tolerance):
+    for stage, term in (("alignment", "alignment/layer_2"), ("logits", "kl")):
+        for name in ("loss", "grad_norm", term):
+            one, other = ([entry[name] for entry in logs(output, stage)] for output in (found, expected))
+            assert len(one) == len(other) == 4
+            assert one == pytest.approx(other, rel=1e-4), (stage, name)
+    found, expected = (load_file(output / "adapter_model.safetensors") for output in (found, expected))
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+@pytest.mark.parametrize("config", ["cpu2.yaml", "fsdp2.yaml"])
+def test_two_processes_equal_one_and_a_killed_run_goes_on_on_both(config, job, tmp_path):
+    def options(name, batch):
+        return {"options": [*job, "--output_dir", str(tmp_path / name), "--per_device_train_batch_size", str(batch)]}
+
+    def moved(name, batch):
+        """Go on from a copy of the run in which the second stage has come half way."""
+        target = tmp_path / f"{name}-moved"
+        unfinished = ("adapter_config.json", "logits/adapter_config.json", "logits/checkpoint-4")
+        changes = {"copy": [str(tmp_path / name), str(target)], "remove": [str(target / path) for path in unfinished]}
+        return options(target.name, batch) | changes
+
+    def killed(name, batch, **more):
+        """Twice, as soon as another checkpoint begins to appear (often in the middle of writing it); then the rest."""
+        kills = [tmp_path / name / stage for stage in ("alignment/checkpoint-4", "logits/checkpoint-2")]
+        return [options(name, batch) | more | kill for kill in (*({"kill_at": str(path)} for path in kills), {})]
+
+    alone = config == "cpu2.yaml"  # one process is one process whatever the config says
+    jobs = [options("two", 2), options("one", 4) | {"processes": 1}, *killed("parts", 2)]
+    jobs += [moved("two", 4) | {"processes": 1}, moved("one", 2), *(killed("alone", 4, processes=1) if alone else [])]
+    output = launch(config, tmp_path, jobs)
+    assert "processes 2" in output and "processes 1" in output
+    assert output.count("DistributedType.FSDP") == (6 if config == "fsdp2.yaml" else 0)  # twice in each of three runs to the end
+    # Of the two processes only the first speaks, once in each run, and of the levels at its end.
+    ends = 5 + alone
+    for words in ("Distilling an adapter", "Levels on 126 tokens kept apart", "Answers to "):
+        assert output.count(words) == (ends + 2 + 2 * alone if words.startswith("Distilling") else ends), words
+    two, one, parts = (tmp_path / name for name in ("two", "one", "parts"))
+
+    assert_close(two, one, rtol=0, atol=1e-4)
+    # The mean over processes is a whole number, that of the pure function, only if all of them drew it.
+    assert [entry["level"] for entry in logs(two, "logits")] == [draw_level(42, step, 4, 2) for step in range(4)]
+    assert json.loads((two / "ranking.json").read_text())["order"] == json.loads((one / "ranking.json").read_text())["order"]
+    assert_close(parts, two, rtol=0, atol=0)
+    if alone:
+        assert_close(tmp_path / "alone", one, rtol=0, atol=0)
+    for stage in ("alignment", "logits"):
+        assert logs(parts, stage) == logs(two, stage)
+        assert not alone or logs(tmp_path / "alone", stage) == logs(one, stage)
+
+    tables = {path: json.loads((path / "levels.json").read_text())["rows"] for path in (two, one, parts)}
+    assert tables[parts] == tables[two]
+    for row, other in zip(tables[two], tables[one], strict=True):
+        assert row == pytest.approx(other, rel=1e-2, abs=1e-4)
+        assert row["level"] == 0 or row["untrained_kl"] == pytest.approx(other["untrained_kl"], rel=1e-5)
+        assert row["level"] == 0 or abs(row["untrained_kl"] - row["kl"]) > 1e-4, "the same weights were measured twice"
+    assert load_file(two / "adapter_model.safetensors").keys() == load_file(two / "logits" / "adapter_model.safetensors").keys()
+
+    # What two processes began one ends, and the other way round.
+    assert_close(tmp_path / "two-moved", two, rtol=0, atol=1e-4)
+    assert_close(tmp_path / "one-moved", one, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("config, kind", [("one_gpu.yaml", "NO"), ("ddp.yaml", "MULTI_GPU"), ("fsdp2.yaml", "FSDP")])
+def test_configs_are_of_their_kind_and_leave_dtypes_alone(config, kind):
+    content = yaml.safe_load((CONFIGS / config).read_text())
+    assert content["distributed_type"] == kind and content["mixed_precision"] == "no"
+    assert content["num_processes"] == (1 if kind == "NO" else 2)
