@@ -5,7 +5,7 @@
 
 Each round runs the benchmarks of both trees, in processes of their own and in turns, so that a card that slows down slows both. A row is a
 measurement that both have: the median of its rounds, the ratio, and how far rounds of the same tree lie apart. Writes
-eval/results/revisions.json, and a plot of the ratios to docs/images/revisions.png.
+eval/results/revisions.json (rows of parts that did not run are kept), and a plot of the ratios to docs/images/revisions.png.
 """
 
 from __future__ import annotations
@@ -93,6 +93,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--image", type=Path, default=IMAGE)
     args = parser.parse_args(arguments)
     parts = args.parts.split(",")
+    file = args.results / "revisions.json"
+    known = json.loads(file.read_text())["rows"] if file.exists() else []
+    kept = [row for row in known if not any(row["what"].startswith(f"part={part} ") for part in parts)]
     rounds: list[tuple[dict[str, float], dict[str, float]]] = []
     with tqdm(total=2 * args.rounds, desc="rounds of both") as bar:
         for _ in range(args.rounds):
@@ -101,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
                 both.append(measure(tree, parts, args.shape))
                 bar.update()
             rounds.append((both[0], both[1]))
-            rows = compare(rounds)
+            rows = sorted(kept + compare(rounds), key=lambda row: -row["ratio"])
             write_results("revisions", rows, folder=args.results)
     plot(rows, args.image)
     print(rows_table(rows, COLUMNS))
