@@ -51,7 +51,7 @@ def measure(tree: Path, parts: list[str], shape: str) -> dict[str, float]:
         with tempfile.TemporaryDirectory() as folder:
             run("eval/inference.py", "--parts", "token", "--shapes", shape, "--results", folder)
             for row in json.loads(Path(folder, "inference.json").read_text())["rows"]:
-                if row.get("seconds_per_token") is not None:
+                if row["engine"] == "graph" and row.get("seconds_per_token") is not None:  # other steps take what the host does
                     found[" ".join(f"{name}={row[name]}" for name in TOKEN_KEY)] = 1000 * row["seconds_per_token"]
     return found
 
@@ -105,7 +105,8 @@ def main(arguments: list[str] | None = None) -> None:
                 bar.update()
             rounds.append((both[0], both[1]))
             rows = sorted(kept + compare(rounds), key=lambda row: -row["ratio"])
-            write_results("revisions", rows, folder=args.results)
+            command = f"python eval/revisions.py BEFORE AFTER --rounds {args.rounds} --parts {args.parts}"
+            write_results("revisions", rows, command, folder=args.results)
     plot(rows, args.image)
     print(rows_table(rows, COLUMNS))
 
