@@ -5,7 +5,7 @@
 
 Each round runs the benchmarks of both trees, in processes of their own and in turns, so that a card that slows down slows both. A row is a
 measurement that both have: the median of its rounds, the ratio, and how far rounds of the same tree lie apart. Writes
-eval/results/revisions.json (rows of parts that did not run are kept), and a plot of the ratios to docs/images/revisions.png.
+eval/results/revisions.json (rows of parts that did not run are kept), a plot of the ratios and the table of docs/measured/kernels.md, which `--page` makes from that file.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -21,15 +22,15 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from reporting import RESULTS, rows_table, write_results
+from reporting import RESULTS, fill_page, rows_table, write_results
 from tqdm import tqdm
 
 from dsla_hf.core import plots
 
-IMAGE = Path(__file__).parents[1] / "docs" / "images" / "revisions.png"
+DOCS = Path(__file__).parents[1] / "docs"
 KERNEL_KEY = ("part", "what", "layer", "form", "tokens", "heads", "kv_heads", "batch", "size", "decays", "window", "sinks")
 TOKEN_KEY = ("part", "shape", "engine", "level", "length", "batch_size")
-COLUMNS = ["what", "before_ms", "after_ms", "ratio", "spread"]
+COLUMNS = ["what", "before_ms", "after_ms", "ratio", "spread", "rounds"]
 
 
 def measure(tree: Path, parts: list[str], shape: str) -> dict[str, float]:
@@ -73,6 +74,18 @@ def compare(rounds: list[tuple[dict[str, float], dict[str, float]]]) -> list[dic
     return sorted(rows, key=lambda row: -row["ratio"])
 
 
+def show(rows: list[dict[str, Any]], docs: Path) -> None:
+    """The table and the plot in the pages of a folder."""
+    short = ("part", "layer", "tokens", "kv_heads", "batch", "level", "length")
+
+    def named(row: dict[str, Any]) -> dict[str, Any]:
+        values = dict(pair.split("=") for pair in re.split(r" (?=\w+=)", row["what"]))
+        return row | {"what": ", ".join(f"{name} {values[name]}" if name != "part" else values[name] for name in short if name in values)}
+
+    fill_page(docs / "measured" / "kernels.md", {"revisions": rows_table([named(row) for row in rows], COLUMNS)})
+    plot(rows, docs / "images" / "revisions.png")
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Every ratio over the time before."""
     figure, (axes,) = plots.figure(size=(7, 4))
@@ -84,14 +97,19 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("before", type=Path, help="folder of the one revision")
-    parser.add_argument("after", type=Path, help="folder of the other")
+    parser.add_argument("before", type=Path, nargs="?", help="folder of the one revision")
+    parser.add_argument("after", type=Path, nargs="?", help="folder of the other")
+    parser.add_argument("--page", action="store_true", help="measure nothing: table and plot from the rows")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--parts", default="forward,training,decode,fold,token", help="of the kernels' benchmark, and token")
     parser.add_argument("--shape", default="llama2-7b", help="of `dsla bench`, for token")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of revisions.json")
-    parser.add_argument("--image", type=Path, default=IMAGE)
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder with measured/kernels.md and images")
     args = parser.parse_args(arguments)
+    if args.page:
+        return show(json.loads((args.results / "revisions.json").read_text())["rows"], args.docs)
+    if args.after is None:
+        parser.error("two folders are needed: BEFORE AFTER")
     parts = args.parts.split(",")
     file = args.results / "revisions.json"
     known = json.loads(file.read_text())["rows"] if file.exists() else []
@@ -107,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
             rows = sorted(kept + compare(rounds), key=lambda row: -row["ratio"])
             command = f"python eval/revisions.py BEFORE AFTER --rounds {args.rounds} --parts {args.parts}"
             write_results("revisions", rows, command, folder=args.results)
-    plot(rows, args.image)
+    show(rows, args.docs)
     print(rows_table(rows, COLUMNS))
 
 
