@@ -5,7 +5,8 @@
 
 Each round runs the benchmarks of both trees, in processes of their own and in turns, so that a card that slows down slows both. A row is a
 measurement that both have: the median of its rounds, the ratio, and how far rounds of the same tree lie apart. Writes
-eval/results/revisions.json (rows of parts that did not run are kept), a plot of the ratios and the table of docs/measured/kernels.md, which `--page` makes from that file.
+eval/results/revisions.json (rows of parts that did not run are kept), a plot of the ratios and the table of docs/measured/kernels.md,
+both of which `--page` makes from that file.
 """
 
 from __future__ import annotations

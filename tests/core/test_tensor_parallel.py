@@ -42,7 +42,7 @@ def texts_of(folder, device, options, wanted):
     found = {}
 
     def write(name, model, **choices):
-        settings = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+        settings = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
         out = model.generate(input_ids=ids, attention_mask=mask, **settings, **choices)
         cached = []
         for layer in out.past_key_values.layers:

@@ -253,7 +253,7 @@ def test_requests_made_from_the_schema_never_break_the_server(module_server, mod
         if mode is GenerationMode.NEGATIVE and not operation.body:
             continue  # nothing of it can be wrong
 
-        @settings(max_examples=30, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=20, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
         @given(case=operation.as_strategy(generation_mode=mode))
         def check(case):
             if isinstance(case.body, dict) and "model" in case.body:

@@ -881,7 +881,7 @@ def test_chain_sees_other_text_first_in_each_link(fresh, tmp_path):
     assert len(firsts) == 4 and len({str(first) for first in firsts}) == 4
 
 
-@pytest.mark.parametrize("link, step", [(1, 1), (2, 3), (4, 2)])
+@pytest.mark.parametrize("link, step", [(1, 1), (3, 3)])
 def test_interrupted_chain_goes_on_exactly(link, step, fresh, tmp_path):
     class Interrupt(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
