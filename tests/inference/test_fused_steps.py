@@ -183,7 +183,9 @@ def test_other_architectures(tiny_model, adapter_model, counted, launches, kind)
 
 def test_the_kernels_themselves(tiny_model, adapter_model, counted, interpreted_kernels, monkeypatch):
     for kind, level, rows in (("llama", 1, 3), ("qwen2", 0, 1), ("gemma2", 2, 2)):
-        model = adapter_model(tiny_model(kind, num_hidden_layers=2, layer_types=["full_attention"] * 2), conversion_order=[1, 0], level=level)
+        model = adapter_model(
+            tiny_model(kind, num_hidden_layers=2, layer_types=["full_attention"] * 2), conversion_order=[1, 0], level=level
+        )
         monkeypatch.setattr("dsla_kernels.dispatch.choice", "pytorch")
         expected = decode(model, rows=rows)
         monkeypatch.setattr("dsla_kernels.dispatch.choice", "triton")

@@ -84,32 +84,13 @@ def evaluate(
         ImportError: if lm-eval, or a package that a task needs, is missing.
         OSError: if a file or a data set is missing.
     """
-    for name, value in (("limit", limit), ("batch_size", batch_size)):
-        if value is not None:
-            check_at_least_one(name, value)
-    if num_fewshot is not None and num_fewshot < 0:
-        raise ValueError(f"num_fewshot must be 0 or more, got {num_fewshot}")
     tasks = list(dict.fromkeys(tasks))
-    if not tasks:
-        raise ValueError(f"no task is named: give names of lm-eval, or out of {list(long_context.TASKS)}")
-    for folder, content in ((include_path, "the task definitions"), (data, "the data sets")):
-        if folder is not None and not Path(folder).is_dir():
-            raise ValueError(f"{folder} is not a folder: give the folder that holds {content}")
-    if Path(output).is_file():
-        raise ValueError(f"{output} is a file: give a folder for the results")
+    _check_options(tasks, output, limit, batch_size, num_fewshot, include_path, data)
     own = [task for task in tasks if task in long_context.TASKS]
     others = [task for task in tasks if task not in own]
     converted = _layers_by_level(model, adapter, levels)
 
-    settings: dict[str, Any] = {
-        "model": _identity(model, "config.json", "tokenizer.json"),
-        "adapter": None if adapter is None else _identity(adapter),
-        "mathematics": None if adapter is None else read_adapter_config(adapter).mathematics(),
-        "dtype": dtype,
-        "tasks": sorted(tasks),
-        "limit": limit,
-        "lengths": None if lengths is None else list(lengths),
-    }
+    settings = _settings(model, adapter, tasks, dtype, limit, lengths)
     if others:
         settings |= {"num_fewshot": num_fewshot, "include_path": include_path and _digest(sorted(Path(include_path).rglob("*.*")))}
         if data is not None:
@@ -151,14 +132,51 @@ def evaluate(
                 "seconds": round(time.perf_counter() - start, 1),
             }
             write_json(_result_file(output, level), result)
-            for file in Path(output).glob(f".level-{level:02d}-*"):
-                with suppress(OSError):  # where open files cannot be removed it stays, and is of no use
-                    file.unlink()
+            _forget_answers(output, level)
             results[level] = result
     results = {level: results[level] for level in plan}
     print(table({level: result["tasks"] for level, result in results.items()}))
     print(f"results in {output}")
     return results
+
+
+def _check_options(
+    tasks: list[str],
+    output: str,
+    limit: int | None,
+    batch_size: int | None,
+    num_fewshot: int | None,
+    include_path: str | None,
+    data: str | None,
+) -> None:
+    """Raises ValueError for what can be seen to be wrong before anything is read."""
+    for name, value in (("limit", limit), ("batch_size", batch_size)):
+        if value is not None:
+            check_at_least_one(name, value)
+    if num_fewshot is not None and num_fewshot < 0:
+        raise ValueError(f"num_fewshot must be 0 or more, got {num_fewshot}")
+    if not tasks:
+        raise ValueError(f"no task is named: give names of lm-eval, or out of {list(long_context.TASKS)}")
+    for folder, content in ((include_path, "the task definitions"), (data, "the data sets")):
+        if folder is not None and not Path(folder).is_dir():
+            raise ValueError(f"{folder} is not a folder: give the folder that holds {content}")
+    if Path(output).is_file():
+        raise ValueError(f"{output} is a file: give a folder for the results")
+
+
+def _settings(
+    model: str, adapter: str | None, tasks: list[str], dtype: str, limit: int | None, lengths: Sequence[int] | None
+) -> dict[str, Any]:
+    """What a result depends on, whatever its tasks are."""
+    return {
+        "model": _identity(model, "config.json", "tokenizer.json"),
+        "adapter": None if adapter is None else _identity(adapter),
+        "mathematics": None if adapter is None else read_adapter_config(adapter).mathematics(),
+        "dtype": dtype,
+        "tasks": sorted(tasks),
+        "limit": limit,
+        "lengths": None if lengths is None else list(lengths),
+    }
 
 
 def table(results: dict[int, dict[str, dict[str, float]]]) -> str:
@@ -338,6 +356,13 @@ def _digest(files: Sequence[Path]) -> str:
 
 def _result_file(output: str, level: int) -> Path:
     return Path(output) / f"level-{level:02d}.json"
+
+
+def _forget_answers(output: str, level: int) -> None:
+    """Remove what was kept of a level for the case of an interrupt."""
+    for file in Path(output).glob(f".level-{level:02d}-*"):
+        with suppress(OSError):  # where open files cannot be removed it stays, and is of no use
+            file.unlink()
 
 
 def _answers(output: str, level: int, settings: dict[str, Any]) -> str:
