@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 WORDS = """
-apple anchor basket button candle carpet cherry copper curtain daisy dragon engine feather finger forest garlic ginger
+apple anchor basket button candle carpet cherry copper curtain daisy dragon engine fiddle finger forest garlic ginger
 hammer helmet honey island jacket kettle ladder lemon maple marble mirror needle orange paper pepper pillow pocket
-rabbit ribbon saddle silver spider stone sugar table ticket tiger tunnel velvet violin walnut window winter
+rabbit ribbon saddle sponge spider stone sugar table ticket tiger tunnel vinegar violin walnut window whistle
 """.split()  # noqa: SIM905 (words in a row)
 NAMES = """
 Alma Boris Clara Dario Edith Felix Greta Hugo Irene Jonas Karin Leon Marta Nils Olga Peter Rosa Simon Thea Viktor
