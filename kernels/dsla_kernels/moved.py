@@ -34,7 +34,7 @@ class Moved(MetaPathFinder, Loader):
         package: the name of the package.
         modules: old names and new ones, within the package.
         members: of modules that keep their names, what they had before it went to another module: its name, and that of the module as in a
-            relative import, such as `.core.fold`.
+            relative import, such as `.core.fold`; then a colon and its new name, if it has one.
     """
 
     def __init__(self, package: str, modules: Mapping[str, str], members: Mapping[str, Mapping[str, str]] | None = None):
@@ -92,9 +92,10 @@ class _Divided(SourceFileLoader):
 
         def find(name: str) -> Any:
             if name in self.members:
-                new = resolve_name(self.members[name], self.package)
-                warnings.warn(f"{self.name}.{name} is now {new}.{name}; the old name goes with 0.3", DeprecationWarning, stacklevel=2)
-                return getattr(importlib.import_module(new), name)
+                place, _, new = self.members[name].partition(":")
+                place, new = resolve_name(place, self.package), new or name
+                warnings.warn(f"{self.name}.{name} is now {place}.{new}; the old name goes with 0.3", DeprecationWarning, stacklevel=2)
+                return getattr(importlib.import_module(place), new)
             if own is not None:
                 return own(name)
             raise AttributeError(f"module {self.name!r} has no attribute {name!r}")

@@ -76,9 +76,13 @@ MEMBERS = {
     "core.cache": dict.fromkeys(("check_cache", "dsla_cache_layer", "fold"), ".core.fold"),
     "inference.bench.measure": dict.fromkeys(("PRESETS", "preset_config", "random_model", "ready"), ".inference.bench.models"),
     "inference.graph": {"Recording": ".inference.recorder"},
-    "models.adapter": dict.fromkeys(("AdapterLinear", "FusedProjection"), ".models.adapter_layer"),
+    "models.adapter": {
+        **dict.fromkeys(("AdapterLinear", "FusedProjection"), ".models.adapter_layer"),
+        "_guard_level": ".models.level_guards:guard_level",  # these two, and `_new_attention`, are in models that were pickled whole
+        "_check_training_at_level_0": ".models.level_guards:check_training_at_level_0",
+    },
     "models.hybrid": {
-        **dict.fromkeys(("DSLAAttentionMixin", "attention_config", "dsla_attention_function"), ".models.base_attention"),
+        **dict.fromkeys(("DSLAAttentionMixin", "_new_attention", "attention_config", "dsla_attention_function"), ".models.base_attention"),
         "first_layers": ".models.decoder",
     },
     "serving.engine": dict.fromkeys(("Draining", "ShedForMemory"), ".serving.engine.engine"),
