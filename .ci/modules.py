@@ -5,7 +5,6 @@ python .ci/modules.py --check   exit with 1 if it is not what would be written
 """
 
 import ast
-import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -20,7 +19,8 @@ cli, serving, evaluation, training, inference, models, levels, core, compat (`te
 """
 MOVED_HEAD = """## Old names
 
-`import` by these names works until 0.3, with a warning.
+`import` by these names works until 0.3, with a warning; so do members of `dsla_hf` that went to another module
+(`src/dsla_hf/moved.py` has them).
 
 | before | now |
 |---|---|
@@ -47,15 +47,18 @@ def page() -> str:
                 lines += [f"| `{file.stem}` | {first_sentence(file)} |" for file in modules]
                 lines.append("")
             parts.append("\n".join(lines))
-    return "\n".join(parts) + "\n" + MOVED_HEAD + "".join(f"| `dsla_hf.{old}` | `dsla_hf.{new}` |\n" for old, new in _moved().items())
+    names = [
+        f"| `{package}.{old}` | `{package}.{new}` |\n" for package in ("dsla_hf", "dsla_kernels") for old, new in _moved(package).items()
+    ]
+    return "\n".join(parts) + "\n" + MOVED_HEAD + "".join(names)
 
 
-def _moved() -> dict[str, str]:
-    spec = importlib.util.spec_from_file_location("moved", ROOT / "src" / "dsla_hf" / "moved.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.MOVED
+def _moved(package: str) -> dict[str, str]:
+    """The table of a package's `moved.py`, read without what it imports."""
+    tree = ast.parse((PACKAGES[package] / package / "moved.py").read_text(encoding="utf-8"))
+    return next(
+        ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MOVED"
+    )
 
 
 if __name__ == "__main__":

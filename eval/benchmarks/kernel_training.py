@@ -20,12 +20,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from reporting import rows_table, write_results
+REPOSITORY = Path(__file__).resolve().parents[2]
+# Not this folder: there is a package called `kernels`.
+sys.path[:] = [str(REPOSITORY / "eval"), *(x for x in sys.path if Path(x).resolve() != Path(__file__).parent)]
+
+from reporting import rows_table, write_results  # noqa: E402
 
 LAYERS: dict[str, dict[str, Any]] = {"window": {}, "pure": {"window_size": 0}}
 PATHS = {"Triton": ("triton", "bfloat16"), "PyTorch": ("pytorch", "bfloat16"), "PyTorch, fp32": ("pytorch", "float32")}
-IMAGE = Path(__file__).parent.parent.parent / "docs" / "images" / "kernel-training.png"
+IMAGE = REPOSITORY / "docs" / "images" / "kernel-training.png"
 
 
 def train(args: argparse.Namespace, layer: str, dtype: str) -> list[float]:

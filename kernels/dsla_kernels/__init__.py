@@ -15,8 +15,11 @@ from .dispatch import (
     takes_few_rows,
     uses_triton,
 )
+from .moved import MOVED, Moved
 from .ragged import Rows, rows_from_cu_seqlens, rows_from_mask
 from .reference import block_states, count_tokens, dual_state_window_attention, join_window_and_states, log_decays
+
+Moved(__name__, MOVED).install()
 
 __all__ = [
     "SMALLEST_LOG_DECAY",

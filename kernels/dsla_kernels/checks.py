@@ -29,7 +29,7 @@ def _states(dtypes: str) -> dict[str, str]:
 
 def _layer(dtypes: str) -> dict[str, str]:
     queries = {"q": f"B T Hq K; {dtypes}"} | _states(dtypes) | {"k": "B T Hkv K; as q", "v": "B T Hkv V; as q"}
-    return queries | {"mix": f"Hq 2; {dtypes}", "cu_seqlens": "boundaries; optional"}
+    return queries | {"mix": f"Hq 2; {dtypes}; (query heads, states)", "cu_seqlens": "boundaries; optional"}
 
 
 def _gates(dtypes: str) -> dict[str, str]:
@@ -52,15 +52,16 @@ _WINDOW = {
     "row_start": "B; int32 or int64; optional",
     "state_mask": "B T; optional",
 }
+SINK_LOGITS = {"sink_logits": "Hq; floating-point; optional; (one a query head)"}
 LAYER, KERNEL_LAYER = (table(_layer(dtypes)) for dtypes in ("floating-point", KERNEL_DTYPES))
 STATES, KERNEL_STATES = (table(_states(dtypes)) for dtypes in ("floating-point", KERNEL_DTYPES))
 GATES, KERNEL_GATES = (table(_gates(dtypes)) for dtypes in ("floating-point", KERNEL_DTYPES))
-WINDOW = table(_WINDOW | {"sink_logits": "Hq; floating-point; optional"})
+WINDOW = table(_WINDOW | SINK_LOGITS)
 FUSED_WINDOW = table(
     _WINDOW
     | {"norm_weight": f"Hq V; {KERNEL_DTYPES}"}
     | dict.fromkeys(("state_gain", "state_bias"), f"Hq; {KERNEL_DTYPES}")
-    | {"sink_logits": f"Hq; {KERNEL_DTYPES}; optional"}
+    | {"sink_logits": f"Hq; {KERNEL_DTYPES}; optional; (one a query head)"}
 )
 
 
@@ -88,7 +89,7 @@ def check_inputs(
 ) -> None:
     """Raises ValueError that names the argument which does not fit the contract of `dual_state_attention`."""
     check_lower_bound(lower_bound)
-    if cu_seqlens is not None and (q.shape[:1] != (1,) or padding_mask is not None or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2):
+    if cu_seqlens is not None and (_rows(q) != 1 or padding_mask is not None or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2):
         raise ValueError("cu_seqlens (1-D, at least two entries) needs one batch row and no padding_mask")
     tensors = {
         "q": q,
@@ -102,19 +103,22 @@ def check_inputs(
         "initial_state": initial_state,
     }
     # A state a sequence, of which a batch has one a row.
-    sizes = check(arguments, tensors, **({} if cu_seqlens is None else {"N": cu_seqlens.numel() - 1}))
+    sizes = check(arguments, tensors, N=_rows(q) if cu_seqlens is None else cu_seqlens.numel() - 1)
     check_groups(sizes["Hq"], sizes["Hkv"])
-    _check_sizes(sizes, "q", None if cu_seqlens is not None else initial_state)
+    _check_sizes(sizes, "q")
 
 
-def _check_sizes(sizes: dict[str, int], first: str, batch_state: Tensor | None) -> None:
-    """What a table cannot say; batch_state: an initial state that has a row for each of the batch's."""
+def _rows(x: Tensor | None) -> int:
+    """Of a batch `[B, T, H, D]`; 1 for anything else, which the table refuses."""
+    return x.shape[0] if x is not None and x.ndim == 4 else 1
+
+
+def _check_sizes(sizes: dict[str, int], first: str) -> None:
+    """What a table cannot say."""
     if sizes["T"] == 0:
         raise ValueError(f"{first} holds no tokens (T = 0)")
     if sizes["G"] not in (sizes["K"], sizes["K"] / 2):
         raise ValueError(f"gate_logits must have G = {sizes['K']} or {sizes['K'] / 2:g} decays a state, got {sizes['G']}")
-    if batch_state is not None and sizes["N"] != sizes["B"]:
-        raise ValueError(f"initial_state must hold the {sizes['B']} rows of {first}, got {list(batch_state.shape)}")
 
 
 def check_state_inputs(
@@ -141,7 +145,7 @@ def check_state_inputs(
         "padding_mask": padding_mask,
         "initial_state": initial_state,
     }
-    _check_sizes(check(arguments, tensors), "k", initial_state)
+    _check_sizes(check(arguments, tensors, N=_rows(k)), "k")
 
 
 def check_kernel_inputs(
@@ -182,6 +186,8 @@ def check_window_inputs(
         )
     check_softcap(softcap)
     sink_k, sink_v = sinks or (None, None)
+    if sinks and (sink_k is None or sink_v is None):
+        raise ValueError("sinks must be k and v, or None for a window without them")
     check(arguments, {"q": q, "k": k, "v": v, "k of the sinks": sink_k, "v of the sinks": sink_v, **others})
 
 
@@ -191,8 +197,7 @@ def _softmax(q: str, keys: str, others: dict[str, str]) -> tuple[Argument, ...]:
 
 
 BLOCK_TABLE = {"block_table": "B most_blocks; int32 or int64"}
-SINK_LOGITS = {"sink_logits": "Hq; floating-point; optional"}
-SOFTMAX_DECODE = _softmax("B 1", "B Hkv T", {"mask": "B T; bool; optional"} | SINK_LOGITS)
+SOFTMAX_DECODE = _softmax("B 1", "B Hkv T", {"mask": "B T; bool; optional; (True at tokens that are seen)"} | SINK_LOGITS)
 PAGED_DECODE = _softmax("B 1", "blocks block_size Hkv", BLOCK_TABLE | SINK_LOGITS)
 SOFTMAX_PROMPT = _softmax("B T", "blocks block_size Hkv", BLOCK_TABLE | {"starts": "B; as lengths"})
 

@@ -44,11 +44,12 @@ class Argument(NamedTuple):
     optional: bool
     dense: bool  # in the last dimension
     in_place: bool  # contiguous, as it changes
+    note: str  # that messages add, or ""
 
 
 def table(lines: Mapping[str, str]) -> tuple[Argument, ...]:
     """Reads lines `dimensions; rule; ...` by name of the argument. Rules: dtypes (`fp32, bf16 or fp16`, `floating-point`, `as q`),
-    `optional` (may be None), `dense` (its last dimension), `in place` (contiguous).
+    `optional` (may be None), `dense` (its last dimension), `in place` (contiguous); `(words)` are added to messages.
 
     Raises:
         ValueError: names a rule that there is not.
@@ -65,10 +66,13 @@ def table(lines: Mapping[str, str]) -> tuple[Argument, ...]:
 def _argument(name: str, line: str, known: set[str]) -> Argument:
     dimensions, *rules = (part.strip() for part in line.split(";"))
     letters = tuple(dimensions.split())
-    words, like = "", ""
+    words = like = note = ""
     dtypes: tuple[torch.dtype, ...] = ()
     for rule in rules:
         if rule in ("optional", "dense", "in place"):
+            continue
+        if rule.startswith("("):
+            note = rule
             continue
         words = rule
         if rule.startswith("as "):
@@ -90,6 +94,7 @@ def _argument(name: str, line: str, known: set[str]) -> Argument:
         "optional" in rules,
         "dense" in rules,
         "in place" in rules,
+        note,
     )
 
 
@@ -111,7 +116,7 @@ def check(arguments: tuple[Argument, ...], given: Mapping[str, Tensor | None], *
         raise _missing(arguments[0].name)
     device, fixed, sizes = first.device, sizes, NUMBERS | sizes
     for argument in arguments:
-        name, letters, new, _, dtypes, like, optional, dense, in_place = argument
+        name, letters, new, _, dtypes, like, optional, dense, in_place, _ = argument
         x = given[name]
         if x is None and optional:
             continue
@@ -148,7 +153,8 @@ def _misfit(
     shape = ", ".join(letter if letter in own else str(sizes.get(letter, letter)) for letter in wrong.letters)
     like = given[wrong.like] if wrong.like else None
     must = f"{wrong.words if like is None else like.dtype} [{shape}] on {device}".lstrip()
-    return ValueError(f"{wrong.name} must be {must}, got {x.dtype} {list(x.shape)} on {x.device}")
+    note = f"(of the dtype of {wrong.like})" if like is not None and x.dtype != like.dtype else wrong.note
+    return ValueError(f"{wrong.name} must be {must}, got {x.dtype} {list(x.shape)} on {x.device} {note}".rstrip())
 
 
 def _missing(name: str) -> ValueError:

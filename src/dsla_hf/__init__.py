@@ -7,7 +7,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from . import moved
+from . import moved  # noqa: F401 (before all others: modules are found by their old names from here on)
 from .compat import needed_for
 from .core.attention import DualState, DualStateAttention
 from .core.cache import DSLACacheLayer, cache_bytes
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from .training.ranking import rank_layers
     from .training.recipe import distill
     from .training.trainer import DSLATrainer
-
-moved.install()
 
 __version__ = version("dsla-hf")
 

@@ -1,15 +1,9 @@
-"""Names that modules had before 0.2, until 0.3: `import dsla_hf.distillation` gives `dsla_hf.training.recipe`, with a warning."""
+"""Names that modules and their members had before 0.1.0, until 0.3: `import dsla_hf.distillation` gives `dsla_hf.training.recipe`, with a
+warning."""
 
 from __future__ import annotations
 
-import importlib
-import sys
-import warnings
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import spec_from_loader
-from types import CodeType, ModuleType
-from typing import Any
+from dsla_kernels.moved import Moved
 
 MOVED = {
     "adapter": "models.adapter",
@@ -74,39 +68,33 @@ MOVED = {
     "training.data": "training.text",
 }
 
+# Of modules that keep their names: what they had before it went elsewhere, and where it is.
+MEMBERS = {
+    "cli": {"main": "dsla_cli.main"},
+    "cli.distill": dict.fromkeys(("parse_options",), ".cli.distill_options"),
+    "core.attention": {"autocast_dtype": ".core.precision", "records_steps": ".core.recording"},
+    "core.cache": dict.fromkeys(("check_cache", "dsla_cache_layer", "fold"), ".core.fold"),
+    "inference.bench.measure": dict.fromkeys(("PRESETS", "preset_config", "random_model", "ready"), ".inference.bench.models"),
+    "inference.graph": {"Recording": ".inference.recorder"},
+    "models.adapter": {
+        **dict.fromkeys(("AdapterLinear", "FusedProjection"), ".models.adapter_layer"),
+        "_guard_level": ".models.level_guards:guard_level",  # these two, and `_new_attention`, are in models that were pickled whole
+        "_check_training_at_level_0": ".models.level_guards:check_training_at_level_0",
+    },
+    "models.hybrid": {
+        **dict.fromkeys(("DSLAAttentionMixin", "_new_attention", "attention_config", "dsla_attention_function"), ".models.base_attention"),
+        "first_layers": ".models.decoder",
+    },
+    "serving.engine": dict.fromkeys(("Draining", "ShedForMemory"), ".serving.engine.engine"),
+    "serving.replay": dict.fromkeys(("Outcome", "summarize", "tokens_at_level"), ".serving.replay.client"),
+    "training.chats": dict.fromkeys(("ShortAnswers", "measure_answers"), ".evaluation.short_answers"),
+    "training.recipe": dict.fromkeys(("draw_level", "half_lives"), ".training.trainer"),
+    "training.text": {"check_teaches": ".training.text_check"},
+    "training.trainer": {
+        **dict.fromkeys(("METHODS", "check_output", "distill"), ".training.recipe"),
+        **dict.fromkeys(("FullDisk", "progress_so_far"), ".training.checkpoints"),
+    },
+}
 
-class Moved(MetaPathFinder, Loader):
-    """Finds modules by their old names. The module that an import gives is the one of the new name, not a copy."""
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        package, _, name = fullname.partition(".")
-        return spec_from_loader(fullname, self) if package == __package__ and name in MOVED else None
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        name = self._new_name(spec.name)
-        module = importlib.import_module(name)
-        self._specs[spec.name] = module.__spec__
-        return module
-
-    def exec_module(self, module: ModuleType) -> None:
-        spec = module.__spec__
-        if spec is not None and spec.name in self._specs:  # the import has put that of the old name there
-            module.__spec__ = self._specs.pop(spec.name)
-
-    def get_code(self, fullname: str) -> CodeType:
-        """For `python -m`, which runs a module under another name."""
-        code = f"import runpy; runpy.run_module({self._new_name(fullname)!r}, run_name='__main__', alter_sys=True)"
-        return compile(code, fullname, "exec")
-
-    def _new_name(self, old: str) -> str:
-        new = f"{__package__}.{MOVED[old.partition('.')[2]]}"
-        warnings.warn(f"{old} is now {new}; the old name goes with 0.3", DeprecationWarning, stacklevel=3)
-        return new
-
-    _specs: dict[str, Any] = {}
-
-
-def install() -> None:
-    """Let imports by old names succeed."""
-    if not any(isinstance(finder, Moved) for finder in sys.meta_path):
-        sys.meta_path.insert(0, Moved())  # before the finder of files, which would find the modules of a moved package again
+# Here, so that it is in place before any of these modules is imported.
+Moved(__package__, MOVED, MEMBERS).install()

@@ -1,6 +1,7 @@
 """The CPU side of the benchmarks: floors by bytes, cases and options."""
 
 import importlib.util
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -92,3 +93,9 @@ def test_plots_and_result_file(benchmark, tmp_path, monkeypatch):
         rows.append(row | {"floors": benchmark.floors(case.what, case.shape)})
     benchmark.make_plots(rows)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kernels-batch.png", "kernels-heads.png", "kernels-tokens.png"]
+
+
+def test_a_benchmark_starts_beside_one_that_is_called_as_a_package():
+    """transformers imports a package `kernels`; in this folder lies a file of that name."""
+    done = subprocess.run([sys.executable, SCRIPT.with_name("kernel_training.py"), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

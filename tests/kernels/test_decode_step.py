@@ -54,6 +54,7 @@ WRONG = {
     "gates": ({"gates": gate(down=lambda x: x[:, :11])}, r"^gates.down must be fp32, bf16 or fp16 \[2, 12, rank\]"),
     "rank": ({"gates": gate(up=lambda x: x[:, :4])}, r"^gates.up must be fp32, bf16 or fp16 \[2, 5, 16\]"),
     "decays": ({"gates": gate(bias=lambda x: x[..., :5], up=lambda x: x[..., :10])}, "^gates.bias must have 8 or 4 decays a state, got 5"),
+    "decays alone": ({"gates": gate(bias=lambda x: x[..., :5])}, "^gates.bias must have 8 or 4 decays a state, got 5"),
     "half a write gate": ({"gates": gate(write_bias=lambda x: None)}, "^gates.write_weight and gates.write_bias must be given together"),
     "mix": ({"mix_logits": lambda x: x[:, :1]}, r"^mix_logits must be fp32, bf16 or fp16 \[6, 2\]"),
     "norm": ({"norm_weight": lambda x: x.long()}, "^norm_weight must be fp32, bf16 or fp16 .* got torch.int64"),

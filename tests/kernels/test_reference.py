@@ -681,6 +681,7 @@ WINDOW_EXTRAS = {
     "sinks of other heads": ("k of the sinks", {"sinks": (torch.zeros(2, 3, 4, 12), torch.zeros(2, 3, 2, 20))}),
     "sinks of other rows": ("k of the sinks", {"sinks": (torch.zeros(1, 3, 2, 12), torch.zeros(1, 3, 2, 20))}),
     "values of sinks like keys": ("v of the sinks", {"sinks": (torch.zeros(2, 3, 2, 12), torch.zeros(2, 3, 2, 12))}),
+    "half of the sinks": ("sinks must be k and v", {"sinks": (torch.zeros(2, 3, 2, 12), None)}),
     "sinks of another dtype": ("k of the sinks", {"sinks": (torch.zeros(2, 3, 2, 12).half(), torch.zeros(2, 3, 2, 20).half())}),
     "start of other rows": ("row_start", {"row_start": torch.zeros(3, dtype=torch.long)}),
     "start of no whole number": ("row_start", {"row_start": torch.zeros(2)}),

@@ -11,7 +11,7 @@ TABLE = table(
         "k": "B 1 Hkv K; as q; dense",
         "states": "B Hkv 2 K V; fp32; in place",
         "lengths": "B; int32 or int64",
-        "sinks": "Hq; floating-point; optional",
+        "sinks": "Hq; floating-point; optional; (one a head)",
         "mask": "B tokens; optional",
     }
 )
@@ -42,7 +42,11 @@ def test_the_sizes_of_what_fits():
         ("q", torch.zeros(3, 1, 4, 8).double(), r"^q must be fp32, bf16 or fp16 .* got torch.float64"),
         ("k", torch.zeros(3, 1, 2, 9), r"^k must be torch.float32 \[3, 1, Hkv, 8\] on cpu, got torch.float32 \[3, 1, 2, 9\] on cpu$"),
         ("k", torch.zeros(3, 2, 8), r"^k must be .* got torch.float32 \[3, 2, 8\]"),
-        ("k", torch.zeros(3, 1, 2, 8).half(), r"^k must be torch.float32 .* got torch.float16"),
+        (
+            "k",
+            torch.zeros(3, 1, 2, 8).half(),
+            r"^k must be torch.float32 .* got torch.float16 \[3, 1, 2, 8\] on cpu \(of the dtype of q\)$",
+        ),
         ("k", torch.zeros(3, 1, 8, 2).transpose(2, 3), r"^k must be dense .* got strides .*; call contiguous"),
         ("states", torch.zeros(3, 2, 1, 8, 5), r"^states must be fp32 \[3, 2, 2, 8, V\]"),
         ("states", torch.zeros(3, 2, 2, 8, 5, device="meta"), "^states must be fp32 .* on cpu, got .* on meta$"),
@@ -50,7 +54,7 @@ def test_the_sizes_of_what_fits():
         ("states", None, "^states must be a tensor, got None"),
         ("lengths", torch.zeros(3), r"^lengths must be int32 or int64 \[3\]"),
         ("lengths", torch.zeros(2).long(), r"^lengths must be .* got torch.int64 \[2\]"),
-        ("sinks", torch.zeros(4).int(), r"^sinks must be floating-point \[4\]"),
+        ("sinks", torch.zeros(4).int(), r"^sinks must be floating-point \[4\] on cpu, got torch.int32 \[4\] on cpu \(one a head\)$"),
         ("mask", torch.zeros(2, 7), r"^mask must be \[3, tokens\] on cpu, got torch.float32 \[2, 7\]"),
     ],
 )

@@ -1,6 +1,7 @@
-"""Modules keep their old names until 0.3."""
+"""Modules, and members of modules that were divided, keep their old names until 0.3."""
 
 import importlib
+import importlib.util
 import pickle
 import runpy
 import sys
@@ -8,7 +9,8 @@ import sys
 import pytest
 
 import dsla_hf
-from dsla_hf.moved import MOVED
+from dsla_hf.moved import MEMBERS, MOVED
+from dsla_kernels.moved import MOVED as KERNELS
 
 # What the README, the guides, task definitions and saved files have named.
 NAMED = [
@@ -31,13 +33,44 @@ NAMED = [
 ]
 
 
-@pytest.mark.parametrize("old", [*MOVED])
-def test_an_old_name_gives_the_module_itself_and_says_the_new_one(old):
-    sys.modules.pop(f"dsla_hf.{old}", None)
-    with pytest.warns(DeprecationWarning, match=rf"dsla_hf\.{old} is now dsla_hf\.{MOVED[old]}; the old name goes with 0\.3"):
-        found = importlib.import_module(f"dsla_hf.{old}")
-    new = importlib.import_module(f"dsla_hf.{MOVED[old]}")
-    assert found is new and new.__name__ == new.__spec__.name == f"dsla_hf.{MOVED[old]}"
+PACKAGES = {"dsla_hf": MOVED, "dsla_kernels": KERNELS}
+MODULES = [(package, old) for package, modules in PACKAGES.items() for old in modules]
+
+
+@pytest.mark.parametrize("package, old", MODULES)
+def test_an_old_name_gives_the_module_itself_and_says_the_new_one(package, old):
+    if package == "dsla_kernels":
+        pytest.importorskip("triton")
+    sys.modules.pop(f"{package}.{old}", None)
+    name = f"{package}.{PACKAGES[package][old]}"
+    with pytest.warns(DeprecationWarning, match=rf"{package}\.{old} is now {name}; the old name goes with 0\.3"):
+        found = importlib.import_module(f"{package}.{old}")
+    new = importlib.import_module(name)
+    assert found is new and new.__name__ == new.__spec__.name == name
+
+
+@pytest.mark.parametrize("module, member", [(module, member) for module, members in MEMBERS.items() for member in members])
+def test_what_went_to_another_module_is_found_in_its_own(module, member):
+    found = importlib.import_module(f"dsla_hf.{module}")
+    place, _, name = MEMBERS[module][member].partition(":")
+    place, name = importlib.util.resolve_name(place, "dsla_hf"), name or member
+    assert member not in vars(found), "it has not moved"
+    with pytest.warns(DeprecationWarning, match=rf"dsla_hf\.{module}\.{member} is now {place}\.{name}; the old name goes with 0\.3"):
+        assert getattr(found, member) is getattr(importlib.import_module(place), name)
+
+
+@pytest.mark.filterwarnings("ignore:.*the old name goes with 0.3:DeprecationWarning")
+def test_imports_that_users_have_written_go_on():
+    from dsla_hf.cache import cache_bytes, fold
+    from dsla_hf.distillation import DSLATrainer, DSLATrainingArguments, distill
+
+    from dsla_hf.training import trainer
+
+    assert (cache_bytes, fold) == (dsla_hf.cache_bytes, dsla_hf.fold)
+    assert (DSLATrainer, DSLATrainingArguments, distill) == (trainer.DSLATrainer, trainer.DSLATrainingArguments, trainer.distill)
+    with pytest.raises(AttributeError, match=r"module 'dsla_hf\.training\.trainer' has no attribute 'nothing'"):
+        trainer.nothing  # noqa: B018
+    assert importlib.import_module("dsla_hf.modeling").DSLALlamaForCausalLM.__name__ == "DSLALlamaForCausalLM"
 
 
 def test_everything_that_was_named_is_found():

@@ -228,13 +228,14 @@ def _check(arguments: tuple[Argument, ...], gates: GateWeights, given: dict[str,
         "gates.write_weight": gates.write_weight,
         "gates.write_bias": gates.write_bias,
     }
-    sizes = check(arguments, given, gates=2 * gates.bias.shape[-1])
-    key_dim, value_dim, decays = sizes["K"], sizes["V"], sizes["G"]
+    q, decays = given["q"], gates.bias.shape[-1]
+    if q is not None and q.ndim == 4 and decays not in (q.shape[-1], q.shape[-1] / 2):  # before gates.up, whose shape follows from it
+        raise ValueError(f"gates.bias must have {q.shape[-1]} or {q.shape[-1] / 2:g} decays a state, got {decays}")
+    sizes = check(arguments, given, gates=2 * decays)
+    key_dim, value_dim = sizes["K"], sizes["V"]
     check_groups(sizes["Hq"], sizes["Hkv"])
     if max(key_dim, value_dim) > LARGEST_HEAD:
         raise ValueError(f"the kernels take heads of up to {LARGEST_HEAD} channels, got K = {key_dim}, V = {value_dim}")
-    if decays not in (key_dim, key_dim / 2):
-        raise ValueError(f"gates.bias must have {key_dim} or {key_dim / 2:g} decays a state, got {decays}")
     if (gates.write_weight is None) != (gates.write_bias is None):
         raise ValueError("gates.write_weight and gates.write_bias must be given together")
     return sizes
