@@ -1,4 +1,4 @@
-"""Names that modules had before 0.2, until 0.3: `import dsla_hf.distillation` gives `dsla_hf.training.recipe`, with a warning."""
+"""Old names of modules, which work until 0.3: `import dsla_hf.distillation` gives `dsla_hf.training.recipe`, with a warning."""
 
 from __future__ import annotations
 
