@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="quickstart-output/teacher", help="original checkpoint (default: %(default)s)")
     parser.add_argument("--adapter", default="quickstart-output/adapter", help="DSLA adapter (default: %(default)s)")
-    parser.add_argument("--tokenizer", help="default: that of the model, or of quickstart-output/hybrid")
+    parser.add_argument("--tokenizer", help="default: that of the model")
     parser.add_argument("--prompt", default="The following example shows how a function")
     parser.add_argument("--prompt-file", type=Path, help="read the prompt from this file")
     parser.add_argument(
@@ -83,12 +83,11 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=Path("adaptive_generation.png"), help="where to draw (default: %(default)s)")
     args = parser.parse_args()
 
-    tokenizer_of = args.tokenizer or ("quickstart-output/hybrid" if args.model.startswith("quickstart-output") else args.model)
-    for folder in (args.model, args.adapter, tokenizer_of):
+    for folder in (args.model, args.adapter):
         if folder.startswith("quickstart-output") and not Path(folder).is_dir():
             sys.exit(f"there is no {folder} here: run `dsla quickstart` in this folder first, or give --model and --adapter")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(args.model), args.adapter).to(device).eval()
     prompt = args.prompt_file.read_text(encoding="utf-8") if args.prompt_file else args.prompt
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)

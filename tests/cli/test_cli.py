@@ -170,6 +170,7 @@ def test_quickstart_writes_models_and_plot(finished):
     files = fingerprints(finished.output)
     for name in (
         "teacher/model.safetensors",
+        "teacher/tokenizer.json",  # so that `dsla generate`, `merge` and `order` take it as it is
         "adapter/adapter_model.safetensors",
         "adapter/README.md",
         "hybrid/model.safetensors",

@@ -31,6 +31,8 @@ def test_table_has_the_columns_that_were_measured():
 def test_good_levels_give_no_warning():
     close = {"perplexity": 20.1, "untrained_perplexity": 20.0, "kl": 0.0094, "untrained_kl": 0.009}  # chance, on little text
     assert warnings([BASE, ROW | close, ROW | {"level": 8, "perplexity": 24.0, "answers": 0.8, "own_answer": 0.5}]) == []
+    tiny = {"perplexity": 19.99, "untrained_perplexity": 20.0, "kl": 0.0004, "untrained_kl": 0.0003}  # both next to nothing
+    assert warnings([BASE, ROW | tiny]) == []
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,9 @@ def graphs_without_a_gpu(monkeypatch):
     monkeypatch.setattr(dsla_hf.inference.bench.measure, "GraphDecoder", lambda model: GraphDecoder(model, record=PlainRecording))
 
 
-def test_a_base_with_and_without_adapter_and_a_hybrid(adapter_model, checkpoint, tmp_path, graphs_without_a_gpu, capsys):
+def test_a_base_with_and_without_adapter_and_a_hybrid(adapter_model, checkpoint, tmp_path, graphs_without_a_gpu, monkeypatch, capsys):
+    said = []
+    monkeypatch.setattr(dsla_hf.models.level_guards.logger, "warning", said.append)
     adapter = adapter_model(AutoModelForCausalLM.from_pretrained(checkpoint), level=1)
     adapter.save_pretrained(tmp_path / "adapter")
     out = tmp_path / "out"
@@ -74,6 +76,7 @@ def test_a_base_with_and_without_adapter_and_a_hybrid(adapter_model, checkpoint,
 
     rows = bench(checkpoint, lengths=[20], new_tokens=4, output=str(out))
     assert [row["level"] for row in rows] == [0, 2, 4]
+    assert not said, "speed does not depend on training"
 
 
 def test_the_stall_of_a_raise(checkpoint, tmp_path, graphs_without_a_gpu):

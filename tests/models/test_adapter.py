@@ -784,7 +784,7 @@ def test_generating_with_weights_that_were_never_trained_is_said_once(llama, log
     assert not said(model), "once"
     fresh = get_peft_model(model.unload(), DSLAConfig(task_type="CAUSAL_LM", window_size=8))
     assert "layers [0, 1, 2, 3]" in said(fresh, level_policy=2)[0]
-    fresh._modules["base_model"]._warned_of_untrained = False
+    fresh._modules["base_model"].warned_of_untrained = False
     fresh.set_level(2)
     fresh.set_trainable_layers([0])
     fresh.train()(token_ids(), labels=token_ids()).loss.backward()

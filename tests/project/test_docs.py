@@ -102,3 +102,9 @@ def test_pages_hold_only_blocks_that_are_tried_and_links_that_exist(page):
                 assert line.startswith(COMMANDS), f"{page.name}: {line!r} is not run by any test"
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+
+
+@pytest.mark.parametrize("page", [*PAGES, REPOSITORY / "CONTRIBUTING.md"], ids=name_of)
+def test_files_that_pages_name_exist(page):
+    for path in re.findall(r"`((?:\.ci|docs|eval|examples|kernels|src|tests)/[\w./-]+)`", page.read_text()):
+        assert (REPOSITORY / path).exists(), f"{page.name} names {path}, which is not there"

@@ -112,7 +112,7 @@ class DistillOptions:
         metadata={"help": "Sequences kept apart to measure the levels on; 0: none."},
     )
     method: Literal["random", "chain"] = field(
-        default="random", metadata={"help": "How stage 3 trains every level: all layers at random levels, or a chain."}
+        default="random", metadata={"help": "How stage 'logits' trains every level: all layers at random levels, or a chain."}
     )
     ranking_metric: Literal["kl", "greedy", "entropy"] = field(
         default="kl", metadata={"help": "What the layers are ranked by; see dsla order --help."}

@@ -18,12 +18,14 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    PrinterCallback,
     Trainer,
     TrainingArguments,
 )
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from ..core.plots import figure, mark_measured, mark_plain, save
-from ..core.progress import on_terminal
+from ..core.progress import TrainingProgress, on_terminal
 from ..core.results import write_results
 from ..evaluation.levels import add_cache_sizes, evaluate_levels
 from ..levels.table import table
@@ -126,7 +128,7 @@ def common_arguments(output: Path, seed: int) -> dict[str, Any]:
 
 
 def train_teacher(data: PackedTokens, tokenizer: PreTrainedTokenizerFast, output: Path, steps: int, seed: int) -> LlamaForCausalLM:
-    """A small Llama, trained from scratch and saved in `output/teacher`."""
+    """A small Llama, trained from scratch and saved in `output/teacher`, with its tokenizer."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -145,12 +147,19 @@ def train_teacher(data: PackedTokens, tokenizer: PreTrainedTokenizerFast, output
     schedule: dict[str, Any] = {"learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": min(20, steps // 5)}
     arguments = TrainingArguments(**common_arguments(output / "teacher-training", seed), max_steps=steps, **schedule)
 
+    progress = TrainingProgress("training", disable_bar=bool(arguments.disable_tqdm))
+
     def with_labels(items: list[dict[str, Any]]) -> dict[str, Any]:
         ids = torch.stack([item["input_ids"] for item in items])
+        progress.tokens += ids.numel()
         return {"input_ids": ids, "labels": ids}
 
-    Trainer(model, arguments, train_dataset=data, data_collator=with_labels).train()
+    trainer = Trainer(model, arguments, train_dataset=data, data_collator=with_labels, callbacks=[progress])
+    for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):  # which would print the last log as a dict
+        trainer.remove_callback(callback)
+    trainer.train()
     model.save_pretrained(output / "teacher")
+    tokenizer.save_pretrained(output / "teacher")
     return LlamaForCausalLM.from_pretrained(output / "teacher")
 
 

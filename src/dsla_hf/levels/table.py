@@ -14,6 +14,7 @@ ANSWERS_KEPT = 0.8  # of level 0's tokens in short answers, at least
 OWN_ANSWER_KEPT = 0.5  # likewise of the answer that a level gives by itself: one wrong token at its start makes it another
 # More than chance on little text: how much higher than before the training.
 HARM = {"kl": 1.1, "perplexity": 1.02}
+NOTICEABLE_KL = 1e-3  # nats per token: smaller harm than this is chance, whatever the factor
 
 # Names of rows: what people read in their place, and how the number is written.
 COLUMNS = {
@@ -89,9 +90,10 @@ def _in_card(name: str, value: float) -> str:
 def warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What a user must know of levels that are worse than they should be, a line for each kind; none if all is well.
 
-    A level is worse than it should be if the layer as it was before training does better (by a tenth in KL, or 2 % in perplexity), if its
-    perplexity is more than 1.2 times that of level 0, or if short chats go wrong: it picks fewer than 80 % of level 0's tokens, or its own
-    answer to the first question shares less than half of its tokens with level 0's. Numbers that are not finite count as worse.
+    A level is worse than it should be if the layer as it was before training does better (by a tenth in KL and at least 0.001 nats, or 2 %
+    in perplexity), if its perplexity is more than 1.2 times that of level 0, or if short chats go wrong: it picks fewer than 80 % of
+    level 0's tokens, or its own answer to the first question shares less than half of its tokens with level 0's. Numbers that are not
+    finite count as worse.
     """
     above = [row for row in rows if row["level"]]
     base = next((row["perplexity"] for row in rows if not row["level"]), None)
@@ -100,8 +102,11 @@ def warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         return [row["level"] for row in above if worse(row)]
 
     def harmed(row: Mapping[str, Any], before: str) -> bool:
-        pairs = [(row[name], factor * row[f"{before}_{name}"]) for name, factor in HARM.items() if f"{before}_{name}" in row]
-        return any(not value <= reference for value, reference in pairs)
+        known = {name: row[f"{before}_{name}"] for name in HARM if f"{before}_{name}" in row}
+        allowed = {name: HARM[name] * value for name, value in known.items()}
+        if "kl" in known:
+            allowed["kl"] = max(allowed["kl"], known["kl"] + NOTICEABLE_KL)
+        return any(not row[name] <= limit for name, limit in allowed.items())
 
     lines = []
     for before, what in (("untrained", "the untrained layer"), ("before", "the adapter it began with")):

@@ -33,7 +33,7 @@ class DSLAModel(BaseTuner):
     prefix = "dsla_"
     tuner_layer_cls = DSLALayer
     target_module_mapping: dict[str, list[str]] = {}
-    _warned_of_untrained = False
+    warned_of_untrained = False  # True: `generate` does not say so, or not again
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
         shared = getattr(model, "peft_config", None)  # PEFT writes into it before anything is checked
@@ -104,8 +104,8 @@ class DSLAModel(BaseTuner):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, and with `level_policy`: a policy, its name such as "prompt-length", a level, or a `LevelProcessor`.
         Says once if layers that take part were never trained."""
-        if not self._warned_of_untrained:
-            self._warned_of_untrained = warn_of_untrained(self.model, any_level=kwargs.get("level_policy") is not None)
+        if not self.warned_of_untrained:
+            self.warned_of_untrained = warn_of_untrained(self.model, any_level=kwargs.get("level_policy") is not None)
         return generate_with_levels(self.model.generate, self.model, self, args, kwargs)
 
     def level_sizes(self) -> dict[str, int]:

@@ -68,7 +68,8 @@ def report(
         blocks += [Heading(2, "Published"), Paragraph(PUBLISHED), Table(["model", *paper.COLUMNS], rows), Paragraph(paper.SPEED)]
     blocks += _provenance([*sources, *fast_sources])
     text = write_page(blocks, Path(output))
-    print(f"{output}: {len({m.arm for m in quality + fast})} arms, {len({(m.task, m.metric) for m in quality + fast})} metrics")
+    numbers = {"arm": len({m.arm for m in quality + fast}), "metric": len({(m.task, m.metric) for m in quality + fast})}
+    print(f"{output}: " + ", ".join(f"{number} {name}{'s' * (number != 1)}" for name, number in numbers.items()))
     return text
 
 

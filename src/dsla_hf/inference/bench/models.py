@@ -78,6 +78,7 @@ def networks(model: str, adapter: str | None, levels: list[str] | None, dtype: s
     if adapter is None:
         with where:
             network = get_peft_model(network, plan)
+        network.base_model.warned_of_untrained = True  # speed does not depend on it
     else:
         del network
         collect()
