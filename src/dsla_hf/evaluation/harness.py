@@ -307,7 +307,7 @@ def _layers_by_level(model: str, adapter: str | None, levels: Sequence[int | str
         level_to_run_at(model, base_config, adapter, level, ("--adapter", "--levels")) for level in ([None] if levels is None else levels)
     ]
     if base_config.model_type == "dsla":
-        layers = base_config.get_dsla_config().converted_layers
+        layers = base_config.get_dsla_config().conversion_order
         return {len(layers): layers}
     if adapter is None:
         return {0: []}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from .adapter_layer import DSLALayer
-from .configuration import DSLAConfig
+from .base_attention import DSLAAttentionMixin
+from .configuration import DSLAConfig, resolve_level
 
 
 def dsla_layers(model: nn.Module) -> dict[int, DSLALayer]:
@@ -25,12 +26,21 @@ def active_config(model: nn.Module) -> DSLAConfig:
     raise ValueError(f"{type(model).__name__} has no active DSLA adapter: make one with get_peft_model(model, DSLAConfig(...))")
 
 
-def set_level(model: nn.Module, level: int) -> None:
-    """Run the first `level` layers of the plan as DSLA. See `DSLAModel.set_level`."""
+def set_level(model: nn.Module, level: int | str) -> None:
+    """Run the first `level` units of the plan as DSLA. See `DSLAModel.set_level`."""
     config = active_config(model)
+    if isinstance(level, str) and not level.strip().isdigit():
+        level = resolve_level(level, config, (config.base_dimensions or {}).get("num_hidden_layers", len(config.conversion_order or ())))
     config.level = config.check_level(level)
 
 
 def get_level(model: nn.Module) -> int:
-    """How many layers of the plan run as DSLA."""
+    """How many units of the plan run as DSLA: layers, or KV heads where the plan counts those."""
     return active_config(model).level or 0
+
+
+def counts_heads(model: nn.Module) -> bool:
+    """Whether levels of this model count KV heads, or it is a hybrid with layers converted in part: what knows whole layers alone asks."""
+    if any(isinstance(module, DSLALayer) and module.adapter_name is not None for module in model.modules()):
+        return active_config(model).conversion_unit == "head"
+    return any(isinstance(module, DSLAAttentionMixin) and module.split is not None for module in model.modules())

@@ -72,11 +72,12 @@ def level_to_run_at(
         ValueError: for an adapter or a level that `model` cannot have.
     """
     if base_config.model_type == "dsla":
-        layers = base_config.get_dsla_config().converted_layers
+        hybrid = base_config.get_dsla_config()
+        units = f"{hybrid.conversion_unit}s {sorted(hybrid.conversion_order)}"
         given = " and ".join(name for name, value in zip(names, (adapter, level), strict=True) if value is not None)
         if given:
             raise ValueError(
-                f"{given} cannot be had with {model}: it is a hybrid, merged with layers {sorted(layers)} as DSLA and without "
+                f"{given} cannot be had with {model}: it is a hybrid, merged with {units} as DSLA and without "
                 "their softmax weights; levels need the original model and its adapter"
             )
         return None
