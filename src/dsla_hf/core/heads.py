@@ -42,9 +42,10 @@ class HeadSplit:
         """The heads as tensors on a device, made once for each."""
         if device not in self._indices:
             converted, kept = (self.query_heads(heads) for heads in (self.converted, self.kept))
-            both = torch.tensor(converted + kept)
-            lists = (self.converted, self.kept, converted, kept, both.argsort().tolist())
-            self._indices[device] = HeadIndices(*(torch.tensor(heads, device=device) for heads in lists))
+            both = converted + kept
+            lists = (self.converted, self.kept, converted, kept, sorted(range(len(both)), key=both.__getitem__))
+            with torch.inference_mode(False):  # training may use them later
+                self._indices[device] = HeadIndices(*(torch.tensor(heads, device=device) for heads in lists))
         return self._indices[device]
 
     def query_heads(self, heads: Iterable[int]) -> list[int]:
@@ -53,9 +54,9 @@ class HeadSplit:
 
     def channels(self, head_dim: int, queries: bool) -> Tensor:
         """bool `[heads * head_dim]`, True where a channel of all query heads (or KV heads) is one of a converted head."""
-        heads = torch.zeros(self.num_kv_heads, dtype=torch.bool)
-        heads[list(self.converted)] = True
-        return heads.repeat_interleave((self.queries if queries else 1) * head_dim)
+        each = (self.queries if queries else 1) * head_dim
+        with torch.inference_mode(False):
+            return torch.tensor([head in self.converted for head in range(self.num_kv_heads)]).repeat_interleave(each)
 
     def joined(self, converted: Tensor, kept: Tensor) -> Tensor:
         """Outputs `[B, T, heads, D]` of both kinds of query heads in the base's order `[B, T, Hq, D]`."""

@@ -215,8 +215,9 @@ class DSLALayer(nn.Module, BaseTunerLayer):
         name = self.adapter_name
         if attention.split is not None and name is not None:  # of other heads nothing is needed any more
             core = new_dual_state_attention(self.base_layer, self.configs[name], len(attention.split.converted))
+            trained = next(attention.dsla.parameters()).requires_grad
             core.load_state_dict(attention.converted_core().state_dict(), assign=True)
-            attention.dsla = core.requires_grad_(False)
+            attention.dsla = core.requires_grad_(trained)
         attention.to(dtype)
         self._view = None
         return attention

@@ -222,17 +222,24 @@ class DSLAAttentionMixin:
         self.dsla = dsla
 
     def converted_core(self) -> DualStateAttention:
-        """What is DSLA's own of the converted heads; kept until a weight changes, where nothing is trained."""
+        """What is DSLA's own of the converted heads."""
         split = self.split
-        if split is None or self.dsla.num_kv_heads == len(split.converted):
-            return self.dsla
+        return self.dsla if split is None or self.dsla.num_kv_heads == len(split.converted) else self._core_of(split)
+
+    @torch.compiler.disable(
+        reason="a layer of an adapter that is converted in part picks its heads' weights outside of compiled code: leave out fullgraph=True, "
+        "or compile a hybrid (merge_and_unload)"
+    )
+    def _core_of(self, split: HeadSplit) -> DualStateAttention:
+        """Those heads of `dsla`; kept until a weight changes, where nothing is trained."""
         parameters = list(self.dsla.parameters())
-        if torch.compiler.is_compiling() or any(x.requires_grad or x.is_meta for x in parameters):
+        if any(x.requires_grad or x.is_meta for x in parameters):
             with align_module_device(self.dsla):  # offloaded weights lie on the meta device otherwise
                 return self.dsla.of_heads(split.converted)
         key = versions_of(parameters)
         if self._core is None or self._core[0] != key:
-            self._core = key, self.dsla.of_heads(split.converted)
+            with torch.inference_mode(False), torch.no_grad():  # what is kept may be read by a pass with gradients later
+                self._core = key, self.dsla.of_heads(split.converted)
         return self._core[1]
 
     def forward(

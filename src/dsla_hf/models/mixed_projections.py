@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..compat import align_module_device
 from ..compat.attributes import has_hooks, is_offloaded, versions_of
 from .quantised import is_quantised
 
@@ -38,7 +39,8 @@ class MixedProjection(nn.Module):
             return self.composed()
         key = versions_of(sources)
         if self._kept is None or self._kept[0] != key:
-            self._kept = key, self.composed()
+            with torch.inference_mode(False), torch.no_grad():  # what is kept may be read by a pass with gradients later
+                self._kept = key, self.composed()
         return self._kept[1]
 
     def merged(self) -> nn.Linear:
@@ -95,7 +97,7 @@ class MixedRows(MixedProjection):
         pieces = []
         for part, piece in zip(self.parts, base.split(self.sizes, dim), strict=True):
             if part in own:
-                mask = self.converted[part] = self.converted[part].to(piece.device)
+                mask = self.converted[part] = _on(self.converted[part], piece.device)
                 piece = torch.where(mask[:, None] if dim == 0 and piece.ndim == 2 else mask, own[part].to(piece.dtype), piece)
             pieces.append(piece)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
@@ -116,10 +118,18 @@ class MixedColumns(MixedProjection):
 
     def composed(self) -> tuple[Tensor, Tensor | None]:
         base = self.base.weight
-        self.converted = self.converted.to(base.device)
+        self.converted = _on(self.converted, base.device)
         return torch.where(self.converted, self.own.weight.to(base.dtype), base), self.base.bias
 
     def selected(self, input: Tensor) -> Tensor:
-        self.converted = self.converted.to(input.device)
+        self.converted = _on(self.converted, input.device)
         kept, converted = input.masked_fill(self.converted, 0), input.masked_fill(~self.converted, 0)
-        return self.base(kept) + F.linear(converted, self.own.weight.to(input.dtype))
+        with align_module_device(self.own):  # its bias takes no part, so its forward is not called
+            return self.base(kept) + F.linear(converted, self.own.weight.to(input.dtype))
+
+
+def _on(mask: Tensor, device: torch.device) -> Tensor:
+    if mask.device == device:
+        return mask
+    with torch.inference_mode(False):
+        return mask.to(device)
