@@ -1,82 +1,27 @@
-"""Layers converted in part: what they compute, how they are trained, cached, raised, saved and refused."""
+"""Layers converted in part: what they compute and how they are trained, which levels there are, and what refuses them."""
 
 import copy
-import itertools
-import json
 
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import PeftModel, get_peft_model
-from tiny import ARCHITECTURE_OPTIONS
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from accelerate import cpu_offload
+from head_layers import ORDER, assert_close, full, kinds, pieces, text
+from peft import get_peft_model
+from transformers import DynamicCache
 from transformers.models.llama import modeling_llama
 
-from dsla_hf import DSLACacheLayer, DSLAConfig, cache_bytes, fold
+from dsla_hf import DSLAConfig, DSLATrainingArguments, distill
 from dsla_hf.core.heads import HeadSplit
-from dsla_hf.core.partial_cache import PartialCacheLayer
+from dsla_hf.inference.fusion import fused
 from dsla_hf.inference.graph import GraphDecoder
-from dsla_hf.levels.policies import CacheMemory, FixedLevel, Stats
 from dsla_hf.levels.reading import parse_level
 from dsla_hf.models.adapter import dsla_layers
 from dsla_hf.models.configuration import resolve_level
+from dsla_hf.models.loading import check_whole_layers, load_config
 from dsla_hf.models.mixed_projections import MixedColumns, MixedRows
 from dsla_hf.serving.engine.levels import Levels
 from dsla_hf.training.ranking import rank_layers
-
-# Of four layers with two KV heads each: layers 2, 0 and 3 are split at some levels, 3 is whole from level 4 on.
-ORDER = [[2, 0], [0, 1], [3, 0], [3, 1], [1, 1], [0, 0], [2, 1], [1, 0]]
-MIDDLE = [1, 3, 5, 7]
-VOCABULARY = 97
-
-
-@pytest.fixture
-def head_model(tiny_model, adapter_model):
-    """Factory of adapters over heads, far from their start: `head_model("llama", level=3)`; `base` goes to the base's config."""
-
-    def make(kind="llama", base=None, **config):
-        config = {"conversion_unit": "head", "conversion_order": ORDER, **config}
-        return adapter_model(tiny_model(kind, **(base or {})), **config)
-
-    return make
-
-
-def text(batch=2, tokens=40):
-    return torch.randint(2, VOCABULARY, (batch, tokens))
-
-
-def positions(mask):
-    return (mask.long().cumsum(-1) - 1).clamp_min(0)
-
-
-@torch.no_grad()
-def full(model, ids, mask=None, **options):
-    position_ids = None if mask is None else positions(mask)
-    return model(ids, attention_mask=mask, position_ids=position_ids, use_cache=False, **options).logits
-
-
-@torch.no_grad()
-def pieces(model, ids, sizes, cache, mask=None, before=()):
-    """Logits of calls of these sizes that share a cache; `before`: what is done before the call of a number."""
-    logits, start = [], 0
-    for number, size in enumerate(sizes):
-        dict(before).get(number, lambda: None)()
-        piece, options = slice(start, start + size), {}
-        if mask is not None:
-            options = {"attention_mask": mask[:, : piece.stop], "position_ids": positions(mask)[:, piece]}
-        logits.append(model(ids[:, piece], past_key_values=cache, **options).logits)
-        start += size
-    assert start == ids.shape[1]
-    return torch.cat(logits, 1)
-
-
-def assert_close(found, expected, atol=1e-4):
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
-
-
-def kinds(cache):
-    return [type(layer).__name__ for layer in cache.layers]
-
 
 # --- both ends of the scale -------------------------------------------------------------------------------------
 
@@ -114,11 +59,12 @@ def test_a_whole_layer_of_a_head_plan_is_that_of_a_layer_plan(head_model, adapte
 # --- a middle level, against a mixture made by hand -------------------------------------------------------------
 
 
-def mixture(model, hidden, embeddings, heads):
+def mixture(model, hidden, embeddings, heads, trained_keys):
     """The attention output of a wrapped Llama or Qwen3 layer, head by head in plain PyTorch: rows and columns of the base for kept KV
     heads, the adapter's for the others."""
     base, name = model.base_layer, model.adapter_name
     core, own_q, own_o = model.dsla_core[name], model.dsla_q_proj[name], model.dsla_o_proj[name]
+    own_k, own_v = (getattr(model, f"dsla_{x}_proj")[name] if trained_keys else getattr(base, f"{x}_proj") for x in "kv")
     cos, sin = (x[:, :, None] for x in embeddings)
 
     def rotated(x):
@@ -132,7 +78,8 @@ def mixture(model, hidden, embeddings, heads):
     q_norm, k_norm = (getattr(base, f"{x}_norm", None) for x in "qk")
     q_base, q_own = (rotated(heads_of(linear(hidden), q_norm)) for linear in (base.q_proj, own_q))
     k, v = rotated(heads_of(base.k_proj(hidden), k_norm)), heads_of(base.v_proj(hidden), None)
-    converted = core(q_own, k, v)[0]  # the whole layer: heads know nothing of one another
+    k_own, v_own = rotated(heads_of(own_k(hidden), k_norm)), heads_of(own_v(hidden), None)
+    converted = core(q_own, k_own, v_own)[0]  # the whole layer: heads know nothing of one another
     group = core.num_heads // core.num_kv_heads
     repeated = [x.repeat_interleave(group, 2).transpose(1, 2) for x in (k, v)]
     kept = F.scaled_dot_product_attention(q_base.transpose(1, 2), *repeated, is_causal=True, scale=base.scaling).transpose(1, 2)
@@ -146,16 +93,18 @@ def mixture(model, hidden, embeddings, heads):
 
 @pytest.mark.parametrize("heads", [(0,), (1,), (0, 2), (1, 2, 3)], ids=str)
 @pytest.mark.parametrize("kv_heads", [4, 8], ids=["grouped", "one-query-each"])
-def test_a_layer_in_part_is_the_mixture_of_its_heads(head_model, base_kind, kv_heads, heads):
+@pytest.mark.parametrize("trained_keys", [False, True], ids=["q-o", "q-k-v-o"])
+def test_a_layer_in_part_is_the_mixture_of_its_heads(head_model, base_kind, kv_heads, heads, trained_keys):
     sizes = {"num_attention_heads": 8, "num_key_value_heads": kv_heads, "attention_bias": True, "num_hidden_layers": 2}
-    model = head_model(base_kind, base=sizes, conversion_order=[[1, head] for head in heads])
+    trained = ["q_proj", "o_proj", *(["k_proj", "v_proj"] if trained_keys else [])]
+    model = head_model(base_kind, base=sizes, conversion_order=[[1, head] for head in heads], trained_projections=trained)
     layer = dsla_layers(model)[1]
     with torch.no_grad():
         layer.base_layer.o_proj.bias.normal_()
     found = {}
     layer.register_forward_hook(lambda module, args, kwargs, out: found.update(kwargs, out=out[0]), with_kwargs=True)
     logits = full(model, text())
-    expected = mixture(layer, found["hidden_states"], found["position_embeddings"], heads)
+    expected = mixture(layer, found["hidden_states"], found["position_embeddings"], heads, trained_keys)
     assert layer.converted_part == heads and logits.isfinite().all()
     assert_close(found["out"], expected, 1e-5)
 
@@ -213,6 +162,40 @@ def test_what_was_composed_is_made_anew_when_a_weight_changes(head_model):
     assert_close(full(fresh, ids), before, 1e-6)
 
 
+def test_a_pass_without_gradients_leaves_nothing_that_training_cannot_use(head_model):
+    model, ids = head_model(level=3), text()
+    with torch.inference_mode():
+        expected = model(ids, use_cache=False).logits  # the first pass: all that is kept is made within it
+    model.requires_grad_(False)
+    with torch.inference_mode():
+        model(ids)
+    model.get_base_model().get_input_embeddings().requires_grad_(True)
+    for trained in (False, True):
+        model.requires_grad_(trained)
+        model.get_base_model().get_input_embeddings().requires_grad_(True)
+        logits = model(ids, use_cache=False).logits
+        logits.sum().backward()
+        assert_close(logits.detach(), expected.clone(), 1e-6)
+
+
+def test_a_base_whose_weights_cannot_be_read_computes_by_itself(head_model):
+    quantization = pytest.importorskip("torchao.quantization")
+    model, ids = head_model(level=3).requires_grad_(False), text()
+    expected = full(model, ids)
+    offloaded = copy.deepcopy(model)
+    cpu_offload(offloaded.get_base_model(), execution_device=torch.device("cpu"))
+    assert all(p.is_meta for p in offloaded.parameters())
+    assert_close(full(offloaded, ids), expected)
+    base = {layer.base_layer for layer in dsla_layers(model).values()}
+    linear = {module for attention in base for module in attention.children() if isinstance(module, torch.nn.Linear)}
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig(), filter_fn=lambda module, name: module in linear)
+    found = full(model, ids)
+    assert 0 < (found - expected).norm() / expected.norm() < 0.05
+    assert_close(pieces(model, ids, [20, *[1] * 20], DynamicCache()), found)
+    layer = dsla_layers(model)[2]
+    assert not layer.dsla_attention(layer.converted_part).q_proj._readable()
+
+
 # --- padding, packing, masks ------------------------------------------------------------------------------------
 
 
@@ -267,328 +250,6 @@ def test_the_attention_that_the_model_is_told_to_run_is_run(head_model, monkeypa
     hybrid.set_attn_implementation("eager")
     assert_close(full(hybrid, ids), expected)
     assert len(calls) == 3
-
-
-# --- caches -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ARCHITECTURE_OPTIONS)
-def test_every_architecture_decodes_as_it_reads(head_model, kind):
-    model, ids = head_model(kind, level=3), text(2, 44)
-    expected = full(model, ids)
-    base = model.get_base_model()
-    for cache in (DynamicCache(config=base.config), DynamicCache(), StaticCache(config=base.config, max_cache_len=50)):
-        if type(cache) is DynamicCache and not cache.layers and getattr(base.config, "sliding_window", None):
-            continue  # without a config it would keep what does not slide
-        assert_close(pieces(model, ids, [17, 9, 1, 5, *[1] * 12], cache), expected)
-        assert kinds(cache).count("PartialCacheLayer") == 3
-    hybrid = copy.deepcopy(model).merge_and_unload()
-    assert_close(full(hybrid, ids), expected)
-
-
-@pytest.mark.parametrize("level", MIDDLE)
-@pytest.mark.parametrize("window_size", [0, 8])
-def test_every_level_decodes_as_it_reads(head_model, base_kind, level, window_size):
-    model, ids = head_model(base_kind, level=level, window_size=window_size), text()
-    assert_close(pieces(model, ids, [11, *[1] * 29], DynamicCache()), full(model, ids))
-
-
-def test_a_static_cache_is_reset_and_keeps_its_addresses(head_model):
-    model = head_model(level=3)
-    cache = StaticCache(config=model.get_base_model().config, max_cache_len=60)
-    addresses = []
-    for ids in (text(), text()):
-        assert_close(pieces(model, ids, [20, *[1] * 20], cache), full(model, ids))
-        layer = cache.layers[2]
-        addresses.append([x.data_ptr() for x in (layer.keys, layer.values, *layer.converted.state)])
-        assert layer.keys.shape[1] == 1 and layer.softmax.num_heads == 1
-        cache.reset()
-    assert addresses[0] == addresses[1]
-    with pytest.raises(ValueError, match="the static cache has room for 60 tokens"):
-        pieces(model, text(2, 61), [61], cache)
-
-
-def test_a_static_cache_that_was_used_at_level_0_is_used_in_part(head_model):
-    model, ids = head_model(level=0), text()
-    cache = StaticCache(config=model.get_base_model().config, max_cache_len=60)
-    pieces(model, text(), [40], cache)
-    cache.reset()
-    model.set_level(3)
-    assert_close(pieces(model, ids, [20, *[1] * 20], cache), full(model, ids))
-    assert cache.layers[2].keys.shape[1] == 1
-
-
-def test_rows_are_reordered_repeated_and_selected(head_model):
-    model, ids = head_model(level=3), text(3, 30)
-    cache = DynamicCache()
-    pieces(model, ids[:, :20], [20], cache)
-    assert cache.batch_size == 3
-    cache.reorder_cache(torch.tensor([2, 0, 0]))
-    cache.batch_repeat_interleave(2)
-    cache.batch_select_indices(torch.tensor([0, 1, 4]))
-    rows = torch.tensor([2, 2, 0])
-    assert cache.layers[2].batch_size == 3
-    with torch.no_grad():
-        found = model(ids[rows, 20:], past_key_values=cache).logits
-    assert_close(found, full(model, ids[rows])[:, 20:])
-    with pytest.raises(ValueError, match="holds 3 rows, the call has 2"):
-        model(ids[:2, :1], past_key_values=cache)
-
-
-def test_beams_and_sampling_in_groups_give_what_a_full_forward_does(head_model):
-    model, ids = head_model(level=5), text(2, 20)
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), num_beams=3, max_new_tokens=12, do_sample=False)
-    uncached = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), num_beams=3, max_new_tokens=12, do_sample=False, use_cache=False
-    )
-    assert torch.equal(out, uncached)
-
-
-def test_generate_with_a_static_cache_and_chunks(head_model):
-    model, ids = head_model(level=5), text(2, 30)
-    mask = torch.ones_like(ids)
-    mask[1, :9] = 0
-    options = {"input_ids": ids * mask, "attention_mask": mask, "max_new_tokens": 14, "do_sample": False, "disable_compile": True}
-    expected = model.generate(**options, use_cache=False)
-    assert torch.equal(model.generate(**options), expected)
-    assert torch.equal(model.generate(**options, cache_implementation="static"), expected)
-    assert torch.equal(model.generate(**options, prefill_chunk_size=8), expected)
-
-
-def test_a_crop_goes_back_in_both_parts_or_in_none(head_model):
-    model, ids = head_model(level=3), text(2, 40)
-    cache = DynamicCache()
-    pieces(model, ids[:, :20], [20], cache)
-    with pytest.raises(NotImplementedError, match="cannot forget 3 tokens"):
-        cache.crop(-3)
-    assert [int(layer.get_seq_length()) for layer in cache.layers] == [20] * 4
-    cache.activate_past_recording()
-    with torch.no_grad():
-        model(text(2, 6), past_key_values=cache)
-        cache.crop(-6)
-        model(ids[:, 20:24], past_key_values=cache)
-        cache.crop(-2)
-        found = model(ids[:, 22:], past_key_values=cache).logits
-    assert_close(found, full(model, ids)[:, 22:])
-
-
-def test_assisted_decoding_gives_the_same_text(head_model):
-    model = head_model(level=5)
-    ids = text(1, 12).repeat(1, 3)
-    options = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 24}
-    assert torch.equal(model.generate(**options, prompt_lookup_num_tokens=4), model.generate(**options))
-
-
-def test_kept_heads_go_to_other_memory_and_come_back(head_model, monkeypatch):
-    """Offloading goes through the cache; without a GPU its moves are to the CPU, and only that they are asked for is seen."""
-    model, ids, calls = head_model(level=3), text(), []
-    cache = DynamicCache()
-    pieces(model, ids[:, :20], [20], cache)
-    layer = cache.layers[2]
-    for name in ("offload", "prefetch"):
-        monkeypatch.setattr(layer.softmax, name, lambda name=name: calls.append(name), raising=False)
-        getattr(layer, name)()
-    assert calls == ["offload", "prefetch"]
-
-
-# --- live raises ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-@pytest.mark.parametrize("padded", [False, True])
-def test_a_raise_by_heads_folds_what_the_heads_had_cached(head_model, static, padded):
-    """From level 0 to parts, to more heads of the same layer, to the whole: each time as if states had been built by hand."""
-    model, ids = (
-        head_model(base={"num_key_value_heads": 4}, conversion_order=[[1, 2], [1, 0], [1, 3], [1, 1], [3, 0]], level=0),
-        text(2, 52),
-    )
-    mask = torch.ones_like(ids)
-    if padded:
-        mask[1, :7] = 0
-    config = model.get_base_model().config
-    cache = StaticCache(config=config, max_cache_len=60) if static else DynamicCache()
-    core = dsla_layers(model)[1].dsla_core["default"]
-    shadow = DynamicCache()  # keys and values of all heads at what was the input of layer 1, which no conversion changes
-    sizes, start, seen = [20, 6, 1, 5, 1, 9, 1, 9], 0, []
-    for number, size in enumerate(sizes):
-        model.set_level([0, 0, 1, 1, 2, 2, 4, 4][number])
-        piece = slice(start, start + size)
-        options = {"attention_mask": mask[:, : piece.stop], "position_ids": positions(mask)[:, piece]} if padded else {}
-        with torch.no_grad():
-            model(ids[:, piece], past_key_values=cache, **options)
-            level, _ = model.get_level(), model.set_level(0)
-            model(ids[:, piece], past_key_values=shadow, **options)
-            model.set_level(level)
-        start += size
-        heads = model.peft_config["default"].heads_of(1)
-        if not heads:
-            continue
-        layer = cache.layers[1]
-        states = layer if len(heads) == 4 else layer.converted
-        keys, values = (x[:, list(heads)] for x in (shadow.layers[1].keys, shadow.layers[1].values))
-        by_hand = fold(core.of_heads(heads), keys, values, attention_mask=mask[:, :start]).state
-        for found, expected in zip(states.state, by_hand, strict=True):
-            assert_close(found, expected, 1e-5)
-        if len(heads) < 4:
-            kept = [head for head in range(4) if head not in heads]
-            assert layer.kept == tuple(kept) and layer.heads == heads
-            assert_close(layer.keys[:, :, :start], shadow.layers[1].keys[:, kept], 1e-5)
-        seen.append(len(heads))
-    assert seen == [1, 1, 2, 2, 4, 4]
-    assert isinstance(cache.layers[1], DSLACacheLayer)
-
-
-def test_the_text_after_a_raise_is_that_of_the_states(head_model):
-    """Where nothing but layer 0 is converted, a raise before the text and in its middle end in the same states, and the same text."""
-    model, ids = head_model(base={"num_hidden_layers": 1}, conversion_order=[[0, 1], [0, 0]], level=0), text()
-    cache = DynamicCache()
-    found = pieces(model, ids, [15, 10, 15], cache, before={1: lambda: model.set_level(1), 2: lambda: model.set_level(2)}.items())
-    for level, piece in ((0, slice(15)), (1, slice(15, 25)), (2, slice(25, 40))):
-        model.set_level(level)
-        assert_close(found[:, piece], full(model, ids)[:, piece])
-
-
-def test_bytes_fall_with_every_head(head_model):
-    model, ids = head_model(level=0), text(2, 200)
-    cache, sizes = DynamicCache(), []
-    pieces(model, ids[:, :190], [190], cache)
-    for level in range(9):
-        model.set_level(level)
-        with torch.no_grad():
-            model(ids[:, 190 + level : 191 + level], past_key_values=cache)
-        sizes.append(cache_bytes(cache))
-        assert cache.layers[2].memory_bytes() if level in (1, 6) else True
-    per_head = 2 * 191 * 2 * 8 * 4  # rows, tokens, k and v, channels, fp32
-    states = 2 * (2 * 8 * 8 * 4 + (8 + 4) * 2 * 8 * 4)
-    for before, after in itertools.pairwise(sizes):
-        assert before - after > 0.9 * (per_head - states) - 8 * 2 * 8 * 8
-    expected = Stats(200, 199, 2, 0, **model.base_model.level_sizes()).cache_bytes(8)
-    assert abs(sizes[-1] - expected) < 8 * 2 * 8
-
-
-def test_a_level_lowered_within_a_text_is_refused(head_model):
-    model, ids = head_model(level=6), text()
-    cache = DynamicCache()
-    pieces(model, ids, [40], cache)
-    for level in (5, 4, 1, 0):
-        model.set_level(level)
-        with pytest.raises(RuntimeError, match=r"layer \d: .*The level was lowered within one text"):
-            model(ids[:, :1], past_key_values=cache)
-    assert [int(layer.get_seq_length()) for layer in cache.layers] == [40] * 4, "nothing was advanced"
-    model.set_level(6)
-    model(ids[:, :1], past_key_values=cache)
-    partial = next(layer for layer in cache.layers if isinstance(layer, PartialCacheLayer))
-    with pytest.raises(RuntimeError, match="lowered"):  # as a softmax layer would call it
-        partial.update(*torch.zeros(2, 2, 2, 1, 8))
-
-
-def test_states_of_a_sliding_layer_are_not_joined_where_they_begin_apart(head_model):
-    model, ids = head_model("gemma2", conversion_order=[[0, 0], [0, 1], [1, 0]], level=1), text(2, 40)
-    config = model.get_base_model().config
-    short, long = DynamicCache(config=config), DynamicCache(config=config)
-    pieces(model, ids[:, :9], [9], short)
-    pieces(model, ids, [40], long)
-    model.set_level(2)
-    with pytest.raises(ValueError, match=r"layer 0 slides: of the 40 tokens so far its kept heads have the last 11"):
-        model(ids[:, :1], past_key_values=long)
-    with torch.no_grad():
-        model(ids[:, 9:10], past_key_values=short)
-    assert isinstance(short.layers[0], DSLACacheLayer)
-
-
-def test_a_policy_raises_heads_while_text_is_generated(head_model):
-    model, ids = head_model(level=0), text(2, 20)
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=20,
-        do_sample=False,
-        level_policy=lambda stats: min((stats.tokens - 18) // 3, stats.max_level),
-    )
-    assert out.shape == (2, 40) and model.get_level() == 7
-    assert FixedLevel("kept:25%")(Stats(1, 1, 1, 0, **model.base_model.level_sizes())) == 6
-    stats = Stats(1, 1000, 1, 0, **model.base_model.level_sizes())
-    assert stats.num_layers == 8 and stats.cache_bytes(0) == 4 * 1000 * 2 * 2 * 8 * 4, "four layers of two heads, k and v of 8 channels"
-    assert CacheMemory(stats.cache_bytes(3, 1128))(stats) == 3
-
-
-# --- files ------------------------------------------------------------------------------------------------------
-
-
-def test_an_adapter_of_heads_is_saved_and_loaded(head_model, tiny_model, tmp_path):
-    model, ids = head_model(level=3), text()
-    expected = full(model, ids)
-    model.save_pretrained(tmp_path)
-    stored = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert stored["conversion_order"] == ORDER and stored["conversion_unit"] == "head" and stored["format_version"] == 2
-    assert "2.0, 0.1, 3.0" in (tmp_path / "README.md").read_text()
-    base = copy.deepcopy(model.get_base_model())
-    model.save_pretrained(tmp_path)  # over itself
-    torch.manual_seed(0)
-    loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path, level="kept:5")
-    assert loaded.get_level() == 3 and torch.equal(full(loaded.eval(), ids), expected)
-    assert base is not None and loaded.peft_config["default"].converted_heads == [(2, 0), (0, 1), (3, 0)]
-    other = head_model(conversion_order=[[2, 0], [0, 1]])
-    with pytest.raises(ValueError, match="holds another adapter"):
-        other.save_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("kind", ["llama", "phi3", "gpt_oss"])
-@pytest.mark.parametrize("level", [3, 8])
-def test_a_hybrid_with_layers_in_part_is_merged_saved_and_loaded(head_model, kind, level, tmp_path):
-    model, ids = head_model(kind, level=level), text()
-    expected = full(model, ids)
-    hybrid = model.merge_and_unload()
-    assert_close(full(hybrid, ids), expected, 1e-5)
-    hybrid.save_pretrained(tmp_path)
-    loaded, report = AutoModelForCausalLM.from_pretrained(
-        tmp_path, output_loading_info=True, attn_implementation=hybrid.config._attn_implementation
-    )
-    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
-    assert torch.equal(full(loaded.eval(), ids), full(hybrid, ids))
-    assert loaded.get_level() == level == loaded.level_sizes()["min_level"]
-    stored = json.loads((tmp_path / "config.json").read_text())["dsla_config"]
-    assert stored["conversion_unit"] == "head"
-    if level == 3:
-        assert stored["converted_layers"] == [] and stored["converted_heads"] == [[2, 0], [0, 1], [3, 0]]
-        core = loaded.model.layers[2].self_attn.dsla
-        assert core.num_kv_heads == 1 and core.num_heads == 2, "nothing of kept heads is stored"
-    else:
-        assert stored["converted_layers"] == [2, 0, 3, 1] and stored["converted_heads"] == []
-    assert_close(pieces(loaded, ids, [20, *[1] * 20], DynamicCache(config=loaded.config)), expected)
-    cache = DynamicCache(config=loaded.config)
-    with torch.no_grad():
-        loaded(ids, past_key_values=cache)
-    copied = copy.deepcopy(loaded)
-    assert torch.equal(full(copied, ids), full(loaded, ids))
-
-
-def test_a_hybrid_takes_over_the_cache_of_its_base(head_model, tiny_model):
-    model, ids = head_model(base={"num_hidden_layers": 1}, conversion_order=[[0, 1]], level=0), text()
-    cache = DynamicCache()
-    pieces(model, ids[:, :20], [20], cache)
-    model.set_level(1)
-    expected = full(model, ids)
-    hybrid = model.merge_and_unload()
-    with torch.no_grad():
-        found = hybrid(ids[:, 20:], past_key_values=cache).logits
-    assert_close(found, expected[:, 20:])
-
-
-def test_a_hybrid_of_heads_is_checked_when_it_is_read(head_model, tmp_path):
-    head_model(level=3).merge_and_unload().save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    stored = json.loads(path.read_text())
-    for entries, message in (
-        ({"converted_heads": [[2, 2]]}, r"names a KV head that does not exist in \[\(2, 2\)\]: each KV head of this model is 0 to 1"),
-        ({"converted_heads": [[4, 0]]}, r"names a layer that does not exist in \[\(4, 0\)\]"),
-        ({"converted_heads": [[2, 0]], "converted_layers": [2]}, r"names heads of layers \[2\], which converted_layers names as a whole"),
-        ({"conversion_unit": "row"}, r"conversion_unit must be one of \['layer', 'head'\], got 'row'"),
-        ({"format_version": 3}, "written in format 3"),
-    ):
-        path.write_text(json.dumps({**stored, "dsla_config": {**stored["dsla_config"], **entries}}))
-        with pytest.raises(ValueError, match=message):
-            AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 # --- configuration and levels -----------------------------------------------------------------------------------
@@ -744,3 +405,30 @@ def test_what_knows_whole_layers_alone_says_so(head_model):
             Levels(whole)
     with pytest.raises(NotImplementedError, match="tensor parallel"):
         type(hybrid).from_pretrained("nowhere", config=hybrid.config, tp_plan="auto")
+    with pytest.raises(NotImplementedError, match="fused layers"), fused(model):
+        pass
+
+
+def test_commands_that_know_whole_layers_alone_say_so_before_they_load(head_model, tmp_path):
+    model = head_model(level=3)
+    model.save_pretrained(tmp_path / "adapter")
+    model.get_base_model().config.save_pretrained(tmp_path / "base")
+    model.merge_and_unload().save_pretrained(tmp_path / "hybrid")
+    for folder, adapter in (("base", tmp_path / "adapter"), ("hybrid", None)):
+        config = load_config(str(tmp_path / folder))
+        with pytest.raises(ValueError, match=r"dsla serve: layers converted in part .* use a plan of whole layers"):
+            check_whole_layers("dsla serve", config, adapter and str(adapter))
+    check_whole_layers("dsla serve", load_config(str(tmp_path / "base")), None)
+
+
+def test_a_plan_of_heads_is_distilled_at_random_levels(head_model, tmp_path):
+    model = head_model(window_size=2, sink_tokens=0)
+    data = [{"input_ids": text(1, 64)[0]} for _ in range(8)]
+    args = DSLATrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=2, report_to=[])
+    for options in ({"method": "chain"}, {"ranking_data": [text(1, 64)]}):
+        with pytest.raises(NotImplementedError, match="a plan of heads is distilled at random levels in its own order"):
+            distill(model, data, args, alignment_steps=1, logits_steps=8, **options)
+    before = {name: p.clone() for name, p in model.named_parameters() if "dsla_q_proj" in name}
+    distill(model, data, args, alignment_steps=1, logits_steps=4)
+    assert before and all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+    assert model.get_level() == 8

@@ -4,10 +4,7 @@ Shape legend as in `dsla_kernels.reference`: B batch, T tokens, Hq query heads, 
 size, W window size, S sink tokens.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +22,7 @@ from dsla_kernels import (
     uses_triton,
 )
 
-from ..compat.attributes import is_loaded, view_of
+from ..compat.attributes import is_loaded
 from .checks import ROTARY_LAYOUTS, check_rotary, check_window, half_life_range, half_life_to_logit
 from .padding import Padding, to_rows
 from .past import DualState, Past, clone_state
@@ -37,8 +34,6 @@ __all__ = ["NORM_EPS", "ROTARY_LAYOUTS", "DualState", "DualStateAttention", "clo
 
 # Keeps the RMS of an empty state above zero: its logarithm is part of the gate between window and states.
 NORM_EPS = 1e-6
-# What the names of parameters begin with of which each KV head has its own; all others are of query heads.
-PER_KV_HEAD = ("gate_", "write_")
 
 
 class DualStateAttention(nn.Module):
@@ -147,19 +142,6 @@ class DualStateAttention(nn.Module):
         if self.window_size:
             nn.init.ones_(self.state_gain)
             nn.init.zeros_(self.state_bias)
-
-    def of_heads(self, heads: Sequence[int]) -> DualStateAttention:
-        """These KV heads of this layer and the query heads that read them, as a layer of its own that reads this one's parameters, now:
-        gradients flow back, later changes are not seen."""
-        queries = self.num_heads // self.num_kv_heads
-        kv_heads = torch.tensor(list(heads), device=self.mix_logits.device)
-        query_heads = (kv_heads[:, None] * queries + torch.arange(queries, device=kv_heads.device)).flatten()
-        parameters = {
-            name: x.index_select(0, kv_heads if name.startswith(PER_KV_HEAD) else query_heads) for name, x in self.named_parameters()
-        }
-        part = view_of(self, type(self), {}, parameters)
-        part.num_heads, part.num_kv_heads = len(query_heads), len(kv_heads)
-        return part
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.key_dim}, window_size={self.window_size}"

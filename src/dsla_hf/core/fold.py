@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ..compat.attributes import keep_address
 from .attention import DualStateAttention
 from .cache import LEVEL_LOWERED, RECORDS_PAST, DSLACacheLayer, StaticDSLACacheLayer, VisibleStaticLayer, fold_in_pieces
-from .heads import HeadSplit
+from .heads import HeadSplit, of_heads
 from .layout import TokenLayout
 from .partial_cache import PartialCacheLayer, join_states, with_heads
 
@@ -235,7 +235,7 @@ def _states_of(
         if folded != held:
             places = torch.tensor([held.index(head) for head in folded], device=keys.device)
             keys, values = keys.index_select(1, places), values.index_select(1, places)
-        new = fold(_of_heads(attention, folded), keys, values, attention_mask=mask, max_length=max_length)
+        new = fold(of_heads(attention, folded), keys, values, attention_mask=mask, max_length=max_length)
         new.tokens = new.tokens + (tokens - cached)
         if before is not None:
             _add_heads(new, folded, before, attention)
@@ -244,14 +244,10 @@ def _states_of(
     return new
 
 
-def _of_heads(attention: DualStateAttention, heads: tuple[int, ...]) -> DualStateAttention:
-    return attention if len(heads) == attention.num_kv_heads else attention.of_heads(heads)
-
-
 def _add_heads(new: DSLACacheLayer, heads: tuple[int, ...], before: PartialCacheLayer, attention: DualStateAttention) -> None:
     """Put the states of heads that were converted `before` to those of the `heads` in `new`, which have read the same text."""
     assert new.state is not None
-    known = before.converted.current_state(_of_heads(attention, before.heads))
+    known = before.converted.current_state(of_heads(attention, before.heads))
     assert known is not None
     state = join_states([known, new.state], [before.heads, heads])
     if isinstance(new, StaticDSLACacheLayer):

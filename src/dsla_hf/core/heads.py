@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..compat.attributes import view_of
+
+if TYPE_CHECKING:
+    from .attention import DualStateAttention
+
+# What the names of parameters begin with of which each KV head has its own; all others are of query heads.
+PER_KV_HEAD = ("gate_", "write_")
 
 
 class HeadIndices(NamedTuple):
@@ -61,3 +69,20 @@ class HeadSplit:
     def joined(self, converted: Tensor, kept: Tensor) -> Tensor:
         """Outputs `[B, T, heads, D]` of both kinds of query heads in the base's order `[B, T, Hq, D]`."""
         return torch.cat([converted, kept], 2).index_select(2, self.on(converted.device).order)
+
+
+def of_heads(attention: DualStateAttention, heads: Iterable[int]) -> DualStateAttention:
+    """These KV heads of a layer and the query heads that read them, as a layer of its own that reads the other's parameters as they are
+    now: gradients flow back, later changes are not seen. The layer itself where it has no others."""
+    heads = tuple(heads)
+    if len(heads) == attention.num_kv_heads:
+        return attention
+    queries = attention.num_heads // attention.num_kv_heads
+    kv_heads = torch.tensor(heads, device=attention.mix_logits.device)
+    query_heads = (kv_heads[:, None] * queries + torch.arange(queries, device=kv_heads.device)).flatten()
+    parameters = {
+        name: x.index_select(0, kv_heads if name.startswith(PER_KV_HEAD) else query_heads) for name, x in attention.named_parameters()
+    }
+    part = view_of(attention, type(attention), {}, parameters)
+    part.num_heads, part.num_kv_heads = len(query_heads), len(kv_heads)
+    return part

@@ -19,7 +19,7 @@ from ..compat.attributes import attention_implementation, set_attention_implemen
 from ..core.attention import DualStateAttention
 from ..core.cache import DSLACacheLayer
 from ..core.fold import dsla_cache_layer, partial_cache_layer
-from ..core.heads import HeadIndices, HeadSplit
+from ..core.heads import HeadIndices, HeadSplit, of_heads
 from ..core.layout import TokenLayout, read_layout
 from ..core.tensor_parallel import DSLA, HEADS
 from .architectures import kv_heads_of
@@ -227,19 +227,19 @@ class DSLAAttentionMixin:
         return self.dsla if split is None or self.dsla.num_kv_heads == len(split.converted) else self._core_of(split)
 
     @torch.compiler.disable(
-        reason="a layer of an adapter that is converted in part picks its heads' weights outside of compiled code: leave out fullgraph=True, "
-        "or compile a hybrid (merge_and_unload)"
+        reason="a layer of an adapter that is converted in part picks its heads' weights outside of compiled code: leave out "
+        "fullgraph=True, or compile a hybrid (merge_and_unload)"
     )
     def _core_of(self, split: HeadSplit) -> DualStateAttention:
         """Those heads of `dsla`; kept until a weight changes, where nothing is trained."""
         parameters = list(self.dsla.parameters())
         if any(x.requires_grad or x.is_meta for x in parameters):
             with align_module_device(self.dsla):  # offloaded weights lie on the meta device otherwise
-                return self.dsla.of_heads(split.converted)
+                return of_heads(self.dsla, split.converted)
         key = versions_of(parameters)
         if self._core is None or self._core[0] != key:
             with torch.inference_mode(False), torch.no_grad():  # what is kept may be read by a pass with gradients later
-                self._core = key, self.dsla.of_heads(split.converted)
+                self._core = key, of_heads(self.dsla, split.converted)
         return self._core[1]
 
     def forward(
