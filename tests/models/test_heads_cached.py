@@ -117,6 +117,21 @@ def test_a_crop_goes_back_in_both_parts_or_in_none(head_model):
     assert_close(found, full(model, ids)[:, 22:])
 
 
+def test_a_call_that_fails_between_both_parts_of_the_last_layer_is_noticed(head_model, monkeypatch):
+    model, ids, cache = head_model(conversion_order=[[3, 0]]), text(), DynamicCache()
+    pieces(model, ids[:, :20], [20], cache)
+
+    def fails(*args):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DSLACacheLayer, "advance", fails)
+        with pytest.raises(MemoryError):
+            model(ids[:, 20:30], past_key_values=cache)
+    with pytest.raises(RuntimeError, match=r"different numbers of tokens, \[30, 30, 30, 30, 20\]: a call has failed midway"):
+        model(ids[:, 20:30], past_key_values=cache)
+
+
 def test_assisted_decoding_gives_the_same_text(head_model):
     model = head_model(level=5)
     ids = text(1, 12).repeat(1, 3)
@@ -125,15 +140,18 @@ def test_assisted_decoding_gives_the_same_text(head_model):
 
 
 def test_kept_heads_go_to_other_memory_and_come_back(head_model, monkeypatch):
-    """Offloading goes through the cache; without a GPU its moves are to the CPU, and only that they are asked for is seen."""
-    model, ids, calls = head_model(level=3), text(), []
-    cache = DynamicCache()
+    """Offloading goes through the cache. Without a GPU there is no other memory: what is offloaded is hidden here until it is fetched."""
+    model, ids = head_model(level=3), text()
+    cache, hidden = DynamicCache(), []
     pieces(model, ids[:, :20], [20], cache)
-    layer = cache.layers[2]
-    for name in ("offload", "prefetch"):
-        monkeypatch.setattr(layer.softmax, name, lambda name=name: calls.append(name), raising=False)
-        getattr(layer, name)()
-    assert calls == ["offload", "prefetch"]
+    softmax = cache.layers[2].softmax
+    monkeypatch.setattr(softmax, "offload", lambda: hidden.append((softmax.keys.clone(), softmax.keys.zero_())), raising=False)
+    monkeypatch.setattr(softmax, "prefetch", lambda: hidden and softmax.keys.copy_(hidden.pop()[0]), raising=False)
+    cache.layers[2].offload()
+    assert not cache.layers[2].keys.any() and cache.layers[2].converted.state.recurrent.any()
+    with torch.no_grad():
+        found = model(ids[:, 20:], past_key_values=cache).logits
+    assert_close(found, full(model, ids)[:, 20:])
 
 
 @pytest.mark.parametrize("merged", [True, False], ids=["hybrid", "adapter"])

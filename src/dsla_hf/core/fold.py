@@ -104,7 +104,7 @@ def check_cache(cache: Any, converted: Sequence[bool | tuple[int, ...]], rows: i
             _check_foldable(index, layer)
     if recorded or not any(is_dsla for _, is_dsla in layers):
         return cache.get_seq_length()
-    counts = [_tokens_of(layer) for layer, _ in layers]
+    counts = [_tokens_of(part) for layer, _ in layers for part in getattr(layer, "parts", (layer,))]
     if len(set(counts)) > 1:
         raise RuntimeError(
             f"the layers of the cache hold different numbers of tokens, {counts}: a call has failed midway. Start again with a new cache"

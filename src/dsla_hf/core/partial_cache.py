@@ -46,6 +46,7 @@ class PartialCacheLayer(CacheLayerMixin):
         """
         if key_states.shape[1] != len(self.kept):
             raise RuntimeError(LEVEL_LOWERED)
+        self.prefetch()  # a cache that offloads does so ahead of time, but not behind every layer
         return self.softmax.update(key_states, value_states, *args, **kwargs)
 
     # --- what a cache asks of its layers ------------------------------------------------------------------------

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from .adapter_layer import DSLALayer
 from .base_attention import DSLAAttentionMixin
 from .configuration import DSLAConfig, resolve_level
+from .decoder import decoder_of
 
 
 def dsla_layers(model: nn.Module) -> dict[int, DSLALayer]:
@@ -40,7 +43,13 @@ def get_level(model: nn.Module) -> int:
 
 
 def counts_heads(model: nn.Module) -> bool:
-    """Whether levels of this model count KV heads, or it is a hybrid with layers converted in part: what knows whole layers alone asks."""
-    if any(isinstance(module, DSLALayer) and module.adapter_name is not None for module in model.modules()):
-        return active_config(model).conversion_unit == "head"
-    return any(isinstance(module, DSLAAttentionMixin) and module.split is not None for module in model.modules())
+    """Whether levels of this causal LM (or decoder) count KV heads, or it is a hybrid with layers converted in part: what knows whole
+    layers alone asks."""
+    layers: Any = getattr(decoder_of(model), "layers", ())
+    for layer in layers:
+        attention = getattr(layer, "self_attn", None)
+        if isinstance(attention, DSLALayer) and attention.adapter_name is not None:
+            return attention.configs[attention.adapter_name].conversion_unit == "head"
+        if isinstance(attention, DSLAAttentionMixin) and attention.split is not None:
+            return True
+    return False

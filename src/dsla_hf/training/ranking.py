@@ -66,7 +66,7 @@ def rank_layers(model: PeftModel, data: Iterable[Any], metric: str = "kl", progr
         raise ValueError(f"metric must be one of {list(METRICS)}, got {metric!r}")
     if not isinstance(getattr(model, "base_model", None), DSLAModel):
         raise ValueError("rank_layers needs a DSLA adapter: get_peft_model(model, DSLAConfig(...))")
-    if counts_heads(model):
+    if counts_heads(model.get_base_model()):
         raise NotImplementedError(
             "rank_layers ranks whole layers, and this plan converts heads: rank the layers of a plan with conversion_unit='layer', or give "
             "DSLAConfig an order of pairs of your own"
