@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from accelerate import cpu_offload
 from head_layers import ORDER, assert_close, full, kinds, pieces, text
 from peft import get_peft_model
+from tiny import ARCHITECTURE_OPTIONS
 from transformers import DynamicCache
+from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.llama import modeling_llama
 
 from dsla_hf import DSLAConfig, DSLATrainingArguments, distill
@@ -107,6 +109,55 @@ def test_a_layer_in_part_is_the_mixture_of_its_heads(head_model, base_kind, kv_h
     expected = mixture(layer, found["hidden_states"], found["position_embeddings"], heads, trained_keys)
     assert layer.converted_part == heads and logits.isfinite().all()
     assert_close(found["out"], expected, 1e-5)
+
+
+def heads_before_output(attention, **inputs):
+    """What an attention hands to its output projection `[B, T, Hq, D]`."""
+    found = []
+    handle = attention.o_proj.register_forward_pre_hook(lambda module, args: found.append(args[0]))
+    with torch.no_grad():
+        attention(**inputs)
+    handle.remove()
+    return found[0].unflatten(-1, (-1, attention.head_dim))
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURE_OPTIONS)
+def test_each_head_is_that_of_the_base_or_that_of_the_whole_layer(head_model, kind):
+    """In layers that slide and layers that do not, over the input that the layer has at this level."""
+    order = [[0, 1], [1, 0]]
+    model, ids, inputs = head_model(kind, conversion_order=order), text(), {}
+    for index in (0, 1):
+        layer = dsla_layers(model)[index]
+        if kind == "olmo2":  # whose query norm goes over all heads: with the base's rows they are asked alike
+            layer.dsla_q_proj["default"].load_state_dict(layer.base_layer.q_proj.state_dict())
+        hook = layer.register_forward_hook(lambda module, args, kwargs, out: inputs.update(kwargs), with_kwargs=True)
+        full(model, ids)
+        hook.remove()
+        found = heads_before_output(layer.dsla_attention(layer.converted_part), **inputs)
+        whole = heads_before_output(layer.dsla_attention(), **inputs)
+        base = heads_before_output(layer.base_layer, **{name: x for name, x in inputs.items() if name != "dsla_layout"})
+        converted = [2, 3] if index == 0 else [0, 1]  # query heads
+        kept = [0, 1] if index == 0 else [2, 3]
+        assert_close(found[:, :, converted], whole[:, :, converted], 1e-5)
+        assert_close(found[:, :, kept], base[:, :, kept], 1e-5)
+        assert (whole - base).abs().max() > 1e-3
+
+
+def test_sink_logits_reach_their_heads(head_model, monkeypatch):
+    """As an argument, which flash and flex attention read, and as an attribute, which eager attention does."""
+    model, calls = head_model("gpt_oss", conversion_order=[[1, 0]]), []
+    original = modeling_gpt_oss.eager_attention_forward
+
+    def watched(module, *args, s_aux, **kwargs):
+        calls.append((module.layer_idx, s_aux, module.sinks))
+        return original(module, *args, **kwargs)
+
+    monkeypatch.setattr(modeling_gpt_oss, "eager_attention_forward", watched)
+    model.get_base_model().set_attn_implementation("eager")
+    full(model, text())
+    expected = dsla_layers(model)[1].base_layer.sinks[2:]
+    found = next((argument, attribute) for index, argument, attribute in calls if index == 1)
+    assert torch.equal(found[0], expected) and torch.equal(found[1], expected) and expected.abs().min() > 0
 
 
 def test_gradients_reach_rows_and_columns_of_converted_heads_alone(head_model):

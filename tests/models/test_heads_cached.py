@@ -107,11 +107,17 @@ def test_a_crop_goes_back_in_both_parts_or_in_none(head_model):
     with pytest.raises(NotImplementedError, match="cannot forget 3 tokens"):
         cache.crop(-3)
     assert [int(layer.get_seq_length()) for layer in cache.layers] == [20] * 4
+    cache.layers[0].activate_past_recording()
+    with torch.no_grad():
+        model(ids[:, 20:21], past_key_values=cache)
+    with pytest.raises(NotImplementedError, match="cannot forget 1 tokens"):
+        cache.crop(-1)  # layer 0 can, and layer 2, behind it, cannot
+    assert [int(part.get_seq_length()) for part in (*cache.layers[0].parts, *cache.layers[2].parts)] == [21] * 4
     cache.activate_past_recording()
     with torch.no_grad():
         model(text(2, 6), past_key_values=cache)
         cache.crop(-6)
-        model(ids[:, 20:24], past_key_values=cache)
+        model(ids[:, 21:24], past_key_values=cache)
         cache.crop(-2)
         found = model(ids[:, 22:], past_key_values=cache).logits
     assert_close(found, full(model, ids)[:, 22:])

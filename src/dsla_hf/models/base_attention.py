@@ -205,7 +205,6 @@ class DSLAAttentionMixin:
     softmax_config: PreTrainedConfig
     dsla: DualStateAttention
     layer_idx: int
-    converted = True
     exact_fold = True  # False where keys and values in a softmax layer's cache are not those of this layer
     split: HeadSplit | None = None
     _core: tuple[Any, DualStateAttention] | None = None

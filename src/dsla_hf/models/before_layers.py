@@ -66,19 +66,14 @@ def attentions_of(decoder: Any) -> list[Any]:
     return [getattr(layer, "self_attn", None) for layer in decoder.layers]
 
 
-def is_converted(attention: Any) -> bool:
-    """Whether an attention, or some of its heads, runs as DSLA now."""
-    return bool(getattr(attention, "converted", False))
-
-
-def _converted_part(attention: Any) -> bool | tuple[int, ...]:
-    """The same, and of one that is converted in part its converted KV heads."""
+def converted_part(attention: Any) -> bool | tuple[int, ...]:
+    """Whether an attention runs as DSLA now; of one that is converted in part the KV heads that do."""
     return getattr(attention, "converted_part", False)
 
 
 def _folds(decoder: nn.Module, cache: Any) -> bool:
     for attention, layer in zip(attentions_of(decoder), getattr(cache, "layers", ()), strict=False):
-        part = _converted_part(attention)
+        part = converted_part(attention)
         goes_on = isinstance(layer, DSLACacheLayer) or (isinstance(layer, PartialCacheLayer) and layer.heads == part)
         if part and not goes_on and layer.get_seq_length() > 0:
             return True
@@ -94,7 +89,7 @@ def _before_layers(names: tuple[str, ...], decoder: Any, args: tuple, kwargs: di
         others = {kind: x for kind, x in mask.items() if kind != PADDING}
         given["attention_mask"], mask = others.get(MASK, others), mask[PADDING]
     attentions = attentions_of(decoder)
-    parts = [_converted_part(attention) for attention in attentions]
+    parts = [converted_part(attention) for attention in attentions]
     converted = [attention for attention, part in zip(attentions, parts, strict=True) if part]
     cache = given.get("past_key_values")
     ids = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
