@@ -346,7 +346,11 @@ def test_layers_are_as_they_were(tiny_model):
         ({"conversion_order": []}, r"must be a list of pairs \[layer, KV head\], got \[\]"),
         ({"conversion_order": [[0, 1]], "level": 0.5}, r"level must be a whole number of converted heads, 0 or more, got 0.5"),
         ({"conversion_order": [[0, 1]], "level": 2}, r"level 2 is above the plan: conversion_order holds 1 heads"),
-        ({"conversion_unit": "layer", "conversion_order": [[0, 1]]}, r"must be a list of layer numbers, got \[\[0, 1\]\]"),
+        (
+            {"conversion_unit": "layer", "conversion_order": [[0, 1]]},
+            r"must be a list of layer numbers, got \[\[0, 1\]\]; pairs .* conversion_unit='head'",
+        ),
+        ({"conversion_unit": "layer", "conversion_order": [3, [0, 1]]}, r"got \[3, \[0, 1\]\]; pairs"),
         ({"window_heads": [3]}, r"window_heads must hold pairs"),
     ],
 )

@@ -410,7 +410,9 @@ def check_order(order: Any, num_layers: int | None = None, name: str = "conversi
         ValueError: names the wrong, negative or repeated numbers.
     """
     if not isinstance(order, (list, tuple)) or not order or not all(map(is_whole, order)):
-        raise ValueError(f"{name} must be a list of layer numbers, got {order!r}")
+        pairs = isinstance(order, (list, tuple)) and any(isinstance(x, (list, tuple)) for x in order)
+        hint = "; pairs [layer, KV head] take conversion_unit='head'" if pairs else ""
+        raise ValueError(f"{name} must be a list of layer numbers, got {order!r}{hint}")
     order = list(order)
     if wrong := [layer for layer in order if layer < 0 or (num_layers is not None and layer >= num_layers)]:
         known = "0 or more" if num_layers is None else f"0 to {num_layers - 1}"

@@ -7,6 +7,7 @@ whose weights cannot be read as they are (quantised, offloaded, hooked) computes
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -46,7 +47,9 @@ class MixedProjection(nn.Module):
     def merged(self) -> nn.Linear:
         """One linear layer that does the same, with weights of its own."""
         plain: Any = nn.Linear(self.base.in_features, self.base.out_features, bias=self.base.bias is not None, device="meta")
-        with torch.no_grad():
+        with torch.no_grad(), ExitStack() as weights_at_hand:
+            for module in self.sources():
+                weights_at_hand.enter_context(align_module_device(module))
             weight, bias = self.composed()
         plain.weight = nn.Parameter(weight, requires_grad=False)
         plain.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
@@ -66,8 +69,8 @@ class MixedProjection(nn.Module):
 
     def _readable(self) -> bool:
         base = self.base
-        plain = type(base) is nn.Linear and type(base.weight) is nn.Parameter and not is_quantised(base.weight)
-        return plain and base.weight.device.type != "meta" and not has_hooks(base) and not is_offloaded(base)
+        plain = type(base) is nn.Linear and type(base.weight) is nn.Parameter and not is_quantised(base.weight) and not has_hooks(base)
+        return plain and not any(module.weight.is_meta or is_offloaded(module) for module in self.sources())
 
 
 class MixedRows(MixedProjection):
