@@ -332,6 +332,10 @@ def test_layers_are_as_they_were(tiny_model):
         config.heads_of(3)
     model = get_peft_model(tiny_model("llama"), config)
     assert model.peft_config["default"].heads_of(3) == (0, 1) and model.peft_config["default"].heads_of(0) == ()
+    model.set_level("25%")
+    assert model.get_level() == 1
+    with pytest.raises(ValueError, match=r"level 'kept:25%' says which share of KV heads is kept, and this plan converts whole layers"):
+        model.set_level("kept:25%")
 
 
 @pytest.mark.parametrize(
