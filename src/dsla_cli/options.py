@@ -6,7 +6,7 @@ import argparse
 import textwrap
 from typing import Any
 
-LEVEL = "how many layers are DSLA: a number, or a share of the model's layers such as 50%%"
+LEVEL = "how many layers are DSLA: a number, or a share of the model's layers such as 50%%; of a plan of heads, also kept:10%%"
 # As `dsla_hf.corpus.SOURCES` has it, which imports more.
 SOURCES = (
     "files (.txt with documents separated by NUL, .jsonl, either also as .xz; .json, .parquet, .csv) or names of hub datasets, "

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .inference.graph import GraphDecoder
     from .training.arguments import DSLATrainingArguments
     from .training.ranking import rank_layers
+    from .training.unit_ranking import rank_units
     from .training.recipe import distill
     from .training.trainer import DSLATrainer
 
@@ -55,6 +56,7 @@ __all__ = [
     "get_level",
     "lower_level",
     "rank_layers",
+    "rank_units",
     "set_level",
 ]
 
@@ -67,6 +69,7 @@ _LAZY = {
     "distill": "training.recipe",
     "evaluate_levels": "evaluation.levels",
     "rank_layers": "training.ranking",
+    "rank_units": "training.unit_ranking",
 }
 
 

@@ -156,7 +156,7 @@ def seen_layouts(model, monkeypatch):
     layouts = []
     layer = model.model.layers[0]
     forward = layer.forward
-    layer.self_attn.converted = True
+    layer.self_attn.converted_part = True
 
     def spy(*args, dsla_layout="none", **kwargs):
         layouts.append(dsla_layout)
@@ -200,7 +200,7 @@ def test_hook_reads_positions_only_without_a_past(tiny_model, monkeypatch):
 def test_without_dsla_layers_the_base_gets_what_it_was_given(tiny_model, monkeypatch):
     model = tiny_model("llama")
     layouts = seen_layouts(model, monkeypatch)
-    model.model.layers[0].self_attn.converted = False
+    model.model.layers[0].self_attn.converted_part = False
     install_layout_hook(model.model)
     tokens = torch.randint(1, 97, (1, 6))
     model(tokens, attention_mask=torch.ones(1, 1, 6, 6), position_ids=torch.tensor([[0, 1, 0, 1, 0, 1]]))

@@ -84,6 +84,18 @@ def test_a_ranking_is_stored_and_read():
     assert UnitRanking.from_dict(ranking.to_dict()) == ranking
 
 
+def test_a_plan_of_heads_is_ranked_and_takes_the_order(tiny_model, adapter_model):
+    model = adapter_model(tiny_model("llama"), conversion_unit="head", conversion_order=None, level=3)
+    ranking = rank_units(model, [IDS])
+    assert model.get_level() == 3 and sorted(ranking.order) == [(layer, head) for layer in range(4) for head in range(2)]
+    model.set_conversion_order(ranking.order, ranking.scores)
+    config = model.peft_config["default"]
+    assert config.conversion_order == ranking.order and config.level == 3
+    layers = adapter_model(tiny_model("llama"), level=3)
+    torch.manual_seed(0)
+    assert rank_units(layers, [IDS]).passes == ranking.passes
+
+
 def test_what_makes_no_sense_is_refused(llama, tiny_model):
     with pytest.raises(ValueError, match="neither data nor probes"):
         rank_units(llama, [])

@@ -31,12 +31,14 @@ def merge(model: str, adapter: str, level: int | str, output: str, *, dtype: str
     tokenizer = load_tokenizer(model)
     tuned = load_adapter(model, adapter, dtype)
     tuned.set_level(number)
-    layers = sorted(tuned.peft_config["default"].converted_layers)
+    config = tuned.peft_config["default"]
+    layers, heads = sorted(config.converted_layers), len(config.converted_heads)
     hybrid = tuned.merge_and_unload()
     check_hybrid_directory(Path(output), hybrid.config)
     with written_whole(Path(output), WEIGHT_FILES) as temporary:
         tokenizer.save_pretrained(temporary)
         hybrid.save_pretrained(temporary)
     name_model(hybrid, output)
-    print(f"hybrid saved in {output}: layers {layers} of {hybrid.config.num_hidden_layers} are DSLA (level {number})")
+    others = f", and {heads} heads of others" if heads else ""
+    print(f"hybrid saved in {output}: layers {layers} of {hybrid.config.num_hidden_layers} are DSLA{others} (level {number})")
     return hybrid

@@ -11,6 +11,7 @@ from ..models.cards import adapter_card
 from ..models.loading import (
     check_at_least_one,
     check_convertible,
+    check_whole_layers,
     device,
     load_adapter,
     load_config,
@@ -55,6 +56,7 @@ def order(
 def _order(model: str, adapter: str, data: list[str], metric: str, sequences: int, length: int, dtype: str, dry_run: bool) -> LayerRanking:
     check_convertible(model, load_config(model))
     config = read_adapter_config(adapter)
+    check_whole_layers("dsla order", None, adapter)
     if not dry_run and not Path(adapter).is_dir():
         raise ValueError(f"{adapter} is not a folder, so the order cannot be stored in it: give a folder, or --dry-run to print only")
     check_at_least_one("sequences", sequences)

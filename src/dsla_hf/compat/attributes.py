@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -74,16 +75,30 @@ def with_children(module: nn.Module, children: dict[str, nn.Module]) -> Any:
     return copied
 
 
-def view_of(module: nn.Module, cls: type[nn.Module], children: dict[str, nn.Module | None]) -> Any:
-    """A module of `cls` that has the attributes, parameters and buffers of `module`, the very same, and `children` for its own.
+def view_of(
+    module: nn.Module, cls: type[nn.Module], children: dict[str, nn.Module | None], parameters: dict[str, Any] | None = None
+) -> Any:
+    """A module of `cls` that has the attributes, parameters (or these tensors for them) and buffers of `module`, the very same, and
+    `children` for its own.
 
     It runs the forward of its class: those that accelerate's hooks have put into `module` stay there."""
     view = cls.__new__(cls)
     nn.Module.__init__(view)
     own = {*view.__dict__, "forward", "_old_forward", "_hf_hook"}
     view.__dict__.update({name: value for name, value in module.__dict__.items() if name not in own})
-    view._modules, view._parameters, view._buffers = dict(children), module._parameters, module._buffers
+    view._modules, view._buffers = dict(children), module._buffers
+    view._parameters = module._parameters if parameters is None else parameters
     return view
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate has put a hook into this module, which brings its weights in."""
+    return hasattr(module, "_hf_hook")
+
+
+def versions_of(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
+    """Where tensors lie and how often they were written: what is computed from them stays right while this does not change."""
+    return tuple((x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors)
 
 
 def keep_address(tensor: Tensor) -> None:

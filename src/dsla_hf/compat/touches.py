@@ -82,7 +82,12 @@ IMPORTED = {
     "transformers.distributed.tensor_parallel:ALL_PARALLEL_STYLES": Touch("the style of plans that cuts DSLA's weights"),
     "transformers.distributed.tensor_parallel:TensorParallelLayer": Touch("the class of such a style"),
     "transformers.masking_utils:ALL_MASK_ATTENTION_FUNCTIONS": Touch("the masks of softmax layers, also where a kernel reads a cache"),
-    "transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS": Touch("the attention of softmax layers, where no kernel takes its place"),
+    "transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS": Touch(
+        "the attention of softmax layers, where no kernel takes its place, and of heads that a layer keeps"
+    ),
+    "transformers.models.llama.modeling_llama:eager_attention_forward": Touch(
+        'what "eager" means to a base, a function of its module', ("module", "query", "key", "value", "attention_mask")
+    ),
     "transformers.initialization:guard_torch_init_functions": Touch("initial values leave loaded weights alone", ()),
     "transformers.masking_utils:create_masks_for_generate": Touch(
         "masks of a static cache", ("config", "inputs_embeds", "attention_mask", "past_key_values")
@@ -103,4 +108,5 @@ ATTRIBUTES = {
     "_old_forward": Touch("of a module: what accelerate's hook calls"),
     "_pad_token_tensor": Touch("of generation settings: what is written behind the end of a text"),
     "_parameters": Touch("of a module: shared by the view; parts of cut weights for as long as it computes"),
+    "_version": Touch("of a tensor: how often it was written in place"),
 }

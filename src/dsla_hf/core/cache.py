@@ -302,11 +302,12 @@ def _remember_to_record(activate: Callable[..., None], cache: Cache) -> None:
 
 def _crop_all_or_none(crop: Callable[..., None], cache: Cache, tokens_to_remove: int) -> None:
     """A crop that one layer refuses leaves the others as they were: layers crop by assignment, never in place."""
-    before = [dict(vars(layer)) for layer in cache.layers] if any(isinstance(layer, DSLACacheLayer) for layer in cache.layers) else []
+    layers = [part for layer in cache.layers for part in getattr(layer, "parts", (layer,))]  # of a `PartialCacheLayer` two
+    before = [dict(vars(layer)) for layer in layers] if any(isinstance(layer, DSLACacheLayer) for layer in layers) else []
     try:
         crop(cache, tokens_to_remove)
     except BaseException:
-        for layer, values in zip(cache.layers, before, strict=False):
+        for layer, values in zip(layers, before, strict=False):
             layer.__dict__ = values
         raise
 
@@ -319,7 +320,7 @@ def cache_bytes(cache: Cache) -> int:
     """Bytes of all tensors that the layers of `cache` hold."""
     total = 0
     for layer in cache.layers:
-        if isinstance(layer, DSLACacheLayer):
+        if hasattr(layer, "memory_bytes"):  # with DSLA in it
             total += layer.memory_bytes()
         elif torch.is_tensor(getattr(layer, "keys", None)):
             total += sum(x.numel() * x.element_size() for x in (layer.keys, layer.values))

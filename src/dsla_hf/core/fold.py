@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 from transformers.utils import logging
 
+from ..compat.attributes import keep_address
 from .attention import DualStateAttention
 from .cache import LEVEL_LOWERED, RECORDS_PAST, DSLACacheLayer, StaticDSLACacheLayer, VisibleStaticLayer, fold_in_pieces
+from .heads import HeadSplit, of_heads
 from .layout import TokenLayout
+from .partial_cache import PartialCacheLayer, join_states, with_heads
 
 logger = logging.get_logger(__name__)
 
@@ -67,37 +72,46 @@ def fold(
     return layer
 
 
-def check_cache(cache: Any, converted: list[bool], rows: int, tokens: int, recorded: bool = False) -> int | Tensor:
+def check_cache(cache: Any, converted: Sequence[bool | tuple[int, ...]], rows: int, tokens: int, recorded: bool = False) -> int | Tensor:
     """Make sure that a call can go on from `cache`, before its first layer runs; the tokens that it holds.
 
     Args:
         cache: as the model was given it.
-        converted: which of the model's layers are DSLA now.
+        converted: which of the model's layers are DSLA now; of one that is in part its converted KV heads.
         rows, tokens: of the call.
         recorded: the call is compiled or captured: no value is looked at.
 
     Raises:
-        RuntimeError: if a layer was DSLA and is softmax attention now, or a call has failed midway and left the cache half advanced.
+        RuntimeError: if a layer (or a head) was DSLA and is softmax attention now, or a call has failed midway and left the cache half
+            advanced.
         ValueError: for keys and values that cannot be folded, other rows, or too many tokens for a static cache.
     """
     layers = list(zip(getattr(cache, "layers", ()), converted, strict=False))
     for index, (layer, is_dsla) in enumerate(layers):
-        if isinstance(layer, DSLACacheLayer):
-            if not is_dsla:
+        partial = isinstance(layer, PartialCacheLayer)
+        if partial or isinstance(layer, DSLACacheLayer):
+            more = partial and isinstance(is_dsla, tuple) and set(layer.heads) <= set(is_dsla)
+            if not (is_dsla is True or more):
                 raise RuntimeError(f"layer {index}: {LEVEL_LOWERED}")
-            if layer.state is not None and layer.batch_size != rows:
-                raise ValueError(f"the cache holds {layer.batch_size} rows, the call has {rows}: give it a cache of its own")
+            states = layer.converted if partial else layer
+            if states.state is not None and states.batch_size != rows:
+                raise ValueError(f"the cache holds {states.batch_size} rows, the call has {rows}: give it a cache of its own")
+            if partial and is_dsla != layer.heads and (recorded or _tokens_of(layer) > 0):
+                _check_foldable(index, layer.softmax)
+                if not recorded:
+                    _check_reaches_back(index, layer)
         elif is_dsla and (recorded or _tokens_of(layer) > 0):
             _check_foldable(index, layer)
     if recorded or not any(is_dsla for _, is_dsla in layers):
         return cache.get_seq_length()
-    counts = [_tokens_of(layer) for layer, _ in layers]
+    counts = [_tokens_of(part) for layer, _ in layers for part in getattr(layer, "parts", (layer,))]
     if len(set(counts)) > 1:
         raise RuntimeError(
             f"the layers of the cache hold different numbers of tokens, {counts}: a call has failed midway. Start again with a new cache"
         )
     for layer, is_dsla in layers:
-        if not is_dsla and type(layer) is StaticLayer and counts[0] + tokens > layer.get_max_length():
+        layer = layer.softmax if isinstance(layer, PartialCacheLayer) else layer
+        if is_dsla is not True and type(layer) is StaticLayer and counts[0] + tokens > layer.get_max_length():
             raise ValueError(
                 f"the static cache has room for {layer.get_max_length()} tokens; {counts[0]} are there, and {tokens} come: make it with a "
                 f"max_cache_len of {counts[0] + tokens} or more"
@@ -113,6 +127,16 @@ def _check_foldable(index: int, layer: Any) -> None:
         )
 
 
+def _check_reaches_back(index: int, layer: PartialCacheLayer) -> None:
+    """Of one layer all states begin with the same token."""
+    tokens = _tokens_of(layer)
+    if (cached := _cached(layer.softmax, tokens)[0].shape[2]) < tokens:
+        raise ValueError(
+            f"layer {index} slides: of the {tokens} tokens so far its kept heads have the last {cached}, and states of further heads "
+            "cannot be made to begin where those of its other heads do. Set the level before the text begins"
+        )
+
+
 def _tokens_of(layer: Any) -> int:
     return int(layer.get_seq_length())
 
@@ -120,42 +144,116 @@ def _tokens_of(layer: Any) -> int:
 def dsla_cache_layer(
     cache: Cache, layer_idx: int, attention: DualStateAttention, layout: TokenLayout, exact: bool = True
 ) -> DSLACacheLayer:
-    """The DSLA layer of `cache` at `layer_idx`; a key-value layer found there is folded and replaced, its memory freed.
+    """The DSLA layer of `cache` at `layer_idx`; a key-value layer found there is folded and replaced, its memory freed. Of a layer that
+    was converted in part the kept heads are folded, and go to the states of the others.
 
     With `exact` False (the DSLA layer has keys or values of its own) a fold is approximate, and that is said once.
 
     Raises:
         ValueError: for a kind of cache layer whose keys and values cannot be read.
     """
+    layer = _layer_at(cache, layer_idx)
+    if isinstance(layer, DSLACacheLayer):
+        return layer
+    new = _states_of(cache, layer_idx, attention, tuple(range(attention.num_kv_heads)), attention.num_kv_heads, layout, exact)
+    cache.layers[layer_idx] = new
+    return new
+
+
+def partial_cache_layer(
+    cache: Cache, layer_idx: int, attention: DualStateAttention, split: HeadSplit, layout: TokenLayout, exact: bool = True
+) -> PartialCacheLayer:
+    """The layer of `cache` at `layer_idx` for a layer converted in part, as `dsla_cache_layer` for a whole one: of what is found there the
+    converted heads' keys and values are folded, and those of kept heads alone stay in memory.
+
+    attention: of the whole layer, or (in a hybrid) of the converted heads alone.
+
+    Raises:
+        RuntimeError: where heads that are kept now were converted before.
+        ValueError: for a kind of cache layer whose keys and values cannot be read.
+    """
+    layer = _layer_at(cache, layer_idx)
+    heads = split.converted
+    if isinstance(layer, PartialCacheLayer):
+        if layer.heads == heads:
+            return layer
+        held, softmax = layer.kept, layer.softmax
+        lowered = not set(layer.heads) < set(heads)
+    else:
+        held, softmax, lowered = tuple(range(split.num_kv_heads)), layer, isinstance(layer, DSLACacheLayer)
+    if lowered:
+        raise RuntimeError(f"layer {layer_idx}: {LEVEL_LOWERED}")
+    states = _states_of(cache, layer_idx, attention, heads, split.num_kv_heads, layout, exact)
+    kept = with_heads(softmax, [held.index(head) for head in split.kept])
+    cache.layers[layer_idx] = new = PartialCacheLayer(kept, states, heads, split.kept)
+    return new
+
+
+def _layer_at(cache: Cache, layer_idx: int) -> Any:
     replicate = getattr(cache, "layer_class_to_replicate", None)
     while replicate is not None and len(cache.layers) <= layer_idx:
         cache.layers.append(replicate())
-    layer = cache.layers[layer_idx]
-    if isinstance(layer, DSLACacheLayer):
-        return layer
-    tokens = _tokens_of(layer)
-    max_length = max(other.get_max_length() for other in cache.layers) if isinstance(layer, StaticLayer) else None
+    return cache.layers[layer_idx]
+
+
+def _states_of(
+    cache: Cache,
+    layer_idx: int,
+    attention: DualStateAttention,
+    heads: tuple[int, ...],
+    num_kv_heads: int,
+    layout: TokenLayout,
+    exact: bool,
+) -> DSLACacheLayer:
+    """The DSLA layer of these of `num_kv_heads` heads, after the text that the cache holds at `layer_idx`: keys and values of all heads, or
+    those of some beside states of others. `attention` is of all heads or of these."""
+    layer: Any = cache.layers[layer_idx]
+    before = layer if isinstance(layer, PartialCacheLayer) else None
+    softmax = layer if before is None else before.softmax
+    tokens = _tokens_of(softmax)
+    max_length = max(other.get_max_length() for other in cache.layers) if isinstance(softmax, StaticLayer) else None
     if tokens == 0:
         new = _empty_layer(max_length)
     else:
-        _check_foldable(layer_idx, layer)
+        _check_foldable(layer_idx, softmax)
         if not exact:
             logger.warning_once(
                 "a text goes on at a higher level with trained k_proj or v_proj: the states are folded from the original model's keys "
                 "and values, which is approximate. Set the level before the text begins, or train with the default trained_projections"
             )
-        keys, values = _cached(layer, tokens)
+        keys, values = _cached(softmax, tokens)
         cached = keys.shape[2]
         if cached < tokens:
             logger.warning_once(
                 f"layer {layer_idx} had a sliding window: of its {tokens} tokens the last {cached} are cached, and the states begin there"
             )
-        new = fold(attention, keys, values, attention_mask=layout.past_mask(tokens, cached), max_length=max_length)
+        mask = layout.past_mask(tokens, cached)
+        folded, held = heads, tuple(range(num_kv_heads))
+        if before is not None:
+            _check_reaches_back(layer_idx, before)
+            folded, held = tuple(head for head in heads if head not in before.heads), before.kept
+        if folded != held:
+            places = torch.tensor([held.index(head) for head in folded], device=keys.device)
+            keys, values = keys.index_select(1, places), values.index_select(1, places)
+        new = fold(of_heads(attention, folded), keys, values, attention_mask=mask, max_length=max_length)
         new.tokens = new.tokens + (tokens - cached)
+        if before is not None:
+            _add_heads(new, folded, before, attention)
     if getattr(cache, RECORDS_PAST, False):
         new.activate_past_recording()
-    cache.layers[layer_idx] = new
     return new
+
+
+def _add_heads(new: DSLACacheLayer, heads: tuple[int, ...], before: PartialCacheLayer, attention: DualStateAttention) -> None:
+    """Put the states of heads that were converted `before` to those of the `heads` in `new`, which have read the same text."""
+    assert new.state is not None
+    known = before.converted.current_state(of_heads(attention, before.heads))
+    assert known is not None
+    state = join_states([known, new.state], [before.heads, heads])
+    if isinstance(new, StaticDSLACacheLayer):
+        for x in state:
+            keep_address(x)
+    new.state = state
 
 
 def _empty_layer(max_length: int | None) -> DSLACacheLayer:

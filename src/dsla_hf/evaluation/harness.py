@@ -316,8 +316,8 @@ def _plain(values: dict[str, Any]) -> dict[str, float]:
 # --- levels, settings, files ------------------------------------------------------------------------------------
 
 
-def _layers_by_level(model: str, adapter: str | None, levels: Sequence[int | str] | None) -> dict[int, list[int]]:
-    """The levels to measure, each with the layers that are DSLA there."""
+def _layers_by_level(model: str, adapter: str | None, levels: Sequence[int | str] | None) -> dict[int, list[Any]]:
+    """The levels to measure, each with the layers (or heads) that are DSLA there."""
     base_config = load_config(model)
     if levels is not None and not levels:
         raise ValueError("no level is named: give some, such as 0,4,50%, or leave --levels out for the adapter's own")
@@ -325,12 +325,17 @@ def _layers_by_level(model: str, adapter: str | None, levels: Sequence[int | str
         level_to_run_at(model, base_config, adapter, level, ("--adapter", "--levels")) for level in ([None] if levels is None else levels)
     ]
     if base_config.model_type == "dsla":
-        layers = base_config.get_dsla_config().converted_layers
+        layers = _as_stored(base_config.get_dsla_config().conversion_order)
         return {len(layers): layers}
     if adapter is None:
         return {0: []}
-    order = read_adapter_config(adapter).conversion_order or list(range(base_config.num_hidden_layers))
+    order = _as_stored(read_adapter_config(adapter).conversion_order or list(range(base_config.num_hidden_layers)))
     return {number: order[:number] for number in (len(order) if number is None else number for number in numbers)}
+
+
+def _as_stored(units: list[Any]) -> list[Any]:
+    """Layers, or pairs of layer and KV head, as a file of results gives them back."""
+    return [list(unit) if isinstance(unit, tuple) else unit for unit in units]
 
 
 def _identity(name: str, *files: str) -> str:

@@ -25,6 +25,7 @@ from dsla_kernels import gated_linear, linears, takes_few_rows
 
 from ..compat.attributes import children_of, has_hooks
 from ..models.adapter_layer import DSLALayer
+from ..models.base_attention import NO_HEADS
 from .parts import ROTATION, GatedMLP, Layer, is_plain, parts_of, summary
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,10 @@ def _few_rows(x: Any, *weights: Tensor) -> bool:
 
 def _projections(model: nn.Module) -> list[list[Any]]:
     """Of every attention those of queries, keys and values: a converted layer has queries of its own over keys and values of its base."""
-    views = [x.dsla_attention() for x in model.modules() if isinstance(x, DSLALayer) and x.converted]
+    layers = [x for x in model.modules() if isinstance(x, DSLALayer) and x.converted]
+    if any(isinstance(x.converted_part, tuple) for x in layers):
+        raise NotImplementedError(f"fused layers: {NO_HEADS}")
+    views = [x.dsla_attention() for x in layers]
     return [[children_of(x).get(name) for name in ("q_proj", "k_proj", "v_proj")] for x in (*model.modules(), *views)]
 
 

@@ -30,6 +30,7 @@ from ..core.tensor_parallel import is_tensor_parallel
 from ..models.adapter import DSLALayer, dsla_layers
 from ..models.base_attention import DSLAAttentionMixin
 from ..models.decoder import decoder_layers
+from ..models.level import counts_heads
 from .decode_attention import CachedTokens, attends_where_cached, can_attend_where_cached, over_cache, over_prompt
 from .fusion import LONG_PROMPT
 from .recorder import CudaRecording, Record, Recorder, shown_tokens
@@ -180,6 +181,8 @@ class GraphDecoder:
             return f"CUDA graphs need a CUDA device, and this model is on {model.device.type}"
         if (rounds_to := autocast_dtype(model.device)) is not None:
             return f"autocast is on, whose rounded weights no graph can keep: load the model in {rounds_to} and leave autocast out"
+        if counts_heads(model):
+            return "levels count heads, and layers that are converted in part are not recorded yet (conversion_unit='layer' is)"
         if is_tensor_parallel(model):
             return "tensor parallel: processes exchange activations in every layer"
         places = set(map(str, getattr(model, "hf_device_map", {}).values()))

@@ -33,8 +33,8 @@ class HasLevels(Protocol):
 
     def set_level(self, level: int) -> None: ...
 
-    def level_sizes(self) -> dict[str, int]:
-        """`min_level`, `max_level`, `num_layers`, `softmax_bytes_per_token`, `dsla_bytes`, as in `Stats`."""
+    def level_sizes(self) -> dict[str, Any]:
+        """`min_level`, `max_level`, `num_layers`, `softmax_bytes_per_token`, `dsla_bytes`, as in `Stats`; `unit` if it is a head."""
         ...
 
 

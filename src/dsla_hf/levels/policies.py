@@ -13,19 +13,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .reading import parse_level
+from .reading import parse_level, read_level
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What a policy sees. Tokens are counted per row, padding included; levels are numbers of layers."""
+    """What a policy sees. Tokens are counted per row, padding included; levels are numbers of units: layers, or KV heads where the plan
+    counts those. `num_layers` and the sizes in bytes are then of heads, too."""
 
     prompt_tokens: int
     tokens: int  # so far, prompt included
     rows: int  # of the batch, beams included
     level: int
     max_level: int  # of the plan
-    num_layers: int  # of the model
+    num_layers: int  # of the model; its KV heads in all layers where these are the unit
     min_level: int = 0  # above 0 for hybrids, which have one level
     softmax_bytes_per_token: int = 0  # cache of one softmax layer, per row and token
     dsla_bytes: int = 0  # cache of one DSLA layer, per row
@@ -37,6 +38,7 @@ class Stats:
     waiting_tokens: int = 0  # of all prompts that wait or are being read
     free_share: float = 1.0  # of the memory for keys and values
     seconds_to_first_token: float | None = None  # of a server's last requests, or what one without has waited
+    unit: str = "layer"  # or "head": what levels count
 
     def cache_bytes(self, level: int, tokens: int | None = None) -> int:
         """Bytes of the whole cache at a level, now or with that many tokens a row."""
@@ -49,7 +51,7 @@ Policy = Callable[[Stats], int]
 
 def _levels(level: int | str, stats: Stats) -> int:
     """A level as number, and not above the plan."""
-    return min(parse_level(level, stats.num_layers), stats.max_level)
+    return min(parse_level(level, stats.num_layers, stats.unit), stats.max_level)
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ def as_policy(policy: Any) -> Policy:
     if isinstance(policy, str) and policy in NAMED:
         return NAMED[policy]()
     try:
-        parse_level(policy, 1)
+        read_level(policy)
     except ValueError:
         raise ValueError(
             f"level_policy must be one of {list(NAMED)}, a level such as 8 or '50%', or a function from Stats to a level, got {policy!r}"

@@ -13,15 +13,16 @@ from torch import nn
 from transformers import GenerationMixin
 
 from ..compat.attributes import copy_implementations
-from ..core.tensor_parallel import MERGE_FIRST, is_tensor_parallel
+from ..core.tensor_parallel import MERGE_FIRST, cuts_heads, is_tensor_parallel
 from ..levels.generation import generate_with_levels
 from .adapter_layer import DSLALayer
-from .architectures import SHORT_WINDOW, sliding_window_of
+from .architectures import SHORT_WINDOW, kv_heads_of, sliding_window_of
+from .base_attention import NO_HEADS
 from .base_checks import check_finite, check_full_precision, check_model, check_readable, record_base
 from .before_layers import install_layout_hook, masks_with_padding, remove_layout_hook
-from .configuration import DSLAConfig, check_order
+from .configuration import DSLAConfig, unit_name
 from .decoder import decoder_layers, decoder_of
-from .hybrid import hybrid_classes, layer_bytes
+from .hybrid import hybrid_classes, unit_sizes
 from .level import active_config, dsla_layers, get_level, set_level
 from .level_guards import check_training, check_training_at_level_0, guard_level, warn_of_untrained
 from .saving import name_model
@@ -53,9 +54,11 @@ class DSLAModel(BaseTuner):
 
     # --- levels -------------------------------------------------------------------------------------------------
 
-    def set_level(self, level: int) -> None:
-        """Run the first `level` layers of `conversion_order` as DSLA, from the next forward on. A cache of softmax layers
-        is folded into states when a layer converted meets it.
+    def set_level(self, level: int | str) -> None:
+        """Run the first `level` units of `conversion_order` as DSLA, layers or KV heads, from the next forward on. A cache of softmax
+        layers is folded into states when a layer converted meets it.
+
+        level: a number; or text, a share of the model such as "50%", or "kept:10%" of its KV heads (see `resolve_level`).
 
         Raises:
             ValueError: if the plan has no such level.
@@ -63,32 +66,34 @@ class DSLAModel(BaseTuner):
         set_level(self.model, level)
 
     def get_level(self) -> int:
-        """How many layers of `conversion_order` run as DSLA."""
+        """How many units of `conversion_order` run as DSLA: layers, or KV heads where it names those."""
         return get_level(self.model)
 
-    def set_conversion_order(self, order: list[int], scores: dict[int, float] | None = None) -> None:
-        """Put the layers of the plan in another order, e.g. that of `rank_layers`; the level stays. Measurements per level are
+    def set_conversion_order(self, order: list[Any], scores: dict[Any, float] | None = None) -> None:
+        """Put the layers (or heads) of the plan in another order, e.g. that of `rank_layers`; the level stays. Measurements per level are
         dropped if the order changes: a level is another set of layers then.
 
         Raises:
             ValueError: if `order` does not hold the same layers.
         """
         config = active_config(self.model)
-        order = check_order(order)
+        order = config.check_units(order)
         if set(order) != set(config.conversion_order or ()):
-            raise ValueError(f"the order {order} must hold the layers that have DSLA weights: {sorted(config.conversion_order or ())}")
+            units = f"{config.conversion_unit}s"
+            raise ValueError(f"the order {order} must hold the {units} that have DSLA weights: {sorted(config.conversion_order or ())}")
         if order != config.conversion_order:
             config.level_metrics = None
         config.conversion_order = order
-        config.order_scores = None if scores is None else {str(layer): float(scores[layer]) for layer in order}
+        config.order_scores = None if scores is None else {unit_name(unit): float(scores[unit]) for unit in order}
 
     @contextmanager
-    def converted(self, layers: list[int]) -> Any:
-        """Within the context, exactly `layers` run as DSLA: `with model.converted([5]): ...`."""
+    def converted(self, layers: list[Any]) -> Any:
+        """Within the context, exactly `layers` (or KV heads, where the plan names those) run as DSLA: `with model.converted([5]): ...`."""
         config = active_config(self.model)
         plan, level = config.conversion_order or [], config.level
+        layers = config.check_units(layers, name="converted") if layers else []
         if not set(layers) <= set(plan):
-            raise ValueError(f"layers {sorted(set(layers) - set(plan))} have no DSLA weights; the plan is {plan}")
+            raise ValueError(f"{config.conversion_unit}s {sorted(set(layers) - set(plan))} have no DSLA weights; the plan is {plan}")
         config.conversion_order, config.level = [*layers, *(i for i in plan if i not in layers)], len(layers)
         try:
             yield self
@@ -108,10 +113,10 @@ class DSLAModel(BaseTuner):
             self.warned_of_untrained = warn_of_untrained(self.model, any_level=kwargs.get("level_policy") is not None)
         return generate_with_levels(self.model.generate, self.model, self, args, kwargs)
 
-    def level_sizes(self) -> dict[str, int]:
+    def level_sizes(self) -> dict[str, Any]:
         """Sizes that policies of `generate(level_policy=...)` reckon with."""
-        plan = len(active_config(self.model).conversion_order or ())
-        return {"min_level": 0, "max_level": plan, "num_layers": len(decoder_layers(self.model)), **layer_bytes(self.model)}
+        config: Any = active_config(self.model)
+        return {"min_level": 0, "max_level": len(config.conversion_order or ()), **unit_sizes(self.model, config)}
 
     # --- what PEFT asks of a tuner ------------------------------------------------------------------------------
 
@@ -127,6 +132,14 @@ class DSLAModel(BaseTuner):
         """Checks before anything is changed; records the base in the config, or compares it with what is recorded."""
         check_model(model)
         layers = decoder_layers(model)
+        heads = range(kv_heads_of(model.config))
+        if peft_config.window_heads:
+            raise NotImplementedError(
+                f"window_heads {peft_config.window_heads[:5]}: heads that keep a window alone are reserved for a later release; leave the "
+                "field out"
+            )
+        if peft_config.conversion_unit == "head" and cuts_heads(model):
+            raise NotImplementedError(f"tensor parallel: {NO_HEADS}")
         if peft_config.conversion_order is None:
             # Layers with a short sliding window of their own gain nothing: they stay, unless the plan names them.
             windows = [sliding_window_of(layer.self_attn) for layer in layers]
@@ -136,11 +149,13 @@ class DSLAModel(BaseTuner):
                     f"this model has a sliding window of {SHORT_WINDOW} tokens or fewer in every layer, so DSLA has nothing to gain; "
                     "name the layers in conversion_order to convert them all the same"
                 )
+            if peft_config.conversion_unit == "head":
+                peft_config.conversion_order = [(layer, head) for layer in peft_config.conversion_order for head in heads]
             if peft_config.level is None:
                 peft_config.level = 0  # as a new LoRA, a new adapter changes nothing
-        peft_config.conversion_order = check_order(peft_config.conversion_order, len(layers))
+        peft_config.conversion_order = peft_config.check_units(peft_config.conversion_order, len(layers), len(heads))
         peft_config.level = peft_config.check_level(peft_config.level)
-        for index in peft_config.conversion_order:
+        for index in peft_config.layers_to_transform or ():
             layer = layers[index]
             if not any(hasattr(getattr(layer, name, None), "head_dim") for name in peft_config.target_modules or ()):
                 raise ValueError(
@@ -256,8 +271,9 @@ def _become_hybrid(model: Any, hybrid_class: type, config: DSLAConfig) -> None:
     copy_implementations(model.config, hybrid_config)
     base_config = model.config
     for module in model.modules():
-        if getattr(module, "config", None) is base_config:
-            module.config = hybrid_config
+        for name in ("config", "softmax_config"):
+            if getattr(module, name, None) is base_config:
+                setattr(module, name, hybrid_config)
     model.__class__ = hybrid_class
     hybrid_config.architectures = [hybrid_class.__name__]
     name_model(model, "")  # it lies nowhere yet: whoever loads by name would get the base

@@ -16,10 +16,12 @@ from torch.nn import functional as F
 
 from ..compat import align_module_device, needed_for
 from ..compat.attributes import children_of, parameters_of, view_of
+from ..core.heads import HeadSplit
 from ..core.tensor_parallel import FEATURE, is_tensor_parallel, whole
 from .architectures import fused_into, projection
-from .base_attention import attention_config, dsla_attention_class, new_dual_state_attention
+from .base_attention import attention_config, dsla_attention_class, head_split, new_dual_state_attention
 from .configuration import PROJECTIONS, DSLAConfig
+from .mixed_projections import MixedColumns, MixedProjection, MixedRows
 from .quantised import dequantised
 
 
@@ -89,10 +91,21 @@ class DSLALayer(nn.Module, BaseTunerLayer):
         return next((name for name in self.active_adapters if name in self.configs), None)
 
     @property
-    def converted(self) -> bool:
-        """Whether this layer runs as DSLA now."""
+    def converted_part(self) -> bool | tuple[int, ...]:
+        """Whether this layer runs as DSLA now; where a part of it does, the KV heads that do."""
         name = self.adapter_name
-        return name is not None and not self.disable_adapters and self.layer_idx in self.configs[name].converted_layers
+        if name is None or self.disable_adapters:
+            return False
+        config = self.configs[name]
+        if config.conversion_unit == "layer":
+            return self.layer_idx in config.converted_layers
+        heads = config.heads_of(self.layer_idx)
+        return heads if 0 < len(heads) < config.kv_heads else bool(heads)
+
+    @property
+    def converted(self) -> bool:
+        """Whether this layer, or some of its heads, runs as DSLA now."""
+        return bool(self.converted_part)
 
     @property
     def untrained(self) -> bool:
@@ -108,13 +121,14 @@ class DSLALayer(nn.Module, BaseTunerLayer):
         return [getattr(self, part)[self.adapter_name] for part in self.adapter_layer_names if self.adapter_name in getattr(self, part)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.converted:
+        part = self.converted_part
+        if not part:
             kwargs.pop("dsla_layout", None)
             return self.base_layer(*args, **kwargs)
-        return self.dsla_attention()(*args, **kwargs)
+        return self.dsla_attention(part if isinstance(part, tuple) else None)(*args, **kwargs)
 
-    def dsla_attention(self) -> nn.Module:
-        """The DSLA attention of the active adapter over this base attention, sharing their weights.
+    def dsla_attention(self, heads: tuple[int, ...] | None = None) -> nn.Module:
+        """The DSLA attention of the active adapter over this base attention, sharing their weights; in these KV heads alone, if given.
 
         Raises:
             RuntimeError: if the active adapter has no weights for this layer.
@@ -123,13 +137,14 @@ class DSLALayer(nn.Module, BaseTunerLayer):
         if name is None:
             raise RuntimeError(f"the active adapter {self.active_adapters} has no weights for layer {self.layer_idx}")
         own = {part: getattr(self, f"dsla_{part}")[name] for part in self.configs[name].trained_projections}
-        made_of = (name, self.dsla_core[name], dict(children_of(self.base_layer)), own)
+        made_of = (name, self.dsla_core[name], dict(children_of(self.base_layer)), own, heads)
         # Rebuilt when a module was replaced, e.g. by quantisation.
         if self._view is None or self._view[0] != made_of:
-            children = {**children_of(self.base_layer), "dsla": self.dsla_core[name], **_own_projections(self.base_layer, own)}
+            split = None if heads is None else head_split(self.base_layer, heads)
+            children = {**children_of(self.base_layer), "dsla": self.dsla_core[name], **_own_projections(self.base_layer, own, split)}
             base_class: Any = self.base_layer.__class__
             view = view_of(self.base_layer, dsla_attention_class(base_class), children)
-            view.config = attention_config(self.base_layer.config)
+            view.config, view.softmax_config, view.split = attention_config(self.base_layer.config), self.base_layer.config, split
             view.exact_fold = self.configs[name].exact_fold
             self._view = (made_of, view)
         view = self._view[1]
@@ -186,15 +201,23 @@ class DSLALayer(nn.Module, BaseTunerLayer):
     ) -> nn.Module:
         """The base attention, or if this layer is DSLA now and `merge` is set, an attention of its own that takes the
         adapter's weights over without a copy."""
-        if not (merge and self.converted):
+        part = self.converted_part
+        if not (merge and part):
             return self.base_layer
-        attention = self.dsla_attention()
+        attention: Any = self.dsla_attention(part if isinstance(part, tuple) else None)
         dtype = next(self.base_layer.parameters()).dtype
         for name, module in list(attention.named_children()):
-            if isinstance(module, FusedProjection):
+            if isinstance(module, (FusedProjection, MixedProjection)):
                 module = module.merged()
+                setattr(attention, name, module)
             if isinstance(module, AdapterLinear):
                 setattr(attention, name, _as_linear(module))
+        name = self.adapter_name
+        if attention.split is not None and name is not None:  # of other heads nothing is needed any more
+            core = new_dual_state_attention(self.base_layer, self.configs[name], len(attention.split.converted))
+            trained = next(attention.dsla.parameters()).requires_grad
+            core.load_state_dict(attention.converted_core().state_dict(), assign=True)
+            attention.dsla = core.requires_grad_(trained)
         attention.to(dtype)
         self._view = None
         return attention
@@ -206,17 +229,25 @@ class DSLALayer(nn.Module, BaseTunerLayer):
             return weight.device, weight.dtype
 
 
-def _own_projections(base: Any, own: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """The base's modules that are replaced when DSLA has these projections of its own."""
+def _own_projections(base: Any, own: dict[str, nn.Module], split: HeadSplit | None = None) -> dict[str, nn.Module]:
+    """The base's modules that are replaced when DSLA has these projections of its own, in the converted heads of a split layer alone."""
     replaced: dict[str, nn.Module] = {}
     for name, module in own.items():
         matrix, parts = fused_into(base, name)
-        if parts == (name,):
+        if split is not None and name == "o_proj":
+            replaced[matrix] = MixedColumns(getattr(base, matrix), module, split.channels(base.head_dim, queries=True))
+        elif parts == (name,) and split is None:
             replaced[name] = module
         elif matrix not in replaced:
-            bounds = [projection(base, part)[1] for part in parts]
+            linear = getattr(base, matrix)
+            bounds = [projection(base, part)[1].indices(linear.out_features) for part in parts]
+            sizes = [stop - start for start, stop, _ in bounds]
             mine: dict[str, Any] = {part: own[part] for part in parts if part in own}
-            replaced[matrix] = FusedProjection(getattr(base, matrix), parts, [rows.stop - rows.start for rows in bounds], mine)
+            if split is None:
+                replaced[matrix] = FusedProjection(linear, parts, sizes, mine)
+            else:
+                rows = {part: split.channels(base.head_dim, queries=part == "q_proj") for part in mine}
+                replaced[matrix] = MixedRows(linear, parts, sizes, mine, rows)
     return replaced
 
 

@@ -10,13 +10,16 @@ import copy
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 
-from ..compat.attributes import set_attention_implementation
+from ..compat import align_module_device, needed_for
+from ..compat.attributes import attention_implementation, set_attention_implementation, versions_of
 from ..core.attention import DualStateAttention
 from ..core.cache import DSLACacheLayer
-from ..core.fold import dsla_cache_layer
+from ..core.fold import dsla_cache_layer, partial_cache_layer
+from ..core.heads import HeadIndices, HeadSplit, of_heads
 from ..core.layout import TokenLayout, read_layout
 from ..core.tensor_parallel import DSLA, HEADS
 from .architectures import kv_heads_of
@@ -27,6 +30,11 @@ ATTENTION_FUNCTION = "dsla"
 NO_CONTINUOUS_BATCHING = (
     "transformers' continuous batching (generate_batch, serve --continuous-batching) keeps keys and values only, and would give wrong "
     "text with DSLA layers: use generate()"
+)
+
+NO_HEADS = (
+    "layers converted in part (conversion_unit='head') are not supported here yet: use a plan of whole layers (conversion_unit='layer'), "
+    "or generate() of a model in one process"
 )
 
 NO_ATTENTION_IMPLEMENTATION = (
@@ -44,19 +52,39 @@ def dsla_attention_function(
     attention_mask: Tensor | None,
     dsla_layer: DSLACacheLayer | None = None,
     dsla_layout: TokenLayout | None = None,
+    dsla_kept: KeptKeys | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function of converted layers, in transformers' interface: q, k, v `[B, H, T, D]`, output `[B, T, H, D]`."""
+    """The attention function of converted layers, in transformers' interface: q, k, v `[B, H, T, D]`, output `[B, T, H, D]`.
+
+    dsla_layer, dsla_kept: of a cache, what converted and kept heads have in it. dsla_layout: of the tokens of the call.
+    """
     layout = dsla_layout or TokenLayout()
     dsla: Any = getattr(module, "dsla", None)
     if dsla is None:  # someone wrote the name into the config of a model
         raise ValueError(NO_ATTENTION_IMPLEMENTATION)
-    shape = query.shape[0], query.shape[2]
+    split: HeadSplit | None = module.split  # type: ignore[assignment]
+    if split is not None:
+        return _attend_in_part(module, split, query, key, value, attention_mask, dsla_layer, layout, dsla_kept, kwargs), None
     if key.shape[1] != dsla.num_kv_heads:
         raise ValueError(
             f"this process has the keys of {key.shape[1]} heads and the DSLA weights of {dsla.num_kv_heads}: a tp_plan of your own that "
             f"cuts the projections must cut these, too: {{'model.{DSLA}': '{HEADS}'}}; tp_plan=\"auto\" does"
         )
+    return _attend(dsla, query, key, value, dsla_layer, layout, kwargs), None
+
+
+def _attend(
+    dsla: DualStateAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dsla_layer: DSLACacheLayer | None,
+    layout: TokenLayout,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """The output of DSLA heads; shapes as in `dsla_attention_function`."""
+    shape = query.shape[0], query.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if layout.cu_seqlens is not None:  # one row of all texts, without padding
         q, k, v = (layout.joined(x) for x in (q, k, v))
@@ -81,7 +109,62 @@ def dsla_attention_function(
     if dsla_layer is not None:
         dsla_layer.advance(state, k, v, padding_mask)
         dsla_layer.shorten_record(dsla)
-    return o if layout.cu_seqlens is None else layout.apart(o, shape), None
+    return o if layout.cu_seqlens is None else layout.apart(o, shape)
+
+
+def _attend_in_part(
+    module: Any,
+    split: HeadSplit,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    dsla_layer: DSLACacheLayer | None,
+    layout: TokenLayout,
+    kept: KeptKeys | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """The output of a layer converted in part: converted heads through DSLA, the others through the base's own attention function."""
+    if key.shape[1] != split.num_kv_heads:
+        raise NotImplementedError(f"tensor parallel ({key.shape[1]} of {split.num_kv_heads} KV heads in this process): {NO_HEADS}")
+    index = split.on(query.device)
+    sinks = kwargs.get("s_aux")
+    o = _attend(
+        module.converted_core(),
+        query.index_select(1, index.converted_queries),
+        key.index_select(1, index.converted),
+        value.index_select(1, index.converted),
+        dsla_layer,
+        layout,
+        kwargs if sinks is None else {**kwargs, "s_aux": sinks[index.converted_queries]},
+    )
+    if kept is None:
+        keys, values = key.index_select(1, index.kept), value.index_select(1, index.kept)
+    else:
+        keys, values = kept.keys, kept.values
+    with needed_for("a layer converted in part"):
+        from ..compat.attention_functions import attention_function
+    implementation: Any = attention_implementation(module.softmax_config)
+    attend = attention_function(type(module).__mro__[2], implementation)
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4 and attention_mask.shape[1] == query.shape[1] > 1:
+        attention_mask = attention_mask.index_select(1, index.kept_queries)
+    if sinks is not None:
+        kwargs = {**kwargs, "s_aux": sinks[index.kept_queries]}
+    queries = query.index_select(1, index.kept_queries)
+    o_kept = attend(_KeptHeads(module, index), queries, keys, values, attention_mask, **kwargs)[0]
+    return split.joined(o, o_kept)
+
+
+class _KeptHeads:
+    """A base attention as its attention function sees it where it has its kept heads alone."""
+
+    def __init__(self, module: Any, index: HeadIndices):
+        self._module, self.config = module, module.softmax_config
+        if hasattr(module, "sinks"):  # gpt-oss, whose eager attention reads them here
+            self.sinks = module.sinks[index.kept_queries]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 AttentionInterface.register(ATTENTION_FUNCTION, dsla_attention_function)
@@ -94,19 +177,69 @@ class _PassThrough:
         return key_states, value_states
 
 
+class KeptKeys:
+    """What the base of a layer converted in part sees as its cache: new keys and values go by, and those of kept heads are put to the
+    earlier ones, `[B, kept, tokens so far, D]`."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, cache: Any, layer_idx: int, split: HeadSplit):
+        self._cache, self._layer_idx, self._split = cache, layer_idx, split
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        kept = self._split.on(key_states.device).kept
+        new = (x.index_select(1, kept) for x in (key_states, value_states))
+        self.keys, self.values = self._cache.update(*new, self._layer_idx)
+        return key_states, value_states
+
+
 class DSLAAttentionMixin:
-    """Put in front of a base attention class by `dsla_attention_class`; `dsla` holds what is DSLA's own."""
+    """Put in front of a base attention class by `dsla_attention_class`; `dsla` holds what is DSLA's own.
+
+    A layer converted in part has a `split`, and `softmax_config`, the config by which its kept heads attend; `dsla` is then of all
+    heads, or of converted ones alone.
+    """
 
     config: PreTrainedConfig
+    softmax_config: PreTrainedConfig
     dsla: DualStateAttention
     layer_idx: int
-    converted = True
     exact_fold = True  # False where keys and values in a softmax layer's cache are not those of this layer
+    split: HeadSplit | None = None
+    _core: tuple[Any, DualStateAttention] | None = None
 
-    def convert(self, dsla: DualStateAttention) -> None:
-        """Make this base attention module run `dsla`."""
+    @property
+    def converted_part(self) -> bool | tuple[int, ...]:
+        """As that of a `DSLALayer`: the converted KV heads where they are not all."""
+        return True if self.split is None else self.split.converted
+
+    def convert(self, dsla: DualStateAttention, split: HeadSplit | None = None) -> None:
+        """Make this base attention module run `dsla`, in the converted heads of `split` if one is given."""
+        self.softmax_config, self.split = self.config, split
         self.config = attention_config(self.config)
         self.dsla = dsla
+
+    def converted_core(self) -> DualStateAttention:
+        """What is DSLA's own of the converted heads."""
+        split = self.split
+        return self.dsla if split is None or self.dsla.num_kv_heads == len(split.converted) else self._core_of(split)
+
+    @torch.compiler.disable(
+        reason="a layer of an adapter that is converted in part picks its heads' weights outside of compiled code: leave out "
+        "fullgraph=True, or compile a hybrid (merge_and_unload)"
+    )
+    def _core_of(self, split: HeadSplit) -> DualStateAttention:
+        """Those heads of `dsla`; kept until a weight changes, where nothing is trained."""
+        parameters = list(self.dsla.parameters())
+        if any(x.requires_grad or x.is_meta for x in parameters):
+            with align_module_device(self.dsla):  # offloaded weights lie on the meta device otherwise
+                return of_heads(self.dsla, split.converted)
+        key = versions_of(parameters)
+        if self._core is None or self._core[0] != key:
+            with torch.inference_mode(False), torch.no_grad():  # what is kept may be read by a pass with gradients later
+                self._core = key, of_heads(self.dsla, split.converted)
+        return self._core[1]
 
     def forward(
         self,
@@ -120,6 +253,8 @@ class DSLAAttentionMixin:
         if "cache" in kwargs:  # the paged cache of continuous batching, which knows keys and values only
             raise NotImplementedError(NO_CONTINUOUS_BATCHING)
         layout = read_layout(attention_mask, tokens=hidden_states.shape[1]) if dsla_layout is None else dsla_layout
+        if self.split is not None:
+            return self._forward_in_part(self.split, hidden_states, args, attention_mask, past_key_values, layout, kwargs)
         layer = None
         if past_key_values is not None:
             layer = dsla_cache_layer(past_key_values, self.layer_idx, self.dsla, layout, self.exact_fold)
@@ -131,6 +266,31 @@ class DSLAAttentionMixin:
             past_key_values=past_key_values,
             dsla_layer=layer,
             dsla_layout=layout,
+            **kwargs,
+        )
+
+    def _forward_in_part(
+        self,
+        split: HeadSplit,
+        hidden_states: Tensor,
+        args: tuple,
+        attention_mask: Any,
+        cache: Any,
+        layout: TokenLayout,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        layer = kept = None
+        if cache is not None:
+            layer = partial_cache_layer(cache, self.layer_idx, self.dsla, split, layout, self.exact_fold).converted
+            kept = KeptKeys(cache, self.layer_idx, split)
+        return super().forward(  # type: ignore[misc]
+            hidden_states,
+            *args,
+            attention_mask=attention_mask,
+            past_key_values=kept,
+            dsla_layer=layer,
+            dsla_layout=layout,
+            dsla_kept=kept,
             **kwargs,
         )
 
@@ -159,9 +319,18 @@ def attention_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def new_dual_state_attention(attention: nn.Module, dsla_config: DSLAConfig) -> DualStateAttention:
-    """DSLA's own parameters for a base attention module, sized by the base's config."""
+def new_dual_state_attention(attention: nn.Module, dsla_config: DSLAConfig, kv_heads: int | None = None) -> DualStateAttention:
+    """DSLA's own parameters for a base attention module, sized by the base's config; for so many of its KV heads, all when None."""
     config: Any = attention.config
     head_dim: Any = attention.head_dim
     scale: Any = attention.scaling
-    return DualStateAttention(config.num_attention_heads, kv_heads_of(config), head_dim, scale=scale, **dsla_config.mathematics())
+    all_heads = kv_heads_of(config)
+    kv_heads = all_heads if kv_heads is None else kv_heads
+    queries = config.num_attention_heads // all_heads
+    return DualStateAttention(queries * kv_heads, kv_heads, head_dim, scale=scale, **dsla_config.mathematics())
+
+
+def head_split(attention: Any, heads: tuple[int, ...]) -> HeadSplit | None:
+    """How these converted KV heads split a base attention module; None where they are all of it."""
+    kv_heads = kv_heads_of(attention.config)
+    return None if len(heads) == kv_heads else HeadSplit(heads, kv_heads, attention.config.num_attention_heads // kv_heads)

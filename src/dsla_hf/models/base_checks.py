@@ -78,7 +78,7 @@ def record_base(config: DSLAConfig, model: Any) -> None:
         "head_dim": first.self_attn.head_dim,
     }
     layers: Any = decoder_layers(model)
-    attention = {i: getattr(layers[i].self_attn, "base_layer", layers[i].self_attn) for i in config.conversion_order or ()}
+    attention = {i: getattr(layers[i].self_attn, "base_layer", layers[i].self_attn) for i in config.layers_to_transform or ()}
     if config.base_model_type is None:
         config.base_model_type, config.base_dimensions, config.base_fingerprint = base.model_type, dimensions, fingerprint_of(attention)
         return

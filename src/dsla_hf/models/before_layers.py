@@ -21,6 +21,7 @@ from ..core.cache import DSLACacheLayer
 from ..core.fold import check_cache
 from ..core.layout import TokenLayout, read_layout
 from ..core.masks import check_shape
+from ..core.partial_cache import PartialCacheLayer
 from ..core.recording import records_steps
 from .architectures import sliding_window_of
 
@@ -65,16 +66,18 @@ def attentions_of(decoder: Any) -> list[Any]:
     return [getattr(layer, "self_attn", None) for layer in decoder.layers]
 
 
-def is_converted(attention: Any) -> bool:
-    """Whether an attention runs as DSLA now."""
-    return bool(getattr(attention, "converted", False))
+def converted_part(attention: Any) -> bool | tuple[int, ...]:
+    """Whether an attention runs as DSLA now; of one that is converted in part the KV heads that do."""
+    return getattr(attention, "converted_part", False)
 
 
 def _folds(decoder: nn.Module, cache: Any) -> bool:
-    layers = zip(attentions_of(decoder), getattr(cache, "layers", ()), strict=False)
-    return any(
-        is_converted(attention) and not isinstance(layer, DSLACacheLayer) and layer.get_seq_length() > 0 for attention, layer in layers
-    )
+    for attention, layer in zip(attentions_of(decoder), getattr(cache, "layers", ()), strict=False):
+        part = converted_part(attention)
+        goes_on = isinstance(layer, DSLACacheLayer) or (isinstance(layer, PartialCacheLayer) and layer.heads == part)
+        if part and not goes_on and layer.get_seq_length() > 0:
+            return True
+    return False
 
 
 def _before_layers(names: tuple[str, ...], decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -86,7 +89,8 @@ def _before_layers(names: tuple[str, ...], decoder: Any, args: tuple, kwargs: di
         others = {kind: x for kind, x in mask.items() if kind != PADDING}
         given["attention_mask"], mask = others.get(MASK, others), mask[PADDING]
     attentions = attentions_of(decoder)
-    converted = [attention for attention in attentions if is_converted(attention)]
+    parts = [converted_part(attention) for attention in attentions]
+    converted = [attention for attention, part in zip(attentions, parts, strict=True) if part]
     cache = given.get("past_key_values")
     ids = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     if ids is None:
@@ -95,7 +99,7 @@ def _before_layers(names: tuple[str, ...], decoder: Any, args: tuple, kwargs: di
     past: Any = 0
     if cache is not None:
         shown = getattr(decoder.config, "num_hidden_layers", len(attentions))
-        past = check_cache(cache, [is_converted(attention) for attention in attentions[:shown]], ids.shape[0], ids.shape[1], recorded)
+        past = check_cache(cache, parts[:shown], ids.shape[0], ids.shape[1], recorded)
     if not converted:
         return ((), given) if carried else None
     _check_causal(decoder.config, given)

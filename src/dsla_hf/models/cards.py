@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..levels.table import card_table, warnings
-from .configuration import DSLAConfig
+from .configuration import DSLAConfig, unit_name
 
 _HEADER = """---
 library_name: {library}
@@ -22,7 +22,7 @@ _ADAPTER = """Needs the package: `pip install dsla-hf`, and `import dsla_hf` bef
 
 # DSLA adapter for {base}
 
-Dual-State Linear Attention ([arXiv 2506.09316](https://arxiv.org/abs/2506.09316)) weights for layers {layers} of `{base}`, least
+Dual-State Linear Attention ([arXiv 2506.09316](https://arxiv.org/abs/2506.09316)) weights for {units} {layers} of `{base}`, least
 harmful first{scored}. Level L runs the first L of them with constant memory; level 0 is the original model. Saved at level {level}.
 
 ```python
@@ -43,7 +43,7 @@ _HYBRID = """Needs the package: `pip install dsla-hf`, and `import dsla_hf` befo
 
 # Hybrid of {base}
 
-Layers {layers} are Dual-State Linear Attention ([arXiv 2506.09316](https://arxiv.org/abs/2506.09316)): constant memory, O(T) time. The
+{units} {layers} are Dual-State Linear Attention ([arXiv 2506.09316](https://arxiv.org/abs/2506.09316)): constant memory, O(T) time. The
 others are the softmax attention of the {base_type} base.
 
 ```python
@@ -75,6 +75,7 @@ def adapter_card(config: DSLAConfig, model_config: Any = None) -> str:
     return _HEADER.format(library="peft", base=_base(config, model_config), pipeline=pipeline) + _ADAPTER.format(
         base=_base(config, model_config),
         auto_class=auto_class,
+        units=_units(config),
         layers=_layers(config),
         scored=" (in brackets: the measured harm of converting it)" if config.order_scores else "",
         level=level,
@@ -91,7 +92,8 @@ def hybrid_card(config: DSLAConfig) -> str:
     base = _base(config)  # not the model's own name, which is the hybrid's
     return _HEADER.format(library="transformers", base=base, pipeline=_CAUSAL_LM[1]) + _HYBRID.format(
         base=base,
-        layers=", ".join(map(str, sorted(config.converted_layers))),
+        units=_units(config)[0].upper() + _units(config)[1:],
+        layers=", ".join(map(unit_name, sorted((config.conversion_order or [])[: config.level]))),
         window=config.window_size,
         base_type=config.base_model_type,
         version=config.format_version,
@@ -102,12 +104,14 @@ def _base(config: DSLAConfig, model_config: Any = None) -> str:
     return config.base_model_name_or_path or getattr(model_config, "name_or_path", "") or f"a {config.base_model_type} model"
 
 
+def _units(config: DSLAConfig) -> str:
+    return "layers" if config.conversion_unit == "layer" else "attention heads (layer.KV head)"
+
+
 def _layers(config: DSLAConfig) -> str:
     """The layers in their order, with what was measured of each where that is known: '3 (0.0012), 1 (0.004)'."""
     scores = config.order_scores or {}
-    return ", ".join(
-        f"{layer} ({scores[str(layer)]:.3g})" if str(layer) in scores else str(layer) for layer in config.conversion_order or ()
-    )
+    return ", ".join(f"{name} ({scores[name]:.3g})" if name in scores else name for name in map(unit_name, config.conversion_order or ()))
 
 
 def _metrics(config: DSLAConfig) -> str:

@@ -20,6 +20,10 @@ FORMAT_VERSION = 2
 # Which release of this package reads which format, for the message of an older release that meets a newer file.
 FIRST_RELEASE_OF_FORMAT = {1: "0.1", 2: "0.1"}
 
+# What a level counts: whole layers, or KV heads with the query heads that read them.
+UNITS = ("layer", "head")
+Unit = int | tuple[int, int]
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 # Which channels share a decay. Files of format 1 do not say: their layers paired all channels as (i, i + K/2).
@@ -50,18 +54,26 @@ class DSLAConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Other modules to train and to save in the adapter, as in every PEFT method."}
     )
-    conversion_order: list[int] | None = field(
+    conversion_order: list[Any] | None = field(
         default=None,
         metadata={
-            "help": "Layers with DSLA weights, least harmful first. Default: all layers by number; `rank_layers` finds a better order."
+            "help": "Layers with DSLA weights, least harmful first; with conversion_unit 'head' pairs [layer, KV head]. Default: all of "
+            "them by number; `rank_layers` finds a better order of layers."
         },
     )
     level: int | None = field(
         default=None,
         metadata={
-            "help": "How many layers of the order are DSLA (0: the original model). Default: all of a conversion_order that is given; "
-            "without one none, until set_level()."
+            "help": "How many layers (or heads) of the order are DSLA (0: the original model). Default: all of a conversion_order that is "
+            "given; without one none, until set_level()."
         },
+    )
+    conversion_unit: str = field(
+        default="layer",
+        metadata={"help": "What order and level count: 'layer', or 'head', a KV head of a layer with the query heads that read it."},
+    )
+    window_heads: list[Any] | None = field(
+        default=None, metadata={"help": "Pairs [layer, KV head] that keep a window alone, without states (reserved: refused for now)."}
     )
     window_size: int = field(
         default=128,
@@ -126,16 +138,20 @@ class DSLAConfig(PeftConfig):
         self.half_lives = _checked_half_lives(self.half_lives)
         self.trained_projections = tuple(name for name in PROJECTIONS if name in self._checked_projections())
         self._check_mathematics()
+        if self.conversion_unit not in UNITS:
+            raise ValueError(f"conversion_unit must be one of {list(UNITS)}, got {self.conversion_unit!r}")
+        if self.window_heads is not None:
+            self.window_heads = check_heads(self.window_heads, name="window_heads")
         if self.conversion_order is not None:
-            self.conversion_order = check_order(self.conversion_order)
+            self.conversion_order = self.check_units(self.conversion_order)
         self.level = self.check_level(self.level)
         if self.level_metrics is not None:
             self.level_metrics = {str(level): metrics for level, metrics in self.level_metrics.items()}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """As in PEFT, which keeps what is stored; `level`, a number of layers or a share of the model's layers such as "50%", and
-        `task_type` take the place of it.
+        """As in PEFT, which keeps what is stored; `level`, as `resolve_level` takes it (a number, or a share of the model such as "50%"),
+        and `task_type` take the place of it.
 
         Raises:
             ValueError: if the plan has no such level, or for another field of DSLA, whose stored value the weights go with.
@@ -156,12 +172,77 @@ class DSLAConfig(PeftConfig):
     @property
     def layers_to_transform(self) -> list[int] | None:
         """PEFT's name for the layers to wrap: all of the plan, whatever the level."""
-        return self.conversion_order
+        if self.conversion_unit == "layer" or self.conversion_order is None:
+            return self.conversion_order
+        return list(dict.fromkeys(layer for layer, _ in self.conversion_order))
 
     @property
     def converted_layers(self) -> list[int]:
-        """The layers that are DSLA at the current level, in order."""
-        return (self.conversion_order or [])[: self.level]
+        """The layers that are wholly DSLA at the current level, in order.
+
+        Raises:
+            ValueError: if levels count heads, and no model has told yet how many a layer has.
+        """
+        if self.conversion_unit == "layer":
+            return (self.conversion_order or [])[: self.level]
+        return [layer for layer, heads in self._heads_by_layer().items() if len(heads) == self.kv_heads]
+
+    @property
+    def converted_heads(self) -> list[tuple[int, int]]:
+        """The (layer, KV head) that are DSLA at the current level in layers that are not wholly so.
+
+        Raises:
+            ValueError: as for `converted_layers`.
+        """
+        if self.conversion_unit == "layer":
+            return []
+        whole = set(self.converted_layers)
+        return [pair for pair in (self.conversion_order or [])[: self.level] if pair[0] not in whole]
+
+    def heads_of(self, layer: int) -> tuple[int, ...]:
+        """The KV heads of a layer that are DSLA at the current level, by number.
+
+        Raises:
+            ValueError: if all are, and no model has told yet how many a layer has.
+        """
+        if self.conversion_unit == "head":
+            return self._heads_by_layer().get(layer, ())
+        return tuple(range(self.kv_heads)) if layer in self.converted_layers else ()
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads of a layer of the base.
+
+        Raises:
+            ValueError: before a model took this config.
+        """
+        if (heads := (self.base_dimensions or {}).get("num_key_value_heads")) is None:
+            raise ValueError(
+                "this DSLAConfig has no base_dimensions, so it cannot tell which layers are whole: ask the config of the model, "
+                'model.peft_config["default"], after get_peft_model(model, config)'
+            )
+        return heads
+
+    def _heads_by_layer(self) -> dict[int, tuple[int, ...]]:
+        """The converted heads of each layer that has any; asked for every layer in every forward, so kept until plan or level change."""
+        order, level = self.conversion_order or [], self.level
+        kept = self.__dict__.get("_by_layer")
+        if kept is None or kept[0] != level or kept[1] != order:
+            heads: dict[int, list[int]] = {}
+            for layer, head in order[:level]:
+                heads.setdefault(layer, []).append(head)
+            kept = self.__dict__["_by_layer"] = (level, list(order), {layer: tuple(sorted(found)) for layer, found in heads.items()})
+        return kept[2]
+
+    def check_units(self, order: Any, num_layers: int | None = None, num_heads: int | None = None, name: str = "conversion_order") -> list:
+        """`order` as a list of distinct units of this config: layer numbers, or pairs (layer, KV head).
+
+        Raises:
+            ValueError: as `check_order` and `check_heads`.
+        """
+        if self.conversion_unit == "layer":
+            return check_order(order, num_layers, name)
+        return check_heads(order, num_layers, num_heads, name)
 
     @property
     def exact_fold(self) -> bool:
@@ -172,16 +253,16 @@ class DSLAConfig(PeftConfig):
         """`level` if the plan has it; None stands for the whole plan where one is given.
 
         Raises:
-            ValueError: if it is no whole number from 0 to the number of layers in the plan.
+            ValueError: if it is no whole number from 0 to the number of layers (or heads) in the plan.
         """
         if level is None:
             return None if self.conversion_order is None else len(self.conversion_order)
         if not is_whole(level) or level < 0:
-            raise ValueError(f"level must be a whole number of converted layers, 0 or more, got {level!r}")
+            raise ValueError(f"level must be a whole number of converted {self.conversion_unit}s, 0 or more, got {level!r}")
         if self.conversion_order is not None and level > len(self.conversion_order):
-            raise ValueError(
-                f"level {level} is above the plan: conversion_order holds {len(self.conversion_order)} layers {self.conversion_order}"
-            )
+            units = f"{len(self.conversion_order)} {self.conversion_unit}s"
+            listed = f" {self.conversion_order}" if self.conversion_unit == "layer" else ""
+            raise ValueError(f"level {level} is above the plan: conversion_order holds {units}{listed}")
         return level
 
     def mathematics(self) -> dict[str, Any]:
@@ -211,8 +292,8 @@ class DSLAConfig(PeftConfig):
         self.format_version = FORMAT_VERSION
 
     def to_hybrid_dict(self) -> dict[str, Any]:
-        """The plain dict that a hybrid checkpoint stores as `config.dsla_config`: mathematics, converted layers, the base's name if
-        it has one, no further PEFT fields."""
+        """The plain dict that a hybrid checkpoint stores as `config.dsla_config`: mathematics, converted layers (and heads of others,
+        where levels count heads), the base's name if it has one, no further PEFT fields."""
         mathematics = self.mathematics() | {"half_lives": [list(pair) for pair in self.half_lives]}
         name = {"base_model_name_or_path": self.base_model_name_or_path} if self.base_model_name_or_path else {}
         return {
@@ -220,20 +301,29 @@ class DSLAConfig(PeftConfig):
             "base_model_type": self.base_model_type,
             **name,
             "converted_layers": list(self.converted_layers),
+            **({} if self.conversion_unit == "layer" else self._head_entries()),
             **mathematics,
         }
 
+    def _head_entries(self) -> dict[str, Any]:
+        return {"conversion_unit": "head", "converted_heads": [list(pair) for pair in self.converted_heads]}
+
     @classmethod
-    def from_hybrid_dict(cls, hybrid: dict[str, Any], source: str = "dsla_config") -> DSLAConfig:
-        """The inverse of `to_hybrid_dict`; `source` names the file for error messages.
+    def from_hybrid_dict(cls, hybrid: dict[str, Any], source: str = "dsla_config", kv_heads: int | None = None) -> DSLAConfig:
+        """The inverse of `to_hybrid_dict`; `source` names the file for error messages, `kv_heads` is how many a layer of the base has,
+        which hybrids whose level counts heads do not say themselves.
 
         Raises:
             ValueError: if an entry is missing, unknown, or does not fit.
         """
         if not isinstance(hybrid, dict):
             raise ValueError(f"{source}: 'dsla_config' must be a dict as DSLAConfig.to_hybrid_dict() writes it, got {hybrid!r}")
+        if (unit := hybrid.get("conversion_unit", "layer")) not in UNITS:
+            raise ValueError(f"{source}: conversion_unit must be one of {list(UNITS)}, got {unit!r}")
+        heads = unit == "head"
         known = {"format_version", "base_model_type", "converted_layers", *MATHEMATICS}
-        expected = known - set(ROTARY)  # which follow from the base
+        known |= {"conversion_unit", *(["converted_heads"] if heads else [])}
+        expected = known - {*ROTARY, *([] if heads else ["conversion_unit"])}  # what follows from the base; older files mean layers
         if missing := sorted(expected - hybrid.keys()):
             raise ValueError(
                 f"{source}: 'dsla_config' lacks {missing}. It replaces the stored one as a whole: "
@@ -246,8 +336,12 @@ class DSLAConfig(PeftConfig):
         if not isinstance(name, str | None):
             raise ValueError(f"{source}: 'dsla_config' must name the base by text, got base_model_name_or_path {name!r}")
         try:
+            if heads:
+                units: dict[str, Any] = _units_of_hybrid(hybrid, kv_heads)
+            else:
+                units = {"conversion_order": check_order(hybrid["converted_layers"], name="converted_layers")}
             return cls(
-                conversion_order=check_order(hybrid["converted_layers"], name="converted_layers"),
+                **units,
                 base_model_type=hybrid["base_model_type"],
                 base_model_name_or_path=name,
                 format_version=hybrid["format_version"],
@@ -316,7 +410,9 @@ def check_order(order: Any, num_layers: int | None = None, name: str = "conversi
         ValueError: names the wrong, negative or repeated numbers.
     """
     if not isinstance(order, (list, tuple)) or not order or not all(map(is_whole, order)):
-        raise ValueError(f"{name} must be a list of layer numbers, got {order!r}")
+        pairs = isinstance(order, (list, tuple)) and any(isinstance(x, (list, tuple)) for x in order)
+        hint = "; pairs [layer, KV head] take conversion_unit='head'" if pairs else ""
+        raise ValueError(f"{name} must be a list of layer numbers, got {order!r}{hint}")
     order = list(order)
     if wrong := [layer for layer in order if layer < 0 or (num_layers is not None and layer >= num_layers)]:
         known = "0 or more" if num_layers is None else f"0 to {num_layers - 1}"
@@ -326,22 +422,65 @@ def check_order(order: Any, num_layers: int | None = None, name: str = "conversi
     return order
 
 
-def resolve_level(level: int | str, config: DSLAConfig, num_layers: int) -> int:
-    """The level that a user means by a number of layers (`8`, `"8"`) or by a share of the model's layers (`"50%"`).
-
-    A share counts all `num_layers` of the model, as the paper speaks of 50 % DSLA, also where the plan holds fewer.
+def check_heads(order: Any, num_layers: int | None = None, num_heads: int | None = None, name: str = "conversion_order") -> list:
+    """`order` as a list of distinct pairs (layer, KV head), below `num_layers` and `num_heads` where these are given.
 
     Raises:
-        ValueError: if it is neither, or more than the plan holds; names the value and what is allowed.
+        ValueError: names what is no pair, not there, or repeated.
     """
-    plan = num_layers if config.conversion_order is None else len(config.conversion_order)
-    allowed = f"this plan has levels 0 to {plan}, which are shares of up to {math.floor(1000 * plan / num_layers) / 10:g}%"
+    if not isinstance(order, (list, tuple)) or not order:
+        raise ValueError(f"{name} must be a list of pairs [layer, KV head], got {order!r}")
+    if other := [x for x in order if not (isinstance(x, (list, tuple)) and len(x) == 2 and all(map(is_whole, x)))]:
+        raise ValueError(
+            f"{name} must hold pairs [layer, KV head] where heads are the unit, got {other[:5]}: conversion_unit='layer' takes layers"
+        )
+    pairs = [(layer, head) for layer, head in order]
+    for what, numbers, count in (("layer", [x for x, _ in pairs], num_layers), ("KV head", [x for _, x in pairs], num_heads)):
+        if wrong := [pair for pair, x in zip(pairs, numbers, strict=True) if x < 0 or (count is not None and x >= count)]:
+            known = "0 or more" if count is None else f"0 to {count - 1}"
+            raise ValueError(f"{name} names a {what} that does not exist in {wrong[:5]}: each {what} of this model is {known}")
+    if repeated := sorted({pair for pair in pairs if pairs.count(pair) > 1} if len(set(pairs)) < len(pairs) else ()):
+        raise ValueError(f"{name} names heads more than once: {repeated}")
+    return pairs
+
+
+def _units_of_hybrid(hybrid: dict[str, Any], kv_heads: int | None) -> dict[str, Any]:
+    """Fields of the config of a hybrid whose level counts heads."""
+    if kv_heads is None:
+        raise ValueError("conversion_unit 'head' needs the number of KV heads of the base: read it by AutoConfig.from_pretrained")
+    whole = check_order(hybrid["converted_layers"], name="converted_layers") if hybrid["converted_layers"] else []
+    rest = check_heads(hybrid["converted_heads"], None, kv_heads, "converted_heads") if hybrid["converted_heads"] else []
+    if twice := sorted({layer for layer, _ in rest} & set(whole)):
+        raise ValueError(f"converted_heads names heads of layers {twice}, which converted_layers names as a whole: leave out one of them")
+    pairs = [(layer, head) for layer in whole for head in range(kv_heads)] + rest
+    return {"conversion_unit": "head", "conversion_order": pairs, "base_dimensions": {"num_key_value_heads": kv_heads}}
+
+
+def unit_name(unit: Unit) -> str:
+    """A unit in cards, scores and messages: layer `3`, or `3.1` for KV head 1 of layer 3."""
+    return str(unit) if isinstance(unit, int) else ".".join(map(str, unit))
+
+
+def resolve_level(level: int | str, config: DSLAConfig, num_layers: int) -> int:
+    """The level that a user means by a number of units (`8`, `"8"`), by a share of the model's (`"50%"`), or where the unit is a head by
+    what stays softmax attention (`"kept:10%"`, `"kept:9"` of the model's KV heads).
+
+    A share counts all units of the model with its `num_layers` layers, as the paper speaks of 50 % DSLA, also where the plan holds fewer.
+
+    Raises:
+        ValueError: if it is none of these, or more than the plan holds; names the value and what is allowed.
+    """
+    units, unit = num_layers, config.conversion_unit
+    if unit == "head":
+        units *= config.kv_heads
+    plan = units if config.conversion_order is None else len(config.conversion_order)
+    allowed = f"this plan has levels 0 to {plan}, which are shares of up to {math.floor(1000 * plan / units) / 10:g}%"
     try:
-        resolved = parse_level(level, num_layers)
+        resolved = parse_level(level, units, unit)
     except ValueError as error:
         raise ValueError(f"{error}; {allowed}") from None
     if resolved > plan:
-        meaning = f"{level}, {resolved} of {num_layers} layers," if "%" in str(level) else str(level)
+        meaning = str(level) if str(level).strip().isdigit() else f"{level}, {resolved} of {units} {unit}s,"
         raise ValueError(f"level {meaning} is above the plan; {allowed}")
     return resolved
 

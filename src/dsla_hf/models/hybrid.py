@@ -23,10 +23,10 @@ from ..compat import guard_torch_init_functions, needed_for
 from ..core.attention import DualStateAttention
 from ..core.tensor_parallel import FEATURE, asks_for_tensor_parallel, hybrid_plan
 from ..levels.generation import generate_with_levels
-from .architectures import SUPPORTED_BASES
-from .base_attention import NO_CONTINUOUS_BATCHING, dsla_attention_class, new_dual_state_attention
+from .architectures import SUPPORTED_BASES, kv_heads_of
+from .base_attention import NO_CONTINUOUS_BATCHING, NO_HEADS, dsla_attention_class, head_split, new_dual_state_attention
 from .before_layers import install_layout_hook, masks_with_padding
-from .configuration import DSLAConfig, check_order
+from .configuration import DSLAConfig
 from .decoder import decoder_layers, decoder_of
 from .saving import push_saved, save_hybrid
 
@@ -56,9 +56,9 @@ class DSLAHybridConfig(PreTrainedConfig):
     def get_dsla_config(self) -> DSLAConfig:
         """The conversion that this hybrid is, checked."""
         source = _config_file(self.name_or_path)
-        config = DSLAConfig.from_hybrid_dict(self.dsla_config, source)
+        config = DSLAConfig.from_hybrid_dict(self.dsla_config, source, kv_heads_of(self))
         try:
-            check_order(config.conversion_order, self.num_hidden_layers, name="converted_layers")
+            config.check_units(config.conversion_order, self.num_hidden_layers, name="converted_layers")
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
         config.take_rotary(self, self.base_model_type, source)
@@ -73,7 +73,8 @@ class DSLAHybridConfig(PreTrainedConfig):
         """
         source = _config_file(kwargs.get("name_or_path") or config_dict.get("_name_or_path"))
         if "dsla_config" in kwargs:  # would replace the stored one as a whole
-            DSLAConfig.from_hybrid_dict(kwargs["dsla_config"], source)
+            heads = config_dict.get("num_key_value_heads") or config_dict.get("num_attention_heads")
+            DSLAConfig.from_hybrid_dict(kwargs["dsla_config"], source, heads)
         if cls is not DSLAHybridConfig:
             return super().from_dict(config_dict, **kwargs)
         hybrid = config_dict.get("dsla_config")
@@ -108,11 +109,13 @@ class DSLAHybridMixin:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         dsla_config = config.get_dsla_config()
-        for index in dsla_config.converted_layers:
+        for index in dsla_config.layers_to_transform or ():
             layer: Any = decoder_layers(self)[index]  # type: ignore[arg-type]
             base: Any = layer.self_attn
+            split = None if dsla_config.conversion_unit == "layer" else head_split(base, dsla_config.heads_of(index))
+            core = new_dual_state_attention(base, dsla_config, None if split is None else len(split.converted))
             layer.self_attn = dsla_attention_class(base.__class__)(config, index)
-            layer.self_attn.convert(new_dual_state_attention(base, dsla_config))
+            layer.self_attn.convert(core, split)
         install_layout_hook(decoder_of(self))  # type: ignore[arg-type]
         self.post_init()  # type: ignore[attr-defined]
 
@@ -120,6 +123,8 @@ class DSLAHybridMixin:
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; the style by which a `tp_plan` cuts DSLA's own weights is made known first."""
         if asks_for_tensor_parallel(kwargs):
+            if (config := kwargs.get("config")) is not None and config.get_dsla_config().converted_heads:
+                raise NotImplementedError(f"tensor parallel: {NO_HEADS}")
             with needed_for(FEATURE):
                 from ..core import head_sharding  # noqa: F401
         return super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
@@ -143,8 +148,8 @@ class DSLAHybridMixin:
         return generate_with_levels(super().generate, self, self, args, kwargs)  # type: ignore[misc]
 
     def get_level(self) -> int:
-        """How many layers are DSLA."""
-        return len(self.config.get_dsla_config().converted_layers)
+        """How many layers are DSLA; KV heads, where the level of its adapter counted those."""
+        return len(self.config.get_dsla_config().conversion_order)
 
     def set_level(self, level: int) -> None:
         """A hybrid has one level.
@@ -158,10 +163,10 @@ class DSLAHybridMixin:
                 "gone. Load the original model with the adapter to choose a level"
             )
 
-    def level_sizes(self) -> dict[str, int]:
+    def level_sizes(self) -> dict[str, Any]:
         """Sizes that policies of `generate(level_policy=...)` reckon with."""
         level = self.get_level()
-        return {"min_level": level, "max_level": level, "num_layers": self.config.num_hidden_layers, **layer_bytes(self)}
+        return {"min_level": level, "max_level": level, **unit_sizes(self, self.config.get_dsla_config())}
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(NO_CONTINUOUS_BATCHING)
@@ -250,12 +255,21 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def layer_bytes(model: PreTrainedModel) -> dict[str, int]:
-    """Cache bytes per row that a DSLA layer takes, and a softmax layer per token, in the model's dtype.
+def layer_bytes(model: PreTrainedModel, heads: int | None = None) -> dict[str, int]:
+    """Cache bytes per row that a DSLA layer takes, and a softmax layer per token, in the model's dtype; of `heads` KV heads, all when None.
 
     A softmax layer holds k and v of every token; a DSLA layer two fp32 states, k and v of window and sinks, and a counter.
     """
     core = next(module for module in model.modules() if isinstance(module, DualStateAttention))
-    per_token = core.num_kv_heads * (core.key_dim + core.value_dim) * model.dtype.itemsize
-    states = 2 * core.num_kv_heads * core.key_dim * core.value_dim * 4
+    heads = core.num_kv_heads if heads is None else heads
+    per_token = heads * (core.key_dim + core.value_dim) * model.dtype.itemsize
+    states = 2 * heads * core.key_dim * core.value_dim * 4
     return {"softmax_bytes_per_token": per_token, "dsla_bytes": states + (core.window_size + core.sink_tokens) * per_token + 8}
+
+
+def unit_sizes(model: PreTrainedModel, config: DSLAConfig) -> dict[str, Any]:
+    """How many units the model has, and what they take, as `Stats` has it: layers, or KV heads where the config counts those."""
+    layers = len(decoder_layers(model))
+    if config.conversion_unit == "layer":
+        return {"num_layers": layers, **layer_bytes(model)}
+    return {"num_layers": layers * config.kv_heads, "unit": "head", **layer_bytes(model, heads=1)}

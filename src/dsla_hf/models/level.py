@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from .adapter_layer import DSLALayer
-from .configuration import DSLAConfig
+from .base_attention import DSLAAttentionMixin
+from .configuration import DSLAConfig, resolve_level
+from .decoder import decoder_of
 
 
 def dsla_layers(model: nn.Module) -> dict[int, DSLALayer]:
@@ -25,12 +29,27 @@ def active_config(model: nn.Module) -> DSLAConfig:
     raise ValueError(f"{type(model).__name__} has no active DSLA adapter: make one with get_peft_model(model, DSLAConfig(...))")
 
 
-def set_level(model: nn.Module, level: int) -> None:
-    """Run the first `level` layers of the plan as DSLA. See `DSLAModel.set_level`."""
+def set_level(model: nn.Module, level: int | str) -> None:
+    """Run the first `level` units of the plan as DSLA. See `DSLAModel.set_level`."""
     config = active_config(model)
-    config.level = config.check_level(level)
+    if isinstance(level, str) and not level.strip().isdigit():
+        level = resolve_level(level, config, (config.base_dimensions or {}).get("num_hidden_layers", len(config.conversion_order or ())))
+    config.level = config.check_level(level)  # type: ignore[arg-type]
 
 
 def get_level(model: nn.Module) -> int:
-    """How many layers of the plan run as DSLA."""
+    """How many units of the plan run as DSLA: layers, or KV heads where the plan counts those."""
     return active_config(model).level or 0
+
+
+def counts_heads(model: nn.Module) -> bool:
+    """Whether levels of this causal LM (or decoder) count KV heads, or it is a hybrid with layers converted in part: what knows whole
+    layers alone asks."""
+    layers: Any = getattr(decoder_of(model), "layers", ())
+    for layer in layers:
+        attention = getattr(layer, "self_attn", None)
+        if isinstance(attention, DSLALayer) and attention.adapter_name is not None:
+            return attention.configs[attention.adapter_name].conversion_unit == "head"
+        if isinstance(attention, DSLAAttentionMixin) and attention.split is not None:
+            return True
+    return False

@@ -54,15 +54,19 @@ def guard_level(decoder: nn.Module, args: Any, output: Any) -> None:
     if not (torch.is_grad_enabled() and isinstance(hidden, Tensor) and hidden.requires_grad):
         return
 
-    def converted() -> list[int]:
-        return [index for index, layer in dsla_layers(decoder).items() if layer.converted]
+    def converted() -> dict[int, Any]:
+        return {index: part for index, layer in dsla_layers(decoder).items() if (part := layer.converted_part)}
+
+    def listed(layers: dict[int, Any]) -> list[str]:
+        return [str(i) if part is True else f"{i} (heads {', '.join(map(str, part))})" for i, part in layers.items()]
 
     before = converted()
 
     def check(grad: Tensor) -> None:
         if (now := converted()) != before:
             raise RuntimeError(
-                f"the level changed between forward and backward: layers {before} were DSLA, now {now} are. "
+                f"the level changed between forward and backward: layers [{', '.join(listed(before))}] were DSLA, "
+                f"now [{', '.join(listed(now))}] are. "
                 "Change the level (or disable_adapter) only after backward()"
             )
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .architectures import SUPPORTED_BASES, why_unsupported
+from .base_attention import NO_HEADS
 from .configuration import DSLAConfig, resolve_level
 
 
@@ -72,11 +73,12 @@ def level_to_run_at(
         ValueError: for an adapter or a level that `model` cannot have.
     """
     if base_config.model_type == "dsla":
-        layers = base_config.get_dsla_config().converted_layers
+        hybrid = base_config.get_dsla_config()
+        units = f"{hybrid.conversion_unit}s {sorted(hybrid.conversion_order)}"
         given = " and ".join(name for name, value in zip(names, (adapter, level), strict=True) if value is not None)
         if given:
             raise ValueError(
-                f"{given} cannot be had with {model}: it is a hybrid, merged with layers {sorted(layers)} as DSLA and without "
+                f"{given} cannot be had with {model}: it is a hybrid, merged with {units} as DSLA and without "
                 "their softmax weights; levels need the original model and its adapter"
             )
         return None
@@ -87,6 +89,16 @@ def level_to_run_at(
     config = read_adapter_config(adapter)
     # Without a level, that of the adapter; None there is the whole plan.
     return config.level if level is None else resolve_level(level, config, base_config.num_hidden_layers)
+
+
+def check_whole_layers(command: str, base_config: Any, adapter: str | None) -> None:
+    """Raises ValueError for an adapter, or a hybrid, of which this command cannot do with layers converted in part."""
+    if adapter is not None:
+        heads = read_adapter_config(adapter).conversion_unit == "head"
+    else:
+        heads = base_config.model_type == "dsla" and bool(base_config.get_dsla_config().converted_heads)
+    if heads:
+        raise ValueError(f"{command}: {NO_HEADS}")
 
 
 def read_adapter_config(adapter: str) -> DSLAConfig:

@@ -179,7 +179,8 @@ def check_adapter_directory(directory: Path, config: DSLAConfig) -> None:
         found.get("peft_type") == DSLA
         and found.get("base_model_type") == config.base_model_type
         and found.get("base_dimensions") == config.base_dimensions
-        and set(found.get("conversion_order") or ()) == set(config.conversion_order or ())
+        and found.get("conversion_unit", "layer") == config.conversion_unit
+        and {str(x) for x in found.get("conversion_order") or ()} == {str(x) for x in json.loads(json.dumps(config.conversion_order or ()))}
         and list(found.get("trained_projections") or ()) == list(config.trained_projections)
         and all(found.get(name) == json.loads(json.dumps(value)) for name, value in config.mathematics().items())
         and same_base(found.get("base_fingerprint"), config.base_fingerprint)

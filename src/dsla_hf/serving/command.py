@@ -16,7 +16,16 @@ from ..core.interrupts import on_interrupt
 from ..inference.recorder import CudaRecording
 from ..levels.policies import Load, Policy, as_policy
 from ..models.configuration import resolve_level
-from ..models.loading import device, level_to_run_at, load_adapter, load_config, load_model, load_tokenizer, read_adapter_config
+from ..models.loading import (
+    check_whole_layers,
+    device,
+    level_to_run_at,
+    load_adapter,
+    load_config,
+    load_model,
+    load_tokenizer,
+    read_adapter_config,
+)
 from .engine.engine import Engine, EngineOptions
 from .http.api import ApiOptions, build_app
 
@@ -68,6 +77,7 @@ def load_app(options: ServeOptions) -> FastAPI:
     base_config = load_config(options.model)
     policy = policy_of(options, base_config.num_hidden_layers)
     level_to_run_at(options.model, base_config, options.adapter, None)
+    check_whole_layers("dsla serve", base_config, options.adapter)
     limit = None
     if options.max_level is not None:
         if options.adapter is None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..compat.attributes import attention_implementation
 from ..core.progress import bar as progress_bar
 from ..models.adapter import DSLAModel, active_config, dsla_layers
+from ..models.level import counts_heads
 from .losses import kl_loss
 from .text_check import check_teaches
 
@@ -65,6 +66,11 @@ def rank_layers(model: PeftModel, data: Iterable[Any], metric: str = "kl", progr
         raise ValueError(f"metric must be one of {list(METRICS)}, got {metric!r}")
     if not isinstance(getattr(model, "base_model", None), DSLAModel):
         raise ValueError("rank_layers needs a DSLA adapter: get_peft_model(model, DSLAConfig(...))")
+    if counts_heads(model.get_base_model()):
+        raise NotImplementedError(
+            "rank_layers ranks whole layers, and this plan converts heads: rank the layers of a plan with conversion_unit='layer', or give "
+            "DSLAConfig an order of pairs of your own"
+        )
     batches = [as_inputs(batch, model.device) for batch in data]
     if not batches:
         raise ValueError("rank_layers got no data: give batches of input_ids")

@@ -87,6 +87,11 @@ def distill(
     if method == "chain" and 0 < logits_steps < levels:
         raise ValueError(f"a chain over {levels} layers needs {levels} steps or more, got logits_steps {logits_steps}")
     config = active_config(model)
+    if config.conversion_unit == "head" and (method == "chain" or ranking_data is not None):
+        raise NotImplementedError(
+            "a plan of heads is distilled at random levels in its own order: leave out ranking_data and method='chain', or take a plan "
+            "with conversion_unit='layer'"
+        )
     check_output(model, output)
     check_teaches(train_dataset, config.window_size, config.sink_tokens)
     if ranking_data is not None:

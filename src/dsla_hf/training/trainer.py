@@ -225,7 +225,7 @@ class DSLATrainer(Trainer):
             teacher = model(**inputs, use_cache=False, output_hidden_states=hidden)
         # Blocks below the first DSLA layer give student and teacher the same.
         depth = len(decoder_layers(self.model.get_base_model()))
-        first = min(active_config(self.model).converted_layers, default=depth)
+        first = min((i for i, layer in dsla_layers(self.model).items() if layer.converted), default=depth)
         teacher_logits, teacher_states = teacher.logits, teacher.hidden_states[first + 1 :] if hidden else ()
         del teacher
         student = model(**inputs, use_cache=False, output_hidden_states=hidden)

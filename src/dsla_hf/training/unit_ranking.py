@@ -172,7 +172,9 @@ def switched(model: Any, values: dict[int, Tensor]) -> Iterator[dict[int, Tensor
     is the base's, 1 the DSLA head. Yields the switches, of which gradients can be taken."""
     layers = dsla_layers(model)
     switches = {index: value.detach().clone().requires_grad_() for index, value in values.items()}
-    with model.base_model.converted(sorted(values)):
+    heads = active_config(model).conversion_unit == "head"
+    plan = [(index, head) for index in sorted(values) for head in range(len(values[index]))] if heads else sorted(values)
+    with model.base_model.converted(plan):
         try:
             for index, switch in switches.items():
                 layer: Any = layers[index]

@@ -122,7 +122,7 @@ class Engine:
 
         policy = as_policy(policy)
         highest = levels.highest if options.max_level is None else levels.check(options.max_level, "max_level")
-        self._stats_of_levels = {"max_level": levels.highest, "num_layers": levels.num_layers}
+        self._stats_of_levels: dict[str, Any] = {"max_level": levels.highest, "num_layers": levels.num_layers}
         if isinstance(policy, FixedLevel):
             highest = policy(Stats(1, 1, 1, 0, **self._stats_of_levels))
             highest = max(highest, levels.lowest)

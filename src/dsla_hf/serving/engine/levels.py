@@ -8,8 +8,9 @@ from peft import PeftModel
 
 from ...core.attention import DualStateAttention
 from ...models.adapter import active_config, dsla_layers, set_level
-from ...models.base_attention import DSLAAttentionMixin
+from ...models.base_attention import NO_HEADS, DSLAAttentionMixin
 from ...models.decoder import decoder_layers
+from ...models.level import counts_heads
 
 
 class Levels:
@@ -26,6 +27,8 @@ class Levels:
     def __init__(self, model: Any):
         self.model = model
         causal_lm = model.base_model.model if isinstance(model, PeftModel) else model
+        if counts_heads(causal_lm):
+            raise NotImplementedError(f"the server: {NO_HEADS}")
         layers = decoder_layers(causal_lm)
         self.num_layers = len(layers)
         self._wrapped = dsla_layers(causal_lm)

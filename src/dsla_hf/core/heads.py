@@ -1,0 +1,88 @@
+"""A layer of which some KV heads are DSLA and the others are softmax attention: which are which, and how their outputs are put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..compat.attributes import view_of
+
+if TYPE_CHECKING:
+    from .attention import DualStateAttention
+
+# What the names of parameters begin with of which each KV head has its own; all others are of query heads.
+PER_KV_HEAD = ("gate_", "write_")
+
+
+class HeadIndices(NamedTuple):
+    """int64 tensors on one device: KV heads and query heads of both kinds, and `order`, which puts the query heads of converted and then
+    kept KV heads back in the base's order."""
+
+    converted: Tensor
+    kept: Tensor
+    converted_queries: Tensor
+    kept_queries: Tensor
+    order: Tensor
+
+
+class HeadSplit:
+    """Which KV heads of a layer are converted, with the query heads that read them. At least one is, and at least one is kept.
+
+    Attributes:
+        converted, kept: KV heads, by number.
+        num_kv_heads, queries: KV heads of the layer, and query heads of each.
+
+    Raises:
+        ValueError: for heads that are not there, all of them, or none.
+    """
+
+    def __init__(self, converted: Iterable[int], num_kv_heads: int, queries: int):
+        self.converted, self.num_kv_heads, self.queries = tuple(sorted(set(converted))), num_kv_heads, queries
+        if not self.converted or not set(self.converted) < set(range(num_kv_heads)):
+            raise ValueError(f"a layer converted in part has some of its {num_kv_heads} KV heads converted, not {list(self.converted)}")
+        self.kept = tuple(head for head in range(num_kv_heads) if head not in self.converted)
+        self._indices: dict[torch.device, HeadIndices] = {}
+
+    def on(self, device: torch.device) -> HeadIndices:
+        """The heads as tensors on a device, made once for each."""
+        if device not in self._indices:
+            converted, kept = (self.query_heads(heads) for heads in (self.converted, self.kept))
+            both = converted + kept
+            lists = (self.converted, self.kept, converted, kept, sorted(range(len(both)), key=both.__getitem__))
+            with torch.inference_mode(False):  # training may use them later
+                self._indices[device] = HeadIndices(*(torch.tensor(heads, device=device) for heads in lists))
+        return self._indices[device]
+
+    def query_heads(self, heads: Iterable[int]) -> list[int]:
+        """The query heads that read these KV heads."""
+        return [head * self.queries + i for head in heads for i in range(self.queries)]
+
+    def channels(self, head_dim: int, queries: bool) -> Tensor:
+        """bool `[heads * head_dim]`, True where a channel of all query heads (or KV heads) is one of a converted head."""
+        each = (self.queries if queries else 1) * head_dim
+        with torch.inference_mode(False):
+            return torch.tensor([head in self.converted for head in range(self.num_kv_heads)]).repeat_interleave(each)
+
+    def joined(self, converted: Tensor, kept: Tensor) -> Tensor:
+        """Outputs `[B, T, heads, D]` of both kinds of query heads in the base's order `[B, T, Hq, D]`."""
+        return torch.cat([converted, kept], 2).index_select(2, self.on(converted.device).order)
+
+
+def of_heads(attention: DualStateAttention, heads: Iterable[int]) -> DualStateAttention:
+    """These KV heads of a layer and the query heads that read them, as a layer of its own that reads the other's parameters as they are
+    now: gradients flow back, later changes are not seen. The layer itself where it has no others."""
+    heads = tuple(heads)
+    if len(heads) == attention.num_kv_heads:
+        return attention
+    queries = attention.num_heads // attention.num_kv_heads
+    kv_heads = torch.tensor(heads, device=attention.mix_logits.device)
+    query_heads = (kv_heads[:, None] * queries + torch.arange(queries, device=kv_heads.device)).flatten()
+    parameters = {
+        name: x.index_select(0, kv_heads if name.startswith(PER_KV_HEAD) else query_heads) for name, x in attention.named_parameters()
+    }
+    part = view_of(attention, type(attention), {}, parameters)
+    part.num_heads, part.num_kv_heads = len(query_heads), len(kv_heads)
+    return part
