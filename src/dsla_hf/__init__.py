@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from .inference.graph import GraphDecoder
     from .training.arguments import DSLATrainingArguments
     from .training.ranking import rank_layers
-    from .training.unit_ranking import rank_units
     from .training.recipe import distill
     from .training.trainer import DSLATrainer
+    from .training.unit_ranking import rank_units
 
 __version__ = version("dsla-hf")
 

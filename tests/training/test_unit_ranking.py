@@ -91,9 +91,17 @@ def test_a_plan_of_heads_is_ranked_and_takes_the_order(tiny_model, adapter_model
     model.set_conversion_order(ranking.order, ranking.scores)
     config = model.peft_config["default"]
     assert config.conversion_order == ranking.order and config.level == 3
-    layers = adapter_model(tiny_model("llama"), level=3)
-    torch.manual_seed(0)
-    assert rank_units(layers, [IDS]).passes == ranking.passes
+
+
+def test_heads_that_the_plan_has_not_stay_softmax_attention(tiny_model, adapter_model):
+    plan = [(2, 1), (0, 0), (0, 1)]
+    model = adapter_model(tiny_model("llama"), conversion_unit="head", conversion_order=plan, level=0)
+    with model.disable_adapter():
+        base = logits(model)
+    model.set_level(3)
+    harm = kl_loss(logits(model), base).item()
+    ranking = rank_units(model, [IDS], points=32, first_kept=1.0)
+    assert sorted(ranking.order) == sorted(plan) and sum(ranking.scores.values()) == pytest.approx(harm, rel=1e-3)
 
 
 def test_what_makes_no_sense_is_refused(llama, tiny_model):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..core.progress import bar as progress_bar
 from ..models.adapter import DSLAModel
 from ..models.architectures import fused_into
-from ..models.level import dsla_layers
+from ..models.level import active_config, dsla_layers
 from .losses import kl_sums
 from .ranking import as_inputs
 
@@ -62,7 +62,7 @@ def rank_units(
     first_kept: float = 0.03,
     progress: bool = True,
 ) -> UnitRanking:
-    """Order the KV heads of the plan's layers by the harm of converting them.
+    """Order the KV heads of the plan (all those of its layers, where it counts layers) by the harm of converting them.
 
     Run it after the alignment stage, on text and probes that are not used for evaluation. The model stays as it is.
 
@@ -87,7 +87,10 @@ def rank_units(
     if not texts and not asked:
         raise ValueError("rank_units got neither data nor probes: give batches of input_ids")
     kv_heads = {index: _core(layer).num_kv_heads for index, layer in dsla_layers(model).items() if layer.adapter_name is not None}
-    units = [(index, head) for index in sorted(kv_heads) for head in range(kv_heads[index])]
+    every = [(index, head) for index in sorted(kv_heads) for head in range(kv_heads[index])]
+    config = active_config(model)
+    units: list[Unit] = sorted(config.conversion_order or ()) if config.conversion_unit == "head" else every
+    outside = sorted(set(every) - set(units))
     rounds = _rounds(len(units), first_kept)
     tokens = sum(inputs["input_ids"].numel() for inputs in [*texts, *(inputs for inputs, _ in asked)])
     kept: list[Unit] = []  # the most harmful first
@@ -98,7 +101,7 @@ def rank_units(
         with progress_bar(total=len(rounds) * points * (len(texts) + len(asked)), desc="ranking heads", shown=progress) as bar:
             teachers = _Teachers(model)
             for wanted in rounds:
-                shares = _shares(model, kv_heads, kept, teachers, texts, asked, probe_weight, points, bar.update)
+                shares = _shares(model, kv_heads, kept + outside, teachers, texts, asked, probe_weight, points, bar.update)
                 left = sorted((unit for unit in units if unit not in scores), key=shares.__getitem__, reverse=True)
                 for unit in left[: wanted - len(kept)]:
                     scores[unit] = shares[unit]
@@ -172,17 +175,21 @@ def switched(model: Any, values: dict[int, Tensor]) -> Iterator[dict[int, Tensor
     is the base's, 1 the DSLA head. Yields the switches, of which gradients can be taken."""
     layers = dsla_layers(model)
     switches = {index: value.detach().clone().requires_grad_() for index, value in values.items()}
-    heads = active_config(model).conversion_unit == "head"
-    plan = [(index, head) for index in sorted(values) for head in range(len(values[index]))] if heads else sorted(values)
-    with model.base_model.converted(plan):
-        try:
-            for index, switch in switches.items():
-                layer: Any = layers[index]
-                layer.forward = _switched_forward(layer, switch)
-            yield switches
-        finally:
-            for index in switches:
-                layers[index].__dict__.pop("forward", None)
+    config = active_config(model)
+    order, level = config.conversion_order, config.level
+    heads = [(index, head) for index in sorted(values) for head in range(len(values[index]))]
+    try:
+        # Whole layers are DSLA beside their softmax attention, whatever the plan: there are weights for all their heads.
+        config.conversion_order = heads if config.conversion_unit == "head" else sorted(values)
+        config.level = len(config.conversion_order)
+        for index, switch in switches.items():
+            layer: Any = layers[index]
+            layer.forward = _switched_forward(layer, switch)
+        yield switches
+    finally:
+        config.conversion_order, config.level = order, level
+        for index in switches:
+            layers[index].__dict__.pop("forward", None)
 
 
 def _switched_forward(layer: Any, switch: Tensor) -> Any:
