@@ -118,8 +118,7 @@ def _kl_of(model: Any, batches: list[dict[str, Tensor]], candidates: dict[int, l
         mask = inputs.get("attention_mask")
         count = float(inputs["input_ids"].numel() if mask is None else mask.sum())
         tokens += count
-        with model.disable_adapter():
-            teacher = model(**inputs, use_cache=False).logits
+        teacher = base_logits(model, inputs)
         for name, layers in candidates.items():
             with model.base_model.converted(layers):
                 student = model(**inputs, use_cache=False).logits
@@ -158,6 +157,13 @@ def _entropy(model: Any, batches: list[dict[str, Tensor]], plan: list[int], tick
             hook.remove()
     scores = {layer: total / rows for layer, total in totals.items()}
     return sorted(plan, key=scores.__getitem__), scores
+
+
+@torch.no_grad()
+def base_logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Logits `[B, T, vocabulary]` of the base."""
+    with model.disable_adapter():
+        return model(**inputs, use_cache=False).logits
 
 
 def as_inputs(batch: Any, device: torch.device) -> dict[str, Tensor]:

@@ -25,9 +25,10 @@ from ..models.adapter import DSLAModel
 from ..models.architectures import fused_into
 from ..models.level import active_config, dsla_layers
 from .losses import kl_sums
-from .ranking import as_inputs
+from .ranking import as_inputs, base_logits
 
 Unit = tuple[int, int]  # layer, KV head
+Item = tuple[dict[str, Tensor], Tensor | None, float]  # inputs of a model, the tokens that count, and the weight of their mean
 
 
 @dataclass(frozen=True)
@@ -82,26 +83,24 @@ def rank_units(
         raise ValueError("rank_units needs a DSLA adapter: get_peft_model(model, DSLAConfig(...))")
     if points < 1 or not 0 < first_kept <= 1:
         raise ValueError(f"points must be 1 or more and first_kept a share from above 0 to 1, got points={points}, first_kept={first_kept}")
-    texts = [as_inputs(batch, model.device) for batch in data]
-    asked = [(as_inputs(probe, model.device), probe["answer_mask"].to(model.device)) for probe in probes]
-    if not texts and not asked:
+    items = _items(model, data, probes, probe_weight)
+    if not items:
         raise ValueError("rank_units got neither data nor probes: give batches of input_ids")
-    kv_heads = {index: _core(layer).num_kv_heads for index, layer in dsla_layers(model).items() if layer.adapter_name is not None}
-    every = [(index, head) for index in sorted(kv_heads) for head in range(kv_heads[index])]
     config = active_config(model)
+    layers = [index for index, layer in dsla_layers(model).items() if layer.adapter_name is not None]
+    every = [(index, head) for index in sorted(layers) for head in range(config.kv_heads)]
     units: list[Unit] = sorted(config.conversion_order or ()) if config.conversion_unit == "head" else every
     outside = sorted(set(every) - set(units))
     rounds = _rounds(len(units), first_kept)
-    tokens = sum(inputs["input_ids"].numel() for inputs in [*texts, *(inputs for inputs, _ in asked)])
+    tokens = sum(inputs["input_ids"].numel() for inputs, _, _ in items)
     kept: list[Unit] = []  # the most harmful first
     scores: dict[Unit, float] = {}
     training, frozen = model.training, {name: p.requires_grad for name, p in model.named_parameters()}
     model.eval().requires_grad_(False)
     try:
-        with progress_bar(total=len(rounds) * points * (len(texts) + len(asked)), desc="ranking heads", shown=progress) as bar:
-            teachers = _Teachers(model)
+        with progress_bar(total=len(rounds) * points * len(items), desc="ranking heads", shown=progress) as bar:
             for wanted in rounds:
-                shares = _shares(model, kv_heads, kept + outside, teachers, texts, asked, probe_weight, points, bar.update)
+                shares = _shares(model, every, kept + outside, items, points, bar.update)
                 left = sorted((unit for unit in units if unit not in scores), key=shares.__getitem__, reverse=True)
                 for unit in left[: wanted - len(kept)]:
                     scores[unit] = shares[unit]
@@ -111,6 +110,18 @@ def rank_units(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(frozen[name])
     return UnitRanking(kept[::-1], {unit: scores[unit] for unit in kept[::-1]}, tokens, len(rounds) * points)
+
+
+def _items(model: Any, data: Iterable[Any], probes: Sequence[dict[str, Tensor]], probe_weight: float) -> list[Item]:
+    """Texts, and probes of which the tokens that predict the answer count."""
+    texts = [as_inputs(batch, model.device) for batch in data]
+    items: list[Item] = [(inputs, inputs.get("attention_mask"), 1 / len(texts)) for inputs in texts]
+    for probe in probes:
+        answer = probe["answer_mask"].to(model.device)
+        predicts = torch.zeros_like(answer)
+        predicts[:, :-1] = answer[:, 1:]
+        items.append((as_inputs(probe, model.device), predicts, probe_weight / len(probes)))
+    return items
 
 
 def _rounds(units: int, first_kept: float) -> list[int]:
@@ -123,41 +134,22 @@ def _rounds(units: int, first_kept: float) -> list[int]:
     return rounds
 
 
-class _Teachers:
-    """The base's logits."""
-
-    def __init__(self, model: Any):
-        self.model = model
-
-    @torch.no_grad()
-    def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
-        with self.model.disable_adapter():
-            return self.model(**inputs, use_cache=False).logits
-
-
 def _shares(
     model: Any,
-    kv_heads: dict[int, int],
+    every: list[Unit],
     kept: list[Unit],
-    teachers: _Teachers,
-    texts: list[dict[str, Tensor]],
-    asked: list[tuple[dict[str, Tensor], Tensor]],
-    probe_weight: float,
+    items: list[Item],
     points: int,
     tick: Any,
 ) -> dict[Unit, float]:
     """Share of each head that is not kept in the harm of converting all of them."""
-    ways = {index: torch.ones(heads, device=model.device) for index, heads in kv_heads.items()}
+    heads = active_config(model).kv_heads
+    ways = {index: torch.ones(heads, device=model.device) for index, _ in every}
     for index, head in kept:
         ways[index][head] = 0
-    totals = {index: torch.zeros(heads, dtype=torch.float64) for index, heads in kv_heads.items()}
-    items = [(inputs, inputs.get("attention_mask"), 1 / len(texts)) for inputs in texts]
-    for inputs, answer in asked:
-        predicts = torch.zeros_like(answer)
-        predicts[:, :-1] = answer[:, 1:]
-        items.append((inputs, predicts, probe_weight / len(asked)))
+    totals = {index: torch.zeros(heads, dtype=torch.float64) for index in ways}
     for inputs, mask, weight in items:
-        teacher = teachers(inputs)
+        teacher = base_logits(model, inputs)
         for point in range(points):
             at = (point + 0.5) / points
             with switched(model, {index: at * way for index, way in ways.items()}) as switches:
@@ -221,7 +213,3 @@ def _scaled(projection: nn.Module, switch: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _core(layer: Any) -> Any:
-    return layer.dsla_core[layer.adapter_name]
