@@ -15,8 +15,6 @@ from transformers.models.llama import modeling_llama
 
 from dsla_hf import DSLAConfig, DSLATrainingArguments, distill
 from dsla_hf.core.heads import HeadSplit
-from dsla_hf.inference.fusion import fused
-from dsla_hf.inference.graph import GraphDecoder
 from dsla_hf.levels.reading import parse_level
 from dsla_hf.models.adapter import dsla_layers
 from dsla_hf.models.configuration import resolve_level
@@ -460,13 +458,10 @@ def test_what_knows_whole_layers_alone_says_so(head_model):
     with pytest.raises(NotImplementedError, match="rank_layers ranks whole layers, and this plan converts heads"):
         rank_layers(model, [text(2, 200)])
     for whole in (model, hybrid):
-        assert "levels count heads" in GraphDecoder(whole, record=lambda step, pool: None).obstacle()
         with pytest.raises(NotImplementedError, match=r"the server: layers converted in part .* use a plan of whole layers"):
             Levels(whole)
     with pytest.raises(NotImplementedError, match="tensor parallel"):
         type(hybrid).from_pretrained("nowhere", config=hybrid.config, tp_plan="auto")
-    with pytest.raises(NotImplementedError, match="fused layers"), fused(model):
-        pass
 
 
 def test_commands_that_know_whole_layers_alone_say_so_before_they_load(head_model, tmp_path):

@@ -146,6 +146,13 @@ def with_heads(softmax: Any, places: list[int]) -> Any:
     return smaller
 
 
+def last_heads(softmax: Any, heads: int) -> Any:
+    """A static cache layer of so many heads in the memory of the last ones of `softmax`, which counts tokens for both."""
+    part = copy.copy(softmax)
+    part.keys, part.values, part.num_heads = softmax.keys[:, -heads:], softmax.values[:, -heads:], heads
+    return part
+
+
 def join_states(states: list[DualState], heads: list[tuple[int, ...]], order: tuple[int, ...]) -> DualState:
     """The state of all heads of `order`, of those of some each. They have read the same tokens: `lengths` is that of the first."""
     lie = [head for some in heads for head in some]

@@ -123,6 +123,8 @@ class DSLALayer(nn.Module, BaseTunerLayer):
         return [getattr(self, part)[self.adapter_name] for part in self.adapter_layer_names if self.adapter_name in getattr(self, part)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._ordered is not None and self.training and torch.is_grad_enabled():
+            self._ordered = None  # training needs the memory
         part = self.converted_part
         if not part:
             kwargs.pop("dsla_layout", None)
@@ -132,9 +134,9 @@ class DSLALayer(nn.Module, BaseTunerLayer):
     def dsla_attention(self, heads: tuple[int, ...] | None = None, in_order: bool = True) -> nn.Module:
         """The DSLA attention of the active adapter over this base attention, sharing their weights; in these KV heads alone, if given.
 
-        in_order: of heads that are the first of the plan, and where no gradient is asked for, it may have queries and outputs in the order of
-        conversion (see `ordered_heads`); the same heads then give the same module, whose weights stay where they are, as long as nothing that
-        it is made of is replaced.
+        in_order: of heads that are the first of the plan, and where no gradient is asked for, it may have queries and outputs in the order
+        of conversion (see `ordered_heads`); the same heads then give the same module, whose weights stay where they are, as long as nothing
+        that it is made of is replaced.
 
         Raises:
             RuntimeError: if the active adapter has no weights for this layer.

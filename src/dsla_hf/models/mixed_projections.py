@@ -1,8 +1,8 @@
 """Projections of a layer converted in part: the base's for heads that it keeps, DSLA's own for converted ones.
 
-Where `ordered_heads` does not hold: the two are composed into one matrix, which is kept until a weight changes in place or is exchanged (a
-change through `.data` is not seen); a trained one is composed in every forward, so that gradients reach the rows and columns in use alone. A
-base whose weights cannot be read as they are (quantised, offloaded, hooked) computes by itself, and outputs are selected.
+Where `ordered_heads` does not hold: the two are composed into one matrix, which is kept until a weight changes in place or is exchanged
+(a change through `.data` is not seen); a trained one is composed in every forward, so that gradients reach the rows and columns in use
+alone. A base whose weights cannot be read as they are (quantised, offloaded, hooked) computes by itself, and outputs are selected.
 """
 
 from __future__ import annotations

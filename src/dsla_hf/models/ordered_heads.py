@@ -2,8 +2,8 @@
 
 A buffer holds the base's heads and then DSLA's own, both in the order in which the layer's heads are converted. With the first j of H
 converted, the heads in use are those from j to j + H: kept ones first, converted ones last. So a level is a view, at an address that stays:
-no memory of its own, no copy at a raise, and a recorded step keeps where it reads. A layer that has been run in part takes the memory of two
-more `q_proj` and `o_proj`, whatever levels follow.
+no memory of its own, no copy at a raise, and a recorded step keeps where it reads. A layer that has been run in part takes the memory of
+two more `q_proj` and `o_proj`, whatever levels follow.
 """
 
 from __future__ import annotations
