@@ -4,13 +4,21 @@ import pytest
 
 import dsla_hf.inference.recorder
 from dsla_hf.core.cache import DSLACacheLayer
-from dsla_hf.inference.graph import GraphDecoder, PlainRecording
+from dsla_hf.inference.graph import GraphDecoder, PlainRecording, dsla_attention_of
+from dsla_hf.models.decoder import decoder_layers
 
 
-def addresses(space):
+def addresses(decoder):
+    """Where a step reads and writes; of weights those that a level of heads picks."""
+    space = decoder.workspace
     tensors = [space.tokens, space.positions, space.mask, space.logits]
     for layer in space.layers():
         tensors += [*layer.state, layer.tokens] if isinstance(layer, DSLACacheLayer) else [layer.keys, layer.values]
+    for layer in decoder_layers(decoder.causal_lm):
+        attention = dsla_attention_of(layer)
+        if attention is not None and attention.split is not None:
+            linears = [x.weight for name, x in attention.named_modules() if name.endswith(("q_proj", "o_proj"))]
+            tensors += [*linears, *attention.converted_core().parameters(), *attention.split.on(linears[0].device)]
     return [x.data_ptr() for x in tensors]
 
 
@@ -24,14 +32,13 @@ def recorder():
 
         def __call__(self, step, pool):
             self.recorded += 1
-            space = self.decoder.workspace
-            places = addresses(space)
+            places = addresses(self.decoder)
             plain = PlainRecording(step)
 
             class Recording:
                 def replay(_):
                     self.replayed += 1
-                    assert addresses(space) == places, "a graph would read and write at the old place"
+                    assert addresses(self.decoder) == places, "a graph would read and write at the old place"
                     plain.replay()
 
             return Recording()

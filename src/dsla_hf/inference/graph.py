@@ -157,8 +157,7 @@ class Workspace:
         states = layer
         if isinstance(part, tuple):
             states, place = layer.converted, PartialCacheLayer(self._memory(index, len(part[1])), layer.converted, *part)
-            if place.keys.data_ptr() != layer.keys.data_ptr():  # a raise has made it anew
-                _copy_keys(place.softmax, layer.softmax)
+            if _copied(place.softmax, layer.softmax):  # a raise has made it anew
                 self.cache.layers[index] = layer = place
         states.count_in(self.counts[index, :-1], self.counts[index, -1])
         self.dsla[index, part] = layer
@@ -199,15 +198,18 @@ class Workspace:
 def _take(known: Any, layer: Any) -> None:
     """Copy what a layer of the cache holds to where an earlier one of its kind has it."""
     if isinstance(known, PartialCacheLayer):
-        if known.keys.data_ptr() != layer.keys.data_ptr():
-            _copy_keys(known.softmax, layer.softmax)
+        _copied(known.softmax, layer.softmax)
         known, layer = known.converted, layer.converted
     known.take(layer)
 
 
-def _copy_keys(to: Any, source: Any) -> None:
+def _copied(to: Any, source: Any) -> bool:
+    """Copy keys and values to another memory; False where they are there."""
+    if to.keys.data_ptr() == source.keys.data_ptr():
+        return False
     for mine, theirs in ((to.keys, source.keys), (to.values, source.values), (to.cumulative_length, source.cumulative_length)):
         mine.copy_(theirs)
+    return True
 
 
 class GraphDecoder:

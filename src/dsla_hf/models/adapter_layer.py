@@ -304,7 +304,8 @@ def _own_projections(base: Any, own: dict[str, nn.Module], split: HeadSplit | No
 
 def _ordered_projections(base: Any, use: HeadsInUse) -> dict[str, nn.Module]:
     """The base's modules that are replaced where heads lie in order of conversion."""
-    queries, outputs = _linear_over(use.q_weight, use.q_bias), _linear_over(use.o_weight, projection(base, "o_proj")[0].bias)
+    queries: nn.Module = _linear_over(use.q_weight, use.q_bias)
+    outputs = _linear_over(use.o_weight, projection(base, "o_proj")[0].bias)
     matrix, parts = fused_into(base, "q_proj")
     if parts != ("q_proj",):
         linear = getattr(base, matrix)
@@ -318,7 +319,7 @@ def _ordered_projections(base: Any, use: HeadsInUse) -> dict[str, nn.Module]:
 
 def _linear_over(weight: Tensor, bias: Tensor | None) -> AdapterLinear:
     """A linear layer that reads these tensors where they lie."""
-    linear = AdapterLinear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear: Any = AdapterLinear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
     return linear
