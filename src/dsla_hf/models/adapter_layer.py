@@ -304,14 +304,15 @@ def _own_projections(base: Any, own: dict[str, nn.Module], split: HeadSplit | No
 
 def _ordered_projections(base: Any, use: HeadsInUse) -> dict[str, nn.Module]:
     """The base's modules that are replaced where heads lie in order of conversion."""
-    queries: nn.Module = _linear_over(use.q_weight, use.q_bias)
+    queries = _linear_over(use.q_weight, use.q_bias)
     outputs = _linear_over(use.o_weight, projection(base, "o_proj")[0].bias)
     matrix, parts = fused_into(base, "q_proj")
+    fused = None
     if parts != ("q_proj",):
         linear = getattr(base, matrix)
         bounds = [projection(base, part)[1].indices(linear.out_features) for part in parts]
-        queries = FusedProjection(linear, parts, [stop - start for start, stop, _ in bounds], {"q_proj": queries})
-    replaced: dict[str, nn.Module] = {matrix: queries, fused_into(base, "o_proj")[0]: outputs}
+        fused = FusedProjection(linear, parts, [stop - start for start, stop, _ in bounds], {"q_proj": queries})
+    replaced: dict[str, nn.Module] = {matrix: queries if fused is None else fused, fused_into(base, "o_proj")[0]: outputs}
     if use.q_norm is not None:
         replaced["q_norm"] = view_of(base.q_norm, type(base.q_norm), {}, {"weight": use.q_norm})
     return replaced
