@@ -15,8 +15,6 @@ from transformers.models.llama import modeling_llama
 
 from dsla_hf import DSLAConfig, DSLATrainingArguments, distill
 from dsla_hf.core.heads import HeadSplit
-from dsla_hf.inference.fusion import fused
-from dsla_hf.inference.graph import GraphDecoder
 from dsla_hf.levels.reading import parse_level
 from dsla_hf.models.adapter import dsla_layers
 from dsla_hf.models.configuration import resolve_level
@@ -197,10 +195,10 @@ def test_what_was_composed_is_made_anew_when_a_weight_changes(head_model):
     model, ids = head_model(level=3).requires_grad_(False), text()
     layer = dsla_layers(model)[2]
     before = full(model, ids)
-    view = layer.dsla_attention(layer.converted_part)
-    kept = view.q_proj._kept[1][0]
+    view = layer.dsla_attention(layer.converted_part, in_order=False)
     assert isinstance(view.q_proj, MixedRows) and isinstance(view.o_proj, MixedColumns)
-    assert torch.equal(full(model, ids), before) and view.q_proj._kept[1][0] is kept, "composed once"
+    weights = [x.weights()[0] for x in (view.q_proj, view.o_proj)]
+    assert all(x.weights()[0] is kept for x, kept in zip((view.q_proj, view.o_proj), weights, strict=True)), "composed once"
     for part in (layer.dsla_q_proj, layer.dsla_o_proj, layer.dsla_core):
         with torch.no_grad():
             parameter = next(part["default"].parameters())
@@ -208,6 +206,7 @@ def test_what_was_composed_is_made_anew_when_a_weight_changes(head_model):
         after = full(model, ids)
         assert (after - before).abs().max() > 1e-4
         before = after
+    assert not torch.equal(view.q_proj.weights()[0], weights[0]) and not torch.equal(view.o_proj.weights()[0], weights[1])
     fresh = head_model(level=3)
     fresh.load_state_dict(model.state_dict())
     assert_close(full(fresh, ids), before, 1e-6)
@@ -226,7 +225,7 @@ def test_a_pass_without_gradients_leaves_nothing_that_training_cannot_use(head_m
         model.get_base_model().get_input_embeddings().requires_grad_(True)
         logits = model(ids, use_cache=False).logits
         logits.sum().backward()
-        assert_close(logits.detach(), expected.clone(), 1e-6)
+        assert_close(logits.detach(), expected.clone(), 1e-5)  # outputs are summed in another order where they are trained
 
 
 def test_a_base_whose_weights_cannot_be_read_computes_by_itself(head_model):
@@ -459,13 +458,10 @@ def test_what_knows_whole_layers_alone_says_so(head_model):
     with pytest.raises(NotImplementedError, match="rank_layers ranks whole layers, and this plan converts heads"):
         rank_layers(model, [text(2, 200)])
     for whole in (model, hybrid):
-        assert "levels count heads" in GraphDecoder(whole, record=lambda step, pool: None).obstacle()
         with pytest.raises(NotImplementedError, match=r"the server: layers converted in part .* use a plan of whole layers"):
             Levels(whole)
     with pytest.raises(NotImplementedError, match="tensor parallel"):
         type(hybrid).from_pretrained("nowhere", config=hybrid.config, tp_plan="auto")
-    with pytest.raises(NotImplementedError, match="fused layers"), fused(model):
-        pass
 
 
 def test_commands_that_know_whole_layers_alone_say_so_before_they_load(head_model, tmp_path):
