@@ -164,6 +164,7 @@ class DualStateAttention(nn.Module):
         seen: int | None = None,
         whole_windows: bool = False,
         counts: bool = True,
+        state_heads: Tensor | None = None,
     ) -> tuple[Tensor, DualState | None]:
         """Attend, after `state` if one is given. Autocast is off within: see `one_dtype` for what is computed in.
 
@@ -185,6 +186,8 @@ class DualStateAttention(nn.Module):
             whole_windows: every entry of `state.lengths` is a multiple of the window's size, and not 0: what the state has of the text then
                 lies in place, whatever the entries are.
             counts: add one token to the lengths; False leaves that to the caller, who does it for all layers at once.
+            state_heads: int32 `[Hkv]`, where `state` has heads beside those of this layer: which of its heads each KV head has. A kernel
+                that writes over `state` (T = 1) leaves the others as they are; any other new state has this layer's heads alone.
 
         Returns:
             o `[B, T, Hq, V]` in q's dtype, zero at padding; and the new state or None.
@@ -206,8 +209,11 @@ class DualStateAttention(nn.Module):
             if state is not None and q.shape[1] == 1 and self._decodes_in_kernel(q, k, v, *state, sink_logits):
                 # A state that takes part in a gradient is not written over: what was computed from it needs it as it was.
                 written = state if in_place and not requires_gradient(*state) else clone_state(state)
-                o, new = kernel_step(self, q, k, v, padding_mask, written, softcap, sink_logits, counts)
-            elif not self.window_size:
+                o, new = kernel_step(self, q, k, v, padding_mask, written, softcap, sink_logits, counts, state_heads)
+                return o.to(dtype), new
+            if state is not None and state_heads is not None:
+                state = state.of_heads(state_heads)
+            if not self.window_size:
                 o, new = self._pure(q, k, v, padding_mask, cu_seqlens, state, output_state)
             elif state is not None and q.shape[1] == 1:
                 o, new = plain_step(self, q, k, v, padding_mask, state, softcap, sink_logits)

@@ -29,6 +29,7 @@ def kernel_step(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     counts: bool = True,
+    state_heads: Tensor | None = None,
 ) -> tuple[Tensor, DualState]:
     """One token a row in one kernel, which writes the new state over `state`."""
     from dsla_kernels.ops.decode import GateWeights, pure_decode, window_decode  # imports Triton
@@ -41,6 +42,7 @@ def kernel_step(
         "scale": layer.scale,
         "norm_eps": layer.norm_eps,
         "padding_mask": padding_mask,
+        "state_heads": state_heads,
     }
     if not layer.window_size:
         o = pure_decode(q, k, v, state.recurrent, gates, layer.mix_logits, layer.norm_weight, **options)

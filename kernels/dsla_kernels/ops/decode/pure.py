@@ -21,7 +21,7 @@ def _pure_decode_kernel(
     q,
     k,
     v,
-    recurrent,  # fp32 [B, Hkv, 2, K, V]
+    recurrent,  # fp32 [B, HELD, 2, K, V]
     real,  # uint8 [B] or None
     down,
     up,
@@ -30,12 +30,14 @@ def _pure_decode_kernel(
     write_bias,
     mix_logits,
     norm_weight,
+    state_heads,  # [Hkv] or None
     o,
     pieces,  # for the join; None if one program does it all
     scale,
     norm_eps,
     inverse_normalizer,
     bound,
+    HELD: tl.constexpr,  # heads that the states have, HKV at least
     HKV: tl.constexpr,  # `HeadSizes`
     R: tl.constexpr,
     BM: tl.constexpr,
@@ -71,7 +73,10 @@ def _pure_decode_kernel(
     rank = tl.arange(0, BR)
     q += (row * HKV + head) * R * K
     k += (row * HKV + head) * K
-    recurrent += (row * HKV + head) * 2 * K * V
+    held = head
+    if state_heads is not None:
+        held = tl.load(state_heads + head)
+    recurrent += (row * HELD + held) * 2 * K * V
 
     # All first loads at once, what the gates need in front of the states: a single row waits for memory once.
     is_real = True
@@ -165,6 +170,7 @@ def _pure_decode(*fields) -> Tensor:
         step.norm_eps,
         1.0 / step.gate_normalizer,
         step.lower_bound,
+        HELD=step.recurrent.shape[1],
         **plan.options,
     )
     if pieces is not None:

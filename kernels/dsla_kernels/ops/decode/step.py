@@ -39,6 +39,7 @@ class PureStep(NamedTuple):
     write_bias: Tensor | None
     mix_logits: Tensor
     norm_weight: Tensor
+    state_heads: Tensor | None
     gate_normalizer: float
     lower_bound: float
     scale: float
@@ -66,6 +67,7 @@ class WindowStep(NamedTuple):
     state_gain: Tensor
     state_bias: Tensor
     sink_logits: Tensor | None
+    state_heads: Tensor | None
     gate_normalizer: float
     lower_bound: float
     scale: float
@@ -89,18 +91,19 @@ PURE_LINES = {
     "norm_weight": f"Hq V; {KERNEL_DTYPES}",
     "padding_mask": "B tokens; optional",
 }
-PURE_TABLE = table(PURE_LINES)
-WINDOW_TABLE = table(
-    PURE_LINES
-    | {
-        "window_k": "B slots Hkv K; as q; in place",
-        "window_v": "B slots Hkv V; as q; in place",
-        "lengths": "B; int64; in place",
-        "state_gain": f"Hq; {KERNEL_DTYPES}",
-        "state_bias": f"Hq; {KERNEL_DTYPES}",
-        "sink_logits": f"Hq; {KERNEL_DTYPES}; optional",
-    }
-)
+WINDOW_LINES = PURE_LINES | {
+    "window_k": "B slots Hkv K; as q; in place",
+    "window_v": "B slots Hkv V; as q; in place",
+    "lengths": "B; int64; in place",
+    "state_gain": f"Hq; {KERNEL_DTYPES}",
+    "state_bias": f"Hq; {KERNEL_DTYPES}",
+    "sink_logits": f"Hq; {KERNEL_DTYPES}; optional",
+}
+HELD_LINES = {"recurrent": "B held 2 K V; fp32; in place", "state_heads": "Hkv; int32"}
+HELD_RING_LINES = HELD_LINES | {"window_k": "B slots held K; as q; in place", "window_v": "B slots held V; as q; in place"}
+PURE_TABLE, WINDOW_TABLE = table(PURE_LINES), table(WINDOW_LINES)
+# Where states and ring have more heads than the token.
+HELD_PURE_TABLE, HELD_WINDOW_TABLE = table(PURE_LINES | HELD_LINES), table(WINDOW_LINES | HELD_RING_LINES)
 
 
 def window_decode(
@@ -126,6 +129,7 @@ def window_decode(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     advance: bool = True,
+    state_heads: Tensor | None = None,
 ) -> Tensor:
     """One token a row through the layer with a softmax window; states, ring, sinks and lengths change in place.
 
@@ -140,6 +144,8 @@ def window_decode(
         padding_mask: `[B, 1]`; a padded token leaves no trace and its output is zero.
         softcap, sink_logits `[Hq]`: of the window's softmax, see `reference.dual_state_window_attention`.
         advance: also count the token in `lengths`; False leaves it to the caller, for example once for all layers.
+        state_heads: int32 `[Hkv]`, where recurrent, window_k and window_v have more heads than the token: which of theirs each KV head has;
+            the others stay as they are.
 
     Returns:
         o `[B, 1, Hq, V]` in q's dtype.
@@ -154,7 +160,8 @@ def window_decode(
     ring = {"window_k": window_k, "window_v": window_v, "lengths": lengths}
     weights = {"mix_logits": mix_logits, "norm_weight": norm_weight, "state_gain": state_gain, "state_bias": state_bias}
     token = {"q": q, "k": k, "v": v, "recurrent": recurrent, "padding_mask": padding_mask}
-    slots = _check(WINDOW_TABLE, gates, token | ring | weights | {"sink_logits": sink_logits})["slots"]
+    given = token | ring | weights | {"sink_logits": sink_logits, "state_heads": state_heads}
+    slots = _check(WINDOW_TABLE if state_heads is None else HELD_WINDOW_TABLE, gates, given)["slots"]
     if not window_size <= slots <= window_size + window_size // 2:
         raise ValueError(f"window_k must have {window_size} slots and at most {window_size // 2} for sinks, got {slots}")
     real = _real(padding_mask)
@@ -165,7 +172,7 @@ def window_decode(
         window_v,
         lengths,
         real,
-        *contiguous(*gates, mix_logits, norm_weight, state_gain, state_bias, sink_logits),
+        *contiguous(*gates, mix_logits, norm_weight, state_gain, state_bias, sink_logits, state_heads),
         gate_normalizer,
         lower_bound,
         q.shape[-1] ** -0.5 if scale is None else scale,
@@ -192,18 +199,20 @@ def pure_decode(
     scale: float | None = None,
     norm_eps: float = 1e-6,
     padding_mask: Tensor | None = None,
+    state_heads: Tensor | None = None,
 ) -> Tensor:
     """One token a row through the pure layer and its norm, `norm_weight * o / sqrt(mean(o²) + norm_eps)`; the states change in place.
 
     Arguments, result and errors as `window_decode`, without the window.
     """
     token = {"q": q, "k": k, "v": v, "recurrent": recurrent, "padding_mask": padding_mask}
-    _check(PURE_TABLE, gates, token | {"mix_logits": mix_logits, "norm_weight": norm_weight})
+    given = token | {"mix_logits": mix_logits, "norm_weight": norm_weight, "state_heads": state_heads}
+    _check(PURE_TABLE if state_heads is None else HELD_PURE_TABLE, gates, given)
     return ops.pure_decode(
         *contiguous(q, k, v),
         recurrent,
         _real(padding_mask),
-        *contiguous(*gates, mix_logits, norm_weight),
+        *contiguous(*gates, mix_logits, norm_weight, state_heads),
         gate_normalizer,
         lower_bound,
         q.shape[-1] ** -0.5 if scale is None else scale,
