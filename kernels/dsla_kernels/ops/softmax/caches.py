@@ -130,8 +130,8 @@ def append(
         k `[B, Hkv, 1, K]`, v `[B, Hkv, 1, V]`: of the cache's dtype. The last dimension of all four is dense.
         places: int `[B]`, below L: where in the cache each row's token goes. Rows that share a place leave either's there.
         count: int64 `[]` that becomes one more, if given.
-        heads: int32 `[Hkv, 2]`, for a pool `[1, columns, L, D]` that heads of several layers share, and places `[tables, B]`: KV head h goes
-            into column `heads[h, 1]`, to the places of table `heads[h, 0]`.
+        heads: int32 `[Hkv, 2]`, for a pool `[1, columns, L, D]` that heads of several layers share, with places `[tables, B]`: KV head h
+            goes into column `heads[h, 1]`, to the places of table `heads[h, 0]`.
 
     Raises:
         ValueError: names what does not fit, before anything is written.
