@@ -68,14 +68,15 @@ def gate_logits(
     write_bias: Tensor | None = None,
     *,
     norm_eps: float,
+    kv_heads: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Raw gates and raw write gates from values, see `reference.gate_logits`, which runs for fp64 and for ranks above 64 everywhere."""
     weights = (gate_down, gate_up, gate_bias, write_weight, write_bias)
     if v.dtype != torch.float64 and gate_down.shape[-1] <= LARGEST_RANK and uses_triton(v, v, quietly=True):  # attention says it
         from .ops.states import gates
 
-        return gates.gate_logits(v, *weights, norm_eps=norm_eps)
-    return reference.gate_logits(v, *weights, norm_eps=norm_eps)
+        return gates.gate_logits(v, *weights, norm_eps=norm_eps, kv_heads=kv_heads)
+    return reference.gate_logits(v, *weights, norm_eps=norm_eps, kv_heads=kv_heads)
 
 
 def dual_state_attention(q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor, mix: Tensor, **options) -> tuple[Tensor, Tensor | None]:

@@ -50,6 +50,7 @@ class Past:
     state: of these tokens, None at the start of a text.
     seen: what every entry of `state.lengths` is, where the host knows it: tokens of the window then are slices of it, and rows are alike.
     whole_windows: every entry of `state.lengths` is a multiple of W, and not 0: the window lies in order then, whatever the entries are.
+    kv_heads: int32 `[Hkv]`, where the rows' k and v are of all heads of a layer: those that states are of.
     """
 
     window_size: int
@@ -57,6 +58,11 @@ class Past:
     state: DualState | None = None
     seen: int | None = None
     whole_windows: bool = False
+    kv_heads: Tensor | None = None
+
+    def own(self, x: Tensor) -> Tensor:
+        """Of keys or values `[B, L, heads, D]` those that go into a state."""
+        return x if self.kv_heads is None else x.index_select(2, self.kv_heads)
 
     @property
     def block_size(self) -> int:
@@ -108,7 +114,9 @@ class Past:
         if state is not None and seen is not None and seen >= count:
             return state.window_k[:, :count], state.window_v[:, :count]
         short = max(count - k.shape[1], 0)
-        new_k, new_v = ((F.pad(x, (0, 0, 0, 0, 0, short)) if short else x)[:, :count] for x in (k, v))
+        new_k, new_v = (self.own(x[:, :count]) for x in (k, v))
+        if short:
+            new_k, new_v = (F.pad(x, (0, 0, 0, 0, 0, short)) for x in (new_k, new_v))
         if state is None:
             return new_k, new_v
         known = (torch.arange(count, device=k.device) < state.lengths[:, None])[..., None, None]
@@ -153,13 +161,15 @@ class Past:
         if real is None and not isinstance(start, Tensor):  # every row has the same tokens, so they are slices
             end = start + length
             turn, oldest = length - end % window, max(length - window, 0)  # where slot 0 is written anew, and the first that is kept
-            window_k, window_v = (torch.cat([sink, x[:, turn:], x[:, oldest:turn]], 1) for sink, x in zip(sinks, (k, v), strict=True))
+            window_k, window_v = (
+                torch.cat([sink, self.own(x[:, turn:]), self.own(x[:, oldest:turn])], 1) for sink, x in zip(sinks, (k, v), strict=True)
+            )
             if end < window:
                 window_k, window_v = (F.pad(x, (0, 0, 0, 0, 0, window - end)) for x in (window_k, window_v))
             return DualState(recurrent, window_k, window_v, torch.full((k.shape[0],), end, device=device))
         real = torch.full((k.shape[0],), length, device=device) if real is None else real
         places = self.newest(start, real, length) if places is None else places
-        window_k, window_v = (torch.cat([sink, _gathered(x, places)], 1) for sink, x in zip(sinks, (k, v), strict=True))
+        window_k, window_v = (torch.cat([sink, self.own(_gathered(x, places))], 1) for sink, x in zip(sinks, (k, v), strict=True))
         return DualState(recurrent, window_k, window_v, real + start)
 
     def newest(self, start: Tensor | int, real: Tensor, length: int) -> Tensor:

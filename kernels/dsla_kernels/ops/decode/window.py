@@ -7,13 +7,12 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from ..._ops import add_op_namespace_prefix
-from ...common import load_rows, numbers, on_its_device
-from ...shapes import new_output
+from ...common import layer_head, load_rows, numbers, on_its_device
 from ..operators import schema
 from ..window.softmax import LN_2
 from .gates import take_block
 from .launch import plan_window
-from .output import gated, join_kernel, make_pieces, store_pieces, store_zeros
+from .output import gated, join_kernel, make_pieces, output_of, store_output, store_pieces
 from .ring import attend_window, begin_window, write_token
 from .states import finished, load_mix, load_queries, load_states, read_states
 from .step import TENSORS, WindowStep
@@ -39,10 +38,15 @@ def _window_decode_kernel(
     state_gain,
     state_bias,
     sink_logits,  # [Hq] or None
-    state_heads,  # [Hkv] or None
+    kv_heads,  # [Hkv] or None: k and v are of these heads alone
+    state_heads,  # [Hkv] or None: of the heads of states and ring these
     o,
     pieces,  # for the join, as are tops and denominators; None if one program does it all
     softmax,
+    q_row,
+    k_row,
+    v_row,
+    o_row,
     scale,
     softcap,  # or None
     norm_eps,
@@ -90,13 +94,12 @@ def _window_decode_kernel(
     values = numbers(0, V, BV)
     value, value_ok = values
     store_ok = group_ok[:, None] & value_ok[None, :]
-    q += (row * HKV + head) * R * K
-    k += (row * HKV + head) * K
-    v += (row * HKV + head) * V
+    q += row * q_row + head * R * K
+    k += row * k_row + layer_head(kv_heads, head) * K
+    v += row * v_row + layer_head(kv_heads, head) * V
+    o += row * o_row
     mix_logits += head * R * 2
-    held = head
-    if state_heads is not None:
-        held = tl.load(state_heads + head)
+    held = layer_head(state_heads, head)
     recurrent += (row * HELD + held) * 2 * K * V
     ring = window_k + (row * (S + W) * HELD + held) * K, window_v + (row * (S + W) * HELD + held) * V
     piece = 0
@@ -118,7 +121,7 @@ def _window_decode_kernel(
     if SKIP:  # noqa: SIM102 (known at compile time, the other is not)
         if not is_real:
             if PARTS == 1:
-                store_zeros(o, row * HKV * R + heads, group, values, V)
+                store_output(o, tl.zeros([BM, BV], tl.float32), heads, group_ok, values, V)
             return
     if PARTS == 1:
         loaded = begin_window(q, k, v, ring, 0, group, columns, values, HELD, K, V, S, BS, W, BN)
@@ -140,7 +143,7 @@ def _window_decode_kernel(
         o_state = finished(sums, group, R, BM, BV, FEW)
         result = gated(o_state, o_window, log_denominator, length, weight, gain, offset, norm_eps, SIZE, V)
         result = tl.where(is_real, result, 0.0)
-        tl.store(o + (row * HKV * R + heads)[:, None] * V + value[None, :], result.to(o.dtype.element_ty), mask=store_ok)
+        store_output(o, result, heads, group_ok, values, V)
         if is_real:
             write_token(ring, loaded[1], loaded[2], length, columns, values, HELD, K, V, S, W)
     else:
@@ -176,7 +179,7 @@ def _window_decode_kernel(
         )  # fmt: skip
 
 
-CHANGED = ("recurrent", "window_k", "window_v")
+CHANGED = ("recurrent", "window_k", "window_v", "out")
 
 
 @torch.library.custom_op(
@@ -186,13 +189,14 @@ CHANGED = ("recurrent", "window_k", "window_v")
 def _window_decode(*fields) -> Tensor:
     step = WindowStep(*fields)
     plan = plan_window(step)
-    o = new_output(step.q, step.v)
+    o, returned = output_of(step)
     pieces, softmax = make_pieces(step.q, plan.head)
     _window_decode_kernel[plan.grid](
         *step[: TENSORS[WindowStep]],
         o,
         pieces,
         softmax,
+        *(x.stride(0) for x in (step.q, step.k, step.v, o)),
         step.scale,
         step.softcap,
         step.norm_eps,
@@ -211,12 +215,13 @@ def _window_decode(*fields) -> Tensor:
             step.state_gain,
             step.state_bias,
             o,
+            o.stride(0),
             step.norm_eps,
             **plan.join,
         )
-    return o
+    return returned
 
 
 @_window_decode.register_fake
-def _(q, k, v, *others):
-    return new_output(q, v)
+def _(*fields):
+    return output_of(WindowStep(*fields))[1]
