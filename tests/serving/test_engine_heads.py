@@ -51,7 +51,7 @@ def test_a_ladder_of_few_equal_rungs(heads, monkeypatch):
     levels.cut(0)
     assert levels.ladder == [0] and all(len(group) <= 3 for group in levels.groups)
     assert levels.converted(4) == {2: (0,), 0: (1,), 3: (0, 1)}
-    assert levels.described(5) == "level 5 (3 of 8 KV heads kept)"
+    assert levels.note(5) == " (3 of 8 KV heads kept)"
 
 
 def test_a_ladder_for_a_large_model():
@@ -419,7 +419,7 @@ def test_without_memory_the_level_rises_by_a_rung(heads, monkeypatch):
 def test_the_log_says_how_many_heads_are_kept(heads, caplog):
     with caplog.at_level(logging.INFO, logger="dsla_hf.serving"):
         Engine(heads(), 3, SMALL)
-    assert "level 0 (8 of 8 KV heads kept) -> level 3 (5 of 8 KV heads kept)" in caplog.text
+    assert "level 0 -> 3 (5 of 8 KV heads kept)" in caplog.text
 
 
 # --- blocks -----------------------------------------------------------------------------------------------------

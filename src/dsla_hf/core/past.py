@@ -34,8 +34,8 @@ class DualState(NamedTuple):
 
     def of_heads(self, heads: Tensor) -> DualState:
         """A copy of these heads `[Hkv]`, by number; `lengths` is that of all."""
-        recurrent = self.recurrent.index_select(1, heads)
-        return DualState(recurrent, *(x.index_select(2, heads) for x in (self.window_k, self.window_v)), self.lengths)
+        window_k, window_v = (x.index_select(2, heads) for x in (self.window_k, self.window_v))
+        return DualState(self.recurrent.index_select(1, heads), window_k, window_v, self.lengths)
 
 
 def clone_state(state: DualState) -> DualState:

@@ -90,13 +90,13 @@ class LevelControl:
         """The levels from the present one to the highest."""
         return [level for level in self.ladder if self.level <= level <= self.highest]
 
-    def change(self, level: int, reason: str, described: Callable[[int], str] = "level {}".format) -> None:
-        """The level is another one now; `described`: how levels are called in the log."""
+    def change(self, level: int, reason: str, note: str = "") -> None:
+        """The level is another one now; `note`: what the log says of it beside the number."""
         change = Change(self.clock(), self.level, level, reason)
         self.level, self.changed, self._lower_since = level, change.seconds, None
         self.changes.append(change)
         self.count += 1
-        logger.info("%s -> %s: %s", described(change.old), described(change.new), change.reason)
+        logger.info("level %d -> %d%s: %s", change.old, change.new, note, change.reason)
 
     def _on_ladder(self, level: int) -> int:
         if level in self.ladder:

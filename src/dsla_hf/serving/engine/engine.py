@@ -275,6 +275,7 @@ class Engine:
             "unit": self.levels.unit,
             "units": self.levels.num_units,
             "ladder": list(self.levels.ladder),
+            "kept": self.levels.num_units - self.control.level,
             "waiting": waiting,
             "running": len(running),
             "slots": self.options.slots,
@@ -395,7 +396,7 @@ class Engine:
         try:
             level, reason = self.control.wanted(self.stats())
         except Exception:
-            logger.exception("the policy failed: it stays at %s from now on", self.levels.described(self.control.level))
+            logger.exception("the policy failed: the level stays at %d from now on", self.control.level)
             self.control.policy = FixedLevel(self.control.level)
             return
         if level != self.control.level:
@@ -406,7 +407,7 @@ class Engine:
         if level > self.control.level and self.levels.exact_fold:
             for group in self._folded_together():
                 self._raise(group, level)
-        self.control.change(level, reason, self.levels.described)
+        self.control.change(level, reason, self.levels.note(level))
         for times in (self.first_tokens, self.token_times):
             times.clear()  # of another level
 

@@ -101,7 +101,7 @@ class Levels:
 
     def split(self, layer: int) -> HeadSplit | None:
         """How a layer that is converted in part at the present level has its heads, in the order in which it hands them over."""
-        wrapped = self._wrapped.get(layer)
+        wrapped: Any = self._wrapped.get(layer)
         if wrapped is None:
             return getattr(self._attentions[layer], "split", None)
         part = wrapped.converted_part
@@ -122,11 +122,9 @@ class Levels:
             raise ValueError(f"{name} {level} cannot be had: this model's levels go from {self.lowest} to {self.highest}")
         return level
 
-    def described(self, level: int) -> str:
-        """A level in words: of heads, with how many of the model's are kept."""
-        if self.unit == "layer":
-            return f"level {level}"
-        return f"level {level} ({self.num_units - level} of {self.num_units} KV heads kept)"
+    def note(self, level: int) -> str:
+        """What is said beside the number of a level: of heads, how many of the model's are kept."""
+        return "" if self.unit == "layer" else f" ({self.num_units - level} of {self.num_units} KV heads kept)"
 
     def unit_bytes(self) -> tuple[int, int]:
         """Bytes of the cache of one unit, for a text: of softmax attention per token, and of DSLA."""

@@ -177,8 +177,8 @@ class BlockPool:
             self.keys[written], self.values[written] = k.transpose(1, 2), v.transpose(1, 2)
         else:
             groups, columns = places.heads.long().unbind(1)
-            written = self._write[groups], columns[:, None, None]
-            self.keys[written], self.values[written] = k.transpose(0, 1), v.transpose(0, 1)
+            here = self._write[groups], columns[:, None, None]
+            self.keys[here], self.values[here] = k.transpose(0, 1), v.transpose(0, 1)
         if self._index is None:
             return self.keys.unflatten(0, (-1, self.block_size)), self.values.unflatten(0, (-1, self.block_size))
         if self._index.shape == self._write.shape:  # nothing came before
