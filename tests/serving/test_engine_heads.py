@@ -310,6 +310,19 @@ def test_recorded_pieces_look_at_no_value(heads, watched_recording, monkeypatch)
     assert_empty(engine)
 
 
+def test_what_a_recording_reads_outlives_other_levels(heads):
+    """A layer of an adapter may compose its weights for one level at a time: those of recorded levels stay where they are."""
+    model = heads()
+    engine = Engine(model, lambda stats: 0, SMALL, record=PlainRecording)
+    engine.prepare([2, 5])
+    model.set_level(2)
+    made = {}
+    for key, attentions in engine.runner._read_by.items():
+        made.setdefault(key[0], {tuple(attention.split.converted) for attention in attentions})
+    assert made == {2: {(0,), (1,)}, 5: {(0,), (1,)}} and engine.levels.attentions_in_part()
+    assert {key[0] for key in recorded(engine)[0]} == {2, 5}
+
+
 def test_folds_are_rehearsed_for_every_number_of_heads(heads, monkeypatch):
     engine = Engine(heads(), lambda stats: 0, SMALL)
     folded = []

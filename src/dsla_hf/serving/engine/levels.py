@@ -107,6 +107,13 @@ class Levels:
         part = wrapped.converted_part
         return wrapped.dsla_attention(part).split if isinstance(part, tuple) else None
 
+    def attentions_in_part(self) -> list[Any]:
+        """The attentions of layers that are converted in part at the present level, as they run: they hold weights composed for it."""
+        if self.unit == "layer":
+            return []
+        parts = ((wrapped, wrapped.converted_part) for wrapped in self._wrapped.values())
+        return [wrapped.dsla_attention(part) for wrapped, part in parts if isinstance(part, tuple)]
+
     def use(self, level: int) -> None:
         """Run at this level from the next forward on."""
         if self._wrapped:
