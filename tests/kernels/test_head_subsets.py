@@ -151,8 +151,10 @@ def test_what_the_kernels_read_was_not_selected_before(layer, kv_heads, monkeypa
     monkeypatch.setattr(torch.Tensor, "index_select", lambda x, *others: taken.append(x.shape[1]) or select(x, *others))
     state = layer(q, k, v, output_state=True, kv_heads=kv_heads)[1]
     layer(q[:, :1], k[:, :1], v[:, :1], state=state, output_state=True, kv_heads=kv_heads)
-    layer.fold(k, v, kv_heads=kv_heads)
-    assert all(tokens <= max(layer.window_size, layer.sink_tokens) for tokens in taken), taken
+    whole = layer.fold(k, v, kv_heads=kv_heads)
+    pieces = layer.fold(k[:, 30:], v[:, 30:], state=layer.fold(k[:, :30], v[:, :30], kv_heads=kv_heads), kv_heads=kv_heads)
+    assert_close(pieces, whole, torch.float32)
+    assert all(tokens <= layer.window_size + layer.sink_tokens for tokens in taken), taken  # what the state keeps of a text
 
 
 @pytest.mark.parametrize("mask", ["none", "left", "at the end", "packed"])

@@ -276,25 +276,33 @@ class DualStateAttention(nn.Module):
         with torch.set_grad_enabled(gradient), autocast_off(k):
             if kv_heads is not None:
                 self._check_kv_heads(kv_heads)
-                moved = padding_mask is not None or state is not None
-                if gradient or not uses_triton(k, v) or self.reorders_keys or (self.window_size and moved):
+                padded = padding_mask is not None and self.window_size  # what is no token is put to zero, in a copy
+                if gradient or not uses_triton(k, v) or self.reorders_keys or padded:
                     k, v, kv_heads = k.index_select(2, kv_heads), v.index_select(2, kv_heads), None
             return self._fold(self.in_halves(k), v, padding_mask, state, padding_at_end, kv_heads)
 
     def _fold(self, k, v, padding_mask, state, padding_at_end, kv_heads):
+        """No key moves: of tokens before these the window has those that are not in the states yet, and what comes is masked."""
         recurrent = None if state is None else state.recurrent
         if not self.window_size:
             return self._state_without_window(self.final_state(k, v, padding_mask, recurrent, kv_heads), k, v, padding_mask, state)
-        past, padding = Past(self.window_size, self.sink_tokens, state, kv_heads=kv_heads), Padding(padding_mask)
-        start, new = past.row_start(), k.shape[1]
-        k, v, before = past.after_window(k, v, start)
-        padding_mask = padding.behind(before, k.shape[1] - new, new)
-        k, v, valid = to_rows(padding_mask, None, k, v, padding_at_end and state is None)[1:]
-        tokens = torch.full((k.shape[0],), k.shape[1], device=k.device) if valid is None else valid.sum(1)
-        blocks = (tokens // past.block_size - 1).clamp_min(0)  # whole blocks that another whole block follows
-        taken_in = torch.arange(k.shape[1], device=k.device) < (blocks * past.block_size)[:, None]
-        recurrent = self.final_state(k, v, past.taken_in(k, taken_in), recurrent, kv_heads)
-        return past.state_after(k, v, None if valid is None else tokens, recurrent, past.sinks(k, v), start)
+        real = None if padding_mask is None else padding_mask.bool()
+        if real is not None:
+            k, v = (x.masked_fill(~real[..., None, None], 0) for x in (k, v))
+        past = Past(self.window_size, self.sink_tokens, state, kv_heads=kv_heads)
+        before = torch.zeros(k.shape[0], dtype=torch.long, device=k.device) if state is None else state.lengths
+        counted = torch.arange(1, k.shape[1] + 1, device=k.device) if real is None else real.cumsum(1)
+        number = before[:, None] + counted - 1  # of each token in its text
+        total = before + (k.shape[1] if real is None else counted[:, -1])
+        held = past.held(total)[:, None]
+        if state is not None:
+            window_k, window_v, old = past.not_held()
+            taken_in = (old >= self.sink_tokens) & (old < torch.minimum(held, before[:, None]))
+            recurrent = self.final_state(window_k, window_v, taken_in, recurrent)
+        taken_in = (number >= self.sink_tokens) & (number < held)
+        recurrent = self.final_state(k, v, taken_in if real is None else taken_in & real, recurrent, kv_heads)
+        order = None if real is None or padding_at_end else torch.argsort(~real, dim=1, stable=True)
+        return past.state_behind(k, v, total, recurrent, order)
 
     @property
     def reorders_keys(self) -> bool:

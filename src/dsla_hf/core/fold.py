@@ -31,6 +31,7 @@ def fold(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     max_length: int | None = None,
+    kv_heads: Tensor | None = None,
 ) -> DSLACacheLayer:
     """Turn the cached keys and values of a softmax layer into the state that `attention` would have built from them.
 
@@ -42,13 +43,15 @@ def fold(
         position_ids: `[B, T]`, only to make sure that each row is one text: the states need no positions, because
             cached keys are rotated already.
         max_length: of the `StaticCache` the layer is for; None for a dynamic one.
+        kv_heads: int32 `[Hkv]`, where keys and values are those of more heads: the places of `attention`'s own among them.
 
     Where keys or values require a gradient (trained ones, or those of text that is trained on), it flows through the fold.
 
     Raises:
         ValueError: if shapes do not fit, or positions of a row restart (packed texts must not share a state).
     """
-    expected = (attention.num_kv_heads, attention.key_dim, attention.value_dim)
+    heads = keys.shape[1] if kv_heads is not None and keys.ndim == 4 else attention.num_kv_heads
+    expected = (heads, attention.key_dim, attention.value_dim)
     if (
         keys.ndim != 4
         or values.ndim != 4
@@ -67,7 +70,7 @@ def fold(
             raise ValueError("position_ids restart inside a row: several texts in one row cannot be folded into one state")
     layer = _empty_layer(max_length)
     k, v = keys.transpose(1, 2), values.transpose(1, 2)
-    state = fold_in_pieces(attention, k, v, mask)
+    state = fold_in_pieces(attention, k, v, mask, kv_heads=kv_heads)
     layer.advance(state, k, v, mask)
     return layer
 
@@ -232,10 +235,10 @@ def _states_of(
         if before is not None:
             _check_reaches_back(layer_idx, before)
             folded, held = tuple(head for head in heads if head not in before.heads), before.kept
+        places = None
         if folded != held:
-            places = torch.tensor([held.index(head) for head in folded], device=keys.device)
-            keys, values = keys.index_select(1, places), values.index_select(1, places)
-        new = fold(of_heads(attention, folded), keys, values, attention_mask=mask, max_length=max_length)
+            places = torch.tensor([held.index(head) for head in folded], device=keys.device, dtype=torch.int32)
+        new = fold(of_heads(attention, folded), keys, values, attention_mask=mask, max_length=max_length, kv_heads=places)
         new.tokens = new.tokens + (tokens - cached)
         if before is not None:
             _add_heads(new, folded, before, attention)

@@ -122,12 +122,10 @@ class Past:
         known = (torch.arange(count, device=k.device) < state.lengths[:, None])[..., None, None]
         return torch.where(known, state.window_k[:, :count], new_k), torch.where(known, state.window_v[:, :count], new_v)
 
-    def taken_in(self, k: Tensor, valid: Tensor | None = None) -> Tensor | None:
-        """Which tokens of rows that go on the states take in, bool `[B, L]`: no sinks, and nothing that they hold already. None: all.
-
-        valid: bool `[B, L]`, which places hold tokens at all."""
+    def taken_in(self, k: Tensor) -> Tensor | None:
+        """Which tokens of rows that go on the states take in, bool `[B, L]`: no sinks, and nothing that they hold already. None: all."""
         if self.state is None and not self.sink_tokens:
-            return valid
+            return None
         position, seen = torch.arange(k.shape[1], device=k.device)[None], self._seen
         if self.state is None:
             taken_in = (position >= self.sink_tokens).expand(k.shape[0], -1)
@@ -138,7 +136,7 @@ class Past:
             held_of_each = torch.where(self.state.lengths >= self.window_size, self.block_size, 0)
             # A row that starts later skips a whole block.
             taken_in = (position >= held_of_each[:, None]) & (position >= self.sink_tokens)
-        return taken_in if valid is None else taken_in & valid
+        return taken_in
 
     def state_after(
         self,
@@ -171,6 +169,37 @@ class Past:
         places = self.newest(start, real, length) if places is None else places
         window_k, window_v = (torch.cat([sink, self.own(_gathered(x, places))], 1) for sink, x in zip(sinks, (k, v), strict=True))
         return DualState(recurrent, window_k, window_v, real + start)
+
+    def held(self, lengths: Tensor) -> Tensor:
+        """Of so many tokens those that the states hold, beside the sinks: whole blocks that another whole block follows."""
+        return (lengths // self.block_size - 1).clamp_min(0) * self.block_size
+
+    def not_held(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of `state` keys and values `[B, W, Hkv, D]` of the tokens that its states do not hold, in their order, and the numbers of these
+        in their texts `[B, W]`. What has not come yet is zero."""
+        assert self.state is not None
+        lengths = self.state.lengths
+        number = self.held(lengths)[:, None] + torch.arange(self.window_size, device=lengths.device)
+        places, absent = self.sink_tokens + number % self.window_size, (number >= lengths[:, None])[..., None, None]
+        window_k, window_v = (_gathered(x, places).masked_fill(absent, 0) for x in (self.state.window_k, self.state.window_v))
+        return window_k, window_v, number
+
+    def state_behind(self, k: Tensor, v: Tensor, lengths: Tensor, recurrent: Tensor, order: Tensor | None) -> DualState:
+        """The state after tokens k, v `[B, T, Hkv, D]` that follow those of `state`.
+
+        lengths: tokens of each text with them `[B]`. order: `[B, T]`, where the real tokens lie, if they are not the first ones."""
+        slot = torch.arange(self.window_size, device=k.device)
+        newest = lengths[:, None] - 1 - (lengths[:, None] - 1 - slot) % self.window_size
+        number = torch.cat([slot[: self.sink_tokens].expand(len(lengths), -1), newest], 1)
+        place = number if self.state is None else number - self.state.lengths[:, None]
+        found = place.clamp(0, k.shape[1] - 1)  # where there is none yet: anything, the count hides it
+        if order is not None:
+            found = order.gather(1, found)
+        window_k, window_v = (self.own(_gathered(x, found)) for x in (k, v))
+        if self.state is not None:
+            new = ((place >= 0) & (number < lengths[:, None]))[..., None, None]
+            window_k, window_v = torch.where(new, window_k, self.state.window_k), torch.where(new, window_v, self.state.window_v)
+        return DualState(recurrent, window_k, window_v, lengths)
 
     def newest(self, start: Tensor | int, real: Tensor, length: int) -> Tensor:
         """Where in rows of `length` places the newest token of each slot of the window lies, `[B, W]`. Before there is one, it is
