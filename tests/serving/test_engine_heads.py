@@ -19,10 +19,11 @@ from dsla_hf.serving.engine.pool import BlockPool, OutOfBlocks
 
 @pytest.fixture
 def heads(tiny_model, adapter_model):
-    """Factory of models whose levels count heads."""
+    """Factory of models whose levels count heads; nothing is trained, as in a server."""
 
     def make(kind="llama", base=None, **config):
-        return adapter_model(tiny_model(kind, **(base or {})), **{"conversion_unit": "head", "conversion_order": ORDER, **config})
+        model = adapter_model(tiny_model(kind, **(base or {})), **{"conversion_unit": "head", "conversion_order": ORDER, **config})
+        return model.requires_grad_(False)
 
     return make
 
