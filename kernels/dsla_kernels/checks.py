@@ -203,9 +203,14 @@ def _softmax(q: str, keys: str, others: dict[str, str]) -> tuple[Argument, ...]:
 
 
 BLOCK_TABLE = {"block_table": "B most_blocks; int32 or int64"}
+HEADS = {"heads": "Hkv 2; int32; (of each KV head its table and its column in blocks)"}
+BLOCK_TABLES = HEADS | {"block_table": "tables B most_blocks; int32 or int64; (one table more than a row's, as heads is given)"}
+STARTS = {"starts": "B; as lengths"}
 SOFTMAX_DECODE = _softmax("B 1", "B Hkv T", {"mask": "B T; bool; optional; (True at tokens that are seen)"} | SINK_LOGITS)
 PAGED_DECODE = _softmax("B 1", "blocks block_size Hkv", BLOCK_TABLE | SINK_LOGITS)
-SOFTMAX_PROMPT = _softmax("B T", "blocks block_size Hkv", BLOCK_TABLE | {"starts": "B; as lengths"})
+PAGED_DECODE_OF_HEADS = _softmax("B 1", "blocks block_size columns", BLOCK_TABLES | SINK_LOGITS)
+SOFTMAX_PROMPT = _softmax("B T", "blocks block_size Hkv", BLOCK_TABLE | STARTS)
+SOFTMAX_PROMPT_OF_HEADS = _softmax("B T", "blocks block_size columns", BLOCK_TABLES | STARTS)
 
 
 def check_softmax_decode_inputs(
@@ -218,27 +223,38 @@ def check_softmax_decode_inputs(
     window: int | None = None,
     block_table: Tensor | None = None,
     mask: Tensor | None = None,
+    heads: Tensor | None = None,
 ) -> None:
     """Raises ValueError that names the argument which does not fit the contract of `softmax_decode`."""
     given = {"q": q, "keys": keys, "values": values, "lengths": lengths, "sink_logits": sink_logits}
     if block_table is None:
+        if heads is not None:
+            raise ValueError("heads goes with block tables [tables, B, most blocks]: give block_table")
         sizes = check(SOFTMAX_DECODE, given | {"mask": mask})
         room = sizes["T"]
     elif mask is not None:
         raise ValueError("mask goes with keys [B, Hkv, T, D], not with a block_table: leave padding out of the blocks")
     else:
-        sizes = check(PAGED_DECODE, given | {"block_table": block_table})
+        lines = PAGED_DECODE if heads is None else PAGED_DECODE_OF_HEADS
+        sizes = check(lines, given | {"block_table": block_table, "heads": heads})
         room = sizes["block_size"] * sizes["most_blocks"]
     _check_softmax(sizes, room, window)
     check_softcap(softcap)
 
 
 def check_softmax_prompt_inputs(
-    q: Tensor, keys: Tensor, values: Tensor, starts: Tensor, lengths: Tensor, block_table: Tensor, window: int | None = None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    block_table: Tensor,
+    window: int | None = None,
+    heads: Tensor | None = None,
 ) -> None:
     """Raises ValueError that names the argument which does not fit the contract of `softmax_prompt`."""
-    given = {"q": q, "keys": keys, "values": values, "lengths": lengths, "block_table": block_table, "starts": starts}
-    sizes = check(SOFTMAX_PROMPT, given)
+    given = {"q": q, "keys": keys, "values": values, "lengths": lengths, "block_table": block_table, "starts": starts, "heads": heads}
+    sizes = check(SOFTMAX_PROMPT if heads is None else SOFTMAX_PROMPT_OF_HEADS, given)
     if sizes["T"] == 0:
         raise ValueError(f"q must be [B, T, Hq, D] with a token at least, got {list(q.shape)}")
     _check_softmax(sizes, sizes["block_size"] * sizes["most_blocks"], window)

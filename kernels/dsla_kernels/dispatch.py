@@ -173,13 +173,20 @@ def gated_linear(x: Tensor, gate_weight: Tensor, up_weight: Tensor, activation: 
     return reference.gated_linear(x, gate_weight, up_weight, activation)
 
 
-def append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, places: Tensor, count: Tensor | None = None) -> None:
+def append(
+    keys: Tensor, values: Tensor, k: Tensor, v: Tensor, places: Tensor, count: Tensor | None = None, heads: Tensor | None = None
+) -> None:
     """A token of each row into a cache, in place, see `ops.softmax.append`; without Triton as PyTorch indexes."""
     if uses_triton(k, v):
         from .ops import softmax
 
-        return softmax.append(keys, values, k, v, places, count)
-    rows = torch.arange(k.shape[0], device=k.device) % keys.shape[0]  # one row is that of all
-    keys[rows, :, places.long()], values[rows, :, places.long()] = k[:, :, 0], v[:, :, 0]
+        return softmax.append(keys, values, k, v, places, count, heads)
+    if heads is not None:
+        table, column = heads.long().unbind(1)
+        here = column[:, None], places.long()[table]
+        keys[0][here], values[0][here] = (x[:, :, 0].transpose(0, 1) for x in (k, v))
+    else:
+        rows = torch.arange(k.shape[0], device=k.device) % keys.shape[0]  # one row is that of all
+        keys[rows, :, places.long()], values[rows, :, places.long()] = k[:, :, 0], v[:, :, 0]
     if count is not None:
         count.add_(1)

@@ -516,6 +516,7 @@ def softmax_decode(
     window: int | None = None,
     block_table: Tensor | None = None,
     mask: Tensor | None = None,
+    heads: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of one token a row over its keys and values, of which its own are the last.
 
@@ -529,6 +530,8 @@ def softmax_decode(
         window: the query sees this many tokens, its own included; all if None.
         block_table: int `[B, most blocks]`; token j of a row lies in block `block_table[row, j // block_size]`.
         mask: bool `[B, T]`, False at tokens that nobody sees, such as padding on the left. Not with a block table.
+        heads: int32 `[Hkv, 2]`, with a pool whose blocks hold heads of other layers too, in columns `[blocks, block_size, columns, D]`, and
+            several tables `[tables, B, most blocks]`: KV head h lies in blocks of table `heads[h, 0]`, in column `heads[h, 1]`.
 
     Returns:
         o `[B, 1, Hq, V]` in q's dtype; the sums are in fp32 (fp64 for fp64 inputs).
@@ -536,11 +539,15 @@ def softmax_decode(
     Raises:
         ValueError: names the argument that does not fit.
     """
-    check_softmax_decode_inputs(q, keys, values, lengths, softcap, sink_logits, window, block_table, mask)
+    check_softmax_decode_inputs(q, keys, values, lengths, softcap, sink_logits, window, block_table, mask, heads)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if block_table is not None:
         blocks = block_table.long().clamp(0, keys.shape[0] - 1)  # behind a row's length they may be anything
-        keys, values = (x[blocks].flatten(1, 2).transpose(1, 2) for x in (keys, values))
+        if heads is None:
+            keys, values = (x[blocks].flatten(1, 2).transpose(1, 2) for x in (keys, values))
+        else:
+            table, column = heads.long().unbind(1)
+            keys, values = (x[blocks[table], :, column[:, None, None]].flatten(2, 3).transpose(0, 1) for x in (keys, values))
     token = torch.arange(keys.shape[2], device=q.device)
     visible = token < lengths[:, None]
     if window is not None:
@@ -572,6 +579,7 @@ def softmax_prompt(
     *,
     scale: float | None = None,
     window: int | None = None,
+    heads: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of a piece of a text a row over its keys and values in blocks, the piece's own included.
 
@@ -581,7 +589,7 @@ def softmax_prompt(
         keys, values: a pool `[blocks, block_size, Hkv, K]` and `[..., V]`.
         starts: int `[B]`, tokens of each row before the piece.
         lengths: int `[B]`, tokens of each row with it; what lies behind them is not read.
-        block_table, scale, window: as in `softmax_decode`.
+        block_table, scale, window, heads: as in `softmax_decode`.
 
     Returns:
         o `[B, T, Hq, V]` in q's dtype, zero at padding; the sums are in fp32 (fp64 for fp64 inputs).
@@ -589,10 +597,10 @@ def softmax_prompt(
     Raises:
         ValueError: names the argument that does not fit.
     """
-    check_softmax_prompt_inputs(q, keys, values, starts, lengths, block_table, window)
+    check_softmax_prompt_inputs(q, keys, values, starts, lengths, block_table, window, heads)
     seen = [torch.where(starts + t < lengths, starts + t + 1, 0) for t in range(q.shape[1])]
     steps = (
-        softmax_decode(q[:, t : t + 1], keys, values, seen[t], scale=scale, window=window, block_table=block_table)
+        softmax_decode(q[:, t : t + 1], keys, values, seen[t], scale=scale, window=window, block_table=block_table, heads=heads)
         for t in range(q.shape[1])
     )
     return torch.cat(list(steps), 1)

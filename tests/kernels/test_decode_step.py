@@ -88,7 +88,17 @@ WRONG_WINDOW = {
 }
 
 
-CASES = {"window": WRONG | WRONG_WINDOW, "pure": WRONG | WRONG_PURE}
+WRONG_HELD = {
+    "more heads": ({"recurrent": lambda x: x.repeat(1, 2, 1, 1, 1)}, r"^recurrent must be fp32 \[3, 2, 2, 8, 12\]"),
+    "which heads": ({"state_heads": lambda x: torch.zeros(3, dtype=torch.int32)}, r"^state_heads must be int32 \[2\]"),
+}
+WRONG_HELD_RING = {
+    "a ring of fewer heads": (
+        {"recurrent": lambda x: x.repeat(1, 2, 1, 1, 1), "state_heads": lambda x: torch.zeros(2, dtype=torch.int32)},
+        r"^window_k must be torch.float32 \[3, slots, 4, 8\]",
+    ),
+}
+CASES = {"window": WRONG | WRONG_WINDOW | WRONG_HELD | WRONG_HELD_RING, "pure": WRONG | WRONG_PURE | WRONG_HELD}
 
 
 @pytest.mark.parametrize("form, case", [(form, case) for form, cases in CASES.items() for case in cases])
@@ -130,7 +140,9 @@ def test_the_launch_follows_the_shape_and_what_measurements_want(monkeypatch):
     def parts(rows, **wanted):
         monkeypatch.setattr(decode_launch, "tuned", decode_launch.Launch(4, 16, **wanted) if wanted else None)
         token, gates, weights = tensors
-        step = PureStep(*(x.repeat(rows, *[1] * (x.ndim - 1)) for x in token), None, *gates, *weights, None, None, 16.0, -1.25, 1.0, 1e-6)
+        step = PureStep(
+            *(x.repeat(rows, *[1] * (x.ndim - 1)) for x in token), None, *gates, *weights, None, None, None, 16.0, -1.25, 1.0, 1e-6
+        )
         wide = step._replace(q=step.q.repeat(1, 1, 1, 16), v=step.v.repeat(1, 1, 1, 10))
         return decode_launch.plan_pure(wide).head.PARTS
 

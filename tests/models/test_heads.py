@@ -20,7 +20,6 @@ from dsla_hf.models.adapter import dsla_layers
 from dsla_hf.models.configuration import resolve_level
 from dsla_hf.models.loading import check_whole_layers, load_config
 from dsla_hf.models.mixed_projections import MixedColumns, MixedRows
-from dsla_hf.serving.engine.levels import Levels
 from dsla_hf.training.ranking import rank_layers
 
 # --- both ends of the scale -------------------------------------------------------------------------------------
@@ -457,9 +456,6 @@ def test_what_knows_whole_layers_alone_says_so(head_model):
     hybrid = copy.deepcopy(model).merge_and_unload()
     with pytest.raises(NotImplementedError, match="rank_layers ranks whole layers, and this plan converts heads"):
         rank_layers(model, [text(2, 200)])
-    for whole in (model, hybrid):
-        with pytest.raises(NotImplementedError, match=r"the server: layers converted in part .* use a plan of whole layers"):
-            Levels(whole)
     with pytest.raises(NotImplementedError, match="tensor parallel"):
         type(hybrid).from_pretrained("nowhere", config=hybrid.config, tp_plan="auto")
 
@@ -471,9 +467,9 @@ def test_commands_that_know_whole_layers_alone_say_so_before_they_load(head_mode
     model.merge_and_unload().save_pretrained(tmp_path / "hybrid")
     for folder, adapter in (("base", tmp_path / "adapter"), ("hybrid", None)):
         config = load_config(str(tmp_path / folder))
-        with pytest.raises(ValueError, match=r"dsla serve: layers converted in part .* use a plan of whole layers"):
-            check_whole_layers("dsla serve", config, adapter and str(adapter))
-    check_whole_layers("dsla serve", load_config(str(tmp_path / "base")), None)
+        with pytest.raises(ValueError, match=r"dsla order: layers converted in part .* use a plan of whole layers"):
+            check_whole_layers("dsla order", config, adapter and str(adapter))
+    check_whole_layers("dsla order", load_config(str(tmp_path / "base")), None)
 
 
 def test_a_plan_of_heads_is_distilled_at_random_levels(head_model, tmp_path):

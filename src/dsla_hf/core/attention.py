@@ -165,6 +165,7 @@ class DualStateAttention(nn.Module):
         whole_windows: bool = False,
         counts: bool = True,
         kv_heads: Tensor | None = None,
+        state_heads: Tensor | None = None,
         out: Tensor | None = None,
     ) -> tuple[Tensor, DualState | None]:
         """Attend, after `state` if one is given. Autocast is off within: see `one_dtype` for what is computed in.
@@ -189,6 +190,8 @@ class DualStateAttention(nn.Module):
             counts: add one token to the lengths; False leaves that to the caller, who does it for all layers at once.
             kv_heads: int32 `[Hkv]`: k and v are those of all heads of a larger layer, and these their numbers, in the order of this layer's
                 heads. Kernels read them where they lie; where a gradient is asked for, or keys are put anew, they are selected first.
+            state_heads: int32 `[Hkv]`, where `state` has heads beside those of this layer: which of its heads each KV head has. A kernel
+                that writes over `state` (T = 1) leaves the others as they are; any other new state has this layer's heads alone.
             out: `[B, T, Hq, V]` in q's dtype, written to and returned: some consecutive heads of a larger output. Not for gradients.
 
         Returns:
@@ -216,13 +219,16 @@ class DualStateAttention(nn.Module):
             moved = cu_seqlens is not None or (padding_mask is not None and not padding_at_end)
             if not in_kernels or self.reorders_keys or (self.window_size and (moved if state is None else not one_token)):
                 k, v, kv_heads = k.index_select(2, kv_heads), v.index_select(2, kv_heads), None
+        if state is not None and state_heads is not None and not (one_token and in_kernels):
+            state = state.of_heads(state_heads)
         q, k = self.in_halves(q), self.in_halves(k)
         with autocast_off(q):
             if one_token and in_kernels:
                 # A state that takes part in a gradient is not written over: what was computed from it needs it as it was.
                 written = state if in_place and not requires_gradient(*state) else clone_state(state)
                 direct = out if out is not None and out.dtype == q.dtype else None
-                o, new = kernel_step(self, q, k, v, padding_mask, written, softcap, sink_logits, counts, kv_heads, direct)
+                heads = kv_heads, state_heads
+                o, new = kernel_step(self, q, k, v, padding_mask, written, softcap, sink_logits, counts, *heads, direct)
             elif not self.window_size:
                 o, new = self._pure(q, k, v, padding_mask, cu_seqlens, state, output_state, kv_heads)
             elif one_token:

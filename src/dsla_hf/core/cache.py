@@ -43,6 +43,7 @@ class DSLACacheLayer(CacheLayerMixin):
     is_croppable = False  # not without recording
     supports_early_init = False
     whole_windows = False  # whether every entry of `state.lengths` is known to be a multiple of the window's size, and not 0
+    state_heads: Tensor | None = None  # where `state` has further heads: which of its heads are those of the layer that fills it
     counts = True  # whether a step of one token adds to lengths and tokens; False where somebody does it for all layers at once
 
     def __init__(self) -> None:

@@ -32,6 +32,11 @@ class DualState(NamedTuple):
     window_v: Tensor
     lengths: Tensor
 
+    def of_heads(self, heads: Tensor) -> DualState:
+        """A copy of these heads `[Hkv]`, by number; `lengths` is that of all."""
+        window_k, window_v = (x.index_select(2, heads) for x in (self.window_k, self.window_v))
+        return DualState(self.recurrent.index_select(1, heads), window_k, window_v, self.lengths)
+
 
 def clone_state(state: DualState) -> DualState:
     """The same in memory of its own."""

@@ -30,6 +30,7 @@ def kernel_step(
     sink_logits: Tensor | None = None,
     counts: bool = True,
     kv_heads: Tensor | None = None,
+    state_heads: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, DualState]:
     """One token a row in one kernel, which writes the new state over `state`, and the output to `out` if that is given."""
@@ -44,6 +45,7 @@ def kernel_step(
         "norm_eps": layer.norm_eps,
         "padding_mask": padding_mask,
         "kv_heads": kv_heads,
+        "state_heads": state_heads,
         "out": out,
     }
     if not layer.window_size:

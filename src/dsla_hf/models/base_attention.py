@@ -106,6 +106,7 @@ def _attend(
         seen=None if dsla_layer is None else dsla_layer.seen,
         whole_windows=dsla_layer is not None and dsla_layer.whole_windows,
         counts=dsla_layer is None or dsla_layer.counts,
+        state_heads=None if dsla_layer is None else dsla_layer.state_heads,
     )
     if dsla_layer is not None:
         dsla_layer.advance(state, k, v, padding_mask)

@@ -133,7 +133,7 @@ def plan_window(step: WindowStep) -> Plan:
 def _shape(step: PureStep | WindowStep) -> Shape:
     q, v = step.q, step.v
     rows, _, heads, key_dim = q.shape
-    kv_heads = step.recurrent.shape[1]
+    kv_heads = step.down.shape[0]
     skip = step.real is not None and rows > FEW_ROWS
     decays, rank = step.bias.shape[-1], step.down.shape[-1]
     return Shape(rows, heads, kv_heads, key_dim, v.shape[-1], decays, rank, q.dtype, q.device, skip, largest_tile(q, v))

@@ -20,7 +20,7 @@ def _pure_decode_kernel(
     q,
     k,
     v,
-    recurrent,  # fp32 [B, Hkv, 2, K, V]
+    recurrent,  # fp32 [B, HELD, 2, K, V]
     real,  # uint8 [B] or None
     down,
     up,
@@ -30,6 +30,7 @@ def _pure_decode_kernel(
     mix_logits,
     norm_weight,
     kv_heads,  # [Hkv] or None: k and v are of these heads alone
+    state_heads,  # [Hkv] or None: of the heads of the states these
     o,
     pieces,  # for the join; None if one program does it all
     q_row,
@@ -40,6 +41,7 @@ def _pure_decode_kernel(
     norm_eps,
     inverse_normalizer,
     bound,
+    HELD: tl.constexpr,  # heads that the states have, HKV at least
     HKV: tl.constexpr,  # `HeadSizes`
     R: tl.constexpr,
     BM: tl.constexpr,
@@ -77,7 +79,7 @@ def _pure_decode_kernel(
     k += row * k_row + layer_head(kv_heads, head) * K
     v += row * v_row + layer_head(kv_heads, head) * V
     o += row * o_row
-    recurrent += (row * HKV + head) * 2 * K * V
+    recurrent += (row * HELD + layer_head(state_heads, head)) * 2 * K * V
 
     # All first loads at once, what the gates need in front of the states: a single row waits for memory once.
     is_real = True
@@ -171,6 +173,7 @@ def _pure_decode(*fields) -> Tensor:
         step.norm_eps,
         1.0 / step.gate_normalizer,
         step.lower_bound,
+        HELD=step.recurrent.shape[1],
         **plan.options,
     )
     if pieces is not None:

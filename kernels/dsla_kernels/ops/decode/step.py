@@ -43,6 +43,7 @@ class PureStep(NamedTuple):
     mix_logits: Tensor
     norm_weight: Tensor
     kv_heads: Tensor | None  # int32 [Hkv]: k and v are of all heads of a layer
+    state_heads: Tensor | None  # int32 [Hkv]: of more heads in states and ring
     out: Tensor | None  # what is written to; the operator then returns an empty tensor
     gate_normalizer: float
     lower_bound: float
@@ -72,6 +73,7 @@ class WindowStep(NamedTuple):
     state_bias: Tensor
     sink_logits: Tensor | None
     kv_heads: Tensor | None  # int32 [Hkv]: k and v are of all heads of a layer
+    state_heads: Tensor | None  # int32 [Hkv]: of more heads in states and ring
     out: Tensor | None  # what is written to; the operator then returns an empty tensor
     gate_normalizer: float
     lower_bound: float
@@ -97,18 +99,19 @@ PURE_LINES = {
     "padding_mask": "B tokens; optional",
     "out": "B 1 Hq V; as q; optional",
 }
-PURE_TABLES = two_tables(PURE_LINES)
-WINDOW_TABLES = two_tables(
-    PURE_LINES
-    | {
-        "window_k": "B slots Hkv K; as q; in place",
-        "window_v": "B slots Hkv V; as q; in place",
-        "lengths": "B; int64; in place",
-        "state_gain": f"Hq; {KERNEL_DTYPES}",
-        "state_bias": f"Hq; {KERNEL_DTYPES}",
-        "sink_logits": f"Hq; {KERNEL_DTYPES}; optional",
-    }
-)
+WINDOW_LINES = PURE_LINES | {
+    "window_k": "B slots Hkv K; as q; in place",
+    "window_v": "B slots Hkv V; as q; in place",
+    "lengths": "B; int64; in place",
+    "state_gain": f"Hq; {KERNEL_DTYPES}",
+    "state_bias": f"Hq; {KERNEL_DTYPES}",
+    "sink_logits": f"Hq; {KERNEL_DTYPES}; optional",
+}
+PURE_TABLES, WINDOW_TABLES = two_tables(PURE_LINES), two_tables(WINDOW_LINES)
+# Where states and ring have more heads than the layer.
+HELD_LINES = {"recurrent": "B held 2 K V; fp32; in place", "state_heads": "Hkv; int32; dense"}
+HELD_RING = HELD_LINES | {"window_k": "B slots held K; as q; in place", "window_v": "B slots held V; as q; in place"}
+HELD_PURE_TABLES, HELD_WINDOW_TABLES = two_tables(PURE_LINES | HELD_LINES), two_tables(WINDOW_LINES | HELD_RING)
 
 
 def window_decode(
@@ -135,6 +138,7 @@ def window_decode(
     sink_logits: Tensor | None = None,
     advance: bool = True,
     kv_heads: Tensor | None = None,
+    state_heads: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """One token a row through the layer with a softmax window; states, ring, sinks and lengths change in place.
@@ -151,6 +155,8 @@ def window_decode(
         softcap, sink_logits `[Hq]`: of the window's softmax, see `reference.dual_state_window_attention`.
         advance: also count the token in `lengths`; False leaves it to the caller, for example once for all layers.
         kv_heads: int32 `[Hkv]`: k and v are of all heads of a layer, of which these are read. Its values are not looked at.
+        state_heads: int32 `[Hkv]`, where recurrent, window_k and window_v have more heads than the layer: which of theirs each KV head has;
+            the others stay as they are.
         out: `[B, 1, Hq, V]` in q's dtype, written to: some heads of a larger output. Within a row its heads lie side by side.
 
     Returns:
@@ -165,8 +171,10 @@ def window_decode(
     check_softcap(softcap)
     ring = {"window_k": window_k, "window_v": window_v, "lengths": lengths}
     weights = {"mix_logits": mix_logits, "norm_weight": norm_weight, "state_gain": state_gain, "state_bias": state_bias}
-    token = {"q": q, "k": k, "v": v, "recurrent": recurrent, "padding_mask": padding_mask, "kv_heads": kv_heads, "out": out}
-    slots = _check(WINDOW_TABLES, gates, token | ring | weights | {"sink_logits": sink_logits})["slots"]
+    heads = {"kv_heads": kv_heads, "state_heads": state_heads, "sink_logits": sink_logits}
+    token = {"q": q, "k": k, "v": v, "recurrent": recurrent, "padding_mask": padding_mask, "out": out}
+    tables = WINDOW_TABLES if state_heads is None else HELD_WINDOW_TABLES
+    slots = _check(tables, gates, token | ring | weights | heads)["slots"]
     if not window_size <= slots <= window_size + window_size // 2:
         raise ValueError(f"window_k must have {window_size} slots and at most {window_size // 2} for sinks, got {slots}")
     real = _real(padding_mask)
@@ -179,6 +187,7 @@ def window_decode(
         real,
         *contiguous(*gates, mix_logits, norm_weight, state_gain, state_bias, sink_logits),
         kv_heads,
+        state_heads,
         out,
         gate_normalizer,
         lower_bound,
@@ -207,20 +216,23 @@ def pure_decode(
     norm_eps: float = 1e-6,
     padding_mask: Tensor | None = None,
     kv_heads: Tensor | None = None,
+    state_heads: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """One token a row through the pure layer and its norm, `norm_weight * o / sqrt(mean(o²) + norm_eps)`; the states change in place.
 
     Arguments, result and errors as `window_decode`, without the window.
     """
-    token = {"q": q, "k": k, "v": v, "recurrent": recurrent, "padding_mask": padding_mask, "kv_heads": kv_heads, "out": out}
-    _check(PURE_TABLES, gates, token | {"mix_logits": mix_logits, "norm_weight": norm_weight})
+    token = {"q": q, "k": k, "v": v, "recurrent": recurrent, "padding_mask": padding_mask, "out": out}
+    others = {"mix_logits": mix_logits, "norm_weight": norm_weight, "kv_heads": kv_heads, "state_heads": state_heads}
+    _check(PURE_TABLES if state_heads is None else HELD_PURE_TABLES, gates, token | others)
     o = ops.pure_decode(
         *dense_rows(q, k, v),
         recurrent,
         _real(padding_mask),
         *contiguous(*gates, mix_logits, norm_weight),
         kv_heads,
+        state_heads,
         out,
         gate_normalizer,
         lower_bound,

@@ -23,8 +23,8 @@ def _window_decode_kernel(
     q,
     k,
     v,
-    recurrent,  # fp32 [B, Hkv, 2, K, V]
-    window_k,  # [B, S + W, Hkv, K]
+    recurrent,  # fp32 [B, HELD, 2, K, V]
+    window_k,  # [B, S + W, HELD, K]
     window_v,
     lengths,  # int64 [B]
     real,  # uint8 [B] or None
@@ -39,6 +39,7 @@ def _window_decode_kernel(
     state_bias,
     sink_logits,  # [Hq] or None
     kv_heads,  # [Hkv] or None: k and v are of these heads alone
+    state_heads,  # [Hkv] or None: of the heads of states and ring these
     o,
     pieces,  # for the join, as are tops and denominators; None if one program does it all
     softmax,
@@ -51,6 +52,7 @@ def _window_decode_kernel(
     norm_eps,
     inverse_normalizer,
     bound,
+    HELD: tl.constexpr,  # heads that states and ring have, HKV at least
     HKV: tl.constexpr,  # `HeadSizes`
     R: tl.constexpr,
     BM: tl.constexpr,
@@ -97,8 +99,9 @@ def _window_decode_kernel(
     v += row * v_row + layer_head(kv_heads, head) * V
     o += row * o_row
     mix_logits += head * R * 2
-    recurrent += (row * HKV + head) * 2 * K * V
-    ring = window_k + (row * (S + W) * HKV + head) * K, window_v + (row * (S + W) * HKV + head) * V
+    held = layer_head(state_heads, head)
+    recurrent += (row * HELD + held) * 2 * K * V
+    ring = window_k + (row * (S + W) * HELD + held) * K, window_v + (row * (S + W) * HELD + held) * V
     piece = 0
     if PARTS > 1:
         number = tl.program_id(1)
@@ -121,7 +124,7 @@ def _window_decode_kernel(
                 store_output(o, tl.zeros([BM, BV], tl.float32), heads, group_ok, values, V)
             return
     if PARTS == 1:
-        loaded = begin_window(q, k, v, ring, 0, group, columns, values, HKV, K, V, S, BS, W, BN)
+        loaded = begin_window(q, k, v, ring, 0, group, columns, values, HELD, K, V, S, BS, W, BN)
         mixes = load_mix(mix_logits, group, R, FEW)
         queries = load_queries(q, tl.arange(0, KC), group, K, R, FEW)
         states = load_states(recurrent, tl.arange(0, KC), values, K, V)
@@ -129,7 +132,7 @@ def _window_decode_kernel(
         offset = tl.load(state_bias + heads, mask=group_ok, other=0.0)
         weight = load_rows(norm_weight, heads, group_ok, V, value, value_ok)
         top, denominator, o_window = attend_window(
-            loaded, ring, sink_logits, length, 0, (heads, group_ok), columns, values, scale, softcap, HKV, K, V, BM, BV, S, BS, W, SLOTS,
+            loaded, ring, sink_logits, length, 0, (heads, group_ok), columns, values, scale, softcap, HELD, K, V, BM, BV, S, BS, W, SLOTS,
             BN, DOT, PRECISION,
         )  # fmt: skip
         o_window /= denominator[:, None]
@@ -142,19 +145,19 @@ def _window_decode_kernel(
         result = tl.where(is_real, result, 0.0)
         store_output(o, result, heads, group_ok, values, V)
         if is_real:
-            write_token(ring, loaded[1], loaded[2], length, columns, values, HKV, K, V, S, W)
+            write_token(ring, loaded[1], loaded[2], length, columns, values, HELD, K, V, S, W)
     else:
         if piece < 0:
-            loaded = begin_window(q, k, v, ring, number * SLOTS, group, columns, values, HKV, K, V, S, BS, W, BN)
+            loaded = begin_window(q, k, v, ring, number * SLOTS, group, columns, values, HELD, K, V, S, BS, W, BN)
             top, denominator, o_window = attend_window(
-                loaded, ring, sink_logits, length, number * SLOTS, (heads, group_ok), columns, values, scale, softcap, HKV, K, V, BM, BV,
+                loaded, ring, sink_logits, length, number * SLOTS, (heads, group_ok), columns, values, scale, softcap, HELD, K, V, BM, BV,
                 S, BS, W, SLOTS, BN, DOT, PRECISION,
             )  # fmt: skip
             tl.store(pieces + (group_number * STRIDE + PIECES + number)[:, None] * V + value[None, :], o_window, mask=store_ok)
             tl.store(softmax + group_number * 2 * SLOT_PARTS + number, top, mask=group_ok)
             tl.store(softmax + (group_number * 2 + 1) * SLOT_PARTS + number, denominator, mask=group_ok)
             if is_real & (number == 0):
-                write_token(ring, loaded[1], loaded[2], length, columns, values, HKV, K, V, S, W)
+                write_token(ring, loaded[1], loaded[2], length, columns, values, HELD, K, V, S, W)
         else:
             part = first_channel + tl.arange(0, KC)
             mixes = load_mix(mix_logits, group, R, FEW)
@@ -172,7 +175,7 @@ def _window_decode_kernel(
         tl.debug_barrier()  # every thread has read the states
         take_block(
             recurrent, ring, length - W, down, up, bias, write_weight, write_bias, head, first_channel, values, norm_eps,
-            inverse_normalizer, bound, HKV, K, V, G, CHANNELS, RANK, BR, GC, S, W, SIZE, C, PER_BLOCK, DOT, PRECISION, GATE_PRECISION,
+            inverse_normalizer, bound, HELD, K, V, G, CHANNELS, RANK, BR, GC, S, W, SIZE, C, PER_BLOCK, DOT, PRECISION, GATE_PRECISION,
         )  # fmt: skip
 
 
@@ -199,6 +202,7 @@ def _window_decode(*fields) -> Tensor:
         step.norm_eps,
         1.0 / step.gate_normalizer,
         step.lower_bound,
+        HELD=step.recurrent.shape[1],
         **plan.options,
     )
     if pieces is not None:
