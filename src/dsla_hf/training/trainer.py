@@ -178,7 +178,7 @@ class DSLATrainer(Trainer):
             return inputs
         length, there = args.sequence_lengths[self.state.global_step % len(args.sequence_lengths)], inputs["input_ids"].shape[1]
         if there % length:
-            raise ValueError(f"sequence_lengths {args.sequence_lengths}: rows of {there} tokens cannot be cut into {length}; give divisors")
+            raise ValueError(f"sequence_lengths {args.sequence_lengths}: rows of {there} tokens are no multiple of {length}")
         if inputs.get("attention_mask") is not None:
             raise ValueError("sequence_lengths cuts packed rows, and these have an attention_mask: pack them, or leave sequence_lengths out")
         return {name: x.reshape(-1, length) for name, x in inputs.items()}
