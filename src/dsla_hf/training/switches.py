@@ -1,4 +1,4 @@
-"""The output projections of a layer, where each KV head's part of its output can be taken, weighed, or left out."""
+"""Switches between the softmax attention and the DSLA of KV heads, and the output projections at which they sit."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..models.architectures import fused_into
+from ..models.level import active_config, dsla_layers
 
 
 def output_projections(layer: Any) -> tuple[Any, Any]:
@@ -32,3 +33,40 @@ def weighed(projection: nn.Module, weights: Tensor) -> Iterator[None]:
     finally:
         handle.remove()
 
+
+@contextmanager
+def switched(model: Any, values: dict[int, Tensor]) -> Iterator[dict[int, Tensor]]:
+    """Within it each layer of `values` adds up the outputs of its softmax attention and of its DSLA, each KV head by its switch, `[Hkv]` or
+    for each row of a batch `[B, Hkv]`: 0 is the base's, 1 the DSLA head. Other layers are the base's. Yields the switches, of which
+    gradients can be taken."""
+    layers = dsla_layers(model)
+    switches = {index: value.detach().clone().requires_grad_() for index, value in values.items()}
+    config = active_config(model)
+    order, level = config.conversion_order, config.level
+    heads = [(index, head) for index in sorted(values) for head in range(values[index].shape[-1])]
+    try:
+        # Whole layers are DSLA beside their softmax attention, whatever the plan: there are weights for all their heads.
+        config.conversion_order = heads if config.conversion_unit == "head" else sorted(values)
+        config.level = len(config.conversion_order)
+        for index, switch in switches.items():
+            layer: Any = layers[index]
+            layer.forward = _switched_forward(layer, switch)
+        yield switches
+    finally:
+        config.conversion_order, config.level = order, level
+        for index in switches:
+            layers[index].__dict__.pop("forward", None)
+
+
+def _switched_forward(layer: Any, switch: Tensor) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        base_o, own_o = output_projections(layer)
+        with weighed(base_o, 1 - switch):
+            softmax, *rest = layer.base_layer(*args, **{key: value for key, value in kwargs.items() if key != "dsla_layout"})
+        with weighed(own_o, switch):
+            linear = layer.dsla_attention()(*args, **kwargs)[0]
+        if own_o.bias is not None:  # it is there once
+            linear = linear - own_o.bias.to(linear.dtype)
+        return (softmax + linear, *rest)
+
+    return forward
