@@ -76,9 +76,7 @@ def test_a_subset_is_the_layer_converted_in_part(kind, tiny_model, adapter_model
     mask = torch.ones_like(IDS)
     mask[:, :3] = 0
     expected, slopes = of(alignment_sums(layer.dsla_attention((1,))(*seen["args"], **seen["kwargs"])[0], seen["out"], mask))
-    found, gradients = of(
-        align_subset(layer, seen["args"], seen["kwargs"], seen["out"], mask, seen["softmax"], torch.tensor([0.0, 1.0]))
-    )
+    found, gradients = of(align_subset(layer, seen["args"], seen["kwargs"], seen["out"], mask, seen["softmax"], torch.tensor([0.0, 1.0])))
     torch.testing.assert_close(found, expected)
     for name, gradient in gradients.items():
         slope = torch.zeros_like(gradient) if slopes[name] is None else slopes[name]  # of a bias that is not in use
@@ -98,9 +96,7 @@ def test_each_head_is_compared_by_itself(tiny_model, adapter_model):
     for head in (0, 1):
         only = torch.zeros(32)
         only[16 * head : 16 * head + 16] = 1
-        base, own = (
-            (x * only) @ projection.weight.T for x, projection in zip((seen["softmax"], taken[0]), projections, strict=True)
-        )
+        base, own = ((x * only) @ projection.weight.T for x, projection in zip((seen["softmax"], taken[0]), projections, strict=True))
         more, of_it = alignment_sums(own, base)
         error, energy = error + more, energy + of_it
     sums = align_each(layer, seen["args"], seen["kwargs"], seen["out"], None, seen["softmax"], torch.ones(2))
@@ -188,10 +184,13 @@ def test_steps_have_the_lengths_in_turn_and_all_tokens(tiny_model, adapter_model
     run = trainer(model, tmp_path, stage="logits", max_steps=4, sequence_lengths=[12, 24], train_level=8)
     shapes, rows = [], []
     loss = run.compute_loss
-    monkeypatch.setattr(
-        run, "compute_loss", lambda model, inputs, *a, **k: (shapes.append(tuple(inputs["input_ids"].shape)), rows.append(inputs["input_ids"]))
-        and loss(model, inputs, *a, **k)
-    )
+
+    def watched(model, inputs, *args, **kwargs):
+        shapes.append(tuple(inputs["input_ids"].shape))
+        rows.append(inputs["input_ids"])
+        return loss(model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(run, "compute_loss", watched)
     run.train()
     assert shapes == [(4, 12), (2, 24)] * 2
     assert {tuple(row.tolist()) for row in rows[0].reshape(2, 24)} < {tuple(ids.tolist()) for ids in IDS}, "no token is lost or moved"

@@ -25,8 +25,8 @@ WHOLE_SHARE = 0.3  # of the draws that convert all heads of the plan: the level 
 
 
 def draw_heads(seed: int, step: int, layer: int, heads: Sequence[int]) -> tuple[int, ...]:
-    """Which of a layer's `heads` are converted in a training step: all of them in some steps, else a number that is uniform from one to all.
-    A pure function of its arguments, so that it is the same on every process and after a resume."""
+    """Which of a layer's `heads` are converted in a training step: all in some steps, else a number that is uniform from one to all. A pure
+    function of its arguments, so that it is the same on every process and after a resume."""
     rng = random.Random(f"{seed}/{step}/{layer}")
     if rng.random() < WHOLE_SHARE:
         return tuple(heads)
@@ -64,7 +64,7 @@ def align_subset(
 def align_each(
     layer: Any, args: tuple, kwargs: dict[str, Any], target: Tensor, mask: Tensor | None, softmax: Tensor, converted: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Arguments as for `align_subset`; error and energy are sums over the converted heads of each one's part of the output, without bias."""
+    """As `align_subset`, but sums over the converted heads of error and energy of each one's part of the output, without bias."""
     base_o, own_o = output_projections(layer)
     taken: list[Tensor] = []
     handle = own_o.register_forward_pre_hook(lambda module, inputs: taken.append(inputs[0]))

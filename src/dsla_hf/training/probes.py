@@ -97,6 +97,15 @@ def make_probes(
     return probes
 
 
+def check_fits_context(model: str, config: Any, longest: int) -> None:
+    """Raises ValueError if probes are longer than the context that a model of this config was made for."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and longest > context:
+        raise ValueError(
+            f"probes of {longest} tokens are longer than the context of {model}, {context} tokens: give a smaller probe length"
+        )
+
+
 def _probe(tokenizer: Any, text: Sequence[int], length: int, parts: Parts, rng: random.Random) -> dict[str, Tensor]:
     def encode(piece: str) -> list[int]:
         return tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]

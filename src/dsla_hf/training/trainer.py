@@ -180,7 +180,7 @@ class DSLATrainer(Trainer):
         if there % length:
             raise ValueError(f"sequence_lengths {args.sequence_lengths}: rows of {there} tokens are no multiple of {length}")
         if inputs.get("attention_mask") is not None:
-            raise ValueError("sequence_lengths cuts packed rows, and these have an attention_mask: pack them, or leave sequence_lengths out")
+            raise ValueError("sequence_lengths cuts packed rows, and these have an attention_mask: pack them, or leave it out")
         return {name: x.reshape(-1, length) for name, x in inputs.items()}
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:

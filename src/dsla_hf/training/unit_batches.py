@@ -29,22 +29,24 @@ def unit_batches(
     model: Any, data: Iterable[Any], probes: Sequence[dict[str, Tensor]], probe_weight: float, batch_tokens: int
 ) -> list[Batch]:
     """Batches of at most `batch_tokens` tokens (or one row), whose weighted KL is the mean over the tokens of the texts, and
-    `probe_weight` times the mean over probes of the mean over the tokens that predict the answer. Probes of one length go together."""
+    `probe_weight` times the mean over probes of the mean over the tokens that predict the answer. What has one length goes together."""
+    alike: dict[Any, list[tuple[dict[str, Tensor], Tensor]]] = defaultdict(list)
     texts = [as_inputs(batch, model.device) for batch in data]
     counted = [inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).float() for inputs in texts]
     total = sum(float(mask.sum()) for mask in counted)
-    whole = [Batch(inputs, mask / total, mask.shape[1]) for inputs, mask in zip(texts, counted, strict=True)]
-    by_length: dict[int, list[tuple[dict[str, Tensor], Tensor]]] = defaultdict(list)
+    for inputs, mask in zip(texts, counted, strict=True):
+        alike["text", mask.shape[1], *inputs].append((inputs, mask / total))
     for probe in probes:
         inputs, answer = as_inputs(probe, model.device), probe["answer_mask"].to(model.device).float()
         predicts = torch.cat([answer[:, 1:], torch.zeros_like(answer[:, :1])], 1)
-        by_length[answer.shape[1]].append((inputs, predicts * (probe_weight / len(probes)) / answer.sum().clamp_min(1)))
-    for length, alike in by_length.items():
-        weights = torch.cat([weights for _, weights in alike])
+        alike["probe", answer.shape[1], *inputs].append((inputs, predicts * (probe_weight / len(probes)) / answer.sum().clamp_min(1)))
+    batches = []
+    for (_, length, *names), rows in alike.items():
+        weights = torch.cat([weights for _, weights in rows])
         keep = length - int(weights.any(0).nonzero()[0])
-        names = set.intersection(*(set(inputs) for inputs, _ in alike))
-        whole.append(Batch({name: torch.cat([inputs[name] for inputs, _ in alike]) for name in names}, weights[:, -keep:], keep))
-    return [part for batch in whole for part in _parts(batch, batch_tokens)]
+        batch = Batch({name: torch.cat([inputs[name] for inputs, _ in rows]) for name in names}, weights[:, -keep:], keep)
+        batches += _parts(batch, batch_tokens)
+    return batches
 
 
 def _parts(batch: Batch, batch_tokens: int) -> list[Batch]:

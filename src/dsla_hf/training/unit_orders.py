@@ -72,7 +72,8 @@ def balanced_order(order: Sequence[Unit], ranks: int, kv_heads: int) -> list[Uni
     waiting: list[deque[int]] = [deque() for _ in range(ranks)]  # places in the order
     for place, (_, head) in enumerate(order):
         waiting[head * ranks // kv_heads].append(place)
-    placed, balanced = [0] * ranks, []
+    placed = [0] * ranks
+    balanced: list[Unit] = []
     while len(balanced) < len(order):
         rank = min((rank for rank in range(ranks) if waiting[rank]), key=lambda rank: (placed[rank], waiting[rank][0]))
         balanced.append(order[waiting[rank].popleft()])
