@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,8 @@ def order(
         check_at_least_one("length", length)
         longest = probe_length or length
         tokenizer = load_tokenizer(model)
-        wanted = sequences * length
-        blocks = PackedTokens.from_sources(
-            data, tokenizer, length, wanted if unit == "layer" else max(wanted, -(-longest // length) * length)
-        )
+        needed = math.ceil(longest / length) if unit == "head" else 0  # sequences that the longest probe is made of
+        blocks = PackedTokens.from_sources(data, tokenizer, length, max(sequences, needed) * length)
         texts = list(blocks.blocks[:sequences])
         if metric not in OF_THE_BASE:
             check_teaches(texts, config.window_size, config.sink_tokens, purpose=f"to rank {unit}s on")
