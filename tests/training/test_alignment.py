@@ -204,6 +204,6 @@ def test_lengths_that_do_not_fit_are_refused(lengths, words, tiny_model, adapter
 
 def test_padded_rows_are_not_cut(tiny_model, adapter_model, tmp_path):
     run = trainer(adapter_model(tiny_model("llama"), **HEADS), tmp_path, sequence_lengths=[12, 24])
-    run.train_dataset = [{**row, "attention_mask": torch.ones(24, dtype=torch.long)} for row in DATA]
+    run.train_dataset = [{**row, "attention_mask": (torch.arange(24) < 20).long()} for row in DATA]
     with pytest.raises(ValueError, match="pack them"):
         run.train()

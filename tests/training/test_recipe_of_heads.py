@@ -20,7 +20,14 @@ PROBES = [{"input_ids": TEXTS[0], "answer_mask": MASK}]
 
 
 def arguments(folder, **options):
-    settings = {"per_device_train_batch_size": 2, "logging_steps": 1, "save_steps": 1, "report_to": [], "disable_tqdm": True, "use_cpu": True}
+    settings = {
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "save_steps": 1,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
     return DSLATrainingArguments(output_dir=str(folder), **{"seed": 5, "learning_rate": 1e-2, **settings, **options})
 
 

@@ -179,8 +179,9 @@ class DSLATrainer(Trainer):
         length, there = args.sequence_lengths[self.state.global_step % len(args.sequence_lengths)], inputs["input_ids"].shape[1]
         if there % length:
             raise ValueError(f"sequence_lengths {args.sequence_lengths}: rows of {there} tokens are no multiple of {length}")
-        if inputs.get("attention_mask") is not None:
-            raise ValueError("sequence_lengths cuts packed rows, and these have an attention_mask: pack them, or leave it out")
+        mask = inputs.get("attention_mask")
+        if mask is not None and not mask.all():
+            raise ValueError("sequence_lengths cuts packed rows, and these are padded: pack them, or leave it out")
         return {name: x.reshape(-1, length) for name, x in inputs.items()}
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
