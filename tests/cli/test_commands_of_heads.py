@@ -117,7 +117,8 @@ def test_order_of_heads_is_measured_anew(base, finished, tmp_path, capsys):
     config = DSLAConfig.from_pretrained(adapter)
     assert f"order stored in {adapter}; its level stays 8 heads" in printed and "kl of it alone" in printed
     assert sorted(config.conversion_order) == sorted(before.conversion_order) and config.order_scores != before.order_scores
-    assert list(config.order_scores.values()) == sorted(config.order_scores.values()) and "read 8 times" in printed
+    scores = [config.order_scores[f"{layer}.{head}"] for layer, head in config.conversion_order]
+    assert scores == sorted(scores) and "read 8 times" in printed
 
 
 def test_an_adapter_of_layers_counts_heads_from_then_on(base, tmp_path, capsys):

@@ -27,8 +27,8 @@ class DSLATrainingArguments(TrainingArguments):
     train_level: int | str | None = field(
         default=None,
         metadata={
-            "help": "Train stage 'logits' at this level only: a number, a share such as '50%', or 'kept:10%' of the KV heads. Default: at "
-            "a random level from 1 on, drawn anew for each step."
+            "help": "Train stage 'logits' at this level only: a number, a share ('50%%'), or what is kept of the KV heads ('kept:10%%'). "
+            "Default: at a random level from 1 on, drawn anew for each step."
         },
     )
     alignment_heads: str | None = field(
