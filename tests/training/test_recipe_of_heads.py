@@ -1,4 +1,4 @@
-"""`distill` of a plan of heads: alignment of subsets, ranking of heads on text and probes, random levels; an interrupted run goes on exactly."""
+"""`distill` of a plan of heads: alignment of subsets, ranking of heads on text and probes, random levels."""
 
 import json
 

@@ -56,7 +56,6 @@ LISTED = (
     "gradient_checkpointing",
     "train_level",
     "level_draws",
-    "alignment_heads",
     "sequence_lengths",
     "logging_steps",
     "save_steps",
