@@ -476,9 +476,8 @@ def test_a_plan_of_heads_is_distilled_at_random_levels(head_model, tmp_path):
     model = head_model(window_size=2, sink_tokens=0)
     data = [{"input_ids": text(1, 64)[0]} for _ in range(8)]
     args = DSLATrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=2, report_to=[])
-    for options in ({"method": "chain"}, {"ranking_data": [text(1, 64)]}):
-        with pytest.raises(NotImplementedError, match="a plan of heads is distilled at random levels in its own order"):
-            distill(model, data, args, alignment_steps=1, logits_steps=8, **options)
+    with pytest.raises(ValueError, match="one whole layer after the other, and this plan counts heads"):
+        distill(model, data, args, alignment_steps=1, logits_steps=8, method="chain")
     before = {name: p.clone() for name, p in model.named_parameters() if "dsla_q_proj" in name}
     distill(model, data, args, alignment_steps=1, logits_steps=4)
     assert before and all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)

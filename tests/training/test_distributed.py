@@ -158,6 +158,25 @@ def test_two_processes_equal_one_and_a_killed_run_goes_on_on_both(config, job, t
     assert_close(tmp_path / "one-moved", one, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("config", ["cpu2.yaml", pytest.param("fsdp2.yaml", marks=pytest.mark.slow)])
+def test_heads_on_two_processes_are_those_of_one(config, tiny_model, job, tmp_path):
+    base = tiny_model("llama")
+    base.resize_token_embeddings(290)
+    base.save_pretrained(tmp_path / "base")
+
+    def options(name, batch):
+        own = ["--unit", "head", "--ranking_probes", "3", "--probe_length", "260", "--sequence_lengths", "32", "64"]
+        own += ["--probes_in_training", "0.5", "--eval_sequences", "0"]
+        return {"options": [*job, *own, "--output_dir", str(tmp_path / name), "--per_device_train_batch_size", str(batch)]}
+
+    launch(config, tmp_path, [options("two", 2), options("one", 4) | {"processes": 1}])
+    two, one = tmp_path / "two", tmp_path / "one"
+    assert_close(two, one, rtol=0, atol=1e-4)
+    rankings = [json.loads((folder / "ranking.json").read_text()) for folder in (two, one)]
+    assert rankings[0]["order"] == rankings[1]["order"] and rankings[0]["metric"] == "shares"
+    assert [entry["level"] for entry in logs(two, "logits")] == [draw_level(42, step, 8, 2) for step in range(4)]
+
+
 @pytest.mark.parametrize("config, kind", [("one_gpu.yaml", "NO"), ("ddp.yaml", "MULTI_GPU"), ("fsdp2.yaml", "FSDP")])
 def test_configs_are_of_their_kind_and_leave_dtypes_alone(config, kind):
     content = yaml.safe_load((CONFIGS / config).read_text())

@@ -5,7 +5,8 @@ import torch
 
 from dsla_hf.models.level import dsla_layers
 from dsla_hf.training.losses import kl_loss
-from dsla_hf.training.unit_ranking import UnitRanking, _rounds, rank_units, switched
+from dsla_hf.training.switches import switched
+from dsla_hf.training.unit_ranking import UnitRanking, _rounds, rank_units
 
 IDS = torch.randint(3, 97, (2, 60), generator=torch.Generator().manual_seed(1))
 

@@ -11,13 +11,14 @@ from typing import Any
 
 from accelerate import PartialState
 from peft import get_peft_model
+from torch import Tensor
 from transformers import set_seed
 
 from ..core.files import write_json
 from ..core.interrupts import on_interrupt
 from ..core.progress import is_first_process, quieten_libraries, say
 from ..evaluation.level_check import check_levels, store_in_adapter
-from ..models.configuration import DSLAConfig
+from ..models.configuration import DSLAConfig, unit_name
 from ..models.loading import (
     check_convertible,
     load_adapter,
@@ -28,26 +29,30 @@ from ..models.loading import (
 )
 from ..training.arguments import DSLATrainingArguments
 from ..training.checkpoints import progress_so_far, told_of_full_disk
+from ..training.planting import with_planted
+from ..training.probes import check_fits_context, make_probes
 from ..training.ranking import LayerRanking
-from ..training.recipe import STAGE_SETTINGS, check_output, distill
+from ..training.recipe import STAGE_SETTINGS, check_output, check_ranking, distill
 from ..training.sharding import initial_weights
 from ..training.text import token_blocks
 from ..training.text_check import check_teaches
-from ..training.trainer import highest_trained
-from .distill_options import DistillOptions
+from ..training.trainer import highest_trained, trained_level
+from ..training.unit_ranking import UnitRanking
+from .distill_options import DEFAULT_UNIT, DistillOptions
 from .distill_plan import Plan, plan_text, sequences_per_step
 
 # So many blocks are looked at for tokens that the model does not know, and are all that is known of a text that streams.
 CHECKED_BLOCKS = 64
 LEAST_TRAINED = 10  # times as many sequences are trained on as are measured on, where there is little text
+NAMED_LAST = 12  # of the heads of an order
 OPTIONS_FILE = "distill.json"
 # Options that do not decide the result, or are checked by what is in the folder.
 NOT_RECORDED = ("model", "data")
 BATCH = "--per_device_train_batch_size times --gradient_accumulation_steps times processes"
 
 
-def distill_job(options: DistillOptions, args: DSLATrainingArguments) -> LayerRanking | None:
-    """Read the text, load the checkpoint, say what will be done, distil, save, measure; the ranking of the layers if there was one.
+def distill_job(options: DistillOptions, args: DSLATrainingArguments) -> LayerRanking | UnitRanking | None:
+    """Read the text, load the checkpoint, say what will be done, distil, save, measure; the ranking of layers or heads if there was one.
 
     Everything that can be wrong in `options` is found before training begins, and before anything is written.
 
@@ -63,13 +68,18 @@ def distill_job(options: DistillOptions, args: DSLATrainingArguments) -> LayerRa
         return _distill_job(options, args, output)
 
 
-def _distill_job(options: DistillOptions, args: DSLATrainingArguments, output: Path) -> LayerRanking | None:
+def _distill_job(options: DistillOptions, args: DSLATrainingArguments, output: Path) -> LayerRanking | UnitRanking | None:
     config = _config_of(options, output)
-    check_convertible(options.model, load_config(options.model))
+    base_config = load_config(options.model)
+    check_convertible(options.model, base_config)
+    heads = config.conversion_unit == "head"
+    metric = check_ranking(config.conversion_unit, options.method, options.ranking_metric, probes=False)
     tokenizer = load_tokenizer(options.model)
     with args.main_process_first(desc="tokenizing"):
         text = _read_text(options, tokenizer)
     check_teaches(text.train, config.window_size, config.sink_tokens)
+    probes = _probes(options, tokenizer, text, base_config) if heads and text.ranking and metric != "random" else []
+    train = with_planted(text.train, tokenizer, options.probes_in_training, args.seed)
 
     set_seed(args.seed)
     if options.adapter is None:
@@ -77,7 +87,7 @@ def _distill_job(options: DistillOptions, args: DSLATrainingArguments, output: P
     else:
         model = load_adapter(options.model, options.adapter, options.dtype, trainable=True)
     config = model.peft_config["default"]
-    config.check_level(args.train_level)
+    trained_level(model, args)
     config.level_metrics = None  # those of an adapter to go on from are not those of the one that is made
     known, highest = model.get_input_embeddings().num_embeddings, max(int(ids.max()) for ids in text.first)
     if highest >= known:
@@ -88,23 +98,26 @@ def _distill_job(options: DistillOptions, args: DSLATrainingArguments, output: P
     before = initial_weights(model)
 
     steps = max(1, options.tokens // 2 // (sequences_per_step(args) * options.length))
-    recorded = _recorded(options, args, config.window_size)
+    recorded = _recorded(options, args, config)
     _check_recorded(output, recorded)
     check_output(model, output)
-    sizes = (options.length, text.sequences, steps, len(text.ranking), len(text.held_out))
-    plan = plan_text(Plan(options.model, *sizes, method=options.method, dtype=options.dtype), model, args, output)
+    sizes = (options.length, text.sequences, steps, len(text.ranking), len(text.held_out), [len(x["input_ids"][0]) for x in probes])
+    plan = plan_text(
+        Plan(options.model, *sizes, options.probes_in_training, method=options.method, dtype=options.dtype), model, args, output
+    )
     if args.process_index == 0:
         print(plan, flush=True)
         write_json(output / OPTIONS_FILE, recorded)
     ranking = distill(
         model,
-        text.train,
+        train,
         args,
         alignment_steps=steps,
         logits_steps=steps,
         method=options.method,
-        ranking_metric=options.ranking_metric,
+        ranking_metric=metric,
         ranking_data=text.ranking or None,
+        ranking_probes=probes,
         processing_class=tokenizer,
     )
     level = highest_trained(model, args, options.method)
@@ -117,7 +130,7 @@ def _distill_job(options: DistillOptions, args: DSLATrainingArguments, output: P
     PartialState().wait_for_everyone()  # what was measured is there when any process returns
     if args.process_index == 0:
         config = model.peft_config["default"]
-        print(f"adapter saved in {output}; level {level}; conversion order {config.conversion_order}; processes {args.world_size}")
+        print(f"adapter saved in {output}; level {level}; {_order_text(config)}; processes {args.world_size}")
     if args.world_size > 1:
         PartialState().destroy_process_group()  # a process that ends with gloo's threads running may abort
     return ranking
@@ -133,13 +146,23 @@ def _config_of(options: DistillOptions, output: Path) -> DSLAConfig:
         raise ValueError(f"{output} is a file: give a folder to save into")
     if options.adapter is None:
         given: dict[str, Any] = {} if options.window_size is None else {"window_size": options.window_size}
-        return DSLAConfig(**given, task_type="CAUSAL_LM")
+        return DSLAConfig(**given, conversion_unit=options.unit or DEFAULT_UNIT, task_type="CAUSAL_LM")
     config = read_adapter_config(options.adapter)
+    if options.unit not in (None, config.conversion_unit):
+        raise ValueError(f"{options.adapter} counts {config.conversion_unit}s: leave --unit {options.unit} out")
     if options.window_size not in (None, config.window_size):
         raise ValueError(f"{options.adapter} has window_size {config.window_size}: leave --window_size {options.window_size} out")
     if Path(options.adapter).resolve() == output.resolve():
         raise ValueError(f"--output_dir {output} is the adapter to go on from: give another folder")
     return config
+
+
+def _order_text(config: DSLAConfig) -> str:
+    """The conversion order; of heads, which are many, those that are converted last."""
+    order = config.conversion_order or []
+    if config.conversion_unit == "layer":
+        return f"conversion order {order}"
+    return f"of {len(order)} KV heads (layer.head) converted last: {', '.join(map(unit_name, order[: -NAMED_LAST - 1 : -1]))}"
 
 
 def _what_is_kept(output: Path) -> str:
@@ -200,13 +223,30 @@ def _read_text(options: DistillOptions, tokenizer: Any) -> _Text:
     return _Text(blocks.select(train), len(train), first[:ranked], [blocks[index]["input_ids"] for index in sorted(apart)], first)
 
 
+def _probes(options: DistillOptions, tokenizer: Any, text: _Text, base_config: Any) -> list[dict[str, Tensor]]:
+    """Questions to rank heads on, in text that is not measured on: that which is kept apart for the ranking, and if they are longer than it
+    the beginning of what is trained on.
+
+    Raises:
+        ValueError: if they are longer than the model's context, or than all of that text.
+    """
+    longest = options.probe_length or options.length
+    check_fits_context(options.model, base_config, longest)
+    ids = [token for row in text.ranking for token in row.tolist()]
+    rows = iter(text.train)
+    while len(ids) < longest and (row := next(rows, None)) is not None:
+        ids += row["input_ids"].tolist()
+    return make_probes(tokenizer, ids, longest, options.ranking_probes)
+
+
 # --- going on with other options --------------------------------------------------------------------------------
 
 
-def _recorded(options: DistillOptions, args: DSLATrainingArguments, window_size: int) -> dict[str, Any]:
+def _recorded(options: DistillOptions, args: DSLATrainingArguments, config: DSLAConfig) -> dict[str, Any]:
     """The options that decide what a run gives, as the user spells them."""
     own = {item.name: getattr(options, item.name) for item in dataclasses.fields(DistillOptions) if item.name not in NOT_RECORDED}
-    own |= {"window_size": window_size, "adapter": options.adapter and str(Path(options.adapter).resolve())}
+    own |= {"window_size": config.window_size, "unit": config.conversion_unit}
+    own |= {"adapter": options.adapter and str(Path(options.adapter).resolve())}
     own |= {"model": Path(options.model).name, "data": " ".join(map(_named_with_size, options.data))}  # folders may be moved
     of_stages = {name: getattr(args, name) for name in STAGE_SETTINGS}
     return {f"--{name}": value for name, value in (own | of_stages).items()} | {BATCH: sequences_per_step(args)}

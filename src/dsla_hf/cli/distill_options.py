@@ -22,7 +22,8 @@ DESCRIPTION = """\
 Distil a DSLA adapter for a checkpoint from the checkpoint itself. The default recipe:
 
   1. alignment: every DSLA layer learns the output of the attention that it replaces, all layers in one pass
-  2. ranking:   the layers are ordered by the harm of converting each alone
+  2. ranking:   the layers are ordered by the harm of converting each alone (with --unit head the KV heads, by what each adds to the harm
+                on text and in questions about long texts)
   3. logits:    KL to the original's logits at a random level per step, so that every level is trained (or, with --method chain,
                 one layer after the other, each frozen after its turn, as in the DSLA paper)
 
@@ -55,6 +56,7 @@ LISTED = (
     "gradient_checkpointing",
     "train_level",
     "level_draws",
+    "sequence_lengths",
     "logging_steps",
     "save_steps",
     "save_total_limit",
@@ -78,6 +80,9 @@ DEFAULTS = {
     # The newest, and the one before it should that be damaged.
     "save_total_limit": 2,
 }
+
+
+DEFAULT_UNIT = "layer"  # of a new adapter
 
 
 @dataclass
@@ -104,18 +109,31 @@ class DistillOptions:
     column: str = field(default="text", metadata={"help": "Field or column that has the text."})
     completion_only: bool = field(default=True, metadata={"help": "Of chats, learn from what the assistant writes only."})
     streaming: bool = field(default=False, metadata={"help": "Tokenise while training, and keep nothing on disk."})
-    length: int = field(default=2048, metadata={"help": "Tokens per training sequence."})
+    length: int = field(default=2048, metadata={"help": "Tokens per training sequence, the longest of --sequence_lengths."})
     tokens: int = field(default=12_000_000, metadata={"help": "Training tokens, half for each stage."})
-    ranking_sequences: int = field(default=16, metadata={"help": "Sequences kept apart to rank the layers; 0: keep the order."})
+    ranking_sequences: int = field(default=16, metadata={"help": "Sequences kept apart to rank the units; 0: keep the order."})
+    ranking_probes: int = field(
+        default=24, metadata={"help": "Questions about long texts that heads are ranked on beside these sequences; 0: none."}
+    )
+    probe_length: int | None = field(
+        default=None, metadata={"help": "Tokens of the longest of these, at most the model's context. Default: --length."}
+    )
+    probes_in_training: float = field(
+        default=0.0, metadata={"help": "Share of the training sequences in which facts are planted that are asked for later."}
+    )
     eval_sequences: int = field(
         default=8,
         metadata={"help": "Sequences kept apart to measure the levels on; 0: none."},
     )
-    method: Literal["random", "chain"] = field(
-        default="random", metadata={"help": "How stage 'logits' trains every level: all layers at random levels, or a chain."}
+    unit: Literal["layer", "head"] | None = field(
+        default=None,
+        metadata={"help": f"What a level counts: whole layers, or KV heads. Default: that of --adapter, for a new one '{DEFAULT_UNIT}'."},
     )
-    ranking_metric: Literal["kl", "greedy", "entropy"] = field(
-        default="kl", metadata={"help": "What the layers are ranked by; see dsla order --help."}
+    method: Literal["random", "chain"] = field(
+        default="random", metadata={"help": "How stage 'logits' trains every level: all units at random levels, or layers in a chain."}
+    )
+    ranking_metric: Literal["kl", "greedy", "entropy", "shares", "single", "random"] | None = field(
+        default=None, metadata={"help": "What the units are ranked by; see dsla order --help. Default: kl for layers, shares for heads."}
     )
     window_size: int | None = field(
         default=None, metadata={"help": "Tokens of the softmax window; 0: none (the paper's layer). Default: 128, or that of --adapter."}
@@ -130,7 +148,11 @@ class DistillOptions:
             self.model, self.gguf_file = f"{self.model.rstrip('/')}/{self.gguf_file}", None
         check_at_least_one("length", self.length)
         check_at_least_one("tokens", self.tokens)
-        for name in ("ranking_sequences", "eval_sequences"):
+        if self.probe_length is not None:
+            check_at_least_one("probe_length", self.probe_length)
+        if not 0 <= self.probes_in_training <= 1:
+            raise ValueError(f"probes_in_training must be a share from 0 to 1, got {self.probes_in_training}")
+        for name in ("ranking_sequences", "ranking_probes", "eval_sequences"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not self.data:
@@ -166,6 +188,11 @@ def parse_options(arguments: list[str] | None = None, prog: str | None = None) -
     for name, reason in SET_BY_RECIPE.items():
         if getattr(args, name) != defaults[name]:
             raise ValueError(f"leave --{name} out: {reason}")
+    if args.sequence_lengths and (wrong := [length for length in args.sequence_lengths if options.length % length]):
+        raise ValueError(
+            f"--sequence_lengths {wrong} do not divide --length {options.length}, of which they are pieces: give --length "
+            f"{max(args.sequence_lengths)}, or other lengths"
+        )
     return options, args
 
 

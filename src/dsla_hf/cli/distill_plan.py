@@ -12,6 +12,7 @@ import torch
 from ..models.adapter import active_config
 from ..models.decoder import decoder_layers
 from ..training.arguments import DSLATrainingArguments
+from ..training.trainer import trained_level
 
 MANY_PASSES = 4  # over the same text, from which on it is said beforehand
 BYTES_OF_OTHERS = 2 << 20  # beside tensors: settings, states of random numbers, logs, the tokenizer
@@ -20,7 +21,8 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Plan:
-    """sequences: to train on, None where the text streams. steps: of each stage. ranked, measured: sequences kept apart."""
+    """sequences: to train on, None where the text streams. steps: of each stage. ranked, measured: sequences kept apart. probes: tokens of
+    each that heads are ranked on; planted: share of the sequences that have facts planted in them."""
 
     model: str
     length: int
@@ -28,6 +30,8 @@ class Plan:
     steps: int
     ranked: int
     measured: int
+    probes: list[int]
+    planted: float
     method: str
     dtype: str
 
@@ -83,19 +87,24 @@ def plan_text(plan: Plan, model: Any, args: DSLATrainingArguments, output: Path)
     """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in model.parameters())
-    layers = len(active_config(model).conversion_order or ())
-    links = layers if plan.method == "chain" else 1
+    config = active_config(model)
+    units, layers = len(config.conversion_order or ()), len(config.layers_to_transform or ())
+    links = units if plan.method == "chain" else 1
+    parts = f"{layers} of {len(decoder_layers(model.get_base_model()))} layers"
+    if config.conversion_unit == "head":
+        parts = f"{units} KV heads of {parts}"
+    beside = f" (and {len(plan.probes)} probes of up to {max(plan.probes):,} tokens)" if plan.probes else ""
     disk = check_disk(*disk_bytes(trained, plan, args, links), output)
-    how = f"one layer after the other ({layers} links)" if plan.method == "chain" else "random levels"
+    how = f"one layer after the other ({links} links)" if plan.method == "chain" else "random levels"
     if plan.method == "random" and args.train_level is not None:
-        how = f"level {args.train_level}"
+        how = f"level {trained_level(model, args)}"
     batch = sequences_per_step(args)
     lines = [
         f"Distilling an adapter for {plan.model}",
-        f"  text      {_text(plan, args)}; apart: {plan.ranked} to rank the layers, {plan.measured} to measure the levels",
+        f"  text      {_text(plan, args)}; apart: {plan.ranked} to rank the {config.conversion_unit}s{beside}, {plan.measured} to measure "
+        "the levels",
         f"  steps     {plan.steps} of alignment, {plan.steps} of logits ({how}); {batch} sequence{'s' if batch > 1 else ''} in each",
-        f"  trained   {trained:,} parameters, {100 * trained / everything:.1f} % of all, in {layers} of "
-        f"{len(decoder_layers(model.get_base_model()))} layers",
+        f"  trained   {trained:,} parameters, {100 * trained / everything:.1f} % of all, in {parts}",
         f"  where     {_where(plan, args)}",
         f"  disk      {disk}",
     ]
@@ -110,6 +119,12 @@ def plan_text(plan: Plan, model: Any, args: DSLATrainingArguments, output: Path)
 
 
 def _text(plan: Plan, args: DSLATrainingArguments) -> str:
+    cut = f", in steps of {' and '.join(map(str, args.sequence_lengths))} tokens in turn" if args.sequence_lengths else ""
+    facts = f", {100 * plan.planted:.0f} % of them with facts asked for later" if plan.planted else ""
+    return _amount(plan, args) + cut + facts
+
+
+def _amount(plan: Plan, args: DSLATrainingArguments) -> str:
     if plan.sequences is None:
         tokens = 2 * plan.steps * sequences_per_step(args) * plan.length
         return f"{tokens:,} tokens to train on, in sequences of {plan.length}, as the text streams"

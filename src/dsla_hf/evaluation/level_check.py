@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..core.files import written_whole
 from ..core.results import write_results
-from ..levels.table import COLUMNS, measured_levels, table, warnings
+from ..levels.table import COLUMNS, measured_kept, measured_levels, table, warnings
 from ..models.adapter import active_config
 from ..models.cards import adapter_card
+from ..models.decoder import decoder_layers
 from .levels import add_cache_sizes, evaluate_levels
 from .short_answers import ShortAnswers, measure_answers
 
@@ -61,7 +62,9 @@ class LevelCheck:
 def check_levels(
     model: Any, sequences: Sequence[Tensor], tokenizer: Any, before: Mapping[str, Tensor], highest: int, before_name: str = "untrained"
 ) -> LevelCheck:
-    """Measure at most nine levels up to `highest`. Every process calls this alike: under FSDP each forward needs all of them.
+    """Measure at most nine levels up to `highest`; where levels count heads, those that keep half of them, a quarter, a tenth and so on.
+
+    Every process calls this alike: under FSDP each forward needs all of them.
 
     Args:
         model: a trained PEFT model with a DSLA adapter, whole or cut by FSDP.
@@ -70,12 +73,16 @@ def check_levels(
         before: weights to compare with, `sharding.initial_weights` of before the training.
         before_name: "untrained", or "before" if they are those of an adapter that was trained on.
     """
-    levels = measured_levels(highest)
+    config = active_config(model)
+    units = len(decoder_layers(model.get_base_model())) * config.kv_heads if config.conversion_unit == "head" else None
+    levels = measured_levels(highest) if units is None else measured_kept(units, highest)
     held_out = list(sequences)[: _affordable(model, sequences, 2 * len(levels) - 1)]
     rows: list[dict[str, Any]] = evaluate_levels(model, held_out, levels, untrained=before)
     tokens = int(rows[0]["tokens"])
     for row in rows:
         del row["tokens"]
+        if units is not None:
+            row["kept"] = units - row["level"]
         for name in ("perplexity", "kl"):
             if f"untrained_{name}" in row:
                 row[f"{before_name}_{name}"] = row.pop(f"untrained_{name}")

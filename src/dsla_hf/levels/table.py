@@ -3,12 +3,14 @@ is wrong with a level. Rows are dicts of numbers with a `level`."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..core.tables import markdown_table, terminal_table
 
 MOST_LEVELS = 9  # that a table of a deep model has
+KEPT_SHARES = (0.5, 0.25, 0.1, 0.03, 0)  # of the KV heads, beside level 0, where levels count heads
 CLEARLY_WORSE = 1.2  # perplexity over that of level 0
 ANSWERS_KEPT = 0.8  # of level 0's tokens in short answers, at least
 OWN_ANSWER_KEPT = 0.5  # likewise of the answer that a level gives by itself: one wrong token at its start makes it another
@@ -18,6 +20,7 @@ NOTICEABLE_KL = 1e-3  # nats per token: smaller harm than this is chance, whatev
 
 # Names of rows: what people read in their place, and how the number is written.
 COLUMNS = {
+    "kept": ("heads kept", "{:.0f}"),
     "perplexity": ("perplexity", "{:.3f}"),
     "untrained_perplexity": ("untrained", "{:.3f}"),
     "before_perplexity": ("before", "{:.3f}"),
@@ -48,6 +51,11 @@ def measured_levels(highest: int, most: int = MOST_LEVELS) -> list[int]:
     if highest < most:
         return list(range(highest + 1))
     return [(place * highest + (most - 1) // 2) // (most - 1) for place in range(most)]
+
+
+def measured_kept(units: int, highest: int) -> list[int]:
+    """Levels of a plan of heads, from 0 to `highest`, of which each keeps a smaller share of the model's `units` KV heads."""
+    return sorted({0, highest, *(level for share in KEPT_SHARES if (level := units - math.floor(share * units + 0.5)) < highest)})
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

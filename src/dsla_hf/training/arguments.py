@@ -10,6 +10,8 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+from .alignment import WAYS
+
 logger = logging.get_logger(__name__)
 
 STAGES = ("alignment", "logits")
@@ -22,9 +24,26 @@ class DSLATrainingArguments(TrainingArguments):
     """`TrainingArguments` with what distillation adds."""
 
     stage: str = field(default="logits", metadata={"help": "'alignment' of attention outputs, or 'logits' (KL at random levels)."})
-    train_level: int | None = field(
+    train_level: int | str | None = field(
         default=None,
-        metadata={"help": "Train stage 'logits' at this level only. Default: at a random level from 1 on, drawn anew for each step."},
+        metadata={
+            "help": "Train stage 'logits' at this level only: a number, a share ('50%%'), or what is kept of the KV heads ('kept:10%%'). "
+            "Default: at a random level from 1 on, drawn anew for each step."
+        },
+    )
+    alignment_heads: str | None = field(
+        default=None,
+        metadata={
+            "help": "Stage 'alignment': 'all' heads of a layer together, 'subsets' of them that are drawn anew for each step, or 'each' by "
+            "itself. Default: 'subsets' for a plan of heads, 'all' for one of layers."
+        },
+    )
+    sequence_lengths: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Lengths that the steps have in turn, divisors of that of the rows: rows are cut into pieces, so that every step has "
+            "the same tokens. Default: the rows as they are."
+        },
     )
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the projections."})
     gate_learning_rate_factor: float = field(
@@ -49,6 +68,12 @@ class DSLATrainingArguments(TrainingArguments):
             raise ValueError(f"stage must be one of {list(STAGES)}, got {self.stage!r}")
         if self.level_draws < 1:
             raise ValueError(f"level_draws must be 1 or more, got {self.level_draws}")
+        if isinstance(self.train_level, str) and self.train_level.strip().isdigit():
+            self.train_level = int(self.train_level)
+        if self.alignment_heads not in (None, *WAYS):
+            raise ValueError(f"alignment_heads must be one of {list(WAYS)}, got {self.alignment_heads!r}")
+        if self.sequence_lengths is not None and not (self.sequence_lengths and min(self.sequence_lengths) >= 1):
+            raise ValueError(f"sequence_lengths must be lengths of 1 or more, got {self.sequence_lengths}")
         for name in ("gate_learning_rate_factor", "hidden_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")

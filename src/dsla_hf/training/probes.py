@@ -69,7 +69,8 @@ def make_probes(
 ) -> list[dict[str, Tensor]]:
     """`count` probes of all families in turn, as inputs of a model: `input_ids` `[1, T]`, and `answer_mask` `[1, T]`, True at the answer.
 
-    Lengths T are spread evenly, by their logarithm, from `shortest` to `longest`, and each is exact; facts lie anywhere in the text.
+    Lengths T are spread evenly, by their logarithm, from `shortest` to `longest`; each is exact, and that of one probe of every family, so
+    that they can be read together. Facts lie anywhere in the text.
 
     Args:
         tokenizer: of the model.
@@ -88,12 +89,21 @@ def make_probes(
     if len(text) < longest:
         raise ValueError(f"the text has {len(text):,} tokens, fewer than the longest probe, {longest:,}: give a longer text")
     rng = random.Random(seed)
-    probes = []
+    probes, lengths = [], math.ceil(count / len(names))
     for number in range(count):
-        share = number / max(count - 1, 1)
+        share = (number // len(names)) / (lengths - 1) if lengths > 1 else 1.0
         length = round(math.exp((1 - share) * math.log(shortest) + share * math.log(longest)))
         probes.append(_probe(tokenizer, text, length, FAMILIES[names[number % len(names)]](rng), rng))
     return probes
+
+
+def check_fits_context(model: str, config: Any, longest: int) -> None:
+    """Raises ValueError if probes are longer than the context that a model of this config was made for."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and longest > context:
+        raise ValueError(
+            f"probes of {longest} tokens are longer than the context of {model}, {context} tokens: give a smaller probe length"
+        )
 
 
 def _probe(tokenizer: Any, text: Sequence[int], length: int, parts: Parts, rng: random.Random) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -128,19 +128,31 @@ def _kl_of(model: Any, batches: list[dict[str, Tensor]], candidates: dict[int, l
 
 
 def _entropy(model: Any, batches: list[dict[str, Tensor]], plan: list[int], tick: Callable[[], Any]) -> tuple[list[int], dict[int, float]]:
-    layers, totals, rows = dsla_layers(model), dict.fromkeys(plan, 0.0), 0
+    entropies = head_entropies(model, batches, plan, lambda rows: tick())
+    scores = {layer: values.mean().item() for layer, values in entropies.items()}
+    return sorted(plan, key=scores.__getitem__), scores
+
+
+@torch.no_grad()
+def head_entropies(
+    model: Any, batches: Sequence[dict[str, Tensor]], layers: Sequence[int], tick: Callable[[int], Any]
+) -> dict[int, Tensor]:
+    """Entropy in nats of the base's softmax attention at the last real token of each row, mean over all rows, `[Hq]` float64 of each layer.
+
+    tick: called after each batch with its rows."""
+    found, totals, rows = dsla_layers(model), dict.fromkeys(layers, torch.zeros((), dtype=torch.float64)), 0
     last = torch.tensor(0)  # of each row, set below
 
     def measure(layer: int) -> Callable[..., None]:
         def hook(module: Any, args: tuple, output: Any) -> None:
             weights = output[1][torch.arange(len(last)), :, last].float()  # `[B, H, T]`: what the last real token attends to
-            totals[layer] += torch.special.entr(weights).sum(-1).mean(1).sum().item()
+            totals[layer] = totals[layer] + torch.special.entr(weights).sum(-1).sum(0).double().cpu()
 
         return hook
 
     base = model.get_base_model()
     implementation = attention_implementation(base.config)
-    hooks = [layers[layer].base_layer.register_forward_hook(measure(layer)) for layer in plan]
+    hooks = [found[layer].base_layer.register_forward_hook(measure(layer)) for layer in layers]
     try:
         base.set_attn_implementation("eager")  # the only one that returns its weights
         for inputs in batches:
@@ -150,20 +162,19 @@ def _entropy(model: Any, batches: list[dict[str, Tensor]], plan: list[int], tick
             with model.disable_adapter():
                 model(**inputs, use_cache=False, logits_to_keep=1)
             rows += len(ids)
-            tick()
+            tick(len(ids))
     finally:
         base.set_attn_implementation(implementation)
         for hook in hooks:
             hook.remove()
-    scores = {layer: total / rows for layer, total in totals.items()}
-    return sorted(plan, key=scores.__getitem__), scores
+    return {layer: total / rows for layer, total in totals.items()}
 
 
 @torch.no_grad()
-def base_logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Logits `[B, T, vocabulary]` of the base."""
+def base_logits(model: Any, inputs: dict[str, Tensor], keep: int = 0) -> Tensor:
+    """Logits `[B, T, vocabulary]` of the base, of the last `keep` tokens if that is not 0."""
     with model.disable_adapter():
-        return model(**inputs, use_cache=False).logits
+        return model(**inputs, use_cache=False, logits_to_keep=keep).logits
 
 
 def as_inputs(batch: Any, device: torch.device) -> dict[str, Tensor]:

@@ -1,13 +1,16 @@
-"""`distill`, the whole recipe: alignment, the ranking of the layers, the training of every level; an interrupted run goes on."""
+"""`distill`, the whole recipe: alignment, the ranking of the layers or heads, the training of every level; an interrupted run goes on."""
 
 from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import TrainerState
 
@@ -26,10 +29,11 @@ from .checkpoints import (
     step_of,
     told_of_full_disk,
 )
-from .ranking import LayerRanking, rank_layers
+from .ranking import METRICS, LayerRanking, rank_layers
 from .sharding import is_sharded, load_adapter_weights, whole_adapter
 from .text_check import check_teaches
-from .trainer import DSLATrainer, check_logits, highest_trained
+from .trainer import DSLATrainer, check_logits, highest_trained, trained_level
+from .unit_ranking import UNIT_METRICS, UnitRanking, rank_units
 
 METHODS = ("random", "chain")
 STAGE_SETTINGS = (
@@ -39,7 +43,12 @@ STAGE_SETTINGS = (
     "train_level",
     "level_draws",
     "hidden_weight",
+    "alignment_heads",
+    "sequence_lengths",
 )
+# What units are ranked by, the default first, and those that say nothing of the window, so that short texts do.
+RANKED_BY = {"layer": METRICS, "head": UNIT_METRICS}
+OF_THE_BASE = ("entropy", "random")
 
 
 def distill(
@@ -51,10 +60,12 @@ def distill(
     logits_steps: int,
     method: str = "random",
     ranking_data: Any = None,
-    ranking_metric: str = "kl",
+    ranking_metric: str | None = None,
+    ranking_probes: Sequence[dict[str, torch.Tensor]] = (),
     **trainer_options: Any,
-) -> LayerRanking | None:
-    """Stage 1, ranking of the layers, stage 2: an adapter whose every level is trained, saved in `args.output_dir`.
+) -> LayerRanking | UnitRanking | None:
+    """Stage 1, ranking of the layers (or heads, where the plan counts those), stage 2: an adapter whose every level is trained, saved in
+    `args.output_dir`.
 
     Interrupted runs go on where they were: finished parts are read back, the unfinished one resumes from its last
     whole checkpoint, and a line on stderr says from where. The model is then at the highest level that was trained, and saved so.
@@ -67,14 +78,15 @@ def distill(
         logits_steps: optimizer steps of stage 2.
         method: how stage 2 trains every level. "random": all layers, at a level drawn anew for each step. "chain": one layer after
             the other in conversion order, each for an equal part of `logits_steps`, at the level that it completes; a layer
-            is not touched again after its turn, so that level k is part of level k + 1 bit for bit.
-        ranking_data: batches of `input_ids` `[B, T]` for `rank_layers`; None keeps the order of the config.
-        ranking_metric: of `rank_layers`.
+            is not touched again after its turn, so that level k is part of level k + 1 bit for bit. Of layers alone.
+        ranking_data: batches of `input_ids` `[B, T]` for `rank_layers` or `rank_units`; None without probes: the order stays.
+        ranking_metric: of `rank_layers` (default "kl") or `rank_units` (default "shares").
+        ranking_probes: of `rank_units`, such as `probes.make_probes` gives; for a plan of heads.
         trainer_options: passed to `DSLATrainer`, e.g. callbacks or `eval_dataset`.
 
     Raises:
-        ValueError: if `method` is unknown, `output_dir` holds something else or a run with other settings, or the window reads nearly
-            all of the sequences, so that nothing can be learnt.
+        ValueError: if `method` or `ranking_metric` is unknown, a plan of heads is to be a chain, `output_dir` holds something else or a run
+            with other settings, or the window reads nearly all of the sequences, so that nothing can be learnt.
         OSError: if the disk is full; see `DSLATrainer`.
     """
     if method not in METHODS:
@@ -87,29 +99,22 @@ def distill(
     if method == "chain" and 0 < logits_steps < levels:
         raise ValueError(f"a chain over {levels} layers needs {levels} steps or more, got logits_steps {logits_steps}")
     config = active_config(model)
-    if config.conversion_unit == "head" and (method == "chain" or ranking_data is not None):
-        raise NotImplementedError(
-            "a plan of heads is distilled at random levels in its own order: leave out ranking_data and method='chain', or take a plan "
-            "with conversion_unit='layer'"
-        )
+    metric = check_ranking(config.conversion_unit, method, ranking_metric, bool(ranking_probes))
+    trained_level(model, args)
     check_output(model, output)
     check_teaches(train_dataset, config.window_size, config.sink_tokens)
-    if ranking_data is not None:
-        ranking_data = list(ranking_data)
-        if ranking_metric != "entropy":  # now, not after the first stage
-            check_teaches(ranking_data, config.window_size, config.sink_tokens, purpose="to rank layers on")
+    if args.sequence_lengths:
+        shortest = torch.zeros(min(args.sequence_lengths), dtype=torch.long)
+        check_teaches([shortest], config.window_size, config.sink_tokens, purpose="cut to the shortest of sequence_lengths")
+    ranked = ranking_data is not None or bool(ranking_probes)
+    if ranked:
+        ranking_data = list(ranking_data or ())
+        if metric not in OF_THE_BASE and (ranking_data or not ranking_probes):  # now, not after the first stage
+            check_teaches(ranking_data, config.window_size, config.sink_tokens, purpose=f"to rank {config.conversion_unit}s on")
     _run_stage(model, train_dataset, args, output / "alignment", {"stage": "alignment", "max_steps": alignment_steps}, trainer_options)
     ranking = None
-    if ranking_data is not None:
-        ranking_file = output / "ranking.json"
-        if ranking_file.exists():
-            ranking = LayerRanking.from_dict(json.loads(ranking_file.read_text()))
-        else:
-            say(f"ranking the layers on {len(ranking_data)} batches")
-            ranking = rank_layers(model, ranking_data, metric=ranking_metric)
-            if args.process_index == 0:
-                with told_of_full_disk(output):
-                    write_json(ranking_file, ranking.to_dict())
+    if ranked:
+        ranking = _ranked(model, args, output, ranking_data, ranking_probes, metric)
         tuner.set_conversion_order(ranking.order, ranking.scores)
     if method == "random":
         _run_stage(model, train_dataset, args, output / "logits", {"stage": "logits", "max_steps": logits_steps}, trainer_options)
@@ -122,6 +127,48 @@ def distill(
         with told_of_full_disk(output):
             model.save_pretrained(str(output), **weights)
     PartialState().wait_for_everyone()  # the adapter is there when any process returns
+    return ranking
+
+
+def check_ranking(unit: str, method: str, metric: str | None, probes: bool) -> str:
+    """The metric that units are ranked by.
+
+    Raises:
+        ValueError: if there is no such metric for them, or another setting does not go with them.
+    """
+    if unit == "head" and method == "chain":
+        raise ValueError(
+            "method 'chain' trains one whole layer after the other, and this plan counts heads: take method 'random', or a plan with "
+            "conversion_unit 'layer'"
+        )
+    if unit == "layer" and probes:
+        raise ValueError("probes rank heads, and this plan counts layers: leave them out, or take a plan with conversion_unit 'head'")
+    if metric not in (None, *RANKED_BY[unit]):
+        raise ValueError(f"{unit}s are ranked by one of {list(RANKED_BY[unit])}, got ranking_metric {metric!r}")
+    return metric or RANKED_BY[unit][0]
+
+
+def _ranked(
+    model: PeftModel, args: DSLATrainingArguments, output: Path, data: list[Any], probes: Sequence[dict[str, torch.Tensor]], metric: str
+) -> LayerRanking | UnitRanking:
+    """The ranking, read back if it is there already."""
+    heads = active_config(model).conversion_unit == "head"
+    kind: type[LayerRanking] | type[UnitRanking] = UnitRanking if heads else LayerRanking
+    file = output / "ranking.json"
+    if file.exists():
+        return kind.from_dict(json.loads(file.read_text()))
+    beside = f" and {len(probes)} probes of up to {max(x['input_ids'].shape[1] for x in probes):,} tokens" if probes else ""
+    say(f"ranking the {'heads' if heads else 'layers'} on {len(data)} batches{beside}")
+    ranking: LayerRanking | UnitRanking
+    if heads:
+        ranking = rank_units(model, data, probes, metric=metric, seed=args.seed)
+        # Gradients may differ between processes in their last digits, and the order must not.
+        ranking = UnitRanking.from_dict(broadcast_object_list([ranking.to_dict()])[0])
+    else:
+        ranking = rank_layers(model, data, metric=metric)
+    if args.process_index == 0:
+        with told_of_full_disk(output):
+            write_json(file, ranking.to_dict())
     return ranking
 
 

@@ -1,9 +1,10 @@
 """`DSLATrainer`: a `Trainer` for the two stages of a distillation of a DSLA adapter from its own base.
 
 Stage "alignment": every DSLA layer learns to give the attention output of the layer it replaces, on the base's own
-inputs, all layers in one pass and each on its own. Stage "logits": KL to the base's logits, so that every level of the plan
-is trained: either with a level drawn anew for every step, or as a chain (the DSLA paper, arXiv 2506.09316): one layer after
-the other in conversion order is trained and then frozen. The teacher is the same model at level 0.
+inputs, all layers in one pass and each on its own; where heads are converted, subsets of them (`alignment`). Stage "logits": KL to
+the base's logits, so that every level of the plan is trained: either with a level drawn anew for every step, or as a chain (the DSLA
+paper, arXiv 2506.09316): one layer after the other in conversion order is trained and then frozen. The teacher is the same model at
+level 0.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from ..core.progress import TrainingProgress
 from ..core.tensor_parallel import is_tensor_parallel
 from ..models.adapter import DSLAModel, active_config, dsla_layers
+from ..models.configuration import resolve_level
 from ..models.decoder import decoder_layers, first_layers
+from .alignment import align_each, align_subset, align_whole, draw_heads
 from .arguments import CHECKPOINTING, DSLATrainingArguments
 from .checkpoints import is_whole, saved_stage, told_of_full_disk, what_is_kept
 from .losses import alignment_sums, kl_sums
@@ -42,6 +45,7 @@ from .sharding import (
     whole_optimizer_state,
     with_whole_weights,
 )
+from .switches import output_projections
 
 NOT_FOR_THE_MODEL = ("labels", "loss_mask")
 OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"
@@ -105,7 +109,8 @@ class DSLATrainer(Trainer):
         self.add_callback(_NoInputGradients)
         for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):  # which would show every layer's values
             self.remove_callback(callback)
-        part = "" if args.train_level is None else f" at level {args.train_level}"
+        level = trained_level(model, args)
+        part = "" if level is None else f" at level {level}"
         self.progress = TrainingProgress(f"{args.stage}{part}", args.world_size, bool(args.disable_tqdm))
         self.add_callback(self.progress)
         check_fsdp(self.accelerator)
@@ -146,7 +151,7 @@ class DSLATrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         # The level holds from the forward to the end of the backward pass, whose recomputations need it.
-        level = self.step_level()
+        level, inputs = self.step_level(), self._of_step_length(inputs)
         with self._at_level(level):
             loss = super().training_step(model, inputs, *args, **kwargs)
             if is_sharded(self.model):
@@ -163,8 +168,21 @@ class DSLATrainer(Trainer):
     def step_level(self) -> int:
         """The level of the current step."""
         args: Any = self.args
-        depth = len(active_config(self.model).conversion_order or ())
-        return args.train_level if args.train_level is not None else draw_level(args.seed, self.state.global_step, depth, args.level_draws)
+        depth, level = len(active_config(self.model).conversion_order or ()), trained_level(self.model, args)
+        return draw_level(args.seed, self.state.global_step, depth, args.level_draws) if level is None else level
+
+    def _of_step_length(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch with its rows cut to the length of the current step."""
+        args: Any = self.args
+        if not args.sequence_lengths:
+            return inputs
+        length, there = args.sequence_lengths[self.state.global_step % len(args.sequence_lengths)], inputs["input_ids"].shape[1]
+        if there % length:
+            raise ValueError(f"sequence_lengths {args.sequence_lengths}: rows of {there} tokens are no multiple of {length}")
+        mask = inputs.get("attention_mask")
+        if mask is not None and not mask.all():
+            raise ValueError("sequence_lengths cuts packed rows, and these are padded: pack them, or leave it out")
+        return {name: x.reshape(-1, length) for name, x in inputs.items()}
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         mask = _counted(inputs)
@@ -191,20 +209,30 @@ class DSLATrainer(Trainer):
         trained = {i: layer for i, layer in layers.items() if any(p.requires_grad for p in layer.parameters())}
         chosen = trained or layers
         recompute = self.model.training and any(getattr(self.args, name, False) for name in CHECKPOINTING)
+        converted = self._aligned_heads(list(chosen))
+        align = align_each if getattr(self.args, "alignment_heads", None) == "each" else align_subset
         losses: dict[int, Tensor] = {}
         sums: dict[str, tuple[Tensor, Tensor]] = {}
+        softmax: dict[int, Tensor] = {}  # what the base's output projections took, of layers that are aligned in part
 
         def compare(layer: Any, args: tuple, kwargs: dict, output: Any) -> None:
             # Inside the wrapped forward, as DDP and FSDP need.
+            index = layer.layer_idx
+            heads = () if index not in converted else (softmax.pop(index), converted[index])
+
             def student() -> tuple[Tensor, Tensor]:
-                return alignment_sums(layer.dsla_attention()(*args, **kwargs)[0], output[0], mask)
+                return (align if heads else align_whole)(layer, args, kwargs, output[0], mask, *heads)
 
             error, energy = checkpoint(student, use_reentrant=False) if recompute else student()
-            index = layer.layer_idx
+            softmax.pop(index, None)  # what the projection took within
             losses[index] = error + losses[index] if index in losses else error
             sums[f"alignment/layer_{index}"] = losses[index], energy
 
+        def keep(index: int) -> Any:
+            return lambda projection, args: softmax.update({index: args[0].detach()})
+
         hooks = [layer.register_forward_hook(compare, with_kwargs=True) for layer in chosen.values()]
+        hooks += [output_projections(layer)[0].register_forward_pre_hook(keep(i)) for i, layer in chosen.items() if i in converted]
         blocks = decoder_layers(base)
         try:
             with (
@@ -218,6 +246,26 @@ class DSLATrainer(Trainer):
             for hook in hooks:
                 hook.remove()
         return sums
+
+    def _aligned_heads(self, layers: list[int]) -> dict[int, Tensor]:
+        """Of layers that are aligned in part, or by heads, in the current step: which KV heads are converted, `[Hkv]` of 1 and 0."""
+        args: Any = self.args
+        config = active_config(self.model)
+        way = args.alignment_heads or ("subsets" if config.conversion_unit == "head" else "all")
+        every = list(range(config.kv_heads))
+        planned: dict[int, list[int]] = defaultdict(list)
+        if config.conversion_unit == "head":
+            for layer, head in sorted(config.conversion_order or ()):
+                planned[layer].append(head)
+        drawn: dict[int, list[float]] = {}
+        for layer in layers:
+            heads = planned[layer] or every
+            if way == "subsets" and self.model.training:
+                heads = list(draw_heads(args.seed, self.state.global_step, layer, heads))
+            if heads != every or way == "each":
+                drawn[layer] = [float(head in heads) for head in every]
+        # On the device all at once: each copy would wait for what runs there.
+        return dict(zip(drawn, torch.tensor(list(drawn.values())).to(args.device), strict=True)) if drawn else {}
 
     def _logits(self, model: nn.Module, inputs: dict[str, Any], mask: Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:
         hidden = bool(self.args.hidden_weight)
@@ -280,7 +328,11 @@ class DSLATrainer(Trainer):
         args: Any = self.args
         if args.stage == "alignment":
             return []
-        return [p for layer in dsla_layers(self.model).values() if not layer.converted for p in layer.parameters() if p.requires_grad]
+        idle = [p for layer in dsla_layers(self.model).values() if not layer.converted for p in layer.parameters()]
+        for layer in dsla_layers(self.model).values():
+            if isinstance(layer.converted_part, tuple):  # the bias of its output projection is the base's
+                idle += [p for name, p in layer.named_parameters() if name.startswith("dsla_o_proj") and name.endswith("bias")]
+        return [p for p in idle if p.requires_grad]
 
     @contextmanager
     def _at_level(self, level: int) -> Any:
@@ -415,7 +467,19 @@ def check_logits(model: Any) -> None:
         )
 
 
+def trained_level(model: Any, args: DSLATrainingArguments) -> int | None:
+    """The level that all steps are trained at, as a number; None: one is drawn for each.
+
+    Raises:
+        ValueError: if the plan has no such level.
+    """
+    level, config = args.train_level, active_config(model)
+    if isinstance(level, str):
+        level = resolve_level(level, config, len(decoder_layers(model.get_base_model())))
+    return None if level is None else config.check_level(level)
+
+
 def highest_trained(model: Any, args: DSLATrainingArguments, method: str = "random") -> int:
     """The highest level that is trained: at which an adapter is saved."""
-    depth = len(active_config(model).conversion_order or ())
-    return depth if args.train_level is None or method == "chain" or args.stage == "alignment" else args.train_level
+    depth, level = len(active_config(model).conversion_order or ()), trained_level(model, args)
+    return depth if level is None or method == "chain" or args.stage == "alignment" else level

@@ -11,35 +11,36 @@ heads, and which one comes next depends on those that are there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.progress import bar as progress_bar
 from ..models.adapter import DSLAModel
-from ..models.architectures import fused_into
 from ..models.level import active_config, dsla_layers
 from .losses import kl_sums
-from .ranking import as_inputs, base_logits
+from .ranking import base_logits
+from .switches import switched
+from .unit_batches import Batch, unit_batches
+from .unit_orders import Scores, Unit, balanced_order, entropy_scores, random_scores, single_scores
 
-Unit = tuple[int, int]  # layer, KV head
-Item = tuple[dict[str, Tensor], Tensor | None, float]  # inputs of a model, the tokens that count, and the weight of their mean
+UNIT_METRICS = ("shares", "single", "entropy", "random")
 
 
 @dataclass(frozen=True)
 class UnitRanking:
-    """order: (layer, KV head), least harmful first. scores: share of the harm of each, in nats, from the round that placed it. tokens: read
-    in a pass over text and probes; passes: how often these were read, with gradients."""
+    """order: (layer, KV head), least harmful first. scores: what `metric` measured for each; of "shares", its share of the harm in nats,
+    from the round that placed it. tokens: read in a pass over text and probes; passes: how often these were read."""
 
     order: list[Unit]
-    scores: dict[Unit, float]
+    scores: Scores
     tokens: int
     passes: int
+    metric: str = "shares"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {
@@ -50,7 +51,8 @@ class UnitRanking:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> UnitRanking:
         scores = {(layer, head): score for layer, head, score in content["scores"]}
-        return cls([(layer, head) for layer, head in content["order"]], scores, content["tokens"], content["passes"])
+        order = [(layer, head) for layer, head in content["order"]]
+        return cls(order, scores, content["tokens"], content["passes"], content.get("metric", "shares"))
 
 
 def rank_units(
@@ -58,9 +60,13 @@ def rank_units(
     data: Iterable[Any],
     probes: Sequence[dict[str, Tensor]] = (),
     *,
+    metric: str = "shares",
     probe_weight: float = 0.3,
     points: int = 4,
     first_kept: float = 0.03,
+    ranks: int = 1,
+    seed: int = 0,
+    batch_tokens: int = 16_384,
     progress: bool = True,
 ) -> UnitRanking:
     """Order the KV heads of the plan (all those of its layers, where it counts layers) by the harm of converting them.
@@ -71,57 +77,60 @@ def rank_units(
         model: a PEFT model with a DSLA adapter.
         data: batches: `input_ids` `[B, T]`, or dicts with them (and `attention_mask`). Read once.
         probes: such as `probes.make_probes` gives, as long as the longest texts that count: `input_ids` and `answer_mask` `[B, T]`.
+        metric:
+            "shares": share of each head in the harm of converting all that are not kept, in rounds; `points` passes a round.
+            "single": KL(base || this head converted alone). A pass for every head.
+            "entropy": entropy in nats of the base's softmax attention at the last token of each row, mean over rows and the head's
+            queries, low first, as in the DSLA paper (arXiv 2506.09316). One pass; knows nothing of the trained weights.
+            "random": by chance, of `seed`; reads nothing, and needs no data.
         probe_weight: of the KL of a probe's answer beside the KL of text, both a mean over their tokens.
         points: of the way from the base to the converted model at which gradients are taken, in each round.
         first_kept: share of the heads that the first round keeps; each later one keeps twice as many as are kept, to the end.
+        ranks: of tensor parallel, over which every level of the order shall be even; see `unit_orders.balanced_order`.
+        seed: of "random".
+        batch_tokens: that a forward reads at once, texts, probes and points together: more is faster on a GPU, less takes less memory.
         progress: show a progress bar (on a terminal).
 
     Raises:
-        ValueError: for a model without DSLA adapter, neither data nor probes, or settings without sense.
+        ValueError: for an unknown metric, a model without DSLA adapter, neither data nor probes, or settings without sense.
     """
     if not isinstance(getattr(model, "base_model", None), DSLAModel):
         raise ValueError("rank_units needs a DSLA adapter: get_peft_model(model, DSLAConfig(...))")
+    if metric not in UNIT_METRICS:
+        raise ValueError(f"metric must be one of {list(UNIT_METRICS)}, got {metric!r}")
     if points < 1 or not 0 < first_kept <= 1:
         raise ValueError(f"points must be 1 or more and first_kept a share from above 0 to 1, got points={points}, first_kept={first_kept}")
-    items = _items(model, data, probes, probe_weight)
-    if not items:
-        raise ValueError("rank_units got neither data nor probes: give batches of input_ids")
     config = active_config(model)
+    balanced_order((), ranks, config.kv_heads)
+    batches = unit_batches(model, data, probes, probe_weight, batch_tokens) if metric != "random" else []
+    if not batches and metric != "random":
+        raise ValueError("rank_units got neither data nor probes: give batches of input_ids")
     layers = [index for index, layer in dsla_layers(model).items() if layer.adapter_name is not None]
     every = [(index, head) for index in sorted(layers) for head in range(config.kv_heads)]
     units: list[Unit] = sorted(config.conversion_order or ()) if config.conversion_unit == "head" else every
-    outside = sorted(set(every) - set(units))
     rounds = _rounds(len(units), first_kept)
-    tokens = sum(inputs["input_ids"].numel() for inputs, _, _ in items)
-    kept: list[Unit] = []  # the most harmful first
-    scores: dict[Unit, float] = {}
+    passes = {"shares": len(rounds) * points, "single": len(units), "entropy": 1, "random": 0}[metric]
     training, frozen = model.training, {name: p.requires_grad for name, p in model.named_parameters()}
     model.eval().requires_grad_(False)
     try:
-        with progress_bar(total=len(rounds) * points * len(items), desc="ranking heads", shown=progress) as bar:
-            for wanted in rounds:
-                shares = _shares(model, every, kept + outside, items, points, bar.update)
-                left = sorted((unit for unit in units if unit not in scores), key=shares.__getitem__, reverse=True)
-                for unit in left[: wanted - len(kept)]:
-                    scores[unit] = shares[unit]
-                    kept.append(unit)
+        rows = sum(len(batch.weights) for batch in batches)
+        with progress_bar(total=passes * rows, desc=f"ranking heads ({metric})", shown=progress) as bar:
+            if metric == "shares":
+                order, scores = _by_shares(model, every, units, rounds, batches, points, batch_tokens, bar.update)
+            else:
+                scores = {
+                    "single": lambda: single_scores(model, units, batches, config.kv_heads, batch_tokens, bar.update),
+                    "entropy": lambda: entropy_scores(model, units, batches, config.kv_heads, bar.update),
+                    "random": lambda: random_scores(units, seed),
+                }[metric]()
+                order = sorted(units, key=scores.__getitem__)
     finally:
         model.train(training)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(frozen[name])
-    return UnitRanking(kept[::-1], {unit: scores[unit] for unit in kept[::-1]}, tokens, len(rounds) * points)
-
-
-def _items(model: Any, data: Iterable[Any], probes: Sequence[dict[str, Tensor]], probe_weight: float) -> list[Item]:
-    """Texts, and probes of which the tokens that predict the answer count."""
-    texts = [as_inputs(batch, model.device) for batch in data]
-    items: list[Item] = [(inputs, inputs.get("attention_mask"), 1 / len(texts)) for inputs in texts]
-    for probe in probes:
-        answer = probe["answer_mask"].to(model.device)
-        predicts = torch.zeros_like(answer)
-        predicts[:, :-1] = answer[:, 1:]
-        items.append((as_inputs(probe, model.device), predicts, probe_weight / len(probes)))
-    return items
+    order = balanced_order(order, ranks, config.kv_heads)
+    tokens = sum(batch.inputs["input_ids"].numel() for batch in batches)
+    return UnitRanking(order, {unit: scores[unit] for unit in order}, tokens, passes, metric)
 
 
 def _rounds(units: int, first_kept: float) -> list[int]:
@@ -134,82 +143,55 @@ def _rounds(units: int, first_kept: float) -> list[int]:
     return rounds
 
 
+def _by_shares(
+    model: Any,
+    every: list[Unit],
+    units: list[Unit],
+    rounds: list[int],
+    batches: list[Batch],
+    points: int,
+    batch_tokens: int,
+    tick: Callable[[int], Any],
+) -> tuple[list[Unit], Scores]:
+    """The order, and the score of each unit."""
+    kept: list[Unit] = []  # the most harmful first
+    scores: Scores = {}
+    outside = sorted(set(every) - set(units))
+    for wanted in rounds:
+        shares = _shares(model, every, kept + outside, batches, points, batch_tokens, tick)
+        left = sorted((unit for unit in units if unit not in scores), key=shares.__getitem__, reverse=True)
+        for unit in left[: wanted - len(kept)]:
+            scores[unit] = shares[unit]
+            kept.append(unit)
+    return kept[::-1], scores
+
+
 def _shares(
     model: Any,
     every: list[Unit],
     kept: list[Unit],
-    items: list[Item],
+    batches: list[Batch],
     points: int,
-    tick: Any,
-) -> dict[Unit, float]:
+    batch_tokens: int,
+    tick: Callable[[int], Any],
+) -> Scores:
     """Share of each head that is not kept in the harm of converting all of them."""
     heads = active_config(model).kv_heads
-    ways = {index: torch.ones(heads, device=model.device) for index, _ in every}
-    for index, head in kept:
-        ways[index][head] = 0
-    totals = {index: torch.zeros(heads, dtype=torch.float64) for index in ways}
-    for inputs, mask, weight in items:
-        teacher = base_logits(model, inputs)
-        for point in range(points):
-            at = (point + 0.5) / points
-            with switched(model, {index: at * way for index, way in ways.items()}) as switches:
-                total, count = kl_sums(model(**inputs, use_cache=False).logits, teacher, mask)
-                gradients = torch.autograd.grad(weight * total / count, list(switches.values()))
-            for index, gradient in zip(switches, gradients, strict=True):
-                totals[index] += gradient.double().cpu() * ways[index].double().cpu() / points
-            tick()
-    return {(index, head): float(total) for index, values in totals.items() for head, total in enumerate(values)}
-
-
-@contextmanager
-def switched(model: Any, values: dict[int, Tensor]) -> Iterator[dict[int, Tensor]]:
-    """Within it each layer of `values` adds up the outputs of its softmax attention and of its DSLA, each KV head by its switch `[Hkv]`: 0
-    is the base's, 1 the DSLA head. Yields the switches, of which gradients can be taken."""
-    layers = dsla_layers(model)
-    switches = {index: value.detach().clone().requires_grad_() for index, value in values.items()}
-    config = active_config(model)
-    order, level = config.conversion_order, config.level
-    heads = [(index, head) for index in sorted(values) for head in range(len(values[index]))]
-    try:
-        # Whole layers are DSLA beside their softmax attention, whatever the plan: there are weights for all their heads.
-        config.conversion_order = heads if config.conversion_unit == "head" else sorted(values)
-        config.level = len(config.conversion_order)
-        for index, switch in switches.items():
-            layer: Any = layers[index]
-            layer.forward = _switched_forward(layer, switch)
-        yield switches
-    finally:
-        config.conversion_order, config.level = order, level
-        for index in switches:
-            layers[index].__dict__.pop("forward", None)
-
-
-def _switched_forward(layer: Any, switch: Tensor) -> Any:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        view = layer.dsla_attention()
-        name = fused_into(layer.base_layer, "o_proj")[0]
-        base_o, own_o = getattr(layer.base_layer, name), getattr(view, name)
-        with _scaled(base_o, 1 - switch):
-            softmax, *rest = layer.base_layer(*args, **{key: value for key, value in kwargs.items() if key != "dsla_layout"})
-        with _scaled(own_o, switch):
-            linear = view(*args, **kwargs)[0]
-        if own_o.bias is not None:  # it is there once
-            linear = linear - own_o.bias.to(linear.dtype)
-        return (softmax + linear, *rest)
-
-    return forward
-
-
-@contextmanager
-def _scaled(projection: nn.Module, switch: Tensor) -> Iterator[None]:
-    """Within it a projection takes the output of each KV head's queries times its switch."""
-
-    def scale(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        heads = args[0].unflatten(-1, (len(switch), -1)) * switch.to(args[0].dtype)[:, None]
-        return (heads.flatten(-2), *args[1:])
-
-    handle = projection.register_forward_pre_hook(scale)
-    try:
-        yield
-    finally:
-        handle.remove()
+    layers, softmax = sorted({index for index, _ in every}), set(kept)
+    way = torch.tensor([[float((index, head) not in softmax) for head in range(heads)] for index in layers], device=model.device)
+    totals = torch.zeros(len(layers), heads, dtype=torch.float64)
+    places = (torch.arange(points, device=model.device) + 0.5) / points
+    for batch in batches:
+        teacher = base_logits(model, batch.inputs, keep=batch.keep)
+        rows = len(batch.weights)
+        # Points of the way are rows of one batch: a step of few tokens costs as many launches as one of many.
+        for at in places.split(max(1, batch_tokens // batch.inputs["input_ids"].numel())):
+            inputs, weights = batch.repeated(len(at))
+            values = (at[None, :, None] * way[:, None]).repeat_interleave(rows, 1)
+            with switched(model, dict(zip(layers, values, strict=True))) as switches:
+                total, _ = kl_sums(model(**inputs).logits, teacher.repeat(len(at), 1, 1), weights, reuse_teacher=True)
+                gradients = torch.autograd.grad(total, list(switches.values()))
+            totals += torch.stack(gradients).sum(1).double().cpu()
+            tick(len(at) * rows)
+    totals *= way.double().cpu() / points
+    return {(index, head): share for index, values in zip(layers, totals.tolist(), strict=True) for head, share in enumerate(values)}

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-NO_METRICS = ("arm", "level", "task", "seed", "length", "batch_size")
+NO_METRICS = ("arm", "level", "kept", "task", "seed", "length", "batch_size")
 # Patterns of names, in lower case and without lengths; of others nothing is known unless the file tells, as those of lm-eval do.
 HIGHER_IS_BETTER: tuple[str, ...] = ("acc", "acc_norm", "accuracy", "recall", "found", "exact_match", "f1", "rouge*")
 HIGHER_IS_BETTER += ("*tokens_per_second", "*requests_per_second")

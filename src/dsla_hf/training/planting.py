@@ -1,0 +1,87 @@
+"""Facts planted in training rows and asked for later: lookups far back, which plain text seldom needs.
+
+The facts are of the families of `probes`, several in a row. How far a question is from its fact is even by its logarithm: each doubling of
+the distance has as many, up to the whole row, and rows that are cut to shorter pieces keep most pairs.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .probes import FAMILIES
+
+TOKENS_PER_FACT = 400  # of a row: one fact and its question for so many
+NEAREST = 64  # tokens of text between a fact and its question, at least, where there are as many before the question
+MOST_PLANTED = 0.5  # share of a row
+
+
+def planted(row: Mapping[str, Any], tokenizer: Any, rng: random.Random) -> dict[str, Any]:
+    """A training row (`input_ids` `[T]`, perhaps `loss_mask` `[T]`) of the same length in which facts are told and asked for later; its
+    last tokens make room. All planted tokens count for the loss. A row too short for a fact stays as it is."""
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    columns = {name: torch.as_tensor(x) for name, x in row.items()}
+    length = len(columns["input_ids"])
+    told: list[list[list[int]]] = []
+    room = length
+    for _ in range(max(1, length // TOKENS_PER_FACT)):
+        hidden, question, answer = FAMILIES[rng.choice(list(FAMILIES))](rng)
+        pieces = [*map(encode, hidden), encode(f"{question}{answer}.\n")]
+        if (left := room - sum(map(len, pieces))) >= (1 - MOST_PLANTED) * length:
+            told.append(pieces)
+            room = left
+    placed: list[tuple[int, bool, list[int]]] = []  # tokens of text before it, whether it is a question, the piece
+    for pieces in told:
+        asked = rng.randint(room // 10, room)
+        nearest = min(NEAREST, asked)
+        for fact in pieces[:-1]:
+            distance = math.exp(rng.uniform(math.log(nearest), math.log(asked))) if nearest else 0.0
+            placed.append((asked - round(distance), False, fact))
+        placed.append((asked, True, pieces[-1]))
+    filled: dict[str, list[Any]] = {name: [] for name in columns}
+    begin = 0
+    for end, _, piece in [*sorted(placed, key=lambda item: item[:2]), (room, True, [])]:
+        for name, x in columns.items():
+            filled[name] += x[begin:end].tolist() + (piece if name == "input_ids" else [1] * len(piece))
+        begin = end
+    return {name: torch.tensor(filled[name], dtype=x.dtype) for name, x in columns.items()}
+
+
+def with_planted(rows: Any, tokenizer: Any, share: float, seed: int) -> Any:
+    """Training rows, a `share` of them `planted`: which ones and with what is a pure function of seed and place, the same in every pass.
+
+    rows: a dataset with a length, or one of `datasets` that streams. tokenizer: of the model.
+
+    Raises:
+        ValueError: for a share that is none.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"the share of rows in which facts are planted must be from 0 to 1, got {share}")
+    if not share:
+        return rows
+
+    def plant(row: Mapping[str, Any], place: int) -> dict[str, Any]:
+        rng = random.Random(f"{seed}/{place}")
+        return planted(row, tokenizer, rng) if rng.random() < share else dict(row)
+
+    if hasattr(rows, "__len__") and hasattr(rows, "__getitem__"):
+        return _Planted(rows, plant)
+    return rows.map(plant, with_indices=True)
+
+
+class _Planted(torch.utils.data.Dataset):
+    def __init__(self, rows: Any, plant: Any):
+        self.rows, self.plant = rows, plant
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        return self.plant(self.rows[place], place)
