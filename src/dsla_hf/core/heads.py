@@ -18,8 +18,8 @@ PER_KV_HEAD = ("gate_", "write_")
 
 
 class HeadIndices(NamedTuple):
-    """int64 tensors on one device: KV heads and query heads of both kinds, and `order`, which puts the query heads of converted and then
-    kept KV heads back in the base's order."""
+    """int64 tensors on one device: KV heads (int32, as kernels read them) and query heads of both kinds, and `order`, which puts the query
+    heads of converted and then kept KV heads back in the base's order."""
 
     converted: Tensor
     kept: Tensor
@@ -51,9 +51,10 @@ class HeadSplit:
         if device not in self._indices:
             converted, kept = (self.query_heads(heads) for heads in (self.converted, self.kept))
             both = converted + kept
-            lists = (self.converted, self.kept, converted, kept, sorted(range(len(both)), key=both.__getitem__))
+            order = sorted(range(len(both)), key=both.__getitem__)
             with torch.inference_mode(False):  # training may use them later
-                self._indices[device] = HeadIndices(*(torch.tensor(heads, device=device) for heads in lists))
+                kv_heads = [torch.tensor(heads, device=device, dtype=torch.int32) for heads in (self.converted, self.kept)]
+                self._indices[device] = HeadIndices(*kv_heads, *(torch.tensor(x, device=device) for x in (converted, kept, order)))
         return self._indices[device]
 
     def query_heads(self, heads: Iterable[int]) -> list[int]:

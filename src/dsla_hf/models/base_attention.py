@@ -83,8 +83,9 @@ def _attend(
     dsla_layer: DSLACacheLayer | None,
     layout: TokenLayout,
     kwargs: dict[str, Any],
+    kv_heads: Tensor | None = None,
 ) -> Tensor:
-    """The output of DSLA heads; shapes as in `dsla_attention_function`."""
+    """The output of DSLA heads; shapes as in `dsla_attention_function`. kv_heads: of keys and values of more heads those of these."""
     shape = query.shape[0], query.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if layout.cu_seqlens is not None:  # one row of all texts, without padding
@@ -107,8 +108,11 @@ def _attend(
         whole_windows=dsla_layer is not None and dsla_layer.whole_windows,
         counts=dsla_layer is None or dsla_layer.counts,
         state_heads=None if dsla_layer is None else dsla_layer.state_heads,
+        kv_heads=kv_heads,
     )
     if dsla_layer is not None:
+        if kv_heads is not None and dsla_layer.record_past:
+            k, v = k.index_select(2, kv_heads), v.index_select(2, kv_heads)
         dsla_layer.advance(state, k, v, padding_mask)
         dsla_layer.shorten_record(dsla)
     return o if layout.cu_seqlens is None else layout.apart(o, shape)
@@ -137,9 +141,8 @@ def _attend_in_part(
         q_kept, q_converted = (query.index_select(1, queries) for queries in (index.kept_queries, index.converted_queries))
 
     def converted_heads() -> Tensor:
-        k, v = (x.index_select(1, index.converted) for x in (key, value))
         options = kwargs if sinks is None else {**kwargs, "s_aux": sinks[index.converted_queries]}
-        return _attend(module.converted_core(), q_converted, k, v, dsla_layer, layout, options)
+        return _attend(module.converted_core(), q_converted, key, value, dsla_layer, layout, options, index.converted)
 
     def kept_heads() -> Tensor:
         keys, values = (x.index_select(1, index.kept) for x in (key, value)) if kept is None else (kept.keys, kept.values)
