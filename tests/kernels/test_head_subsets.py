@@ -245,3 +245,14 @@ def test_compiled(layer, kv_heads):
 def test_operators_take_the_heads(name):
     arguments = getattr(torch.ops.dsla_kernels, name).default._schema.arguments
     assert str(next(argument.type for argument in arguments if argument.name == "kv_heads")) == "Optional[Tensor]"
+
+
+@pytest.mark.parametrize("given_out", [False, True])
+def test_the_operator_of_a_token_is_registered_in_full(kv_heads, given_out):
+    heads, weights = len(HEADS), layer_of(window_size=0)
+    gates = decode.GateWeights(weights.gate_down, weights.gate_up, weights.gate_bias, weights.write_weight, weights.write_bias)
+    k, v = (x.nan_to_num(0.5).contiguous() for x in of_all_heads(torch.float32, 2, 1))
+    out = random(2, 1, 3 + heads * GROUP, VALUE)[:, :, 3:] if given_out else None
+    tensors = queries(torch.float32, 2, 1), k, v, random(2, heads, 2, KEY, VALUE), None, *gates, weights.mix_logits, weights.norm_weight
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.dsla_kernels.pure_decode, (*tensors, kv_heads, out, 16.0, -1.25, 1.0, 1e-6), test_utils=tests)
