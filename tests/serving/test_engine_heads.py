@@ -458,13 +458,13 @@ def test_blocks_of_groups_are_taken_and_given_back():
     assert pool.free_blocks == 12
 
 
-def test_blocks_of_the_long_text_of_a_large_model_are_one_copy(monkeypatch):
-    """32k tokens in sixteen groups: the tables' only write."""
-    pool = BlockPool(16 * 512, 64, num_groups=16, num_slots=2, max_tokens=32_768, columns=1, head_dim=1, dtype=torch.float32, device="cpu")
-    made, tensor = [], torch.tensor
-    monkeypatch.setattr(torch, "tensor", lambda *args, **options: made.append(1) or tensor(*args, **options))
+def test_blocks_of_a_long_text_of_a_large_model():
+    """32k tokens in sixteen groups: each block once, in the tables of its slot alone."""
+    sizes = {"num_groups": 16, "num_slots": 2, "max_tokens": 32_768, "columns": 1, "head_dim": 1}
+    pool = BlockPool(16 * 512, 64, **sizes, dtype=torch.float32, device="cpu")
     pool.allocate(1, 32_768, 0)
-    assert len(made) == 1 and pool.free_blocks == 0 and pool.tables[:, 1].unique().numel() == 16 * 512
+    assert pool.free_blocks == 0 and sorted(pool.tables[:, 1].flatten().tolist()) == list(range(1, 16 * 512 + 1))
+    assert not pool.tables[:, 0].any()
 
 
 def test_trained_keys_are_not_folded(tiny_model):

@@ -9,6 +9,7 @@ H heads of a layer, T new tokens, L past tokens.
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 
 import torch
@@ -123,7 +124,8 @@ class BlockPool:
         blocks = self._free[-wanted:]
         del self._free[-wanted:]
         self._owned[slot] = first, each, blocks
-        self.tables[first:, slot, :each] = torch.tensor(blocks).view(groups, each).to(self.tables.device)  # at once: each copy waits
+        numbers = torch.frombuffer(array("q", blocks), dtype=torch.long)  # of a list PyTorch makes a tensor slowly
+        self.tables[first:, slot, :each] = numbers.view(groups, each).to(self.tables.device)  # at once: each copy waits
 
     def release(self, slot: int, until: int | None = None) -> None:
         """Take back what a slot has of the groups before `until`, or of all."""
