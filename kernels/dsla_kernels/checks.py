@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .shapes import KERNEL_DTYPES, Argument, check, check_groups, table
+from .shapes import KERNEL_DTYPES, Argument, Tables, check, check_groups, table, two_tables
 
 # A chunk of 64 tokens at this log-decay reaches exp(-80), which fp32 and bf16 still hold; the bound is part of the contract.
 SMALLEST_LOG_DECAY = -1.25
@@ -53,11 +53,11 @@ _WINDOW = {
     "state_mask": "B T; optional",
 }
 SINK_LOGITS = {"sink_logits": "Hq; floating-point; optional; (one a query head)"}
-LAYER, KERNEL_LAYER = (table(_layer(dtypes)) for dtypes in ("floating-point", KERNEL_DTYPES))
-STATES, KERNEL_STATES = (table(_states(dtypes)) for dtypes in ("floating-point", KERNEL_DTYPES))
-GATES, KERNEL_GATES = (table(_gates(dtypes)) for dtypes in ("floating-point", KERNEL_DTYPES))
-WINDOW = table(_WINDOW | SINK_LOGITS)
-FUSED_WINDOW = table(
+LAYER, KERNEL_LAYER = (two_tables(_layer(dtypes)) for dtypes in ("floating-point", KERNEL_DTYPES))
+STATES, KERNEL_STATES = (two_tables(_states(dtypes)) for dtypes in ("floating-point", KERNEL_DTYPES))
+GATES, KERNEL_GATES = (two_tables(_gates(dtypes)) for dtypes in ("floating-point", KERNEL_DTYPES))
+WINDOW = two_tables(_WINDOW | SINK_LOGITS)
+FUSED_WINDOW = two_tables(
     _WINDOW
     | {"norm_weight": f"Hq V; {KERNEL_DTYPES}"}
     | dict.fromkeys(("state_gain", "state_bias"), f"Hq; {KERNEL_DTYPES}")
@@ -84,8 +84,9 @@ def check_inputs(
     cu_seqlens: Tensor | None = None,
     initial_state: Tensor | None = None,
     write_logits: Tensor | None = None,
+    kv_heads: Tensor | None = None,
     *,
-    arguments: tuple[Argument, ...] = LAYER,
+    tables: Tables = LAYER,
 ) -> None:
     """Raises ValueError that names the argument which does not fit the contract of `dual_state_attention`."""
     check_lower_bound(lower_bound)
@@ -101,9 +102,10 @@ def check_inputs(
         "padding_mask": padding_mask,
         "cu_seqlens": cu_seqlens,
         "initial_state": initial_state,
+        "kv_heads": kv_heads,
     }
     # A state a sequence, of which a batch has one a row.
-    sizes = check(arguments, tensors, N=_rows(q) if cu_seqlens is None else cu_seqlens.numel() - 1)
+    sizes = check(tables[kv_heads is not None], tensors, N=_rows(q) if cu_seqlens is None else cu_seqlens.numel() - 1)
     check_groups(sizes["Hq"], sizes["Hkv"])
     _check_sizes(sizes, "q")
 
@@ -130,8 +132,9 @@ def check_state_inputs(
     padding_mask: Tensor | None,
     initial_state: Tensor | None,
     write_logits: Tensor | None,
+    kv_heads: Tensor | None = None,
     *,
-    arguments: tuple[Argument, ...] = STATES,
+    tables: Tables = STATES,
 ) -> None:
     """Raises ValueError that names the argument which does not fit the contract of `block_states`."""
     if block_size < 1:
@@ -144,8 +147,9 @@ def check_state_inputs(
         "write_logits": write_logits,
         "padding_mask": padding_mask,
         "initial_state": initial_state,
+        "kv_heads": kv_heads,
     }
-    _check_sizes(check(arguments, tensors, N=_rows(k)), "k")
+    _check_sizes(check(tables[kv_heads is not None], tensors, N=_rows(k)), "k")
 
 
 def check_kernel_inputs(
@@ -153,7 +157,7 @@ def check_kernel_inputs(
 ) -> None:
     """As `check_inputs`, with its further arguments in `others`, and raises ValueError for what the Triton kernels do not take: other
     dtypes than fp32, bf16 and fp16, heads of more than 256 channels, a gate_normalizer that is not positive."""
-    check_inputs(q, k, v, gate_logits, mix, lower_bound, *others, arguments=KERNEL_LAYER)
+    check_inputs(q, k, v, gate_logits, mix, lower_bound, *others, tables=KERNEL_LAYER)
     check_kernel_sizes(k, v, gate_normalizer)
 
 
@@ -173,7 +177,8 @@ def check_window_inputs(
     sinks: tuple[Tensor, Tensor] | None,
     softcap: float | None,
     *,
-    arguments: tuple[Argument, ...] = WINDOW,
+    kv_heads: Tensor | None = None,
+    tables: Tables = WINDOW,
     **others: Tensor | None,
 ) -> None:
     """Raises ValueError that names what does not fit the contract of `dual_state_window_attention` beyond `check_inputs`.
@@ -188,7 +193,8 @@ def check_window_inputs(
     sink_k, sink_v = sinks or (None, None)
     if sinks and (sink_k is None or sink_v is None):
         raise ValueError("sinks must be k and v, or None for a window without them")
-    check(arguments, {"q": q, "k": k, "v": v, "k of the sinks": sink_k, "v of the sinks": sink_v, **others})
+    sinks_and_heads = {"k of the sinks": sink_k, "v of the sinks": sink_v, "kv_heads": kv_heads}
+    check(tables[kv_heads is not None], {"q": q, "k": k, "v": v, **sinks_and_heads, **others})
 
 
 def _softmax(q: str, keys: str, others: dict[str, str]) -> tuple[Argument, ...]:
@@ -197,9 +203,14 @@ def _softmax(q: str, keys: str, others: dict[str, str]) -> tuple[Argument, ...]:
 
 
 BLOCK_TABLE = {"block_table": "B most_blocks; int32 or int64"}
+HEADS = {"heads": "Hkv 2; int32; (of each KV head its table and its column in blocks)"}
+BLOCK_TABLES = HEADS | {"block_table": "tables B most_blocks; int32 or int64; (one table more than a row's, as heads is given)"}
+STARTS = {"starts": "B; as lengths"}
 SOFTMAX_DECODE = _softmax("B 1", "B Hkv T", {"mask": "B T; bool; optional; (True at tokens that are seen)"} | SINK_LOGITS)
 PAGED_DECODE = _softmax("B 1", "blocks block_size Hkv", BLOCK_TABLE | SINK_LOGITS)
-SOFTMAX_PROMPT = _softmax("B T", "blocks block_size Hkv", BLOCK_TABLE | {"starts": "B; as lengths"})
+PAGED_DECODE_OF_HEADS = _softmax("B 1", "blocks block_size columns", BLOCK_TABLES | SINK_LOGITS)
+SOFTMAX_PROMPT = _softmax("B T", "blocks block_size Hkv", BLOCK_TABLE | STARTS)
+SOFTMAX_PROMPT_OF_HEADS = _softmax("B T", "blocks block_size columns", BLOCK_TABLES | STARTS)
 
 
 def check_softmax_decode_inputs(
@@ -212,27 +223,38 @@ def check_softmax_decode_inputs(
     window: int | None = None,
     block_table: Tensor | None = None,
     mask: Tensor | None = None,
+    heads: Tensor | None = None,
 ) -> None:
     """Raises ValueError that names the argument which does not fit the contract of `softmax_decode`."""
     given = {"q": q, "keys": keys, "values": values, "lengths": lengths, "sink_logits": sink_logits}
     if block_table is None:
+        if heads is not None:
+            raise ValueError("heads goes with block tables [tables, B, most blocks]: give block_table")
         sizes = check(SOFTMAX_DECODE, given | {"mask": mask})
         room = sizes["T"]
     elif mask is not None:
         raise ValueError("mask goes with keys [B, Hkv, T, D], not with a block_table: leave padding out of the blocks")
     else:
-        sizes = check(PAGED_DECODE, given | {"block_table": block_table})
+        lines = PAGED_DECODE if heads is None else PAGED_DECODE_OF_HEADS
+        sizes = check(lines, given | {"block_table": block_table, "heads": heads})
         room = sizes["block_size"] * sizes["most_blocks"]
     _check_softmax(sizes, room, window)
     check_softcap(softcap)
 
 
 def check_softmax_prompt_inputs(
-    q: Tensor, keys: Tensor, values: Tensor, starts: Tensor, lengths: Tensor, block_table: Tensor, window: int | None = None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    block_table: Tensor,
+    window: int | None = None,
+    heads: Tensor | None = None,
 ) -> None:
     """Raises ValueError that names the argument which does not fit the contract of `softmax_prompt`."""
-    given = {"q": q, "keys": keys, "values": values, "lengths": lengths, "block_table": block_table, "starts": starts}
-    sizes = check(SOFTMAX_PROMPT, given)
+    given = {"q": q, "keys": keys, "values": values, "lengths": lengths, "block_table": block_table, "starts": starts, "heads": heads}
+    sizes = check(SOFTMAX_PROMPT if heads is None else SOFTMAX_PROMPT_OF_HEADS, given)
     if sizes["T"] == 0:
         raise ValueError(f"q must be [B, T, Hq, D] with a token at least, got {list(q.shape)}")
     _check_softmax(sizes, sizes["block_size"] * sizes["most_blocks"], window)
@@ -268,14 +290,24 @@ def check_gate_inputs(
     gate_bias: Tensor,
     write_weight: Tensor | None = None,
     write_bias: Tensor | None = None,
+    kv_heads: Tensor | None = None,
     *,
-    arguments: tuple[Argument, ...] = GATES,
+    tables: Tables = GATES,
 ) -> None:
     """Raises ValueError that names the argument which does not fit the contract of `gate_logits`."""
     if (write_weight is None) != (write_bias is None):
         raise ValueError("write_weight and write_bias must be given together, or neither for a layer without write gates")
     weights = {"gate_down": gate_down, "gate_up": gate_up, "gate_bias": gate_bias, "write_weight": write_weight, "write_bias": write_bias}
-    check(arguments, {"v": v, **weights}, columns=2 * gate_bias.shape[-1:].numel())
+    check(tables[kv_heads is not None], {"v": v, "kv_heads": kv_heads, **weights}, columns=2 * gate_bias.shape[-1:].numel())
+
+
+def check_no_gradient_of_heads(kv_heads: Tensor | None, *tensors: Tensor | None) -> None:
+    """Raises ValueError where a gradient is asked for of kernels that read `kv_heads` out of all heads of a layer."""
+    if kv_heads is not None and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        raise ValueError(
+            "with kv_heads the kernels have no gradient: give them k.index_select(2, kv_heads) and v.index_select(2, kv_heads) instead, or "
+            "call them under torch.no_grad()"
+        )
 
 
 def check_linears_inputs(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:

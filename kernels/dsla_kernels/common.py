@@ -124,6 +124,12 @@ def number_of(numbers, row, otherwise):
 
 
 @triton.jit
+def layer_head(kv_heads, head):
+    """Of a KV head its number among those in keys and values: int `[Hkv]` says it, where these are of all heads of a layer."""
+    return number_of(kv_heads, head, head).to(tl.int64)
+
+
+@triton.jit
 def tile_tokens(tile, PER_BLOCK: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr):
     """Tokens of a tile `[C]`, and which of them lie in its block."""
     inside = tile % PER_BLOCK * C + tl.arange(0, C)

@@ -68,14 +68,15 @@ def gate_logits(
     write_bias: Tensor | None = None,
     *,
     norm_eps: float,
+    kv_heads: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Raw gates and raw write gates from values, see `reference.gate_logits`, which runs for fp64 and for ranks above 64 everywhere."""
     weights = (gate_down, gate_up, gate_bias, write_weight, write_bias)
     if v.dtype != torch.float64 and gate_down.shape[-1] <= LARGEST_RANK and uses_triton(v, v, quietly=True):  # attention says it
         from .ops.states import gates
 
-        return gates.gate_logits(v, *weights, norm_eps=norm_eps)
-    return reference.gate_logits(v, *weights, norm_eps=norm_eps)
+        return gates.gate_logits(v, *weights, norm_eps=norm_eps, kv_heads=kv_heads)
+    return reference.gate_logits(v, *weights, norm_eps=norm_eps, kv_heads=kv_heads)
 
 
 def dual_state_attention(q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor, mix: Tensor, **options) -> tuple[Tensor, Tensor | None]:
@@ -172,13 +173,20 @@ def gated_linear(x: Tensor, gate_weight: Tensor, up_weight: Tensor, activation: 
     return reference.gated_linear(x, gate_weight, up_weight, activation)
 
 
-def append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, places: Tensor, count: Tensor | None = None) -> None:
+def append(
+    keys: Tensor, values: Tensor, k: Tensor, v: Tensor, places: Tensor, count: Tensor | None = None, heads: Tensor | None = None
+) -> None:
     """A token of each row into a cache, in place, see `ops.softmax.append`; without Triton as PyTorch indexes."""
     if uses_triton(k, v):
         from .ops import softmax
 
-        return softmax.append(keys, values, k, v, places, count)
-    rows = torch.arange(k.shape[0], device=k.device) % keys.shape[0]  # one row is that of all
-    keys[rows, :, places.long()], values[rows, :, places.long()] = k[:, :, 0], v[:, :, 0]
+        return softmax.append(keys, values, k, v, places, count, heads)
+    if heads is not None:
+        table, column = heads.long().unbind(1)
+        here = column[:, None], places.long()[table]
+        keys[0][here], values[0][here] = (x[:, :, 0].transpose(0, 1) for x in (k, v))
+    else:
+        rows = torch.arange(k.shape[0], device=k.device) % keys.shape[0]  # one row is that of all
+        keys[rows, :, places.long()], values[rows, :, places.long()] = k[:, :, 0], v[:, :, 0]
     if count is not None:
         count.add_(1)

@@ -14,6 +14,9 @@ G decays per state (K, or K/2 when the two channels i and i + K/2 of a rotary pa
 
 `dual_state_attention_recurrent` goes token by token and is obviously right; `dual_state_attention` computes the same
 function in chunks. `dual_state_window_attention` is the form that leaves the nearest tokens to a softmax window.
+
+All of them take keys and values of all heads of a layer, too: `kv_heads`, int32 `[Hkv]`, then names those that all other tensors are of, in
+their order. Nobody looks at its values: a head that is not there is an error of indexing at best.
 """
 
 import torch
@@ -34,6 +37,11 @@ from .ragged import Rows, rows_from_cu_seqlens
 CHUNK_SIZE = 64
 
 
+def select_heads(x: Tensor, kv_heads: Tensor | None) -> Tensor:
+    """Of keys or values `[B, T, H, D]` the heads that int32 `kv_heads` names, all when None."""
+    return x if kv_heads is None else x.index_select(2, kv_heads)
+
+
 def log_decays(gate_logits: Tensor, key_dim: int, gate_normalizer: float = 16.0, lower_bound: float = -1.25) -> Tensor:
     """Log-decay of every key channel: `[..., G]` raw logits to `[..., K]`, in fp32 (fp64 for fp64 logits), each in
     `[lower_bound, 0)`."""
@@ -51,6 +59,7 @@ def gate_logits(
     write_bias: Tensor | None = None,
     *,
     norm_eps: float,
+    kv_heads: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Raw gates and raw write gates of every KV head, from its value vectors.
 
@@ -65,6 +74,7 @@ def gate_logits(
         gate_bias: `[Hkv, 2, G]`.
         write_weight, write_bias: `[Hkv, V, 2]` and `[Hkv, 2]`; None for a layer without write gates.
         norm_eps: keeps the norm of a value vector of zeros finite.
+        kv_heads: of v, see above.
 
     Returns:
         gate_logits `[B, T, Hkv, 2, G]`, and write_logits `[B, T, Hkv, 2]` or None; fp32 (fp64 for fp64 values), as all sums are.
@@ -72,11 +82,11 @@ def gate_logits(
     Raises:
         ValueError: names the argument whose shape, dtype or device does not fit.
     """
-    check_gate_inputs(v, gate_down, gate_up, gate_bias, write_weight, write_bias)
+    check_gate_inputs(v, gate_down, gate_up, gate_bias, write_weight, write_bias, kv_heads)
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     # Normalised: value vectors differ in size between layers, their direction is what the gate should read.
     # (Not F.rms_norm: compiled for sizes that change, its gradient on a GPU fails in torch 2.11.)
-    v = v.to(dtype)
+    v = select_heads(v, kv_heads).to(dtype)
     v = v * (v.square().mean(-1, keepdim=True) + norm_eps).rsqrt()
     logits = torch.einsum("bthv,hvr,hrg->bthg", v, gate_down.to(dtype), gate_up.to(dtype))
     logits = logits.unflatten(-1, (2, -1)) + gate_bias.to(dtype)
@@ -100,9 +110,12 @@ def dual_state_attention_recurrent(
     cu_seqlens: Tensor | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    kv_heads: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One token after the other. Arguments and results as `dual_state_attention`."""
-    args = _Prepared(q, k, v, gate_logits, mix, write_logits, gate_normalizer, lower_bound, scale, padding_mask, cu_seqlens, initial_state)
+    args = _Prepared(
+        q, k, v, gate_logits, mix, write_logits, gate_normalizer, lower_bound, scale, padding_mask, cu_seqlens, initial_state, kv_heads
+    )
     state, outputs = args.state, []
     for t in range(args.q.shape[1]):
         state = args.log_decay[:, t].exp()[..., None] * state + args.k[:, t, ..., None] * args.v[:, t, :, None, None, :]
@@ -125,6 +138,7 @@ def dual_state_attention(
     cu_seqlens: Tensor | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    kv_heads: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Dual-state linear attention, vectorised over chunks of 64 tokens.
 
@@ -142,6 +156,7 @@ def dual_state_attention(
         cu_seqlens: int `[N + 1]` boundaries of sequences packed in one row (B = 1); states start anew at each.
         initial_state: `[B, Hkv, 2, K, V]` (`[N, ...]` when packed), fp32; zeros when None.
         output_final_state: also return the states after the last token.
+        kv_heads: of k and v, see above.
 
     Returns:
         o `[B, T, Hq, V]` in q's dtype, and the final state fp32 (fp64 for fp64 inputs) or None.
@@ -149,7 +164,9 @@ def dual_state_attention(
     Raises:
         ValueError: names the argument whose shape, dtype or value does not fit.
     """
-    args = _Prepared(q, k, v, gate_logits, mix, write_logits, gate_normalizer, lower_bound, scale, padding_mask, cu_seqlens, initial_state)
+    args = _Prepared(
+        q, k, v, gate_logits, mix, write_logits, gate_normalizer, lower_bound, scale, padding_mask, cu_seqlens, initial_state, kv_heads
+    )
     tokens = args.q.shape[1]
     size = min(CHUNK_SIZE, tokens)  # one decoded token is a chunk of one
     q_c, k_c, v_c, decay_c = (_chunks(x, size) for x in (args.q, args.k, args.v, args.log_decay))
@@ -190,6 +207,7 @@ def dual_state_window_attention(
     initial_state: Tensor | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    kv_heads: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The two halves of the layer with a softmax window.
 
@@ -215,12 +233,15 @@ def dual_state_window_attention(
         o_state: what the query reads from the mixed states, `[B, T, Hq, V]`.
         states: at every block boundary, `[B, ceil(T / (W / 2)) + 1, Hkv, 2, K, V]`; entry n holds blocks 0 to n - 1.
     """
-    check_inputs(q, k, v, gate_logits, mix, lower_bound, padding_mask, None, initial_state, write_logits)
-    check_window_inputs(q, k, v, window_size, sinks, softcap, row_start=row_start, state_mask=state_mask, sink_logits=sink_logits)
+    check_inputs(q, k, v, gate_logits, mix, lower_bound, padding_mask, None, initial_state, write_logits, kv_heads)
+    check_window_inputs(
+        q, k, v, window_size, sinks, softcap, kv_heads=kv_heads, row_start=row_start, state_mask=state_mask, sink_logits=sink_logits
+    )
+    k, v = select_heads(k, kv_heads), select_heads(v, kv_heads)
     if padding_mask is not None:
         q, k, v = (x.masked_fill(~padding_mask.bool()[..., None, None], 0) for x in (q, k, v))
         state_mask = padding_mask if state_mask is None else padding_mask.bool() & state_mask.bool()
-    tokens, kv_heads, size = q.shape[1], k.shape[2], window_size // 2
+    tokens, num_kv_heads, size = q.shape[1], k.shape[2], window_size // 2
     states = block_states(
         k,
         v,
@@ -232,7 +253,7 @@ def dual_state_window_attention(
         padding_mask=state_mask,
         initial_state=initial_state,
     )
-    q = q.unflatten(2, (kv_heads, -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    q = q.unflatten(2, (num_kv_heads, -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     q_b, k_b, v_b = (_chunks(x, size) for x in (q, k, v))
     blocks, device = q_b.shape[1], q.device
 
@@ -254,11 +275,11 @@ def dual_state_window_attention(
     scores = scores.masked_fill(~visible[:, :, None, None], float("-inf"))
     log_denominator = scores.logsumexp(-1)
     if sink_logits is not None:
-        log_denominator = log_denominator.logaddexp(sink_logits.to(states.dtype).view(kv_heads, -1, 1))
+        log_denominator = log_denominator.logaddexp(sink_logits.to(states.dtype).view(num_kv_heads, -1, 1))
     weights = (scores - log_denominator[..., None]).exp()
     o_window = torch.einsum("bnhrcd,bndhv->bnchrv", weights.to(v.dtype), v_b).to(states.dtype)
 
-    q_mixed = q_b.to(states.dtype)[..., None, :] * mix.to(states.dtype).unflatten(0, (kv_heads, -1))[..., None]
+    q_mixed = q_b.to(states.dtype)[..., None, :] * mix.to(states.dtype).unflatten(0, (num_kv_heads, -1))[..., None]
     two_back = torch.cat([states[:, :1], states[:, : blocks - 1]], dim=1)
     o_state = torch.einsum("bnchrik,bnhikv->bnchrv", q_mixed, two_back)
 
@@ -279,6 +300,7 @@ def block_states(
     lower_bound: float = -1.25,
     padding_mask: Tensor | None = None,
     initial_state: Tensor | None = None,
+    kv_heads: Tensor | None = None,
 ) -> Tensor:
     """The states at every boundary of blocks of `block_size` tokens: `[B, ceil(T / block_size) + 1, Hkv, 2, K, V]`.
 
@@ -288,7 +310,8 @@ def block_states(
     Raises:
         ValueError: names the argument whose shape, dtype or value does not fit.
     """
-    check_state_inputs(k, v, gate_logits, block_size, lower_bound, padding_mask, initial_state, write_logits)
+    check_state_inputs(k, v, gate_logits, block_size, lower_bound, padding_mask, initial_state, write_logits, kv_heads)
+    k, v = select_heads(k, kv_heads), select_heads(v, kv_heads)
     k, v, log_decay, state = _prepare_state_inputs(
         k, v, gate_logits, write_logits, gate_normalizer, lower_bound, padding_mask, initial_state
     )
@@ -300,9 +323,11 @@ class _Prepared:
     """Checked inputs in working precision, one row a sequence: q `[B, T, Hkv, R, K]`, k `[B, T, Hkv, 1 or 2, K]`, mix `[Hkv, R, 2]`."""
 
     def __init__(
-        self, q, k, v, gate_logits, mix, write_logits, gate_normalizer, lower_bound, scale, padding_mask, cu_seqlens, initial_state
-    ):
-        check_inputs(q, k, v, gate_logits, mix, lower_bound, padding_mask, cu_seqlens, initial_state, write_logits)
+        self, q, k, v, gate_logits, mix, write_logits, gate_normalizer, lower_bound, scale, padding_mask, cu_seqlens, initial_state,
+        kv_heads,
+    ):  # fmt: skip
+        check_inputs(q, k, v, gate_logits, mix, lower_bound, padding_mask, cu_seqlens, initial_state, write_logits, kv_heads)
+        k, v = select_heads(k, kv_heads), select_heads(v, kv_heads)
         self.shape, self.dtype = (*q.shape[:3], v.shape[-1]), q.dtype
         self.rows: Rows | None = None
         if cu_seqlens is not None:
@@ -315,9 +340,9 @@ class _Prepared:
         )
         if padding_mask is not None:
             q = q.masked_fill(~padding_mask.bool()[..., None, None], 0)
-        kv_heads = k.shape[2]
-        self.q = (q.to(self.k.dtype) * (q.shape[-1] ** -0.5 if scale is None else scale)).unflatten(2, (kv_heads, -1))
-        self.mix = mix.to(self.k.dtype).unflatten(0, (kv_heads, -1))
+        num_kv_heads = k.shape[2]
+        self.q = (q.to(self.k.dtype) * (q.shape[-1] ** -0.5 if scale is None else scale)).unflatten(2, (num_kv_heads, -1))
+        self.mix = mix.to(self.k.dtype).unflatten(0, (num_kv_heads, -1))
         self.padding_mask = padding_mask
 
     def output(self, o: Tensor) -> Tensor:
@@ -427,6 +452,7 @@ def fused_window_attention(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     row_counts: tuple[Tensor, Tensor] | None = None,
+    kv_heads: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The layer with a softmax window, from q, k, v to its output: `dual_state_window_attention` and what joins its halves.
 
@@ -465,6 +491,7 @@ def fused_window_attention(
         initial_state=initial_state,
         softcap=softcap,
         sink_logits=sink_logits,
+        kv_heads=kv_heads,
     )
     o = join_window_and_states(o_window, log_denominator, o_state, norm_weight, state_gain, state_bias, norm_eps).to(q.dtype)
     if padding_mask is not None:
@@ -489,6 +516,7 @@ def softmax_decode(
     window: int | None = None,
     block_table: Tensor | None = None,
     mask: Tensor | None = None,
+    heads: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of one token a row over its keys and values, of which its own are the last.
 
@@ -502,6 +530,8 @@ def softmax_decode(
         window: the query sees this many tokens, its own included; all if None.
         block_table: int `[B, most blocks]`; token j of a row lies in block `block_table[row, j // block_size]`.
         mask: bool `[B, T]`, False at tokens that nobody sees, such as padding on the left. Not with a block table.
+        heads: int32 `[Hkv, 2]`, with a pool whose blocks hold heads of other layers too, in columns `[blocks, block_size, columns, D]`, and
+            several tables `[tables, B, most blocks]`: KV head h lies in blocks of table `heads[h, 0]`, in column `heads[h, 1]`.
 
     Returns:
         o `[B, 1, Hq, V]` in q's dtype; the sums are in fp32 (fp64 for fp64 inputs).
@@ -509,11 +539,15 @@ def softmax_decode(
     Raises:
         ValueError: names the argument that does not fit.
     """
-    check_softmax_decode_inputs(q, keys, values, lengths, softcap, sink_logits, window, block_table, mask)
+    check_softmax_decode_inputs(q, keys, values, lengths, softcap, sink_logits, window, block_table, mask, heads)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if block_table is not None:
         blocks = block_table.long().clamp(0, keys.shape[0] - 1)  # behind a row's length they may be anything
-        keys, values = (x[blocks].flatten(1, 2).transpose(1, 2) for x in (keys, values))
+        if heads is None:
+            keys, values = (x[blocks].flatten(1, 2).transpose(1, 2) for x in (keys, values))
+        else:
+            table, column = heads.long().unbind(1)
+            keys, values = (x[blocks[table], :, column[:, None, None]].flatten(2, 3).transpose(0, 1) for x in (keys, values))
     token = torch.arange(keys.shape[2], device=q.device)
     visible = token < lengths[:, None]
     if window is not None:
@@ -545,6 +579,7 @@ def softmax_prompt(
     *,
     scale: float | None = None,
     window: int | None = None,
+    heads: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of a piece of a text a row over its keys and values in blocks, the piece's own included.
 
@@ -554,7 +589,7 @@ def softmax_prompt(
         keys, values: a pool `[blocks, block_size, Hkv, K]` and `[..., V]`.
         starts: int `[B]`, tokens of each row before the piece.
         lengths: int `[B]`, tokens of each row with it; what lies behind them is not read.
-        block_table, scale, window: as in `softmax_decode`.
+        block_table, scale, window, heads: as in `softmax_decode`.
 
     Returns:
         o `[B, T, Hq, V]` in q's dtype, zero at padding; the sums are in fp32 (fp64 for fp64 inputs).
@@ -562,10 +597,10 @@ def softmax_prompt(
     Raises:
         ValueError: names the argument that does not fit.
     """
-    check_softmax_prompt_inputs(q, keys, values, starts, lengths, block_table, window)
+    check_softmax_prompt_inputs(q, keys, values, starts, lengths, block_table, window, heads)
     seen = [torch.where(starts + t < lengths, starts + t + 1, 0) for t in range(q.shape[1])]
     steps = (
-        softmax_decode(q[:, t : t + 1], keys, values, seen[t], scale=scale, window=window, block_table=block_table)
+        softmax_decode(q[:, t : t + 1], keys, values, seen[t], scale=scale, window=window, block_table=block_table, heads=heads)
         for t in range(q.shape[1])
     )
     return torch.cat(list(steps), 1)

@@ -47,6 +47,10 @@ class Argument(NamedTuple):
     note: str  # that messages add, or ""
 
 
+# Without and with `kv_heads`: `tables[kv_heads is not None]`.
+Tables = tuple[tuple[Argument, ...], tuple[Argument, ...]]
+
+
 def table(lines: Mapping[str, str]) -> tuple[Argument, ...]:
     """Reads lines `dimensions; rule; ...` by name of the argument. Rules: dtypes (`fp32, bf16 or fp16`, `floating-point`, `as q`),
     `optional` (may be None), `dense` (its last dimension), `in place` (contiguous); `(words)` are added to messages.
@@ -61,6 +65,13 @@ def table(lines: Mapping[str, str]) -> tuple[Argument, ...]:
         if not argument.optional:
             known.update(argument.letters)
     return tuple(arguments)
+
+
+def two_tables(lines: Mapping[str, str]) -> Tables:
+    """The table of these lines, and the one beside `kv_heads`, where k and v are of all heads of a layer, of which `kv_heads` names those
+    that all other tensors are of."""
+    others = {name: line.replace("Hkv", "heads") if name in ("k", "v") else line for name, line in lines.items()}
+    return table(lines), table(others | {"kv_heads": "Hkv; int32; dense; (one a KV head in use)"})
 
 
 def _argument(name: str, line: str, known: set[str]) -> Argument:

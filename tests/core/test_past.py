@@ -39,8 +39,8 @@ def goes_on(past, new):
     mask = Padding().behind(before, k.shape[1] - new, new)
     rows, k, v, valid = to_rows(mask, None, k, v)
     real = torch.ones(k.shape[:2], dtype=torch.bool) if valid is None else valid
-    taken = past.taken_in(k, valid)
-    taken = real if taken is None else taken
+    taken = past.taken_in(k)
+    taken = real if taken is None else taken & real
     numbers = [k[row, real[row], 0, 0].tolist() for row in range(2)]
     sinks = past.sinks(k, v)
     after = past.state_after(k, v, None if valid is None else valid.sum(1), torch.zeros(2), sinks, start)
@@ -68,6 +68,29 @@ def test_all_that_can_be_known_leads_to_the_same(count, new):
         assert after.lengths.tolist() == [total] * 2
         assert torch.equal(after.window_k[:, seen_slots], expected.window_k[:, seen_slots])
         assert torch.equal(after.window_v[:, seen_slots], expected.window_v[:, seen_slots])
+
+
+@pytest.mark.parametrize("new", [1, 5, 8, 21])
+@pytest.mark.parametrize("count", [0, 1, 2, 4, 7, 8, 11, 16, 23, 24])
+def test_a_fold_finds_the_tokens_that_states_lack_and_the_slots_of_new_ones(count, new):
+    """Of rows whose new tokens lie in order, and of such with padding between them."""
+    past, block, total = Past(WINDOW, SINKS, state_after(count)), WINDOW // 2, count + new
+    held = max(count // block - 1, 0) * block
+    k, v, number = past.not_held()
+    assert number[0].tolist() == list(range(held, held + WINDOW)) and bool((past.held(past.state.lengths) == held).all())
+    there = list(range(held, count))
+    assert k[0, : len(there), 0, 0].tolist() == there and torch.equal(v, -k) and not k[0, len(there) :].any()
+    k, v = tokens_of(torch.arange(count, total).expand(2, -1))
+    order = (torch.arange(2 * new) % 2).argsort(stable=True).expand(2, -1)
+    spread_k, spread_v = (torch.stack([x, torch.full_like(x, float("nan"))], 2).flatten(1, 2) for x in (k, v))
+    expected, lengths = state_after(total), torch.tensor([total] * 2)
+    slots = torch.cat([torch.arange(SINKS), torch.arange(WINDOW)]) < total
+    for given in ((k, v, lengths, torch.zeros(2), None), (spread_k, spread_v, lengths, torch.zeros(2), order)):
+        after = past.state_behind(*given)
+        assert after.lengths is lengths
+        assert torch.equal(after.window_k[:, slots], expected.window_k[:, slots]) and torch.equal(
+            after.window_v[:, slots], -after.window_k[:, slots]
+        )
 
 
 def test_the_window_has_each_token_in_its_slot():

@@ -10,55 +10,15 @@ from transformers import DynamicCache, LogitsProcessor, StaticCache, StoppingCri
 
 import dsla_hf.inference.decode_attention
 import dsla_hf.inference.graph
-import dsla_hf.inference.recorder
 from dsla_hf import LevelProcessor, cache_bytes
-from dsla_hf.core.cache import DSLACacheLayer, StaticDSLACacheLayer, VisibleStaticLayer
+from dsla_hf.core.cache import StaticDSLACacheLayer, VisibleStaticLayer
 from dsla_hf.inference.graph import GraphDecoder, PlainRecording
 
 IDS = torch.tensor([[5, 17, 31, 44, 9, 60, 61, 62, 3, 8, 12, 77], [9, 60, 5, 17, 31, 5, 60, 61, 62, 5, 17, 31]])
 MASK = torch.ones_like(IDS)
 MASK[0, :5] = 0
 
-
-def addresses(space):
-    tensors = [space.tokens, space.positions, space.mask, space.logits]
-    for layer in space.cache.layers:
-        tensors += [*layer.state, layer.tokens] if isinstance(layer, DSLACacheLayer) else [layer.keys, layer.values]
-    return [x.data_ptr() for x in tensors]
-
-
-@pytest.fixture
-def recorder():
-    """Records as a CUDA graph does, but runs the step: fails where a tensor of the cache or a buffer has moved."""
-
-    class Recorder:
-        def __init__(self):
-            self.recorded, self.replayed, self.decoder = 0, 0, None
-
-        def __call__(self, step, pool):
-            self.recorded += 1
-            space = self.decoder.workspace
-            places = addresses(space)
-            plain = PlainRecording(step)
-
-            class Recording:
-                def replay(_):
-                    self.replayed += 1
-                    assert addresses(space) == places, "a graph would read and write at the old place"
-                    plain.replay()
-
-            return Recording()
-
-        def decoder_of(self, model, **options):
-            self.decoder = GraphDecoder(model, record=self, **options)
-            return self.decoder
-
-    return Recorder()
-
-
-@pytest.fixture(autouse=True)
-def small_views(monkeypatch):
-    monkeypatch.setattr(dsla_hf.inference.recorder, "SMALLEST_SHOWN", 16)
+pytestmark = pytest.mark.usefixtures("small_views")
 
 
 @pytest.mark.parametrize("window_size", [0, 8])

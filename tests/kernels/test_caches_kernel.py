@@ -60,8 +60,30 @@ def test_places_of_32_bits_and_no_count():
         assert torch.equal(keys[row, :, place], k[row, :, 0]) and torch.equal(values[row, :, place], v[row, :, 0])
 
 
+def test_heads_of_several_layers_share_a_pool(monkeypatch):
+    """Heads go into their own columns, to the places of their own tables; places lie in a larger tensor."""
+    keys, values = (torch.zeros(1, 5, 12, 8, device=DEVICE) for _ in range(2))
+    k, v = (torch.randn(2, 3, 1, 8, device=DEVICE) for _ in range(2))
+    places = torch.tensor([[0, 1, 9], [2, 3, 9], [4, 5, 9]], device=DEVICE)[:, :2]
+    heads = torch.tensor([[2, 4], [0, 1], [2, 0]], dtype=torch.int32, device=DEVICE)
+    append(keys, values, k, v, places, heads=heads)
+    for head, (table, column) in enumerate(heads.tolist()):
+        for row in range(2):
+            assert torch.equal(keys[0, column, places[table, row]], k[row, head, 0])
+            assert torch.equal(values[0, column, places[table, row]], v[row, head, 0])
+    assert keys.count_nonzero() == values.count_nonzero() == 2 * 3 * 8
+    found = keys.clone(), values.clone()
+    monkeypatch.setattr(dispatch, "choice", "pytorch")
+    dispatch.append(keys.zero_(), values.zero_(), k, v, places, heads=heads)
+    assert torch.equal(keys, found[0]) and torch.equal(values, found[1])
+    with pytest.raises(ValueError, match=r"heads must be int32 \[3, 2\]"):
+        append(keys, values, k, v, places, heads=heads[:, :1])
+    with pytest.raises(ValueError, match=r"keys must be .*\[1, columns, L, 8\]"):
+        append(keys.repeat(2, 1, 1, 1), values, k, v, places, heads=heads)
+
+
 def test_the_operator_is_registered_in_full():
-    torch.library.opcheck(torch.ops.dsla_kernels.append, make_inputs())
+    torch.library.opcheck(torch.ops.dsla_kernels.append, (*make_inputs(), None))
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,16 @@ WRONG = {
     "norm": ({"norm_weight": lambda x: x.long()}, "^norm_weight must be fp32, bf16 or fp16 .* got torch.int64"),
     "elsewhere": ({"mix_logits": lambda x: x.to("meta")}, "^mix_logits must be .* on cpu, got .* on meta"),
     "mask": ({"padding_mask": lambda x: torch.ones(2, 1)}, r"^padding_mask must be \[3, tokens\]"),
+    "numbers of heads": (
+        {"kv_heads": lambda x: torch.zeros(3, dtype=torch.int32)},
+        r"^kv_heads must be int32 \[2\] .* got torch.int32 \[3\]",
+    ),
+    "heads of another type": (
+        {"kv_heads": lambda x: torch.zeros(2, dtype=torch.int64)},
+        r"^kv_heads must be int32 \[2\] .* got torch.int64",
+    ),
+    "output": ({"out": lambda x: torch.zeros(3, 1, 5, 12)}, r"^out must be torch.float32 \[3, 1, 6, 12\]"),
+    "every other head": ({"out": lambda x: torch.zeros(3, 1, 12, 12)[:, :, ::2]}, "^out must have the heads of a row side by side"),
 }
 WRONG_PURE = {
     "heads": ({"q": lambda x: x[:, :, :5], "mix_logits": lambda x: x[:5], "norm_weight": lambda x: x[:5]}, "the 5 query heads must be"),
@@ -78,7 +88,17 @@ WRONG_WINDOW = {
 }
 
 
-CASES = {"window": WRONG | WRONG_WINDOW, "pure": WRONG | WRONG_PURE}
+WRONG_HELD = {
+    "more heads": ({"recurrent": lambda x: x.repeat(1, 2, 1, 1, 1)}, r"^recurrent must be fp32 \[3, 2, 2, 8, 12\]"),
+    "which heads": ({"state_heads": lambda x: torch.zeros(3, dtype=torch.int32)}, r"^state_heads must be int32 \[2\]"),
+}
+WRONG_HELD_RING = {
+    "a ring of fewer heads": (
+        {"recurrent": lambda x: x.repeat(1, 2, 1, 1, 1), "state_heads": lambda x: torch.zeros(2, dtype=torch.int32)},
+        r"^window_k must be torch.float32 \[3, slots, 4, 8\]",
+    ),
+}
+CASES = {"window": WRONG | WRONG_WINDOW | WRONG_HELD | WRONG_HELD_RING, "pure": WRONG | WRONG_PURE | WRONG_HELD}
 
 
 @pytest.mark.parametrize("form, case", [(form, case) for form, cases in CASES.items() for case in cases])
@@ -103,7 +123,7 @@ def test_heads_beyond_what_the_kernels_take():
 
 @pytest.mark.parametrize(
     "name, step, changed",
-    [("pure_decode", PureStep, {"recurrent"}), ("window_decode", WindowStep, {"recurrent", "window_k", "window_v"})],
+    [("pure_decode", PureStep, {"recurrent", "out"}), ("window_decode", WindowStep, {"recurrent", "window_k", "window_v", "out"})],
 )
 def test_an_operator_takes_the_fields_of_its_step_and_says_what_it_changes(name, step, changed):
     schema = getattr(torch.ops.dsla_kernels, name).default._schema
@@ -120,7 +140,9 @@ def test_the_launch_follows_the_shape_and_what_measurements_want(monkeypatch):
     def parts(rows, **wanted):
         monkeypatch.setattr(decode_launch, "tuned", decode_launch.Launch(4, 16, **wanted) if wanted else None)
         token, gates, weights = tensors
-        step = PureStep(*(x.repeat(rows, *[1] * (x.ndim - 1)) for x in token), None, *gates, *weights, 16.0, -1.25, 1.0, 1e-6)
+        step = PureStep(
+            *(x.repeat(rows, *[1] * (x.ndim - 1)) for x in token), None, *gates, *weights, None, None, None, 16.0, -1.25, 1.0, 1e-6
+        )
         wide = step._replace(q=step.q.repeat(1, 1, 1, 16), v=step.v.repeat(1, 1, 1, 10))
         return decode_launch.plan_pure(wide).head.PARTS
 

@@ -195,7 +195,7 @@ def test_a_call_repeated_gives_the_same_bits(value_dim, rank, dtype):
 @pytest.mark.parametrize("write", [True, False])
 def test_the_operator_is_registered_in_full(write):
     inputs = [None if x is None else x.contiguous().requires_grad_() for x in make_inputs(5, 12, rank=4, write=write).values()]
-    torch.library.opcheck(torch.ops.dsla_kernels.gate_logits, (*inputs, NORM_EPS))
+    torch.library.opcheck(torch.ops.dsla_kernels.gate_logits, (*inputs, None, NORM_EPS))
 
 
 @pytest.mark.parametrize("write, dynamic", [(True, True), (False, False)])

@@ -218,3 +218,29 @@ def test_a_slow_path_on_an_accelerator_says_so(monkeypatch):
     assert "pip install triton" in dispatch.kernel_path("cuda")
     with pytest.warns(UserWarning, match="pip install triton"):
         assert not dispatch.uses_triton(heads, heads)
+
+
+@pytest.mark.parametrize("window_size", [0, 8])
+def test_a_step_writes_its_own_heads_of_a_state_that_holds_more(window_size, monkeypatch):
+    """To the bit what it gives over a state of its heads alone; the others keep what they are."""
+    monkeypatch.setattr(dispatch, "choice", "triton")
+    layer = DualStateAttention(6, 3, 16, window_size=window_size, sink_tokens=2).to(DEVICE).requires_grad_(False)
+    q, k, v = (torch.randn(2, 12, heads, 16, device=DEVICE) for heads in (6, 3, 3))
+    _, alone = layer(q, k, v, output_state=True)
+    heads = torch.tensor([4, 0, 3], device=DEVICE)
+    held = DualState(
+        torch.randn(2, 5, 2, 16, 16, device=DEVICE),
+        *(torch.randn(2, x.shape[1], 5, 16, device=DEVICE) for x in (alone.window_k, alone.window_v)),
+        alone.lengths.clone(),
+    )
+    for dim, mine, theirs in zip((1, 2, 2), held, alone, strict=False):
+        mine.index_copy_(dim, heads, theirs)
+    before = clone_state(held)
+    for _ in range(6):
+        token = [torch.randn(2, 1, x.shape[2], 16, device=DEVICE) for x in (q, k, v)]
+        expected, alone = layer(*token, state=alone, output_state=True, in_place=True)
+        found, written = layer(*token, state=held, output_state=True, in_place=True, state_heads=heads.int())
+        assert written is held and torch.equal(found, expected)
+    assert all(torch.equal(x, y) for x, y in zip(held.of_heads(heads), alone, strict=True))
+    others = torch.tensor([1, 2], device=DEVICE)
+    assert all(torch.equal(x, y) for x, y in zip(held.of_heads(others)[:3], before.of_heads(others)[:3], strict=True))

@@ -65,6 +65,23 @@ def paged(keys, values, lengths, block_size=BLOCK_SIZE):
     return *pools, table
 
 
+def paged_by_heads(keys, values, lengths, block_size=BLOCK_SIZE, columns=5):
+    """As `paged`, each head in a column of a pool that others share; heads 0 and 1 in blocks of one table, others in those of others."""
+    rows, kv_heads, room = keys.shape[:3]
+    most, tables = -(-room // block_size), kv_heads + 1
+    table = (torch.randperm(tables * rows * most, device=DEVICE) + 1).view(tables, rows, most).int()
+    heads = [[0, 3], [0, 1]] + [[head, (2 * head) % columns] for head in range(2, kv_heads)]
+    pools = []
+    for x in (keys, values):
+        pool = torch.full((tables * rows * most + 1, block_size, columns, x.shape[-1]), float("nan"), dtype=x.dtype, device=DEVICE)
+        blocks = F.pad(x, (0, 0, 0, most * block_size - room)).unflatten(2, (most, block_size))
+        for head, (group, column) in enumerate(heads[:kv_heads]):
+            pool[table[group].long(), :, column] = blocks[:, head]
+        pools.append(pool)
+    table[:, torch.arange(most, device=DEVICE) * block_size >= lengths[:, None]] = 2**30
+    return *pools, table, torch.tensor(heads[:kv_heads], dtype=torch.int32, device=DEVICE)
+
+
 def check(q, keys, values, lengths, splits=0, **options):
     """The kernels' output, after it was compared with the truth."""
     floating = {name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for name, x in options.items()}
@@ -98,6 +115,33 @@ def test_rows_of_any_length_static_and_paged(dtype, splits):
         found = check(q, pool_keys, pool_values, lengths, splits, block_table=table)
         if splits:  # else the kernel may cut rows in blocks into other parts
             torch.testing.assert_close(found, static)
+
+
+@pytest.mark.parametrize("splits", [0, 1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kv_heads, group, block_size", [(1, 2, 16), (3, 1, 64), (4, 2, 128)])
+def test_heads_anywhere_in_blocks_of_several_layers(kv_heads, group, block_size, dtype, splits):
+    q, keys, values, lengths = make_inputs([70, 0, 65, 200], 200, 20, 12, kv_heads=kv_heads, group=group, dtype=dtype)
+    alone = softmax.softmax_decode(q, keys, values, lengths, splits=max(splits, 1))
+    pool_keys, pool_values, tables, heads = paged_by_heads(keys, values, lengths, block_size)
+    found = check(q, pool_keys, pool_values, lengths, splits, block_table=tables, heads=heads)
+    torch.testing.assert_close(found, alone)
+    two_of_three = torch.stack([tables, tables], 2)[:, :, 0]  # tables of any strides
+    torch.testing.assert_close(check(q, pool_keys, pool_values, lengths, splits, block_table=two_of_three, heads=heads), found)
+
+
+def test_heads_that_do_not_fit_are_refused():
+    q, keys, values, lengths = make_inputs([7, 20], 20)
+    pool_keys, pool_values, tables, heads = paged_by_heads(keys, values, lengths)
+    for wrong, words in [
+        ({"block_table": tables[0], "heads": heads}, "block_table must be .*tables"),
+        ({"block_table": tables}, "block_table must be"),
+        ({"block_table": tables, "heads": heads.long()}, "heads must be int32"),
+        ({"block_table": tables, "heads": heads[:, :1]}, "heads must be"),
+        ({"heads": heads}, "heads goes with block tables"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            softmax.softmax_decode(q, pool_keys, pool_values, lengths, **wrong)
 
 
 @pytest.mark.parametrize("splits", [1, 2])
@@ -367,6 +411,18 @@ def test_heads_of_pieces(key_dim, value_dim, group, dtype):
 )
 def test_what_models_add_to_pieces(options):
     check_piece(*make_piece([150, 0, 64], [140, 20, 1], 140, kv_heads=1), **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kv_heads, group, block_size, options", [(1, 2, 16, {}), (3, 1, 64, {"window": 40}), (4, 2, 128, {})], ids=str)
+def test_pieces_with_heads_anywhere_in_blocks(kv_heads, group, block_size, options, dtype):
+    starts, lengths = (torch.tensor(x, device=DEVICE) for x in ([40, 0], [90, 33]))
+    _, keys, values, _ = make_inputs(lengths.tolist(), 90, 20, 12, kv_heads, group, dtype)
+    q = random(2, 50, kv_heads * group, 20).to(dtype)
+    pool_keys, pool_values, tables, heads = paged_by_heads(keys, values, lengths, block_size)
+    found = check_piece(q, pool_keys, pool_values, starts, lengths, tables, heads=heads, **options)
+    alone_keys, alone_values, table = paged(keys, values, lengths, block_size)
+    torch.testing.assert_close(found, check_piece(q, alone_keys, alone_values, starts, lengths, table, **options))
 
 
 def test_pieces_of_any_strides_and_tables_that_are_too_short():

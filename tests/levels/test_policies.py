@@ -110,6 +110,44 @@ def test_a_burst_of_load_and_its_end():
     assert trace == [1, 2, 3, 4, 5, 4, 3, 2, 1, 0, 0, 0]
 
 
+LADDER = (0, 64, 128, 256, 512)
+
+
+@pytest.fixture
+def of_heads():
+    """Of a server's levels: 1,024 KV heads, of which few levels can be had."""
+    return lambda **changes: stats(**{"num_layers": 1024, "max_level": 1024, "unit": "head", "ladder": LADDER, "level": 128, **changes})
+
+
+@pytest.mark.parametrize("level, expected", [(0, 0), (63, 0), (64, 64), ("25%", 256), ("30%", 256), ("kept:50%", 512), ("kept:0", 512)])
+def test_named_levels_convert_no_more_than_they_say(of_heads, level, expected):
+    assert FixedLevel(level)(of_heads()) == expected
+    assert PromptLength(((0, level),))(of_heads()) == expected
+
+
+def test_a_budget_takes_a_level_at_which_the_cache_fits(of_heads):
+    record = of_heads(tokens=4000, softmax_bytes_per_token=512, dsla_bytes=100_000)
+    fitting = record.cache_bytes(129, 4128)
+    assert CacheMemory(fitting)(record) == 256
+    assert CacheMemory(1)(record) == 512, "the highest that can be had"
+
+
+def test_steps_on_a_ladder_move_by_levels_that_can_be_had(of_heads):
+    for step, up, down in ((1, 256, 64), ("12.5%", 256, 64), ("25%", 512, 0), (512, 512, 0)):
+        assert Load(step=step, max_level="100%")(of_heads(queue_depth=99)) == up
+        assert Load(step=step)(of_heads()) == down
+    assert Load(max_level="40%")(of_heads(level=256, queue_depth=99)) == 256
+    assert LatencyTarget(0.01)(of_heads(seconds_per_token=1.0, tokens_since_change=9)) == 256
+    assert LatencyTarget(0.01)(of_heads(seconds_per_token=1.0, tokens_since_change=9, level=512)) == 512
+    assert Load(step="25%")(stats(queue_depth=99)) == 8, "where all can be had it is a share of all layers"
+
+
+@pytest.mark.parametrize("step", [0, -1, "0%", "kept:3", 1.5, "many"])
+def test_steps_that_are_none_are_refused(step):
+    with pytest.raises(ValueError, match="step must be"):
+        Load(step=step)
+
+
 def test_policies_by_name_level_and_function():
     assert as_policy("prompt-length") == PromptLength() and as_policy("text-length") == PromptLength(grow=True)
     assert as_policy("load") == Load()

@@ -15,14 +15,11 @@ from transformers.models.llama import modeling_llama
 
 from dsla_hf import DSLAConfig, DSLATrainingArguments, distill
 from dsla_hf.core.heads import HeadSplit
-from dsla_hf.inference.fusion import fused
-from dsla_hf.inference.graph import GraphDecoder
 from dsla_hf.levels.reading import parse_level
 from dsla_hf.models.adapter import dsla_layers
 from dsla_hf.models.configuration import resolve_level
 from dsla_hf.models.loading import check_whole_layers, load_config
 from dsla_hf.models.mixed_projections import MixedColumns, MixedRows
-from dsla_hf.serving.engine.levels import Levels
 from dsla_hf.training.ranking import rank_layers
 
 # --- both ends of the scale -------------------------------------------------------------------------------------
@@ -197,10 +194,10 @@ def test_what_was_composed_is_made_anew_when_a_weight_changes(head_model):
     model, ids = head_model(level=3).requires_grad_(False), text()
     layer = dsla_layers(model)[2]
     before = full(model, ids)
-    view = layer.dsla_attention(layer.converted_part)
-    kept = view.q_proj._kept[1][0]
+    view = layer.dsla_attention(layer.converted_part, in_order=False)
     assert isinstance(view.q_proj, MixedRows) and isinstance(view.o_proj, MixedColumns)
-    assert torch.equal(full(model, ids), before) and view.q_proj._kept[1][0] is kept, "composed once"
+    weights = [x.weights()[0] for x in (view.q_proj, view.o_proj)]
+    assert all(x.weights()[0] is kept for x, kept in zip((view.q_proj, view.o_proj), weights, strict=True)), "composed once"
     for part in (layer.dsla_q_proj, layer.dsla_o_proj, layer.dsla_core):
         with torch.no_grad():
             parameter = next(part["default"].parameters())
@@ -208,6 +205,7 @@ def test_what_was_composed_is_made_anew_when_a_weight_changes(head_model):
         after = full(model, ids)
         assert (after - before).abs().max() > 1e-4
         before = after
+    assert not torch.equal(view.q_proj.weights()[0], weights[0]) and not torch.equal(view.o_proj.weights()[0], weights[1])
     fresh = head_model(level=3)
     fresh.load_state_dict(model.state_dict())
     assert_close(full(fresh, ids), before, 1e-6)
@@ -226,7 +224,7 @@ def test_a_pass_without_gradients_leaves_nothing_that_training_cannot_use(head_m
         model.get_base_model().get_input_embeddings().requires_grad_(True)
         logits = model(ids, use_cache=False).logits
         logits.sum().backward()
-        assert_close(logits.detach(), expected.clone(), 1e-6)
+        assert_close(logits.detach(), expected.clone(), 1e-5)  # outputs are summed in another order where they are trained
 
 
 def test_a_base_whose_weights_cannot_be_read_computes_by_itself(head_model):
@@ -458,14 +456,8 @@ def test_what_knows_whole_layers_alone_says_so(head_model):
     hybrid = copy.deepcopy(model).merge_and_unload()
     with pytest.raises(NotImplementedError, match="rank_layers ranks whole layers, and this plan converts heads"):
         rank_layers(model, [text(2, 200)])
-    for whole in (model, hybrid):
-        assert "levels count heads" in GraphDecoder(whole, record=lambda step, pool: None).obstacle()
-        with pytest.raises(NotImplementedError, match=r"the server: layers converted in part .* use a plan of whole layers"):
-            Levels(whole)
     with pytest.raises(NotImplementedError, match="tensor parallel"):
         type(hybrid).from_pretrained("nowhere", config=hybrid.config, tp_plan="auto")
-    with pytest.raises(NotImplementedError, match="fused layers"), fused(model):
-        pass
 
 
 def test_commands_that_know_whole_layers_alone_say_so_before_they_load(head_model, tmp_path):
@@ -475,9 +467,9 @@ def test_commands_that_know_whole_layers_alone_say_so_before_they_load(head_mode
     model.merge_and_unload().save_pretrained(tmp_path / "hybrid")
     for folder, adapter in (("base", tmp_path / "adapter"), ("hybrid", None)):
         config = load_config(str(tmp_path / folder))
-        with pytest.raises(ValueError, match=r"dsla serve: layers converted in part .* use a plan of whole layers"):
-            check_whole_layers("dsla serve", config, adapter and str(adapter))
-    check_whole_layers("dsla serve", load_config(str(tmp_path / "base")), None)
+        with pytest.raises(ValueError, match=r"dsla order: layers converted in part .* use a plan of whole layers"):
+            check_whole_layers("dsla order", config, adapter and str(adapter))
+    check_whole_layers("dsla order", load_config(str(tmp_path / "base")), None)
 
 
 def test_a_plan_of_heads_is_distilled_at_random_levels(head_model, tmp_path):

@@ -9,6 +9,7 @@ import time
 
 import httpx
 import pytest
+from head_layers import ORDER
 from server import byte_tokenizer
 
 from dsla_cli import main
@@ -76,10 +77,24 @@ def test_options_reach_the_engine(saved):
     assert engine.memory.pool.num_blocks == 2**30 // 1000 // (2 * EngineOptions.block_size * 2 * 8 * 4)
 
 
+@pytest.mark.parametrize("level, expected, step", [("kept:50%", 4, 1), ("75%", 6, 2)])
+def test_levels_in_heads_reach_the_engine(tmp_path, tiny_model, adapter_model, level, expected, step):
+    base = tiny_model("llama")
+    base.save_pretrained(tmp_path / "my-base")
+    byte_tokenizer().save_pretrained(tmp_path / "my-base")
+    adapter_model(base, conversion_unit="head", conversion_order=ORDER).save_pretrained(tmp_path / "my-adapter")
+    options = ServeOptions(str(tmp_path / "my-base"), str(tmp_path / "my-adapter"), max_level=level, step="25%" if step == 2 else None)
+    engine = load_app(options).state.engine
+    assert engine.control.highest == expected == engine.levels.ladder[-1] and engine.levels.unit == "head"
+    assert engine.control.policy.rungs(engine.stats()) == step, "an eighth of eight heads, or what was asked for"
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
         (["--policy", "clever"], "level_policy"),
+        (["--step", "0"], "step must be"),
+        (["--max-level", "kept:1"], "whole layers"),
         (["--max-level", "9"], "9"),
         (["--max-tokens", "99999"], "max_tokens 99999"),
         (["--kv-gib", "0"], "kv_bytes"),

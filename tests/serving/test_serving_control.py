@@ -94,3 +94,14 @@ def test_load_heeds_what_a_server_measures(figure, threshold):
     close = Stats(level=3, **{name: limit * (1.5 if name == "free_share" else 0.9)}, **QUIET)
     assert policy(close) == 3, "neither over the threshold nor below the release"
     assert policy(Stats(level=3, **QUIET)) == 1
+
+
+def test_levels_between_those_of_a_ladder_are_rounded_down_and_said_once(caplog):
+    asked = [5]
+    control = LevelControl(lambda stats: asked[0], lowest=0, highest=8, ladder=[0, 4, 8], clock=lambda: 0.0)
+    assert control.wanted(Stats(level=0, **QUIET))[0] == 4
+    asked[0] = 7
+    assert control.wanted(Stats(level=0, **QUIET))[0] == 4
+    assert caplog.text.count("level 5 is not among those in use, [0, 4, 8]: 4 is taken") == 1 and "level 7" not in caplog.text
+    control.change(4, "asked")
+    assert control.from_here() == [4, 8]

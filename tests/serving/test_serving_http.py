@@ -13,6 +13,7 @@ import openai
 import pytest
 import schemathesis
 import torch
+from head_layers import ORDER
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from server import byte_tokenizer, served
@@ -133,6 +134,19 @@ def test_models_health_status_metrics_and_page(running):
     assert "dsla_seconds_to_first_token_count 1.0" in metrics
     page = httpx.get(f"{address}/")
     assert page.headers["content-type"].startswith("text/html") and "http" not in page.text.replace("http://www.w3.org", "")
+
+
+def test_levels_in_heads_are_shown_with_what_is_kept(tiny_model, adapter_model, tokenizer):
+    model = adapter_model(tiny_model("llama"), conversion_unit="head", conversion_order=ORDER)
+    engine = Engine(model, "kept:3", EngineOptions(slots=2, block_size=8, max_tokens=256))
+    with served(build_app(engine, tokenizer, ApiOptions("tiny"))) as (_, address):
+        post(address, {"model": "tiny", "prompt": PROMPT, "max_tokens": 4})
+        status = httpx.get(f"{address}/status").json()
+        shown = {name: status[name] for name in ("level", "unit", "units", "kept", "layers", "ladder")}
+        assert shown == {"level": 5, "unit": "head", "units": 8, "kept": 3, "layers": 4, "ladder": [0, 1, 2, 3, 4, 5]}
+        metrics = httpx.get(f"{address}/metrics").text
+    assert "dsla_level 5.0" in metrics and "dsla_kept 3.0" in metrics and "KV heads that are DSLA" in metrics
+    assert 'dsla_generated_tokens_total{level="5"} 4.0' in metrics
 
 
 def test_two_hundred_clients_at_once_of_whom_some_leave(start, tuned, tokenizer):

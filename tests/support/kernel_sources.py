@@ -14,7 +14,15 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = ("test_kernels", "test_kernels_in_layer", "test_gates_kernel", "test_few_rows", "test_softmax_decode", "test_caches_kernel")
+MODULES = (
+    "test_kernels",
+    "test_kernels_in_layer",
+    "test_head_subsets",
+    "test_gates_kernel",
+    "test_few_rows",
+    "test_softmax_decode",
+    "test_caches_kernel",
+)
 LAYER = ("attention", "checks", "padding", "past", "precision", "recording", "step")  # modules of dsla_hf.core that call the kernels
 RECORD = ROOT / "tests" / "support" / "kernels_passed.txt"
 

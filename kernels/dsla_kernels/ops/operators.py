@@ -13,7 +13,7 @@ def schema(fields: type, results: str, before: str = "", changed: Sequence[str] 
     """Of an operator with the arguments `before`, which end in a comma, and the fields of a NamedTuple: `(Tensor q, ...) -> results`.
     Tensors `changed` are written to."""
     kinds = {name: KINDS[kind] for name, kind in get_type_hints(fields).items()}
-    kinds |= {name: f"Tensor({letter}!)" for letter, name in zip("abcdefgh", changed, strict=False)}
+    kinds |= {name: kinds[name].replace("Tensor", f"Tensor({letter}!)") for letter, name in zip("abcdefgh", changed, strict=False)}
     return f"({before}{', '.join(f'{kind} {name}' for name, kind in kinds.items())}) -> {results}"
 
 

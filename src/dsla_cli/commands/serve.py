@@ -34,15 +34,19 @@ def add_to(commands: Any, name: str) -> None:
         "--policy",
         default="load",
         metavar="P",
-        help="load, prompt-length, text-length, or a level such as 8 or 50%% (default: %(default)s)",
+        help="load, prompt-length, text-length, or a level such as 8, 50%% or kept:10%% (default: %(default)s)",
     )
-    level.add_argument("--max-level", metavar="L", help="the level goes no higher: a number, or a share such as 50%% (default: the plan)")
+    level.add_argument(
+        "--max-level",
+        metavar="L",
+        help="the level goes no higher: a number, a share such as 50%%, or kept:10%% of KV heads (default: the plan)",
+    )
     level.add_argument("--queue-depth", type=positive, metavar="N", help="load: waiting requests that raise it (default: 50)")
     level.add_argument("--waiting-tokens", type=positive, metavar="N", help="load: unread prompt tokens that raise it (default: none)")
     level.add_argument("--first-token-target", type=float, metavar="S", help="load: seconds to the first token that raise it")
     level.add_argument("--token-target", type=float, metavar="S", help="load: seconds per token that raise it")
     level.add_argument("--cool-down", type=float, metavar="S", help="load: seconds between two changes (default: 5)")
-    level.add_argument("--step", type=positive, metavar="N", help="load: layers of a change (default: an eighth of the model's)")
+    level.add_argument("--step", metavar="N", help="load: layers or KV heads of a change, or a share such as 25%% (default: an eighth)")
     sizes = parser.add_argument_group("sizes and limits")
     sizes.add_argument("--slots", type=positive, default=32, metavar="N", help="texts that run at a time (default: %(default)s)")
     sizes.add_argument("--max-waiting", type=positive, default=256, metavar="N", help="requests that may wait (default: %(default)s)")

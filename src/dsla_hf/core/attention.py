@@ -164,6 +164,9 @@ class DualStateAttention(nn.Module):
         seen: int | None = None,
         whole_windows: bool = False,
         counts: bool = True,
+        kv_heads: Tensor | None = None,
+        state_heads: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, DualState | None]:
         """Attend, after `state` if one is given. Autocast is off within: see `one_dtype` for what is computed in.
 
@@ -185,74 +188,126 @@ class DualStateAttention(nn.Module):
             whole_windows: every entry of `state.lengths` is a multiple of the window's size, and not 0: what the state has of the text then
                 lies in place, whatever the entries are.
             counts: add one token to the lengths; False leaves that to the caller, who does it for all layers at once.
+            kv_heads: int32 `[Hkv]`: k and v are those of all heads of a larger layer, and these their numbers, in the order of this layer's
+                heads. Kernels read them where they lie; where a gradient is asked for, or keys are put anew, they are selected first.
+            state_heads: int32 `[Hkv]`, where `state` has heads beside those of this layer: which of its heads each KV head has. A kernel
+                that writes over `state` (T = 1) leaves the others as they are; any other new state has this layer's heads alone.
+            out: `[B, T, Hq, V]` in q's dtype, written to and returned: some consecutive heads of a larger output. Not for gradients.
 
         Returns:
             o `[B, T, Hq, V]` in q's dtype, zero at padding; and the new state or None.
 
         Raises:
-            ValueError: for packed sequences that come with a state or shall leave one, and a state of another number of sequences.
+            ValueError: for packed sequences that come with a state or shall leave one, a state of another number of sequences, and
+                kv_heads or an out that do not fit.
         """
         if cu_seqlens is not None and (state is not None or output_state):
             raise ValueError(
                 "packed sequences (cu_seqlens, or position_ids that restart) leave no state behind: pass use_cache=False, "
                 "or run each sequence on its own"
             )
+        if out is not None and out.shape != (*q.shape[:3], self.value_dim):
+            raise ValueError(f"out must be {[*q.shape[:3], self.value_dim]}, as q and the size of a value say, got {list(out.shape)}")
         if state is not None and state.lengths.shape[0] != q.shape[0]:
             raise ValueError(f"the state holds {state.lengths.shape[0]} sequences, the input {q.shape[0]}")
         dtype = q.dtype
         state, q, k, v = one_dtype(state, q, k, v)
+        one_token = state is not None and q.shape[1] == 1
+        in_kernels = (one_token or kv_heads is not None) and self._runs_in_kernels(q, k, v, *(state or ()), sink_logits)
+        if kv_heads is not None:
+            self._check_kv_heads(kv_heads)
+            moved = cu_seqlens is not None or (padding_mask is not None and not padding_at_end)
+            if not in_kernels or self.reorders_keys or (self.window_size and (moved if state is None else not one_token)):
+                k, v, kv_heads = k.index_select(2, kv_heads), v.index_select(2, kv_heads), None
+        if state is not None and state_heads is not None and not (one_token and in_kernels):
+            state = state.of_heads(state_heads)
         q, k = self.in_halves(q), self.in_halves(k)
         with autocast_off(q):
-            if state is not None and q.shape[1] == 1 and self._decodes_in_kernel(q, k, v, *state, sink_logits):
+            if one_token and in_kernels:
                 # A state that takes part in a gradient is not written over: what was computed from it needs it as it was.
                 written = state if in_place and not requires_gradient(*state) else clone_state(state)
-                o, new = kernel_step(self, q, k, v, padding_mask, written, softcap, sink_logits, counts)
+                direct = out if out is not None and out.dtype == q.dtype else None
+                heads = kv_heads, state_heads
+                o, new = kernel_step(self, q, k, v, padding_mask, written, softcap, sink_logits, counts, *heads, direct)
             elif not self.window_size:
-                o, new = self._pure(q, k, v, padding_mask, cu_seqlens, state, output_state)
-            elif state is not None and q.shape[1] == 1:
+                o, new = self._pure(q, k, v, padding_mask, cu_seqlens, state, output_state, kv_heads)
+            elif one_token:
                 o, new = plain_step(self, q, k, v, padding_mask, state, softcap, sink_logits)
                 new = new if counts else new._replace(lengths=state.lengths)
             else:
                 at_end = padding_at_end and (state is None or whole_windows)
                 padding = Padding(padding_mask, cu_seqlens, at_end, shared if at_end else None)
                 # With a mask rows are no longer alike, whatever is known of them.
-                past = Past(self.window_size, self.sink_tokens, state, seen if padding_mask is None else None, whole_windows)
+                past = Past(self.window_size, self.sink_tokens, state, seen if padding_mask is None else None, whole_windows, kv_heads)
                 o, new = self._window(q, k, v, past, padding, output_state, softcap, sink_logits)
-        return o.to(dtype), new
+        if out is None:
+            return o.to(dtype), new
+        return out if o is out else out.copy_(o), new
 
-    def _decodes_in_kernel(self, q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> bool:
-        """Whether a kernel takes a token: where Triton runs, and no gradient is asked for."""
+    def _check_kv_heads(self, kv_heads: Tensor) -> None:
+        if kv_heads.dtype != torch.int32 or kv_heads.shape != (self.num_kv_heads,):
+            raise ValueError(
+                f"kv_heads must be int32 [{self.num_kv_heads}], one number for each KV head of this layer, got {kv_heads.dtype} "
+                f"{list(kv_heads.shape)}"
+            )
+
+    def _runs_in_kernels(self, q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> bool:
+        """Whether kernels without a gradient take over: where Triton runs, and none is asked for."""
         return uses_triton(q, v) and not (torch.is_grad_enabled() and requires_gradient(q, k, v, *others, *self.parameters()))
 
     def fold(
-        self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None, state: DualState | None = None, *, padding_at_end: bool = False
+        self,
+        k: Tensor,
+        v: Tensor,
+        padding_mask: Tensor | None = None,
+        state: DualState | None = None,
+        *,
+        padding_at_end: bool = False,
+        kv_heads: Tensor | None = None,
     ) -> DualState:
         """The state after tokens of which only keys and values are left: what `forward` would have returned, up to rounding.
 
-        k `[B, T, Hkv, K]`, v `[B, T, Hkv, V]`, `padding_mask` `[B, T]`, `padding_at_end` as in `forward`; `state` of the tokens before
-        them, if any. Where k, v or `state` require a gradient it flows through the fold, to them and to the parameters of the gates;
+        k `[B, T, Hkv, K]`, v `[B, T, Hkv, V]`, `padding_mask` `[B, T]`, `padding_at_end`, `kv_heads` as in `forward`; `state` of the tokens
+        before them, if any. Where k, v or `state` require a gradient it flows through the fold, to them and to the parameters of the gates;
         otherwise no graph is kept. Autocast is off within, as in `forward`.
         """
         state, k, v = one_dtype(state, k, v)
-        k = self.in_halves(k)
         gradient = torch.is_grad_enabled() and requires_gradient(k, v, *(state or ()))
         with torch.set_grad_enabled(gradient), autocast_off(k):
-            return self._fold(k, v, padding_mask, state, padding_at_end)
+            if kv_heads is not None:
+                self._check_kv_heads(kv_heads)
+                padded = padding_mask is not None and self.window_size  # what is no token is put to zero, in a copy
+                if gradient or not uses_triton(k, v) or self.reorders_keys or padded:
+                    k, v, kv_heads = k.index_select(2, kv_heads), v.index_select(2, kv_heads), None
+            return self._fold(self.in_halves(k), v, padding_mask, state, padding_at_end, kv_heads)
 
-    def _fold(self, k, v, padding_mask, state, padding_at_end):
+    def _fold(self, k, v, padding_mask, state, padding_at_end, kv_heads):
+        """No key moves: of tokens before these the window has those that are not in the states yet, and what comes is masked."""
         recurrent = None if state is None else state.recurrent
         if not self.window_size:
-            return self._state_without_window(self.final_state(k, v, padding_mask, recurrent), k, v, padding_mask, state)
-        past, padding = Past(self.window_size, self.sink_tokens, state), Padding(padding_mask)
-        start, new = past.row_start(), k.shape[1]
-        k, v, before = past.after_window(k, v, start)
-        padding_mask = padding.behind(before, k.shape[1] - new, new)
-        k, v, valid = to_rows(padding_mask, None, k, v, padding_at_end and state is None)[1:]
-        tokens = torch.full((k.shape[0],), k.shape[1], device=k.device) if valid is None else valid.sum(1)
-        blocks = (tokens // past.block_size - 1).clamp_min(0)  # whole blocks that another whole block follows
-        taken_in = torch.arange(k.shape[1], device=k.device) < (blocks * past.block_size)[:, None]
-        recurrent = self.final_state(k, v, past.taken_in(k, taken_in), recurrent)
-        return past.state_after(k, v, None if valid is None else tokens, recurrent, past.sinks(k, v), start)
+            return self._state_without_window(self.final_state(k, v, padding_mask, recurrent, kv_heads), k, v, padding_mask, state)
+        real = None if padding_mask is None else padding_mask.bool()
+        if real is not None:
+            k, v = (x.masked_fill(~real[..., None, None], 0) for x in (k, v))
+        past = Past(self.window_size, self.sink_tokens, state, kv_heads=kv_heads)
+        before = torch.zeros(k.shape[0], dtype=torch.long, device=k.device) if state is None else state.lengths
+        counted = torch.arange(1, k.shape[1] + 1, device=k.device) if real is None else real.cumsum(1)
+        number = before[:, None] + counted - 1  # of each token in its text
+        total = before + (k.shape[1] if real is None else counted[:, -1])
+        held = past.held(total)[:, None]
+        if state is not None:
+            window_k, window_v, old = past.not_held()
+            taken_in = (old >= self.sink_tokens) & (old < torch.minimum(held, before[:, None]))
+            recurrent = self.final_state(window_k, window_v, taken_in, recurrent)
+        taken_in = (number >= self.sink_tokens) & (number < held)
+        recurrent = self.final_state(k, v, taken_in if real is None else taken_in & real, recurrent, kv_heads)
+        order = None if real is None or padding_at_end else torch.argsort(~real, dim=1, stable=True)
+        return past.state_behind(k, v, total, recurrent, order)
+
+    @property
+    def reorders_keys(self) -> bool:
+        """Whether `in_halves` puts channels anew."""
+        return self.rotary_layout == "interleaved" or self.rotary_dim != self.key_dim
 
     def in_halves(self, x: Tensor) -> Tensor:
         """Queries or keys `[..., K]` as the base rotated them, channels put so that i and i + K/2 are a pair, as kernels have it: the pairs
@@ -265,24 +320,30 @@ class DualStateAttention(nn.Module):
         a, b, c, d = x.split([rotated, rotated, still, still], -1)
         return torch.cat([a, c, b, d], -1)
 
-    def gate_logits(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
+    def gate_logits(self, v: Tensor, kv_heads: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Raw gates `[B, T, Hkv, 2, K/2]` and raw write gates `[B, T, Hkv, 2]` (or None), fp32 (fp64 for fp64 inputs), from
-        values `[B, T, Hkv, V]`."""
+        values `[B, T, Hkv, V]`; kv_heads as in `forward`."""
         write = (self.write_weight, self.write_bias) if self.write_gate else ()
-        return gate_logits(v, self.gate_down, self.gate_up, self.gate_bias, *write, norm_eps=self.norm_eps)
+        return gate_logits(v, self.gate_down, self.gate_up, self.gate_bias, *write, norm_eps=self.norm_eps, kv_heads=kv_heads)
 
     @property
     def gate_options(self) -> dict[str, float]:
         """What kernels are told of the gates beside their logits."""
         return {"gate_normalizer": self.gate_normalizer, "lower_bound": self.gate_lower_bound}
 
-    def final_state(self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None, initial_state: Tensor | None = None) -> Tensor:
+    def final_state(
+        self,
+        k: Tensor,
+        v: Tensor,
+        padding_mask: Tensor | None = None,
+        initial_state: Tensor | None = None,
+        kv_heads: Tensor | None = None,
+    ) -> Tensor:
         """The two states `[B, Hkv, 2, K, V]` after keys `[B, T, Hkv, K]` in halves and values `[B, T, Hkv, V]`; the window takes no part.
-        padding_mask: `[B, T]`, True at tokens that the states take in."""
-        gate_logits, write_logits = self.gate_logits(v)
-        return final_state(
-            k, v, gate_logits, write_logits=write_logits, padding_mask=padding_mask, initial_state=initial_state, **self.gate_options
-        )
+        padding_mask: `[B, T]`, True at tokens that the states take in. kv_heads: as in `forward`."""
+        gate_logits, write_logits = self.gate_logits(v, kv_heads)
+        options: dict[str, Any] = {"padding_mask": padding_mask, "initial_state": initial_state, "kv_heads": kv_heads}
+        return final_state(k, v, gate_logits, write_logits=write_logits, **options, **self.gate_options)
 
     def mix(self) -> Tensor:
         """Weights of the two states `[Hq, 2]`, fp32 (fp64 for fp64 parameters)."""
@@ -296,8 +357,8 @@ class DualStateAttention(nn.Module):
 
     # --- the paper's layer --------------------------------------------------------------------------------------
 
-    def _pure(self, q, k, v, padding_mask, cu_seqlens, state, output_state):
-        gate_logits, write_logits = self.gate_logits(v)
+    def _pure(self, q, k, v, padding_mask, cu_seqlens, state, output_state, kv_heads):
+        gate_logits, write_logits = self.gate_logits(v, kv_heads)
         o, recurrent = dual_state_attention(
             q,
             k,
@@ -311,6 +372,7 @@ class DualStateAttention(nn.Module):
             cu_seqlens=cu_seqlens,
             initial_state=None if state is None else state.recurrent,
             output_final_state=output_state,
+            kv_heads=kv_heads,
         )
         o = o.to(gate_logits.dtype)
         o = (o * (o.square().mean(-1, keepdim=True) + self.norm_eps).rsqrt() * self.norm_weight.to(o.dtype)).to(q.dtype)
@@ -320,7 +382,7 @@ class DualStateAttention(nn.Module):
         tokens = torch.full_like(k[:, 0, 0, 0], k.shape[1], dtype=torch.long) if padding_mask is None else padding_mask.long().sum(1)
         lengths = tokens if state is None else state.lengths + tokens
         # Copies, not views: a view would keep the states of every chunk, or all the keys, alive.
-        empty_k, empty_v = (x.new_empty(x.shape[0], 0, *x.shape[2:]) for x in (k, v))
+        empty_k, empty_v = (x.new_empty(x.shape[0], 0, self.num_kv_heads, x.shape[3]) for x in (k, v))
         return DualState(recurrent.clone(), empty_k, empty_v, lengths)
 
     # --- with a softmax window ----------------------------------------------------------------------------------
@@ -338,7 +400,7 @@ class DualStateAttention(nn.Module):
         unread = padding.at_end and uses_triton(q, v, quietly=True)  # kernels load no padding behind a row
         rows, k, v, valid = to_rows(mask, padding.cu_seqlens, k, v, padding.at_end, unread)
         sinks = past.sinks(k, v)
-        gate_logits, write_logits = self.gate_logits(v)
+        gate_logits, write_logits = self.gate_logits(v, past.kv_heads)
         row_counts = None if valid is None else padding.once(("counts", *of), lambda: count_tokens(valid, self.window_size))
         o, recurrent = fused_window_attention(
             q if rows is None else rows.gather(q),
@@ -363,6 +425,7 @@ class DualStateAttention(nn.Module):
             output_final_state=output_state,
             softcap=softcap,
             sink_logits=sink_logits,
+            kv_heads=past.kv_heads,
         )
         o = o[:, places:] if rows is None else rows.scatter(o, q.shape[:2])[:, places:]
         if recurrent is None:

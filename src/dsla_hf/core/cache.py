@@ -43,6 +43,7 @@ class DSLACacheLayer(CacheLayerMixin):
     is_croppable = False  # not without recording
     supports_early_init = False
     whole_windows = False  # whether every entry of `state.lengths` is known to be a multiple of the window's size, and not 0
+    state_heads: Tensor | None = None  # where `state` has further heads: which of its heads are those of the layer that fills it
     counts = True  # whether a step of one token adds to lengths and tokens; False where somebody does it for all layers at once
 
     def __init__(self) -> None:
@@ -278,13 +279,18 @@ class VisibleStaticLayer(StaticLayer):
 
 
 def fold_in_pieces(
-    attention: DualStateAttention, k: Tensor, v: Tensor, mask: Tensor | None = None, state: DualState | None = None
+    attention: DualStateAttention,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    state: DualState | None = None,
+    kv_heads: Tensor | None = None,
 ) -> DualState:
-    """`attention.fold` of k, v `[B, T, Hkv, D]` and mask `[B, T]`, some tokens at a time."""
+    """`attention.fold` of k, v `[B, T, Hkv, D]` and mask `[B, T]`, some tokens at a time; kv_heads as there."""
     piece = max(FOLDED_AT_ONCE // k.shape[0], 1)
     masks = [None] * -(-k.shape[1] // piece) if mask is None else mask.split(piece, 1)
     for k_part, v_part, mask_part in zip(k.split(piece, 1), v.split(piece, 1), masks, strict=True):
-        state = attention.fold(k_part, v_part, mask_part, state)
+        state = attention.fold(k_part, v_part, mask_part, state, kv_heads=kv_heads)
     assert state is not None
     return state
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 from transformers.utils import logging
 
-from ..compat.attributes import keep_address
 from .attention import DualStateAttention
 from .cache import LEVEL_LOWERED, RECORDS_PAST, DSLACacheLayer, StaticDSLACacheLayer, VisibleStaticLayer, fold_in_pieces
 from .heads import HeadSplit, of_heads
@@ -31,6 +30,7 @@ def fold(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     max_length: int | None = None,
+    kv_heads: Tensor | None = None,
 ) -> DSLACacheLayer:
     """Turn the cached keys and values of a softmax layer into the state that `attention` would have built from them.
 
@@ -42,13 +42,15 @@ def fold(
         position_ids: `[B, T]`, only to make sure that each row is one text: the states need no positions, because
             cached keys are rotated already.
         max_length: of the `StaticCache` the layer is for; None for a dynamic one.
+        kv_heads: int32 `[Hkv]`, where keys and values are those of more heads: the places of `attention`'s own among them.
 
     Where keys or values require a gradient (trained ones, or those of text that is trained on), it flows through the fold.
 
     Raises:
         ValueError: if shapes do not fit, or positions of a row restart (packed texts must not share a state).
     """
-    expected = (attention.num_kv_heads, attention.key_dim, attention.value_dim)
+    heads = keys.shape[1] if kv_heads is not None and keys.ndim == 4 else attention.num_kv_heads
+    expected = (heads, attention.key_dim, attention.value_dim)
     if (
         keys.ndim != 4
         or values.ndim != 4
@@ -67,7 +69,7 @@ def fold(
             raise ValueError("position_ids restart inside a row: several texts in one row cannot be folded into one state")
     layer = _empty_layer(max_length)
     k, v = keys.transpose(1, 2), values.transpose(1, 2)
-    state = fold_in_pieces(attention, k, v, mask)
+    state = fold_in_pieces(attention, k, v, mask, kv_heads=kv_heads)
     layer.advance(state, k, v, mask)
     return layer
 
@@ -96,7 +98,7 @@ def check_cache(cache: Any, converted: Sequence[bool | tuple[int, ...]], rows: i
             states = layer.converted if partial else layer
             if states.state is not None and states.batch_size != rows:
                 raise ValueError(f"the cache holds {states.batch_size} rows, the call has {rows}: give it a cache of its own")
-            if partial and is_dsla != layer.heads and (recorded or _tokens_of(layer) > 0):
+            if partial and not layer.has_heads(is_dsla) and (recorded or _tokens_of(layer) > 0):
                 _check_foldable(index, layer.softmax)
                 if not recorded:
                     _check_reaches_back(index, layer)
@@ -164,7 +166,7 @@ def partial_cache_layer(
     cache: Cache, layer_idx: int, attention: DualStateAttention, split: HeadSplit, layout: TokenLayout, exact: bool = True
 ) -> PartialCacheLayer:
     """The layer of `cache` at `layer_idx` for a layer converted in part, as `dsla_cache_layer` for a whole one: of what is found there the
-    converted heads' keys and values are folded, and those of kept heads alone stay in memory.
+    converted heads' keys and values are folded, and those of kept heads alone stay in memory. Both kinds then lie in the order of `split`.
 
     attention: of the whole layer, or (in a hybrid) of the converted heads alone.
 
@@ -175,10 +177,10 @@ def partial_cache_layer(
     layer = _layer_at(cache, layer_idx)
     heads = split.converted
     if isinstance(layer, PartialCacheLayer):
-        if layer.heads == heads:
+        if (layer.heads, layer.kept) == (heads, split.kept):
             return layer
         held, softmax = layer.kept, layer.softmax
-        lowered = not set(layer.heads) < set(heads)
+        lowered = not set(layer.heads) <= set(heads)
     else:
         held, softmax, lowered = tuple(range(split.num_kv_heads)), layer, isinstance(layer, DSLACacheLayer)
     if lowered:
@@ -216,44 +218,47 @@ def _states_of(
         new = _empty_layer(max_length)
     else:
         _check_foldable(layer_idx, softmax)
-        if not exact:
+        reordered = before is not None and before.has_heads(heads)
+        if not exact and not reordered:
             logger.warning_once(
                 "a text goes on at a higher level with trained k_proj or v_proj: the states are folded from the original model's keys "
                 "and values, which is approximate. Set the level before the text begins, or train with the default trained_projections"
             )
         keys, values = _cached(softmax, tokens)
         cached = keys.shape[2]
-        if cached < tokens:
+        if cached < tokens and not reordered:
             logger.warning_once(
                 f"layer {layer_idx} had a sliding window: of its {tokens} tokens the last {cached} are cached, and the states begin there"
             )
         mask = layout.past_mask(tokens, cached)
         folded, held = heads, tuple(range(num_kv_heads))
         if before is not None:
-            _check_reaches_back(layer_idx, before)
+            if not reordered:
+                _check_reaches_back(layer_idx, before)
             folded, held = tuple(head for head in heads if head not in before.heads), before.kept
+        places = None
         if folded != held:
-            places = torch.tensor([held.index(head) for head in folded], device=keys.device)
-            keys, values = keys.index_select(1, places), values.index_select(1, places)
-        new = fold(of_heads(attention, folded), keys, values, attention_mask=mask, max_length=max_length)
+            places = torch.tensor([held.index(head) for head in folded], dtype=torch.int32, device=keys.device)
+
+        def part(some: tuple[int, ...]) -> DualStateAttention:
+            return of_heads(attention, some if attention.num_kv_heads == num_kv_heads else map(heads.index, some))
+
+        if before is None:
+            new = fold(part(folded), keys, values, attention_mask=mask, max_length=max_length, kv_heads=places)
+        else:
+            known = before.converted.current_state(part(before.heads))
+            assert known is not None
+            states, k, v = [known], keys.transpose(1, 2), values.transpose(1, 2)
+            if folded:
+                states.append(fold_in_pieces(part(folded), k, v, mask, kv_heads=places))
+            new = _empty_layer(max_length)
+            new.advance(join_states(states, [before.heads, folded][: len(states)], heads), k, v, mask)
+            if reordered:
+                new.seen = before.converted.seen
         new.tokens = new.tokens + (tokens - cached)
-        if before is not None:
-            _add_heads(new, folded, before, attention)
     if getattr(cache, RECORDS_PAST, False):
         new.activate_past_recording()
     return new
-
-
-def _add_heads(new: DSLACacheLayer, heads: tuple[int, ...], before: PartialCacheLayer, attention: DualStateAttention) -> None:
-    """Put the states of heads that were converted `before` to those of the `heads` in `new`, which have read the same text."""
-    assert new.state is not None
-    known = before.converted.current_state(of_heads(attention, before.heads))
-    assert known is not None
-    state = join_states([known, new.state], [before.heads, heads])
-    if isinstance(new, StaticDSLACacheLayer):
-        for x in state:
-            keep_address(x)
-    new.state = state
 
 
 def _empty_layer(max_length: int | None) -> DSLACacheLayer:

@@ -21,7 +21,7 @@ class PartialCacheLayer(CacheLayerMixin):
     (offloading). The DSLA layer is filled by `converted.advance`.
 
     softmax: of the class that the layer would have at level 0. converted: of the other heads.
-    heads, kept: which these are, by number.
+    heads, kept: which the converted and the kept ones are, in the order in which they lie in it.
     """
 
     supports_early_init = False
@@ -34,6 +34,10 @@ class PartialCacheLayer(CacheLayerMixin):
     def parts(self) -> tuple[Any, DSLACacheLayer]:
         """The two layers in it."""
         return self.softmax, self.converted
+
+    def has_heads(self, heads: Any) -> bool:
+        """Whether these are its converted heads, in whatever order."""
+        return isinstance(heads, tuple) and set(heads) == set(self.heads)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.softmax.lazy_initialization(key_states, value_states)
@@ -142,9 +146,17 @@ def with_heads(softmax: Any, places: list[int]) -> Any:
     return smaller
 
 
-def join_states(states: list[DualState], heads: list[tuple[int, ...]]) -> DualState:
-    """The state of all these heads by number, of those of some each. They have read the same tokens: `lengths` is that of the first."""
-    order = torch.tensor([head for some in heads for head in some], device=states[0].lengths.device).argsort()
-    recurrent = torch.cat([state.recurrent for state in states], 1).index_select(1, order)
-    window_k, window_v = (torch.cat(parts, 2).index_select(2, order) for parts in zip(*(state[1:3] for state in states), strict=True))
+def last_heads(softmax: Any, heads: int) -> Any:
+    """A static cache layer of so many heads in the memory of the last ones of `softmax`, which counts tokens for both."""
+    part = copy.copy(softmax)
+    part.keys, part.values, part.num_heads = softmax.keys[:, -heads:], softmax.values[:, -heads:], heads
+    return part
+
+
+def join_states(states: list[DualState], heads: list[tuple[int, ...]], order: tuple[int, ...]) -> DualState:
+    """The state of all heads of `order`, of those of some each. They have read the same tokens: `lengths` is that of the first."""
+    lie = [head for some in heads for head in some]
+    index = torch.tensor([lie.index(head) for head in order], device=states[0].lengths.device)
+    recurrent = torch.cat([state.recurrent for state in states], 1).index_select(1, index)
+    window_k, window_v = (torch.cat(parts, 2).index_select(2, index) for parts in zip(*(state[1:3] for state in states), strict=True))
     return DualState(recurrent, window_k, window_v, states[0].lengths)

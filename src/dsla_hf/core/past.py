@@ -32,6 +32,11 @@ class DualState(NamedTuple):
     window_v: Tensor
     lengths: Tensor
 
+    def of_heads(self, heads: Tensor) -> DualState:
+        """A copy of these heads `[Hkv]`, by number; `lengths` is that of all."""
+        window_k, window_v = (x.index_select(2, heads) for x in (self.window_k, self.window_v))
+        return DualState(self.recurrent.index_select(1, heads), window_k, window_v, self.lengths)
+
 
 def clone_state(state: DualState) -> DualState:
     """The same in memory of its own."""
@@ -45,6 +50,7 @@ class Past:
     state: of these tokens, None at the start of a text.
     seen: what every entry of `state.lengths` is, where the host knows it: tokens of the window then are slices of it, and rows are alike.
     whole_windows: every entry of `state.lengths` is a multiple of W, and not 0: the window lies in order then, whatever the entries are.
+    kv_heads: int32 `[Hkv]`, where the rows' k and v are of all heads of a layer: those that states are of.
     """
 
     window_size: int
@@ -52,6 +58,11 @@ class Past:
     state: DualState | None = None
     seen: int | None = None
     whole_windows: bool = False
+    kv_heads: Tensor | None = None
+
+    def own(self, x: Tensor) -> Tensor:
+        """Of keys or values `[B, L, heads, D]` those that go into a state."""
+        return x if self.kv_heads is None else x.index_select(2, self.kv_heads)
 
     @property
     def block_size(self) -> int:
@@ -103,18 +114,18 @@ class Past:
         if state is not None and seen is not None and seen >= count:
             return state.window_k[:, :count], state.window_v[:, :count]
         short = max(count - k.shape[1], 0)
-        new_k, new_v = ((F.pad(x, (0, 0, 0, 0, 0, short)) if short else x)[:, :count] for x in (k, v))
+        new_k, new_v = (self.own(x[:, :count]) for x in (k, v))
+        if short:
+            new_k, new_v = (F.pad(x, (0, 0, 0, 0, 0, short)) for x in (new_k, new_v))
         if state is None:
             return new_k, new_v
         known = (torch.arange(count, device=k.device) < state.lengths[:, None])[..., None, None]
         return torch.where(known, state.window_k[:, :count], new_k), torch.where(known, state.window_v[:, :count], new_v)
 
-    def taken_in(self, k: Tensor, valid: Tensor | None = None) -> Tensor | None:
-        """Which tokens of rows that go on the states take in, bool `[B, L]`: no sinks, and nothing that they hold already. None: all.
-
-        valid: bool `[B, L]`, which places hold tokens at all."""
+    def taken_in(self, k: Tensor) -> Tensor | None:
+        """Which tokens of rows that go on the states take in, bool `[B, L]`: no sinks, and nothing that they hold already. None: all."""
         if self.state is None and not self.sink_tokens:
-            return valid
+            return None
         position, seen = torch.arange(k.shape[1], device=k.device)[None], self._seen
         if self.state is None:
             taken_in = (position >= self.sink_tokens).expand(k.shape[0], -1)
@@ -125,7 +136,7 @@ class Past:
             held_of_each = torch.where(self.state.lengths >= self.window_size, self.block_size, 0)
             # A row that starts later skips a whole block.
             taken_in = (position >= held_of_each[:, None]) & (position >= self.sink_tokens)
-        return taken_in if valid is None else taken_in & valid
+        return taken_in
 
     def state_after(
         self,
@@ -148,14 +159,47 @@ class Past:
         if real is None and not isinstance(start, Tensor):  # every row has the same tokens, so they are slices
             end = start + length
             turn, oldest = length - end % window, max(length - window, 0)  # where slot 0 is written anew, and the first that is kept
-            window_k, window_v = (torch.cat([sink, x[:, turn:], x[:, oldest:turn]], 1) for sink, x in zip(sinks, (k, v), strict=True))
+            window_k, window_v = (
+                torch.cat([sink, self.own(x[:, turn:]), self.own(x[:, oldest:turn])], 1) for sink, x in zip(sinks, (k, v), strict=True)
+            )
             if end < window:
                 window_k, window_v = (F.pad(x, (0, 0, 0, 0, 0, window - end)) for x in (window_k, window_v))
             return DualState(recurrent, window_k, window_v, torch.full((k.shape[0],), end, device=device))
         real = torch.full((k.shape[0],), length, device=device) if real is None else real
         places = self.newest(start, real, length) if places is None else places
-        window_k, window_v = (torch.cat([sink, _gathered(x, places)], 1) for sink, x in zip(sinks, (k, v), strict=True))
+        window_k, window_v = (torch.cat([sink, self.own(_gathered(x, places))], 1) for sink, x in zip(sinks, (k, v), strict=True))
         return DualState(recurrent, window_k, window_v, real + start)
+
+    def held(self, lengths: Tensor) -> Tensor:
+        """Of so many tokens those that the states hold, beside the sinks: whole blocks that another whole block follows."""
+        return (lengths // self.block_size - 1).clamp_min(0) * self.block_size
+
+    def not_held(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of `state` keys and values `[B, W, Hkv, D]` of the tokens that its states do not hold, in their order, and the numbers of these
+        in their texts `[B, W]`. What has not come yet is zero."""
+        assert self.state is not None
+        lengths = self.state.lengths
+        number = self.held(lengths)[:, None] + torch.arange(self.window_size, device=lengths.device)
+        places, absent = self.sink_tokens + number % self.window_size, (number >= lengths[:, None])[..., None, None]
+        window_k, window_v = (_gathered(x, places).masked_fill(absent, 0) for x in (self.state.window_k, self.state.window_v))
+        return window_k, window_v, number
+
+    def state_behind(self, k: Tensor, v: Tensor, lengths: Tensor, recurrent: Tensor, order: Tensor | None) -> DualState:
+        """The state after tokens k, v `[B, T, Hkv, D]` that follow those of `state`.
+
+        lengths: tokens of each text with them `[B]`. order: `[B, T]`, where the real tokens lie, if they are not the first ones."""
+        slot = torch.arange(self.window_size, device=k.device)
+        newest = lengths[:, None] - 1 - (lengths[:, None] - 1 - slot) % self.window_size
+        number = torch.cat([slot[: self.sink_tokens].expand(len(lengths), -1), newest], 1)
+        place = number if self.state is None else number - self.state.lengths[:, None]
+        found = place.clamp(0, k.shape[1] - 1)  # where there is none yet: anything, the count hides it
+        if order is not None:
+            found = order.gather(1, found)
+        window_k, window_v = (self.own(_gathered(x, found)) for x in (k, v))
+        if self.state is not None:
+            new = ((place >= 0) & (number < lengths[:, None]))[..., None, None]
+            window_k, window_v = torch.where(new, window_k, self.state.window_k), torch.where(new, window_v, self.state.window_v)
+        return DualState(recurrent, window_k, window_v, lengths)
 
     def newest(self, start: Tensor | int, real: Tensor, length: int) -> Tensor:
         """Where in rows of `length` places the newest token of each slot of the window lies, `[B, W]`. Before there is one, it is

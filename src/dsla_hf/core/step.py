@@ -29,8 +29,11 @@ def kernel_step(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     counts: bool = True,
+    kv_heads: Tensor | None = None,
+    state_heads: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, DualState]:
-    """One token a row in one kernel, which writes the new state over `state`."""
+    """One token a row in one kernel, which writes the new state over `state`, and the output to `out` if that is given."""
     from dsla_kernels.ops.decode import GateWeights, pure_decode, window_decode  # imports Triton
 
     write = (layer.write_weight, layer.write_bias) if layer.write_gate else (None, None)
@@ -41,6 +44,9 @@ def kernel_step(
         "scale": layer.scale,
         "norm_eps": layer.norm_eps,
         "padding_mask": padding_mask,
+        "kv_heads": kv_heads,
+        "state_heads": state_heads,
+        "out": out,
     }
     if not layer.window_size:
         o = pure_decode(q, k, v, state.recurrent, gates, layer.mix_logits, layer.norm_weight, **options)

@@ -9,7 +9,7 @@ Everything else goes to SDPA as it would without this module.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -35,8 +35,10 @@ class CachedTokens:
 
     lengths: int `[B]`, tokens of each row, the new ones included.
     mask: bool `[B, T]`, False at padding in the cache; None if there is none.
-    block_tables: int `[layers, B, most blocks]`, where the cache is a pool of blocks that keys and values are handed over as
-        (`[blocks, block_size, Hkv, D]`); None for `[B, Hkv, T, D]`.
+    block_tables: int `[groups, B, most blocks]`, where the cache is a pool of blocks that keys and values are handed over as
+        (`[blocks, block_size, heads, D]`); None for `[B, Hkv, T, D]`.
+    places: with block tables, by layer, where its heads lie: the number of its own table, or int32 `[Hkv, 2]`, of each its table and which
+        of the heads of a block it is.
     starts: int `[B]`, tokens of each row before the new ones, where these are several (with block tables only).
     """
 
@@ -44,6 +46,7 @@ class CachedTokens:
     mask: Tensor | None = None
     block_tables: Tensor | None = None
     starts: Tensor | None = None
+    places: Sequence[int | Tensor | None] = ()
 
 
 _cached: ContextVar[CachedTokens | None] = ContextVar("cached tokens of this step", default=None)
@@ -98,11 +101,15 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
         grouped = query.shape[1] != key.shape[1]
         o = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
         return o.transpose(1, 2).contiguous(), None
-    table = None if cached.block_tables is None else cached.block_tables[module.layer_idx]
+    table = heads = None
+    if cached.block_tables is not None:
+        place = cached.places[module.layer_idx]
+        table, heads = (cached.block_tables, place) if isinstance(place, Tensor) else (cached.block_tables[place], None)
     q = query.transpose(1, 2)
     if cached.starts is not None and table is not None:
-        return softmax_prompt(q, key, value, cached.starts, cached.lengths, table, scale=scale, window=window), None
-    return softmax_decode(q, key, value, cached.lengths, scale=scale, window=window, mask=cached.mask, block_table=table), None
+        return softmax_prompt(q, key, value, cached.starts, cached.lengths, table, scale=scale, window=window, heads=heads), None
+    options: dict[str, Any] = {"scale": scale, "window": window, "mask": cached.mask, "block_table": table, "heads": heads}
+    return softmax_decode(q, key, value, cached.lengths, **options), None
 
 
 def _behind_cache(new: int, tokens: int, window: int | None, device: torch.device) -> Any:

@@ -25,7 +25,6 @@ from dsla_kernels import gated_linear, linears, takes_few_rows
 
 from ..compat.attributes import children_of, has_hooks
 from ..models.adapter_layer import DSLALayer
-from ..models.base_attention import NO_HEADS
 from .parts import ROTATION, GatedMLP, Layer, is_plain, parts_of, summary
 
 logger = logging.getLogger(__name__)
@@ -71,7 +70,9 @@ def fused(model: nn.Module, compile: Compile = _compile, prompt: bool = False) -
         forwards = {module: _compiled_forward(module, compile, prompt) for module in (*parts.norms, *parts.mlps)}
         # The layers of an MLP run within its compiled forward, which would be compiled anew for each were they replaced.
         inner = {part for module in forwards for part in module.modules()}
-        forwards |= _linear_forwards({x for x in model.modules() if x not in inner and is_plain(x)}, _projections(model))
+        views = _views(model)
+        linear = {x for module in (model, *views) for x in module.modules() if x not in inner and is_plain(x)}
+        forwards |= _linear_forwards(linear, _projections([*model.modules(), *views]))
         forwards |= {module: _gated_forward(module, form, forwards[module]) for module, form in parts.gated.items()}
         forwards |= {module: _layer_forward(module, form, compile, prompt) for module, form in parts.layers.items()}
         rotations = parts.rotations
@@ -93,13 +94,15 @@ def _few_rows(x: Any, *weights: Tensor) -> bool:
     return isinstance(x, Tensor) and x.ndim == 3 and x.shape[1] == 1 and takes_few_rows(x, *weights)
 
 
-def _projections(model: nn.Module) -> list[list[Any]]:
-    """Of every attention those of queries, keys and values: a converted layer has queries of its own over keys and values of its base."""
-    layers = [x for x in model.modules() if isinstance(x, DSLALayer) and x.converted]
-    if any(isinstance(x.converted_part, tuple) for x in layers):
-        raise NotImplementedError(f"fused layers: {NO_HEADS}")
-    views = [x.dsla_attention() for x in layers]
-    return [[children_of(x).get(name) for name in ("q_proj", "k_proj", "v_proj")] for x in (*model.modules(), *views)]
+def _views(model: nn.Module) -> list[nn.Module]:
+    """The attentions of an adapter's converted layers, which have queries of their own over keys and values of the base."""
+    parts = {x: x.converted_part for x in model.modules() if isinstance(x, DSLALayer)}
+    return [x.dsla_attention(part if isinstance(part, tuple) else None) for x, part in parts.items() if part]
+
+
+def _projections(modules: list[nn.Module]) -> list[list[Any]]:
+    """Of every attention among them those of queries, keys and values."""
+    return [[children_of(x).get(name) for name in ("q_proj", "k_proj", "v_proj")] for x in modules]
 
 
 def _linear_forwards(modules: set[Any], projections: list[list[Any]]) -> dict[nn.Module, Callable[[Tensor], Tensor]]:

@@ -1,4 +1,4 @@
-"""Decoding by replay: one step of a model in a CUDA graph, a graph for every set of DSLA layers in use.
+"""Decoding by replay: one step of a model in a CUDA graph, a graph for every set of DSLA layers or heads in use.
 
 Between two launches the host needs more time than a GPU needs for a token of a small batch. A graph launches a whole step at once.
 What it records are addresses, so caches, states and inputs stay where they are: a `Workspace` holds them, and the graphs over them,
@@ -23,11 +23,13 @@ from dsla_kernels import uses_triton
 
 from ..compat.attributes import attention_implementation, padding_token
 from ..core.cache import DSLACacheLayer, StaticDSLACacheLayer, VisibleStaticLayer
-from ..core.fold import dsla_cache_layer
+from ..core.fold import dsla_cache_layer, partial_cache_layer
 from ..core.layout import TokenLayout
+from ..core.partial_cache import PartialCacheLayer, last_heads, with_heads
 from ..core.precision import autocast_dtype
 from ..core.tensor_parallel import is_tensor_parallel
 from ..models.adapter import DSLALayer, dsla_layers
+from ..models.architectures import kv_heads_of
 from ..models.base_attention import DSLAAttentionMixin
 from ..models.decoder import decoder_layers
 from ..models.level import counts_heads
@@ -43,16 +45,41 @@ REHEARSAL = 64  # tokens of the text that `prepare` reads
 FOR_MEMORY = "give a smaller max_length, fewer rows, or GraphDecoder(keep=False)"
 
 
+# What of a layer is DSLA: nothing, all of it, or its converted and its kept KV heads, in the order in which they lie in its cache.
+Part = bool | tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def part_of(module: Any) -> Part:
+    """What of a layer is DSLA, by its part of a cache or by the attention that it runs (None: by softmax attention)."""
+    if isinstance(module, PartialCacheLayer):
+        return module.heads, module.kept
+    if isinstance(module, DSLAAttentionMixin) and module.split is not None:
+        return module.split.converted, module.split.kept
+    return isinstance(module, (DSLACacheLayer, DSLAAttentionMixin))
+
+
+def includes(more: Part, less: Part) -> bool:
+    """Whether all that is DSLA in `less` is in `more`."""
+    if isinstance(more, tuple) and isinstance(less, tuple):
+        return set(less[0]) <= set(more[0])
+    return more is True or less is False
+
+
 @dataclass
 class Workspace:
     """A static cache and the inputs and outputs of a step, at addresses that stay; and what was recorded over them.
 
+    A layer converted in part keeps heads in their order of conversion, so that those of a higher level are the last ones: all levels share
+    the memory of the keys and values of the lowest that was in use.
+
     tokens, positions: int64 `[B, 1]`, the inputs of the next step. mask: bool `[B, length]`, False at padding of the prompt.
     lengths: int64 `[B]`, tokens in the cache after the next step.
     logits: fp32 `[B, vocabulary]`, the output of the last step.
-    softmax, dsla: the cache layers of both kinds by layer number, as far as they have been in use.
     counts: int64 `[layers, B + 1]`, of DSLA layers the lengths of the rows and the tokens in the cache.
-    recorder: of steps by (layers that are DSLA, padding, tokens shown).
+    kv_heads: of a layer.
+    recorder: of steps by (what of each layer is DSLA, padding, tokens shown).
+    softmax: by layer number the keys and values of as many heads as were kept at once.
+    dsla: by layer number and part the cache layers of DSLA, whole or in part, as far as they have been in use.
     by_length: whether the attention of a step knows how far the cache is filled, and needs not be shown a part of it.
     """
 
@@ -64,26 +91,26 @@ class Workspace:
     lengths: Tensor
     logits: Tensor
     counts: Tensor
-    softmax: dict[int, StaticLayer]
+    kv_heads: int
     recorder: Recorder
-    dsla: dict[int, StaticDSLACacheLayer] = field(default_factory=dict)
+    softmax: dict[int, VisibleStaticLayer] = field(default_factory=dict)
+    dsla: dict[tuple[int, Part], Any] = field(default_factory=dict)
     by_length: bool = False
     read: int = 0  # tokens in the cache
     padded: bool = False
-    converted: tuple[int, ...] | None = None  # the layers that are DSLA in the cache, once a step has looked
+    parts: tuple[Part, ...] | None = None  # what is DSLA in the cache, once a step has looked
 
     @property
     def rows(self) -> int:
         return self.tokens.shape[0]
 
-    def begin(self, converted: Iterable[int], mask: Tensor | None) -> None:
-        """For a new text: empty layers, of the kind that `converted` asks for; `mask` `[B, T]` of its prompt."""
-        for index in self.softmax:
-            layer: Any = self.dsla.get(index) if index in converted else None
-            self.cache.layers[index] = layer = layer or self.softmax[index]
+    def begin(self, parts: Iterable[Part], mask: Tensor | None) -> None:
+        """For a new text: empty layers, of the kind that `parts` asks for; `mask` `[B, T]` of its prompt."""
+        self.cache.layers = [self._layer(index, part) for index, part in enumerate(parts)]
+        for layer in self.layers():
             if layer.is_initialized:
                 layer.reset()
-        self.read, self.converted = 0, None
+        self.read, self.parts = 0, None
         self.mask.fill_(True)
         self.padded = mask is not None
         if mask is not None:
@@ -92,26 +119,69 @@ class Workspace:
     def settle(self, keep: bool) -> None:
         """DSLA layers that came to be take the addresses of those that were there at an earlier text. Without `keep` the keys and
         values that they replaced are freed, and with them the recordings that read those."""
-        freed: set[int] = set()
         for index, layer in enumerate(self.cache.layers):
-            if not isinstance(layer, StaticDSLACacheLayer):
+            if (part := part_of(layer)) is False:
                 continue
-            known = self.dsla.get(index)
+            known = self.dsla.get((index, part))
             if known is None:
-                self.dsla[index] = layer
-                layer.count_in(self.counts[index, :-1], self.counts[index, -1])
+                self._take_in(index, part, layer)
             elif known is not layer:
-                known.take(layer)
+                _take(known, layer)
                 self.cache.layers[index] = known
-            if not keep and self.softmax[index].is_initialized:
-                self.softmax[index] = VisibleStaticLayer(self.length)
-                freed.add(index)
-        if freed:
-            self.recorder.drop(lambda key: not freed.issubset(key[0]))
+            if not keep:
+                self._free(index, part)
+
+    def layers(self) -> list[Any]:
+        """The layers of the cache, both of such as are converted in part."""
+        return [part for layer in self.cache.layers for part in getattr(layer, "parts", (layer,))]
+
+    def _layer(self, index: int, part: Part) -> Any:
+        """A layer for a new text: where it was before, if it was."""
+        if part is False:
+            return self._memory(index, self.kv_heads)
+        if (index, part) in self.dsla:
+            return self.dsla[index, part]
+        states = StaticDSLACacheLayer(self.length)
+        return states if part is True else PartialCacheLayer(self._memory(index, len(part[1])), states, *part)
+
+    def _memory(self, index: int, heads: int) -> VisibleStaticLayer:
+        """Keys and values of so many heads. Where there were fewer, these go, and with them what was recorded over them."""
+        memory = self.softmax.get(index)
+        if memory is None or (memory.is_initialized and memory.num_heads < heads):
+            self._forget(index)
+            memory = self.softmax[index] = VisibleStaticLayer(self.length)
+        return last_heads(memory, heads) if memory.is_initialized and memory.num_heads > heads else memory
+
+    def _take_in(self, index: int, part: Part, layer: Any) -> None:
+        """From now on this is the layer of its part."""
+        states = layer
+        if isinstance(part, tuple):
+            states, place = layer.converted, PartialCacheLayer(self._memory(index, len(part[1])), layer.converted, *part)
+            if _copied(place.softmax, layer.softmax):  # a raise has made it anew
+                self.cache.layers[index] = layer = place
+        states.count_in(self.counts[index, :-1], self.counts[index, -1])
+        self.dsla[index, part] = layer
+
+    def _free(self, index: int, part: Part) -> None:
+        memory = self.softmax.get(index)
+        kept = len(part[1]) if isinstance(part, tuple) else 0
+        if memory is None or not memory.is_initialized or memory.num_heads == kept:
+            return
+        self._forget(index)
+        del self.softmax[index]
+        if isinstance(part, tuple):
+            layer = self.cache.layers[index]
+            self.softmax[index] = smaller = with_heads(layer.softmax, list(range(kept)))
+            self.cache.layers[index] = self.dsla[index, part] = PartialCacheLayer(smaller, layer.converted, *part)
+
+    def _forget(self, index: int) -> None:
+        """Drop what reads the keys and values of a layer."""
+        self.dsla = {key: layer for key, layer in self.dsla.items() if key[0] != index or key[1] is True}
+        self.recorder.drop(lambda key: key[0][index] is not True)
 
     def show(self, tokens: int, places: Tensor | None = None) -> None:
         """Let attention see the first `tokens` places of the cache; the next token goes to `places` `[B]`, if given."""
-        for layer in self.cache.layers:
+        for layer in self.layers():
             if isinstance(layer, VisibleStaticLayer):
                 layer.visible, layer.places = tokens, places
             elif isinstance(layer, StaticDSLACacheLayer):
@@ -123,6 +193,23 @@ class Workspace:
         if self.by_length:
             return self.length
         return min(shown_tokens(self.read + 1), self.length)
+
+
+def _take(known: Any, layer: Any) -> None:
+    """Copy what a layer of the cache holds to where an earlier one of its kind has it."""
+    if isinstance(known, PartialCacheLayer):
+        _copied(known.softmax, layer.softmax)
+        known, layer = known.converted, layer.converted
+    known.take(layer)
+
+
+def _copied(to: Any, source: Any) -> bool:
+    """Copy keys and values to another memory; False where they are there."""
+    if to.keys.data_ptr() == source.keys.data_ptr():
+        return False
+    for mine, theirs in ((to.keys, source.keys), (to.values, source.values), (to.cumulative_length, source.cumulative_length)):
+        mine.copy_(theirs)
+    return True
 
 
 class GraphDecoder:
@@ -164,8 +251,10 @@ class GraphDecoder:
         self.recorder = Recorder(base, record, fuse=fuse, for_memory=FOR_MEMORY)
         self._wrapped = list(dsla_layers(base).values())
         self._own_attention = False
-        self._seen: Any = None  # what `_converted` was computed from
-        self._layers: tuple[int, ...] = ()
+        self._seen: Any = None  # what `_parts` was computed from
+        self._parts: tuple[Part, ...] = ()
+        # By layer number and part the attentions converted in part that were recorded: their weights live as long, and lie where they lay.
+        self._attentions: dict[tuple[int, Part], Any] = {}
 
     @property
     def capture_seconds(self) -> list[float]:
@@ -181,8 +270,9 @@ class GraphDecoder:
             return f"CUDA graphs need a CUDA device, and this model is on {model.device.type}"
         if (rounds_to := autocast_dtype(model.device)) is not None:
             return f"autocast is on, whose rounded weights no graph can keep: load the model in {rounds_to} and leave autocast out"
-        if counts_heads(model):
-            return "levels count heads, and layers that are converted in part are not recorded yet (conversion_unit='layer' is)"
+        for layer in self._wrapped if counts_heads(model) else ():
+            if (why := layer.cannot_be_ordered()) is not None:
+                return f"levels count heads, and the weights of layer {layer.layer_idx} at a level lie where a level puts them: {why}"
         if is_tensor_parallel(model):
             return "tensor parallel: processes exchange activations in every layer"
         places = set(map(str, getattr(model, "hf_device_map", {}).values()))
@@ -263,7 +353,7 @@ class GraphDecoder:
             mask = None
         space = self._space(input_ids.shape[0], settings.max_length, goes_on)
         if not goes_on:
-            space.begin(self._converted(anew=True), mask)
+            space.begin(self._parts_now(anew=True), mask)
         elif space.read >= input_ids.shape[1]:
             raise ValueError(f"the cache holds {space.read} tokens, the text has {input_ids.shape[1]}: give the whole text as input_ids")
         elif mask is not None:
@@ -314,12 +404,12 @@ class GraphDecoder:
             for number, level in enumerate(levels):
                 self.model.set_level(level)
                 if number == 0:
-                    space.begin(self._converted(anew=True), torch.ones_like(prompt) if padded else None)
+                    space.begin(self._parts_now(anew=True), torch.ones_like(prompt) if padded else None)
                     self._read(space, prompt, None)
                 for _ in range(2):  # as it is, then captured
                     self._step(space, prompt[:, 0], at)
             self.model.set_level(before)
-            space.begin(self._converted(anew=True), None)
+            space.begin(self._parts_now(anew=True), None)
 
     # --- one step -----------------------------------------------------------------------------------------------
 
@@ -344,8 +434,7 @@ class GraphDecoder:
         self.recorder.clear()
         model = self.causal_lm
         config, device = model.config.get_text_config(decoder=True), model.device
-        cache = StaticCache(config=config, max_cache_len=length)
-        cache.layers = [VisibleStaticLayer(length) for _ in cache.layers]
+        cache = StaticCache(config=config, max_cache_len=length)  # whose layers `begin` exchanges
         self.workspace = Workspace(
             cache=cache,
             length=length,
@@ -355,7 +444,7 @@ class GraphDecoder:
             lengths=torch.zeros(rows, dtype=torch.long, device=device),
             logits=torch.zeros(rows, config.vocab_size, device=device),
             counts=torch.zeros(len(cache.layers), rows + 1, dtype=torch.long, device=device),
-            softmax=dict(enumerate(cache.layers)),
+            kv_heads=kv_heads_of(config),
             recorder=self.recorder,
         )
         return self.workspace
@@ -382,18 +471,18 @@ class GraphDecoder:
         space.logits.copy_(logits[:, -1])
         space.positions.copy_(positions[:, -1:] + 1)
         space.lengths.fill_(space.read + 1)
-        cached = [layer for layer in space.cache.layers if isinstance(layer, VisibleStaticLayer)]
+        cached = [layer for layer in space.layers() if isinstance(layer, VisibleStaticLayer)]
         space.by_length = self._own_attention and all(uses_triton(layer.keys, layer.values) for layer in cached)
 
     def _step(self, space: Workspace, token: Tensor, view_for: int | None = None) -> None:
         """The logits after `token` `[B]`, into `space.logits`. `view_for`: choose the recording for a text of so many tokens."""
-        converted = self._converted()
-        self._raise(space, converted)
+        parts = self._parts_now()
+        self._raise(space, parts)
         read, space.read = space.read, space.read if view_for is None else max(view_for, space.read)
         view = space.view()
         space.read = read + 1
         space.tokens.copy_(token[:, None])
-        key = (converted, space.padded, view)
+        key = (parts, space.padded, view)
 
         def step() -> None:
             space.show(view, space.lengths - 1 if space.by_length else None)
@@ -413,41 +502,59 @@ class GraphDecoder:
         if self.recorder.run(key, step):
             space.settle(self.keep)  # a layer that was converted in the very first forward
 
-    def _raise(self, space: Workspace, converted: tuple[int, ...]) -> None:
-        """Fold the cache of layers that have become DSLA since the last step."""
-        if converted == space.converted:
+    def _raise(self, space: Workspace, parts: tuple[Part, ...]) -> None:
+        """Fold the cache of layers and heads that have become DSLA since the last step."""
+        if parts == space.parts:
             return
-        layers = space.cache.layers
-        new = [index for index in converted if not isinstance(layers[index], DSLACacheLayer)]
-        if len(converted) - len(new) < sum(isinstance(layer, DSLACacheLayer) for layer in layers):
+        before = [part_of(layer) for layer in space.cache.layers]
+        if not all(map(includes, parts, before)):
             raise RuntimeError(
-                "the level was lowered within one text, and the keys and values of layers that were DSLA are gone: start again with a "
-                "new text (without past_key_values)"
+                "the level was lowered within one text, and the keys and values of layers or heads that were DSLA are gone: start again "
+                "with a new text (without past_key_values)"
             )
         layout = TokenLayout(space.mask[:, : space.read] if space.padded else None)
-        for index in new:
+        for index, (part, was) in enumerate(zip(parts, before, strict=True)):
+            if part == was:
+                continue
             attention = dsla_attention_of(decoder_layers(self.causal_lm)[index])
-            dsla_cache_layer(space.cache, index, attention.dsla, layout, attention.exact_fold)
+            if isinstance(part, tuple):
+                partial_cache_layer(space.cache, index, attention.dsla, attention.split, layout, attention.exact_fold)
+            else:
+                dsla_cache_layer(space.cache, index, attention.dsla, layout, attention.exact_fold)
             space.settle(self.keep)
-        space.converted = converted
+        space.parts = parts
 
-    def _converted(self, anew: bool = False) -> tuple[int, ...]:
-        """The layers that are DSLA now. Asked before every step, so what it rests on is looked at first."""
+    def _parts_now(self, anew: bool = False) -> tuple[Part, ...]:
+        """What of each layer is DSLA now. Asked before every step, so what it rests on is looked at first."""
         seen: Any = ()
         if self._wrapped:
             first = self._wrapped[0]
             name = first.adapter_name
-            seen = (name, first.disable_adapters, None if name is None else first.configs[name].converted_layers)
+            config = None if name is None else first.configs[name]
+            seen = (name, first.disable_adapters, *(() if config is None else (config.level, list(config.conversion_order or ()))))
         if anew or seen != self._seen:
-            layers = decoder_layers(self.causal_lm)
-            self._layers = tuple(index for index, layer in enumerate(layers) if dsla_attention_of(layer) is not None)
+            attentions = [dsla_attention_of(layer) for layer in decoder_layers(self.causal_lm)]
+            self._parts = tuple(map(part_of, attentions))
+            for index, attention in enumerate(attentions):
+                self._hold(index, attention)
             self._seen = seen
-        return self._layers
+        return self._parts
+
+    def _hold(self, index: int, attention: Any) -> None:
+        """Keep an attention converted in part, whose weights recordings read; of such as read those of another one nothing is left."""
+        part = part_of(attention)
+        if not isinstance(part, tuple) or (held := self._attentions.get((index, part))) is attention:
+            return
+        if held is not None:
+            self.recorder.drop(lambda key: isinstance(key[0][index], tuple))
+            self._attentions = {key: other for key, other in self._attentions.items() if key[0] != index}
+        self._attentions[index, part] = attention
 
 
 def dsla_attention_of(layer: nn.Module) -> Any:
     """The DSLA attention that a decoder layer runs now, of an adapter or a hybrid; None if it runs softmax attention."""
     attention = getattr(layer, "self_attn", None)
     if isinstance(attention, DSLALayer):
-        return attention.dsla_attention() if attention.converted else None
+        part = attention.converted_part
+        return attention.dsla_attention(part if isinstance(part, tuple) else None) if part else None
     return attention if isinstance(attention, DSLAAttentionMixin) else None

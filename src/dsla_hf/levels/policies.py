@@ -39,19 +39,31 @@ class Stats:
     free_share: float = 1.0  # of the memory for keys and values
     seconds_to_first_token: float | None = None  # of a server's last requests, or what one without has waited
     unit: str = "layer"  # or "head": what levels count
+    ladder: tuple[int, ...] = ()  # levels that can be had, rising, where these are not all
 
     def cache_bytes(self, level: int, tokens: int | None = None) -> int:
         """Bytes of the whole cache at a level, now or with that many tokens a row."""
         tokens = self.tokens if tokens is None else tokens
         return self.rows * ((self.num_layers - level) * tokens * self.softmax_bytes_per_token + level * self.dsla_bytes)
 
+    def at_most(self, level: int) -> int:
+        """The highest level that can be had and is not above `level`; the lowest of all if none is."""
+        return max((other for other in self.ladder if other <= level), default=self.ladder[0]) if self.ladder else level
+
+    def moved(self, rungs: int) -> int:
+        """The level so many of those that can be had above the present one, or below it; within them all."""
+        if not self.ladder:
+            return min(max(self.level + rungs, 0), self.max_level)
+        here = self.ladder.index(self.at_most(self.level))
+        return self.ladder[min(max(here + rungs, 0), len(self.ladder) - 1)]
+
 
 Policy = Callable[[Stats], int]
 
 
 def _levels(level: int | str, stats: Stats) -> int:
-    """A level as number, and not above the plan."""
-    return min(parse_level(level, stats.num_layers, stats.unit), stats.max_level)
+    """A level as number, and not above the plan; of those that can be had the one that converts no more than was asked for."""
+    return stats.at_most(min(parse_level(level, stats.num_layers, stats.unit), stats.max_level))
 
 
 @dataclass(frozen=True)
@@ -101,17 +113,19 @@ class CacheMemory:
 
     def __call__(self, stats: Stats) -> int:
         ahead = stats.tokens + self.headroom
-        fitting = [level for level in range(stats.max_level + 1) if stats.cache_bytes(level, ahead) <= self.budget]
-        return fitting[0] if fitting else stats.max_level
+        levels = stats.ladder or range(stats.max_level + 1)
+        fitting = (level for level in levels if stats.cache_bytes(level, ahead) <= self.budget)
+        return next(fitting, levels[-1])
 
 
 @dataclass(frozen=True)
 class LatencyTarget:
-    """One layer more whenever tokens take longer than the target, and some have been measured since the last change."""
+    """One layer more whenever tokens take longer than the target, and some have been measured since the last change. Where levels count
+    heads and not all can be had (a server's), one of those that can."""
 
     seconds_per_token: float
     settle: int = 8  # tokens
-    step: int = 1  # layers
+    step: int = 1  # layers, or levels that can be had
 
     def __post_init__(self) -> None:
         if not self.seconds_per_token > 0:
@@ -119,13 +133,12 @@ class LatencyTarget:
 
     def __call__(self, stats: Stats) -> int:
         late = stats.seconds_per_token is not None and stats.seconds_per_token > self.seconds_per_token
-        rise = self.step if late and stats.tokens_since_change >= self.settle else 0
-        return min(stats.level + rise, stats.max_level)
+        return stats.moved(self.step if late and stats.tokens_since_change >= self.settle else 0)
 
 
 @dataclass(frozen=True)
 class Load:
-    """A layer more while requests pile up or a long one waits, a layer less when the pile is gone, with hysteresis and cool-down.
+    """A step more while requests pile up or a long one waits, a step less when the pile is gone, with hysteresis and cool-down.
 
     The defaults are the numbers of the DSLA paper's released server. The level rises when any figure is over its threshold, and falls
     when all are below `release`; it changes once per cool-down at most. Further thresholds, None for none, are for a server that
@@ -135,7 +148,8 @@ class Load:
     free_share: of the memory for keys and values; the level rises below it, and falls above twice as much.
     seconds_to_first_token, seconds_per_token: of the last requests.
     release: of queue_depth, and of all other thresholds.
-    step: layers at a time.
+    step: units at a time (layers, or KV heads where levels count those), or a share of the model's such as "12.5%"; one of the levels that
+        can be had at least.
     """
 
     queue_depth: int = 50
@@ -147,20 +161,31 @@ class Load:
     free_share: float | None = None
     seconds_to_first_token: float | None = None
     seconds_per_token: float | None = None
-    step: int = 1
+    step: int | str = 1
 
     def __post_init__(self) -> None:
-        if self.step < 1:
-            raise ValueError(f"step must be 1 layer or more, got {self.step}")
+        try:
+            kept, share, units = read_level(self.step)
+        except ValueError:
+            kept, share, units = False, None, 0
+        if kept or not (share or units):
+            raise ValueError(f"step must be 1 unit or more, or a share such as '12.5%', got {self.step!r}")
 
     def __call__(self, stats: Stats) -> int:
         if stats.seconds_since_change < self.cool_down:
             return stats.level
         if self.why(stats):
-            return max(stats.level, min(stats.level + self.step, self.highest(stats)))
+            return max(stats.level, min(stats.moved(self.rungs(stats)), self.highest(stats)))
         if self._calm(stats):
-            return max(stats.level - self.step, 0)
+            return stats.moved(-self.rungs(stats))
         return stats.level
+
+    def rungs(self, stats: Stats) -> int:
+        """The step in levels that can be had, at least one."""
+        units = parse_level(self.step, stats.num_layers, stats.unit)
+        if stats.ladder:
+            units = round(units * (len(stats.ladder) - 1) / max(stats.ladder[-1] - stats.ladder[0], 1))
+        return max(units, 1)
 
     def highest(self, stats: Stats) -> int:
         """The level that it never exceeds."""

@@ -22,6 +22,7 @@ from .architectures import fused_into, projection
 from .base_attention import attention_config, dsla_attention_class, head_split, new_dual_state_attention
 from .configuration import PROJECTIONS, DSLAConfig
 from .mixed_projections import MixedColumns, MixedProjection, MixedRows
+from .ordered_heads import HeadsInUse, OrderedHeads, cannot_be_ordered
 from .quantised import dequantised
 
 
@@ -69,6 +70,7 @@ class DSLALayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self._view: tuple[Any, ...] | None = None
+        self._ordered: tuple[Any, OrderedHeads, dict[int, Any]] | None = None  # what it is made of, and views by number of converted heads
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -79,7 +81,7 @@ class DSLALayer(nn.Module, BaseTunerLayer):
             return getattr(self.base_layer, name)  # the decoder may ask for attributes of its attention
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_view": None}
+        return {**self.__dict__, "_view": None, "_ordered": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -121,14 +123,20 @@ class DSLALayer(nn.Module, BaseTunerLayer):
         return [getattr(self, part)[self.adapter_name] for part in self.adapter_layer_names if self.adapter_name in getattr(self, part)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._ordered is not None and self.training and torch.is_grad_enabled():
+            self._ordered = None  # training needs the memory
         part = self.converted_part
         if not part:
             kwargs.pop("dsla_layout", None)
             return self.base_layer(*args, **kwargs)
         return self.dsla_attention(part if isinstance(part, tuple) else None)(*args, **kwargs)
 
-    def dsla_attention(self, heads: tuple[int, ...] | None = None) -> nn.Module:
+    def dsla_attention(self, heads: tuple[int, ...] | None = None, in_order: bool = True) -> nn.Module:
         """The DSLA attention of the active adapter over this base attention, sharing their weights; in these KV heads alone, if given.
+
+        in_order: of heads that are the first of the plan, and where no gradient is asked for, it may have queries and outputs in the order
+        of conversion (see `ordered_heads`); the same heads then give the same module, whose weights stay where they are, as long as nothing
+        that it is made of is replaced.
 
         Raises:
             RuntimeError: if the active adapter has no weights for this layer.
@@ -137,19 +145,62 @@ class DSLALayer(nn.Module, BaseTunerLayer):
         if name is None:
             raise RuntimeError(f"the active adapter {self.active_adapters} has no weights for layer {self.layer_idx}")
         own = {part: getattr(self, f"dsla_{part}")[name] for part in self.configs[name].trained_projections}
-        made_of = (name, self.dsla_core[name], dict(children_of(self.base_layer)), own, heads)
-        # Rebuilt when a module was replaced, e.g. by quantisation.
-        if self._view is None or self._view[0] != made_of:
-            split = None if heads is None else head_split(self.base_layer, heads)
-            children = {**children_of(self.base_layer), "dsla": self.dsla_core[name], **_own_projections(self.base_layer, own, split)}
-            base_class: Any = self.base_layer.__class__
-            view = view_of(self.base_layer, dsla_attention_class(base_class), children)
-            view.config, view.softmax_config, view.split = attention_config(self.base_layer.config), self.base_layer.config, split
-            view.exact_fold = self.configs[name].exact_fold
-            self._view = (made_of, view)
-        view = self._view[1]
+        # Views are rebuilt when a module was replaced, e.g. by quantisation.
+        made_of: Any = (name, self.dsla_core[name], dict(children_of(self.base_layer)), own)
+        view = None if heads is None or not in_order else self._ordered_view(made_of, heads)
+        view = self._plain_view(made_of, heads) if view is None else view
         view.training = self.training
         return view
+
+    def _plain_view(self, made_of: Any, heads: tuple[int, ...] | None) -> Any:
+        """The attention with heads in the base's order."""
+        name, _, _, own = made_of
+        order = () if heads is None else self.configs[name].order_of(self.layer_idx)
+        made_of = (*made_of, heads, order)
+        if self._view is None or self._view[0] != made_of:
+            split = None if heads is None else head_split(self.base_layer, heads, order)
+            self._view = made_of, self._new_view(_own_projections(self.base_layer, own, split), split)
+        return self._view[1]
+
+    def _ordered_view(self, made_of: Any, heads: tuple[int, ...]) -> Any:
+        """The attention with heads in order of conversion; None where they cannot be, or a gradient is asked for."""
+        name, core, _, own = made_of
+        order, converted = self.configs[name].order_of(self.layer_idx), len(heads)
+        if torch.compiler.is_compiling() or set(order[:converted]) != set(heads) or cannot_be_ordered(self.base_layer, own) is not None:
+            return None
+        weight = projection(self.base_layer, "q_proj")[0].weight
+        all_of = (*made_of, order, weight.device, weight.dtype)
+        if self._ordered is None or self._ordered[0] != all_of:
+            self._ordered = all_of, OrderedHeads(self.base_layer, own, core, order), {}
+        _, buffers, views = self._ordered
+        if buffers.trained:
+            self._ordered = None
+            return None
+        buffers.refresh()
+        if converted not in views:
+            split, use = head_split(self.base_layer, heads, order), buffers.at(converted)
+            view = views[converted] = self._new_view(_ordered_projections(self.base_layer, use), split)
+            view.in_order(use.core)
+            self._plain_view(made_of, heads)  # that of compiled steps, which cannot build it
+        return views[converted]
+
+    def _new_view(self, projections: dict[str, nn.Module], split: HeadSplit | None) -> Any:
+        name = self.adapter_name
+        assert name is not None
+        children = {**children_of(self.base_layer), "dsla": self.dsla_core[name], **projections}
+        base_class: Any = self.base_layer.__class__
+        view = view_of(self.base_layer, dsla_attention_class(base_class), children)
+        view.config, view.softmax_config, view.split = attention_config(self.base_layer.config), self.base_layer.config, split
+        view.exact_fold = self.configs[name].exact_fold
+        return view
+
+    def cannot_be_ordered(self) -> str | None:
+        """Why a level in which this layer is converted in part has no weights at addresses that stay, in words; None where it has."""
+        name = self.adapter_name
+        if name is None:
+            return None
+        own = {part: getattr(self, f"dsla_{part}")[name] for part in self.configs[name].trained_projections}
+        return cannot_be_ordered(self.base_layer, own)
 
     def _prepare_view(self) -> None:
         """Build the DSLA attention before a forward needs it: compiled code cannot, and would break its graph in every layer."""
@@ -184,7 +235,7 @@ class DSLALayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.configs.pop(adapter_name, None)
-        self._view = None
+        self._view = self._ordered = None
         super().delete_adapter(adapter_name)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -204,7 +255,7 @@ class DSLALayer(nn.Module, BaseTunerLayer):
         part = self.converted_part
         if not (merge and part):
             return self.base_layer
-        attention: Any = self.dsla_attention(part if isinstance(part, tuple) else None)
+        attention: Any = self.dsla_attention(part if isinstance(part, tuple) else None, in_order=False)
         dtype = next(self.base_layer.parameters()).dtype
         for name, module in list(attention.named_children()):
             if isinstance(module, (FusedProjection, MixedProjection)):
@@ -219,7 +270,7 @@ class DSLALayer(nn.Module, BaseTunerLayer):
             core.load_state_dict(attention.converted_core().state_dict(), assign=True)
             attention.dsla = core.requires_grad_(trained)
         attention.to(dtype)
-        self._view = None
+        self._view = self._ordered = None
         return attention
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -249,6 +300,30 @@ def _own_projections(base: Any, own: dict[str, nn.Module], split: HeadSplit | No
                 rows = {part: split.channels(base.head_dim, queries=part == "q_proj") for part in mine}
                 replaced[matrix] = MixedRows(linear, parts, sizes, mine, rows)
     return replaced
+
+
+def _ordered_projections(base: Any, use: HeadsInUse) -> dict[str, nn.Module]:
+    """The base's modules that are replaced where heads lie in order of conversion."""
+    queries = _linear_over(use.q_weight, use.q_bias)
+    outputs = _linear_over(use.o_weight, projection(base, "o_proj")[0].bias)
+    matrix, parts = fused_into(base, "q_proj")
+    fused = None
+    if parts != ("q_proj",):
+        linear = getattr(base, matrix)
+        bounds = [projection(base, part)[1].indices(linear.out_features) for part in parts]
+        fused = FusedProjection(linear, parts, [stop - start for start, stop, _ in bounds], {"q_proj": queries})
+    replaced: dict[str, nn.Module] = {matrix: queries if fused is None else fused, fused_into(base, "o_proj")[0]: outputs}
+    if use.q_norm is not None:
+        replaced["q_norm"] = view_of(base.q_norm, type(base.q_norm), {}, {"weight": use.q_norm})
+    return replaced
+
+
+def _linear_over(weight: Tensor, bias: Tensor | None) -> AdapterLinear:
+    """A linear layer that reads these tensors where they lie."""
+    linear: Any = AdapterLinear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    return linear
 
 
 def _copy_linear(linear: nn.Linear, rows: slice) -> AdapterLinear:

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, PreTrainedConfig
 from ..compat import align_module_device, needed_for
 from ..compat.attributes import attention_implementation, set_attention_implementation, versions_of
 from ..core.attention import DualStateAttention
+from ..core.branches import both
 from ..core.cache import DSLACacheLayer
 from ..core.fold import dsla_cache_layer, partial_cache_layer
 from ..core.heads import HeadIndices, HeadSplit, of_heads
@@ -105,6 +106,7 @@ def _attend(
         seen=None if dsla_layer is None else dsla_layer.seen,
         whole_windows=dsla_layer is not None and dsla_layer.whole_windows,
         counts=dsla_layer is None or dsla_layer.counts,
+        state_heads=None if dsla_layer is None else dsla_layer.state_heads,
     )
     if dsla_layer is not None:
         dsla_layer.advance(state, k, v, padding_mask)
@@ -129,30 +131,36 @@ def _attend_in_part(
         raise NotImplementedError(f"tensor parallel ({key.shape[1]} of {split.num_kv_heads} KV heads in this process): {NO_HEADS}")
     index = split.on(query.device)
     sinks = kwargs.get("s_aux")
-    o = _attend(
-        module.converted_core(),
-        query.index_select(1, index.converted_queries),
-        key.index_select(1, index.converted),
-        value.index_select(1, index.converted),
-        dsla_layer,
-        layout,
-        kwargs if sinks is None else {**kwargs, "s_aux": sinks[index.converted_queries]},
-    )
-    if kept is None:
-        keys, values = key.index_select(1, index.kept), value.index_select(1, index.kept)
+    if module.ordered:
+        q_kept, q_converted = query.split([len(index.kept_queries), len(index.converted_queries)], 1)
     else:
-        keys, values = kept.keys, kept.values
+        q_kept, q_converted = (query.index_select(1, queries) for queries in (index.kept_queries, index.converted_queries))
+
+    def converted_heads() -> Tensor:
+        k, v = (x.index_select(1, index.converted) for x in (key, value))
+        options = kwargs if sinks is None else {**kwargs, "s_aux": sinks[index.converted_queries]}
+        return _attend(module.converted_core(), q_converted, k, v, dsla_layer, layout, options)
+
+    def kept_heads() -> Tensor:
+        keys, values = (x.index_select(1, index.kept) for x in (key, value)) if kept is None else (kept.keys, kept.values)
+        mask, options = attention_mask, kwargs if sinks is None else {**kwargs, "s_aux": sinks[index.kept_queries]}
+        if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] == query.shape[1] > 1:
+            mask = mask.index_select(1, index.kept_queries)
+        return _softmax_attention(module)(_KeptHeads(module, index), q_kept, keys, values, mask, **options)[0]
+
+    if query.shape[2] == 1:
+        o_converted, o_kept = both(query, converted_heads, kept_heads)
+    else:
+        o_converted, o_kept = converted_heads(), kept_heads()
+    return torch.cat([o_kept, o_converted], 2) if module.ordered else split.joined(o_converted, o_kept)
+
+
+def _softmax_attention(module: Any) -> Any:
+    """The attention function by which the kept heads of a layer attend."""
     with needed_for("a layer converted in part"):
         from ..compat.attention_functions import attention_function
     implementation: Any = attention_implementation(module.softmax_config)
-    attend = attention_function(type(module).__mro__[2], implementation)
-    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4 and attention_mask.shape[1] == query.shape[1] > 1:
-        attention_mask = attention_mask.index_select(1, index.kept_queries)
-    if sinks is not None:
-        kwargs = {**kwargs, "s_aux": sinks[index.kept_queries]}
-    queries = query.index_select(1, index.kept_queries)
-    o_kept = attend(_KeptHeads(module, index), queries, keys, values, attention_mask, **kwargs)[0]
-    return split.joined(o, o_kept)
+    return attention_function(type(module).__mro__[2], implementation)
 
 
 class _KeptHeads:
@@ -207,6 +215,7 @@ class DSLAAttentionMixin:
     layer_idx: int
     exact_fold = True  # False where keys and values in a softmax layer's cache are not those of this layer
     split: HeadSplit | None = None
+    ordered = False  # whether queries and outputs have kept heads first and then converted ones, in the order of `split`
     _core: tuple[Any, DualStateAttention] | None = None
 
     @property
@@ -220,8 +229,15 @@ class DSLAAttentionMixin:
         self.config = attention_config(self.config)
         self.dsla = dsla
 
+    def in_order(self, core: DualStateAttention) -> None:
+        """From now on projections give and take heads in the order of `split`, kept ones first. core: what is DSLA's own of the converted
+        ones."""
+        self.ordered, self._core = True, (None, core)
+
     def converted_core(self) -> DualStateAttention:
         """What is DSLA's own of the converted heads."""
+        if self.ordered and self._core is not None:
+            return self._core[1]
         split = self.split
         return self.dsla if split is None or self.dsla.num_kv_heads == len(split.converted) else self._core_of(split)
 
@@ -330,7 +346,13 @@ def new_dual_state_attention(attention: nn.Module, dsla_config: DSLAConfig, kv_h
     return DualStateAttention(queries * kv_heads, kv_heads, head_dim, scale=scale, **dsla_config.mathematics())
 
 
-def head_split(attention: Any, heads: tuple[int, ...]) -> HeadSplit | None:
-    """How these converted KV heads split a base attention module; None where they are all of it."""
+def head_split(attention: Any, heads: tuple[int, ...], order: tuple[int, ...] = ()) -> HeadSplit | None:
+    """How these converted KV heads split a base attention module; None where they are all of it. order: all its heads in the order of their
+    conversion, which both kinds then follow; where `heads` are not its first ones, and without it, they go by number."""
     kv_heads = kv_heads_of(attention.config)
-    return None if len(heads) == kv_heads else HeadSplit(heads, kv_heads, attention.config.num_attention_heads // kv_heads)
+    if len(heads) == kv_heads:
+        return None
+    split = HeadSplit(heads, kv_heads, attention.config.num_attention_heads // kv_heads)
+    if set(order[: len(heads)]) == set(heads):
+        split.converted, split.kept = order[: len(heads)], order[len(heads) :]
+    return split

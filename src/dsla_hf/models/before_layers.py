@@ -74,7 +74,7 @@ def converted_part(attention: Any) -> bool | tuple[int, ...]:
 def _folds(decoder: nn.Module, cache: Any) -> bool:
     for attention, layer in zip(attentions_of(decoder), getattr(cache, "layers", ()), strict=False):
         part = converted_part(attention)
-        goes_on = isinstance(layer, DSLACacheLayer) or (isinstance(layer, PartialCacheLayer) and layer.heads == part)
+        goes_on = isinstance(layer, DSLACacheLayer) or (isinstance(layer, PartialCacheLayer) and layer.has_heads(part))
         if part and not goes_on and layer.get_seq_length() > 0:
             return True
     return False

@@ -223,16 +223,37 @@ class DSLAConfig(PeftConfig):
             )
         return heads
 
+    def order_of(self, layer: int) -> tuple[int, ...]:
+        """All KV heads of a layer in the order in which they are converted; those that the plan leaves to the base last.
+
+        Raises:
+            ValueError: if no model has told yet how many a layer has.
+        """
+        planned = self._planned()[2].get(layer, ()) if self.conversion_unit == "head" else ()
+        return (*planned, *(head for head in range(self.kv_heads) if head not in planned))
+
     def _heads_by_layer(self) -> dict[int, tuple[int, ...]]:
-        """The converted heads of each layer that has any; asked for every layer in every forward, so kept until plan or level change."""
+        """The converted heads by number of each layer that has any."""
+        return self._planned()[1]
+
+    def _planned(self) -> tuple[Any, dict[int, tuple[int, ...]], dict[int, tuple[int, ...]]]:
+        """Of each layer the converted heads by number, and those of the plan in its order; asked for every layer in every forward, so kept
+        until plan or level change, which come first."""
         order, level = self.conversion_order or [], self.level
         kept = self.__dict__.get("_by_layer")
-        if kept is None or kept[0] != level or kept[1] != order:
-            heads: dict[int, list[int]] = {}
-            for layer, head in order[:level]:
-                heads.setdefault(layer, []).append(head)
-            kept = self.__dict__["_by_layer"] = (level, list(order), {layer: tuple(sorted(found)) for layer, found in heads.items()})
-        return kept[2]
+        if kept is None or kept[0] != (level, order):
+            converted: dict[int, list[int]] = {}
+            planned: dict[int, list[int]] = {}
+            for number, (layer, head) in enumerate(order):
+                planned.setdefault(layer, []).append(head)
+                if level is None or number < level:
+                    converted.setdefault(layer, []).append(head)
+            kept = self.__dict__["_by_layer"] = (
+                (level, list(order)),
+                {layer: tuple(sorted(heads)) for layer, heads in converted.items()},
+                {layer: tuple(heads) for layer, heads in planned.items()},
+            )
+        return kept
 
     def check_units(self, order: Any, num_layers: int | None = None, num_heads: int | None = None, name: str = "conversion_order") -> list:
         """`order` as a list of distinct units of this config: layer numbers, or pairs (layer, KV head).

@@ -1,8 +1,8 @@
 """Projections of a layer converted in part: the base's for heads that it keeps, DSLA's own for converted ones.
 
-Where nothing is trained the two are composed into one matrix, which is kept until a weight changes in place or is exchanged (a change
-through `.data` is not seen); a trained one is composed in every forward, so that gradients reach the rows and columns in use alone. A base
-whose weights cannot be read as they are (quantised, offloaded, hooked) computes by itself, and outputs are selected.
+Where `ordered_heads` does not hold: the two are composed into one matrix, which is kept until a weight changes in place or is exchanged
+(a change through `.data` is not seen); a trained one is composed in every forward, so that gradients reach the rows and columns in use
+alone. A base whose weights cannot be read as they are (quantised, offloaded, hooked) computes by itself, and outputs are selected.
 """
 
 from __future__ import annotations
@@ -17,6 +17,12 @@ from torch.nn import functional as F
 from ..compat import align_module_device
 from ..compat.attributes import has_hooks, is_offloaded, versions_of
 from .quantised import is_quantised
+
+
+def is_readable(base: Any, sources: list[Any]) -> bool:
+    """Whether the weights of a base's linear layer can be read as they are, and all of `sources` are at hand."""
+    plain = type(base) is nn.Linear and type(base.weight) is nn.Parameter and not is_quantised(base.weight) and not has_hooks(base)
+    return plain and not any(module.weight.is_meta or is_offloaded(module) for module in sources)
 
 
 class MixedProjection(nn.Module):
@@ -68,9 +74,7 @@ class MixedProjection(nn.Module):
         raise NotImplementedError
 
     def _readable(self) -> bool:
-        base = self.base
-        plain = type(base) is nn.Linear and type(base.weight) is nn.Parameter and not is_quantised(base.weight) and not has_hooks(base)
-        return plain and not any(module.weight.is_meta or is_offloaded(module) for module in self.sources())
+        return is_readable(self.base, self.sources())
 
 
 class MixedRows(MixedProjection):

@@ -15,9 +15,9 @@ from fastapi import FastAPI
 from ..core.interrupts import on_interrupt
 from ..inference.recorder import CudaRecording
 from ..levels.policies import Load, Policy, as_policy
+from ..models.architectures import kv_heads_of
 from ..models.configuration import resolve_level
 from ..models.loading import (
-    check_whole_layers,
     device,
     level_to_run_at,
     load_adapter,
@@ -38,8 +38,8 @@ COOL_DOWN = 5.0  # seconds between two changes of the level under "load"
 class ServeOptions:
     """What to serve, and how; sizes are those of `EngineOptions` and `ApiOptions`.
 
-    policy: a name or a level, see `as_policy`; "load" with the thresholds that are given, `step` layers at a time (an eighth of the model
-        if None). max_level: a number, or a share such as "50%".
+    policy: a name or a level, see `as_policy`; "load" with the thresholds that are given, `step` units (layers, or KV heads) or a share of
+        the model's at a time (an eighth if None). max_level: a number, a share such as "50%", or of heads what is kept, "kept:10%".
     kv_gib: GiB for keys and values. graphs: on a CUDA device, replay model calls from CUDA graphs.
     """
 
@@ -52,7 +52,7 @@ class ServeOptions:
     first_token_target: float | None = None
     token_target: float | None = None
     cool_down: float | None = None
-    step: int | None = None
+    step: int | str | None = None
     slots: int = 32
     max_waiting: int = 256
     max_tokens: int | None = None
@@ -75,9 +75,9 @@ def load_app(options: ServeOptions) -> FastAPI:
         OSError: if a file is missing.
     """
     base_config = load_config(options.model)
-    policy = policy_of(options, base_config.num_hidden_layers)
     level_to_run_at(options.model, base_config, options.adapter, None)
-    check_whole_layers("dsla serve", base_config, options.adapter)
+    heads = options.adapter is not None and read_adapter_config(options.adapter).conversion_unit == "head"
+    policy = policy_of(options, base_config.num_hidden_layers * (kv_heads_of(base_config) if heads else 1))
     limit = None
     if options.max_level is not None:
         if options.adapter is None:
@@ -104,8 +104,8 @@ def load_app(options: ServeOptions) -> FastAPI:
     return build_app(engine, tokenizer, api_options)
 
 
-def policy_of(options: ServeOptions, layers: int) -> Policy:
-    """The policy that the options name, for a model of so many layers.
+def policy_of(options: ServeOptions, units: int) -> Policy:
+    """The policy that the options name, for a model of so many layers, or KV heads where levels count those.
 
     Raises:
         ValueError: for a name that is none, or thresholds for another policy than "load".
@@ -122,7 +122,7 @@ def policy_of(options: ServeOptions, layers: int) -> Policy:
     if options.policy == "load":
         # Memory that runs out makes requests wait, so a server heeds it from the start. Few levels, soon: each has recordings of its own.
         defaults = {"free_share": 0.1, "max_level": "100%" if options.max_level is not None else "75%"}
-        return Load(**{**defaults, "step": max(layers // 8, 1), "cool_down": COOL_DOWN, **given})
+        return Load(**{**defaults, "step": max(units // 8, 1), "cool_down": COOL_DOWN, **given})
     if given:
         raise ValueError(f"{', '.join(given)} shape the policy 'load', not {options.policy!r}: leave them out, or give --policy load")
     return as_policy(options.policy)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..levels.policies import Policy, Stats
@@ -31,6 +31,10 @@ class LevelControl:
     seconds after the last change at the earliest: a level that swings costs folds, and a drain of the old cohort each time. While texts
     run, it must have been asked for `busy_hold` seconds: until the last of them ends, every token then takes two model calls.
 
+    Args:
+        ladder: levels that there are, rising; None: all. What a policy asks for between two of them is taken as the lower one, so that no
+            more is converted than was asked for, and that is said once.
+
     Attributes:
         level: that newcomers get.
         changes: the last ones, oldest first; count: of all.
@@ -42,6 +46,7 @@ class LevelControl:
         *,
         lowest: int,
         highest: int,
+        ladder: Sequence[int] | None = None,
         hold: float = 1.0,
         busy_hold: float = 10.0,
         cool_down: float = 5.0,
@@ -51,12 +56,14 @@ class LevelControl:
             if not seconds >= 0:
                 raise ValueError(f"{name} must be 0 seconds or more, got {seconds}")
         self.policy, self.lowest, self.highest, self.clock = policy, lowest, highest, clock
+        self.ladder = list(range(lowest, highest + 1)) if ladder is None else list(ladder)
         self.hold, self.busy_hold, self.cool_down = hold, busy_hold, cool_down
         self.level = lowest
         self.changed = float("-inf")
         self.changes: deque[Change] = deque(maxlen=KEPT_CHANGES)
         self.count = 0
         self._lower_since: float | None = None
+        self._rounded = False
 
     def wanted(self, stats: Stats) -> tuple[int, str]:
         """The level to go to now, and why; the present one if nothing is to change.
@@ -67,7 +74,7 @@ class LevelControl:
         asked = self.policy(stats)
         if not isinstance(asked, int) or not 0 <= asked <= stats.max_level:
             raise ValueError(f"the policy {self.policy!r} asked for level {asked!r}; there are 0 to {stats.max_level}")
-        asked = min(max(asked, self.lowest), self.highest)
+        asked = self._on_ladder(min(max(asked, self.lowest), self.highest))
         now = self.clock()
         if asked >= self.level:
             self._lower_since = None
@@ -79,13 +86,26 @@ class LevelControl:
             return asked, self._reason(stats)
         return self.level, ""
 
-    def change(self, level: int, reason: str) -> None:
-        """The level is another one now."""
+    def from_here(self) -> list[int]:
+        """The levels from the present one to the highest."""
+        return [level for level in self.ladder if self.level <= level <= self.highest]
+
+    def change(self, level: int, reason: str, note: str = "") -> None:
+        """The level is another one now; `note`: what the log says of it beside the number."""
         change = Change(self.clock(), self.level, level, reason)
         self.level, self.changed, self._lower_since = level, change.seconds, None
         self.changes.append(change)
         self.count += 1
-        logger.info("level %d -> %d: %s", change.old, change.new, change.reason)
+        logger.info("level %d -> %d%s: %s", change.old, change.new, note, change.reason)
+
+    def _on_ladder(self, level: int) -> int:
+        if level in self.ladder:
+            return level
+        lower = max(other for other in self.ladder if other <= level)
+        if not self._rounded:
+            logger.warning("level %d is not among those in use, %s: %d is taken, and so on for others", level, self.ladder, lower)
+        self._rounded = True
+        return lower
 
     def _reason(self, stats: Stats) -> str:
         why = getattr(self.policy, "why", None)

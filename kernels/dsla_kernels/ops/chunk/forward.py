@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._ops import add_op_namespace_prefix
-from ...common import channel_columns, load_rows, numbers, on_its_device, row_span, strides
+from ...common import channel_columns, layer_head, load_rows, numbers, on_its_device, row_span, strides
 from ...shapes import new_output
 from ..operators import schema
 from ..states.decays import decay_keys
@@ -25,6 +25,7 @@ from .inputs import ChunkInputs, ChunkLayer
 def _chunk_kernel(
     q, v, query_factors, keys, mix, row_first, row_length,
     states,  # exp(m) S `[N, tiles, Hkv, 2, K, V]`
+    kv_heads,  # [Hkv] or None: v is of these heads alone
     o,
     q_b, q_t, q_h, v_b, v_t, v_h,
     T, length, tiles, scale,
@@ -62,7 +63,8 @@ def _chunk_kernel(
         query = (q_tile * (factors * share[:, None])).to(DOT)
         scores = tl.dot(query, tl.trans(key), acc=scores, input_precision=PRECISION)
         output = tl.dot(query, state, acc=output, input_precision=PRECISION)
-    v_tile = load_rows(v + batch * v_b + first * v_t + kv_head * v_h, keys_at, keys_at < length, v_t, values, value_ok).to(DOT)
+    v += batch * v_b + first * v_t + layer_head(kv_heads, kv_head) * v_h
+    v_tile = load_rows(v, keys_at, keys_at < length, v_t, values, value_ok).to(DOT)
     scores = tl.where(tokens[:, None] >= keys_at[None, :], scores, 0.0).to(DOT)
     output = tl.dot(scores, v_tile, acc=output, input_precision=PRECISION)
     places = o + (flat + tokens.to(tl.int64)) * HKV * R * V + heads * V
@@ -90,6 +92,7 @@ def chunk_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
         inputs.row_first,
         inputs.row_length,
         states,
+        inputs.kv_heads,
         o,
         *strides(q, v),
         *layer.counts,

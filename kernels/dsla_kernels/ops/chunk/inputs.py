@@ -16,7 +16,7 @@ class ChunkInputs(NamedTuple):
     """The operators' arguments, in their order; those up to `initial_state` have a gradient.
 
     Shapes are those of `reference.dual_state_attention`; mask uint8 `[B, T]`; row_first, row_length int `[N]` and longest: packed
-    rows, see `StateInputs`; segment_blocks: chunks a segment, 0 for a choice by shape.
+    rows, see `StateInputs`; segment_blocks: chunks a segment, 0 for a choice by shape. With kv_heads there is no gradient.
     """
 
     q: Tensor
@@ -29,6 +29,7 @@ class ChunkInputs(NamedTuple):
     mask: Tensor | None
     row_first: Tensor | None
     row_length: Tensor | None
+    kv_heads: Tensor | None
     longest: int
     gate_normalizer: float
     lower_bound: float
@@ -51,6 +52,7 @@ class ChunkInputs(NamedTuple):
             self.mask,
             self.row_first,
             self.row_length,
+            self.kv_heads,
             self.longest,
             self.gate_normalizer,
             self.lower_bound,
@@ -61,17 +63,18 @@ class ChunkLayer:
     """Shapes and launch parameters of one call."""
 
     def __init__(self, inputs: ChunkInputs):
-        q, k, v, gate_logits = inputs[:4]
+        q, v, gate_logits = inputs.q, inputs.v, inputs.gate_logits
         self.inputs, self.state_inputs = inputs, inputs.of_states
         self.programs = self.state_inputs.programs
         self.state_heads = state_heads(self.state_inputs)
         heads = make_heads(q, v, gate_logits, 128 if q.dtype == torch.bfloat16 else 64)
         self.value_tiles = triton.cdiv(heads.V, heads.BV)
         self.tiling = state_tiling(self.state_inputs, self.state_heads, inputs.longest, largest_tile(q, v), inputs.segment_blocks)
-        self.group = q.shape[2] // k.shape[2]
+        kv_heads = gate_logits.shape[2]
+        self.group = q.shape[2] // kv_heads
         # As the kernels name them: numbers, then sizes at compile time, by default and with all values of a head in one tile.
         self.counts = (q.shape[1], inputs.longest, self.tiling.tiles, inputs.scale)
-        self.sizes = {"HKV": k.shape[2], "R": self.group, **heads._asdict(), "C": self.tiling.tile}
+        self.sizes = {"HKV": kv_heads, "R": self.group, **heads._asdict(), "C": self.tiling.tile}
         self.whole_sizes = self.sizes | {"BV": padded(heads.V)}
 
     def states(self, decayed: Decayed, final: Tensor | None = None) -> Tensor:

@@ -133,9 +133,10 @@ def plan_window(step: WindowStep) -> Plan:
 def _shape(step: PureStep | WindowStep) -> Shape:
     q, v = step.q, step.v
     rows, _, heads, key_dim = q.shape
+    kv_heads = step.down.shape[0]
     skip = step.real is not None and rows > FEW_ROWS
     decays, rank = step.bias.shape[-1], step.down.shape[-1]
-    return Shape(rows, heads, v.shape[2], key_dim, v.shape[-1], decays, rank, q.dtype, q.device, skip, largest_tile(q, v))
+    return Shape(rows, heads, kv_heads, key_dim, v.shape[-1], decays, rank, q.dtype, q.device, skip, largest_tile(q, v))
 
 
 @functools.lru_cache(maxsize=1024)  # steps come one after the other, and most are alike

@@ -7,15 +7,17 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from ...common import load_rows
+from ...shapes import new_output
 from ..window.softmax import LN_2, state_gate
 from .launch import HeadSizes
+from .step import PureStep, WindowStep
 
 
 @triton.jit
-def store_zeros(o, rows, group, values, V: tl.constexpr):
-    mask = group[1][:, None] & values[1][None, :]
-    pointers = o + rows[:, None] * V + values[0][None, :]
-    tl.store(pointers, tl.zeros(pointers.shape, o.dtype.element_ty), mask=mask)
+def store_output(o, result, heads, group_ok, values, V: tl.constexpr):
+    """Of query heads, into the row of o `[Hq, V]`."""
+    pointers = o + heads[:, None] * V + values[0][None, :]
+    tl.store(pointers, result.to(o.dtype.element_ty), mask=group_ok[:, None] & values[1][None, :])
 
 
 @triton.jit
@@ -68,6 +70,7 @@ def join_kernel(
     state_gain,
     state_bias,
     o,
+    o_row,
     norm_eps,
     HQ: tl.constexpr,
     V: tl.constexpr,
@@ -111,7 +114,7 @@ def join_kernel(
     else:
         result = normed(tl.sum(state_pieces, 0)[None, :], weight, norm_eps, V)
     result = tl.where(is_real, result, 0.0)
-    tl.store(o + number * V + values[None, :], result.to(o.dtype.element_ty), mask=value_ok[None, :])
+    store_output(o + row * o_row, result, heads, one, (values, value_ok), V)
 
 
 def make_pieces(q: Tensor, sizes: HeadSizes) -> tuple[Tensor | None, Tensor | None]:
@@ -122,3 +125,9 @@ def make_pieces(q: Tensor, sizes: HeadSizes) -> tuple[Tensor | None, Tensor | No
     heads, slot_parts = q.shape[0] * q.shape[2], sizes.STRIDE - sizes.PIECES
     pieces = torch.empty(heads, sizes.STRIDE, sizes.V, device=q.device)
     return pieces, torch.empty(heads, 2, slot_parts, device=q.device) if slot_parts else None
+
+
+def output_of(step: PureStep | WindowStep) -> tuple[Tensor, Tensor]:
+    """What a step writes to, and what its operator returns: that, or nothing where the caller has it."""
+    o = new_output(step.q, step.v) if step.out is None else step.out
+    return o, o if step.out is None else step.q.new_empty(0)

@@ -7,11 +7,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from ..._ops import add_op_namespace_prefix
-from ...common import bounded_log_decay, load_rows, numbers, on_its_device
-from ...shapes import new_output
+from ...common import bounded_log_decay, layer_head, load_rows, numbers, on_its_device
 from ..operators import schema
 from .launch import plan_pure
-from .output import join_kernel, make_pieces, normed, store_pieces, store_zeros
+from .output import join_kernel, make_pieces, normed, output_of, store_output, store_pieces
 from .states import add_products, finished, load_mix, load_queries, load_states, no_sums
 from .step import TENSORS, PureStep
 
@@ -21,7 +20,7 @@ def _pure_decode_kernel(
     q,
     k,
     v,
-    recurrent,  # fp32 [B, Hkv, 2, K, V]
+    recurrent,  # fp32 [B, HELD, 2, K, V]
     real,  # uint8 [B] or None
     down,
     up,
@@ -30,12 +29,19 @@ def _pure_decode_kernel(
     write_bias,
     mix_logits,
     norm_weight,
+    kv_heads,  # [Hkv] or None: k and v are of these heads alone
+    state_heads,  # [Hkv] or None: of the heads of the states these
     o,
     pieces,  # for the join; None if one program does it all
+    q_row,
+    k_row,
+    v_row,
+    o_row,
     scale,
     norm_eps,
     inverse_normalizer,
     bound,
+    HELD: tl.constexpr,  # heads that the states have, HKV at least
     HKV: tl.constexpr,  # `HeadSizes`
     R: tl.constexpr,
     BM: tl.constexpr,
@@ -69,9 +75,11 @@ def _pure_decode_kernel(
     values = numbers(0, V, BV)
     value, value_ok = values
     rank = tl.arange(0, BR)
-    q += (row * HKV + head) * R * K
-    k += (row * HKV + head) * K
-    recurrent += (row * HKV + head) * 2 * K * V
+    q += row * q_row + head * R * K
+    k += row * k_row + layer_head(kv_heads, head) * K
+    v += row * v_row + layer_head(kv_heads, head) * V
+    o += row * o_row
+    recurrent += (row * HELD + layer_head(state_heads, head)) * 2 * K * V
 
     # All first loads at once, what the gates need in front of the states: a single row waits for memory once.
     is_real = True
@@ -80,9 +88,9 @@ def _pure_decode_kernel(
     if SKIP:  # noqa: SIM102 (known at compile time, the other is not)
         if not is_real:
             if PARTS == 1:
-                store_zeros(o, row * HKV * R + heads, group, values, V)
+                store_output(o, tl.zeros([BM, BV], tl.float32), heads, group[1], values, V)
             return
-    v_new = tl.load(v + (row * HKV + head) * V + value, mask=value_ok, other=0.0)
+    v_new = tl.load(v + value, mask=value_ok, other=0.0)
     down_weight = load_rows(down + head * V * RANK, value, value_ok, RANK, rank, rank < RANK)
     gate = tl.arange(0, 2 * BG)  # of one state and of the other
     gate_ok = gate < 2 * G
@@ -140,14 +148,13 @@ def _pure_decode_kernel(
     if PARTS == 1:
         result = normed(finished(sums, group, R, BM, BV, FEW), weight, norm_eps, V)
         result = tl.where(is_real, result, 0.0)
-        store_ok = group[1][:, None] & value_ok[None, :]
-        tl.store(o + (row * HKV * R + heads)[:, None] * V + value[None, :], result.to(o.dtype.element_ty), mask=store_ok)
+        store_output(o, result, heads, group[1], values, V)
     else:
         pieces += (row * HKV + head) * R * STRIDE * V
         store_pieces(pieces, sums, piece, group, values, R, V, ROWS, PIECES, STRIDE, FEW)
 
 
-CHANGED = ("recurrent",)
+CHANGED = ("recurrent", "out")
 
 
 @torch.library.custom_op(add_op_namespace_prefix("pure_decode"), mutates_args=CHANGED, schema=schema(PureStep, "Tensor", changed=CHANGED))
@@ -155,23 +162,27 @@ CHANGED = ("recurrent",)
 def _pure_decode(*fields) -> Tensor:
     step = PureStep(*fields)
     plan = plan_pure(step)
-    o = new_output(step.q, step.v)
+    o, returned = output_of(step)
     pieces, _ = make_pieces(step.q, plan.head)
     _pure_decode_kernel[plan.grid](
         *step[: TENSORS[PureStep]],
         o,
         pieces,
+        *(x.stride(0) for x in (step.q, step.k, step.v, o)),
         step.scale,
         step.norm_eps,
         1.0 / step.gate_normalizer,
         step.lower_bound,
+        HELD=step.recurrent.shape[1],
         **plan.options,
     )
     if pieces is not None:
-        join_kernel[(pieces.shape[0],)](pieces, None, None, step.real, step.norm_weight, None, None, o, step.norm_eps, **plan.join)
-    return o
+        join_kernel[(pieces.shape[0],)](
+            pieces, None, None, step.real, step.norm_weight, None, None, o, o.stride(0), step.norm_eps, **plan.join
+        )
+    return returned
 
 
 @_pure_decode.register_fake
-def _(q, k, v, *others):
-    return new_output(q, v)
+def _(*fields):
+    return output_of(PureStep(*fields))[1]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..._ops import ops
 from ...checks import LARGEST_HEAD, check_softcap
-from ...shapes import KERNEL_DTYPES, Argument, check, check_groups, contiguous, table
+from ...shapes import KERNEL_DTYPES, Tables, check, check_groups, contiguous, two_tables
 
 
 class GateWeights(NamedTuple):
@@ -25,7 +25,10 @@ class GateWeights(NamedTuple):
 
 
 class PureStep(NamedTuple):
-    """What the operator without a window takes; its tensors are the kernel's first arguments."""
+    """What the operator without a window takes; its tensors but `out` are the kernel's first arguments.
+
+    q, k, v and `out` have rows at any distance, each of them dense.
+    """
 
     q: Tensor
     k: Tensor
@@ -39,6 +42,9 @@ class PureStep(NamedTuple):
     write_bias: Tensor | None
     mix_logits: Tensor
     norm_weight: Tensor
+    kv_heads: Tensor | None  # int32 [Hkv]: k and v are of all heads of a layer
+    state_heads: Tensor | None  # int32 [Hkv]: of more heads in states and ring
+    out: Tensor | None  # what is written to; the operator then returns an empty tensor
     gate_normalizer: float
     lower_bound: float
     scale: float
@@ -66,6 +72,9 @@ class WindowStep(NamedTuple):
     state_gain: Tensor
     state_bias: Tensor
     sink_logits: Tensor | None
+    kv_heads: Tensor | None  # int32 [Hkv]: k and v are of all heads of a layer
+    state_heads: Tensor | None  # int32 [Hkv]: of more heads in states and ring
+    out: Tensor | None  # what is written to; the operator then returns an empty tensor
     gate_normalizer: float
     lower_bound: float
     scale: float
@@ -74,7 +83,7 @@ class WindowStep(NamedTuple):
     window_size: int
 
 
-TENSORS = {step: step._fields.index("gate_normalizer") for step in (PureStep, WindowStep)}  # of each: they come first
+TENSORS = {step: step._fields.index("out") for step in (PureStep, WindowStep)}  # of each: they come first
 PURE_LINES = {
     "q": f"B 1 Hq K; {KERNEL_DTYPES}",
     "k": "B 1 Hkv K; as q",
@@ -88,19 +97,21 @@ PURE_LINES = {
     "mix_logits": f"Hq 2; {KERNEL_DTYPES}",
     "norm_weight": f"Hq V; {KERNEL_DTYPES}",
     "padding_mask": "B tokens; optional",
+    "out": "B 1 Hq V; as q; optional",
 }
-PURE_TABLE = table(PURE_LINES)
-WINDOW_TABLE = table(
-    PURE_LINES
-    | {
-        "window_k": "B slots Hkv K; as q; in place",
-        "window_v": "B slots Hkv V; as q; in place",
-        "lengths": "B; int64; in place",
-        "state_gain": f"Hq; {KERNEL_DTYPES}",
-        "state_bias": f"Hq; {KERNEL_DTYPES}",
-        "sink_logits": f"Hq; {KERNEL_DTYPES}; optional",
-    }
-)
+WINDOW_LINES = PURE_LINES | {
+    "window_k": "B slots Hkv K; as q; in place",
+    "window_v": "B slots Hkv V; as q; in place",
+    "lengths": "B; int64; in place",
+    "state_gain": f"Hq; {KERNEL_DTYPES}",
+    "state_bias": f"Hq; {KERNEL_DTYPES}",
+    "sink_logits": f"Hq; {KERNEL_DTYPES}; optional",
+}
+PURE_TABLES, WINDOW_TABLES = two_tables(PURE_LINES), two_tables(WINDOW_LINES)
+# Where states and ring have more heads than the layer.
+HELD_LINES = {"recurrent": "B held 2 K V; fp32; in place", "state_heads": "Hkv; int32; dense"}
+HELD_RING = HELD_LINES | {"window_k": "B slots held K; as q; in place", "window_v": "B slots held V; as q; in place"}
+HELD_PURE_TABLES, HELD_WINDOW_TABLES = two_tables(PURE_LINES | HELD_LINES), two_tables(WINDOW_LINES | HELD_RING)
 
 
 def window_decode(
@@ -126,6 +137,9 @@ def window_decode(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     advance: bool = True,
+    kv_heads: Tensor | None = None,
+    state_heads: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """One token a row through the layer with a softmax window; states, ring, sinks and lengths change in place.
 
@@ -140,9 +154,13 @@ def window_decode(
         padding_mask: `[B, 1]`; a padded token leaves no trace and its output is zero.
         softcap, sink_logits `[Hq]`: of the window's softmax, see `reference.dual_state_window_attention`.
         advance: also count the token in `lengths`; False leaves it to the caller, for example once for all layers.
+        kv_heads: int32 `[Hkv]`: k and v are of all heads of a layer, of which these are read. Its values are not looked at.
+        state_heads: int32 `[Hkv]`, where recurrent, window_k and window_v have more heads than the layer: which of theirs each KV head has;
+            the others stay as they are.
+        out: `[B, 1, Hq, V]` in q's dtype, written to: some heads of a larger output. Within a row its heads lie side by side.
 
     Returns:
-        o `[B, 1, Hq, V]` in q's dtype.
+        o `[B, 1, Hq, V]` in q's dtype: `out` where it is given.
 
     Raises:
         ValueError: names the argument that does not fit, before anything is launched. Tensors that change in place must be
@@ -153,19 +171,24 @@ def window_decode(
     check_softcap(softcap)
     ring = {"window_k": window_k, "window_v": window_v, "lengths": lengths}
     weights = {"mix_logits": mix_logits, "norm_weight": norm_weight, "state_gain": state_gain, "state_bias": state_bias}
-    token = {"q": q, "k": k, "v": v, "recurrent": recurrent, "padding_mask": padding_mask}
-    slots = _check(WINDOW_TABLE, gates, token | ring | weights | {"sink_logits": sink_logits})["slots"]
+    heads = {"kv_heads": kv_heads, "state_heads": state_heads, "sink_logits": sink_logits}
+    token = {"q": q, "k": k, "v": v, "recurrent": recurrent, "padding_mask": padding_mask, "out": out}
+    tables = WINDOW_TABLES if state_heads is None else HELD_WINDOW_TABLES
+    slots = _check(tables, gates, token | ring | weights | heads)["slots"]
     if not window_size <= slots <= window_size + window_size // 2:
         raise ValueError(f"window_k must have {window_size} slots and at most {window_size // 2} for sinks, got {slots}")
     real = _real(padding_mask)
     o = ops.window_decode(
-        *contiguous(q, k, v),
+        *dense_rows(q, k, v),
         recurrent,
         window_k,
         window_v,
         lengths,
         real,
         *contiguous(*gates, mix_logits, norm_weight, state_gain, state_bias, sink_logits),
+        kv_heads,
+        state_heads,
+        out,
         gate_normalizer,
         lower_bound,
         q.shape[-1] ** -0.5 if scale is None else scale,
@@ -175,7 +198,7 @@ def window_decode(
     )
     if advance:
         lengths.add_(1 if real is None else real)
-    return o
+    return o if out is None else out
 
 
 def pure_decode(
@@ -192,23 +215,31 @@ def pure_decode(
     scale: float | None = None,
     norm_eps: float = 1e-6,
     padding_mask: Tensor | None = None,
+    kv_heads: Tensor | None = None,
+    state_heads: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """One token a row through the pure layer and its norm, `norm_weight * o / sqrt(mean(o²) + norm_eps)`; the states change in place.
 
     Arguments, result and errors as `window_decode`, without the window.
     """
-    token = {"q": q, "k": k, "v": v, "recurrent": recurrent, "padding_mask": padding_mask}
-    _check(PURE_TABLE, gates, token | {"mix_logits": mix_logits, "norm_weight": norm_weight})
-    return ops.pure_decode(
-        *contiguous(q, k, v),
+    token = {"q": q, "k": k, "v": v, "recurrent": recurrent, "padding_mask": padding_mask, "out": out}
+    others = {"mix_logits": mix_logits, "norm_weight": norm_weight, "kv_heads": kv_heads, "state_heads": state_heads}
+    _check(PURE_TABLES if state_heads is None else HELD_PURE_TABLES, gates, token | others)
+    o = ops.pure_decode(
+        *dense_rows(q, k, v),
         recurrent,
         _real(padding_mask),
         *contiguous(*gates, mix_logits, norm_weight),
+        kv_heads,
+        state_heads,
+        out,
         gate_normalizer,
         lower_bound,
         q.shape[-1] ** -0.5 if scale is None else scale,
         norm_eps,
     )
+    return o if out is None else out
 
 
 def _real(padding_mask: Tensor | None) -> Tensor | None:
@@ -219,7 +250,17 @@ def _real(padding_mask: Tensor | None) -> Tensor | None:
     return mask.contiguous().view(torch.uint8) if mask.dtype == torch.bool else mask.to(torch.uint8).contiguous()
 
 
-def _check(arguments: tuple[Argument, ...], gates: GateWeights, given: dict[str, Tensor | None]) -> dict[str, int]:
+def has_dense_rows(x: Tensor) -> bool:
+    """Whether each row of x `[B, 1, H, D]` lies in one piece."""
+    return x.stride(3) == 1 and (x.stride(2) == x.shape[3] or x.shape[2] == 1)
+
+
+def dense_rows(*tensors: Tensor) -> list[Tensor]:
+    """Each tensor as it is or, where its rows are not dense, as a copy."""
+    return [x if has_dense_rows(x) else x.contiguous() for x in tensors]
+
+
+def _check(tables: Tables, gates: GateWeights, given: dict[str, Tensor | None]) -> dict[str, int]:
     """Raises ValueError that names the argument which does not fit; the sizes of those that do."""
     given |= {
         "gates.down": gates.down,
@@ -231,7 +272,10 @@ def _check(arguments: tuple[Argument, ...], gates: GateWeights, given: dict[str,
     q, decays = given["q"], gates.bias.shape[-1]
     if q is not None and q.ndim == 4 and decays not in (q.shape[-1], q.shape[-1] / 2):  # before gates.up, whose shape follows from it
         raise ValueError(f"gates.bias must have {q.shape[-1]} or {q.shape[-1] / 2:g} decays a state, got {decays}")
-    sizes = check(arguments, given, gates=2 * decays)
+    sizes = check(tables[given["kv_heads"] is not None], given, gates=2 * decays)
+    out = given["out"]
+    if out is not None and not has_dense_rows(out):
+        raise ValueError(f"out must have the heads of a row side by side, got strides {out.stride()}: give a slice of consecutive heads")
     key_dim, value_dim = sizes["K"], sizes["V"]
     check_groups(sizes["Hq"], sizes["Hkv"])
     if max(key_dim, value_dim) > LARGEST_HEAD:

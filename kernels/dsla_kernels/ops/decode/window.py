@@ -7,13 +7,12 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from ..._ops import add_op_namespace_prefix
-from ...common import load_rows, numbers, on_its_device
-from ...shapes import new_output
+from ...common import layer_head, load_rows, numbers, on_its_device
 from ..operators import schema
 from ..window.softmax import LN_2
 from .gates import take_block
 from .launch import plan_window
-from .output import gated, join_kernel, make_pieces, store_pieces, store_zeros
+from .output import gated, join_kernel, make_pieces, output_of, store_output, store_pieces
 from .ring import attend_window, begin_window, write_token
 from .states import finished, load_mix, load_queries, load_states, read_states
 from .step import TENSORS, WindowStep
@@ -24,8 +23,8 @@ def _window_decode_kernel(
     q,
     k,
     v,
-    recurrent,  # fp32 [B, Hkv, 2, K, V]
-    window_k,  # [B, S + W, Hkv, K]
+    recurrent,  # fp32 [B, HELD, 2, K, V]
+    window_k,  # [B, S + W, HELD, K]
     window_v,
     lengths,  # int64 [B]
     real,  # uint8 [B] or None
@@ -39,14 +38,21 @@ def _window_decode_kernel(
     state_gain,
     state_bias,
     sink_logits,  # [Hq] or None
+    kv_heads,  # [Hkv] or None: k and v are of these heads alone
+    state_heads,  # [Hkv] or None: of the heads of states and ring these
     o,
     pieces,  # for the join, as are tops and denominators; None if one program does it all
     softmax,
+    q_row,
+    k_row,
+    v_row,
+    o_row,
     scale,
     softcap,  # or None
     norm_eps,
     inverse_normalizer,
     bound,
+    HELD: tl.constexpr,  # heads that states and ring have, HKV at least
     HKV: tl.constexpr,  # `HeadSizes`
     R: tl.constexpr,
     BM: tl.constexpr,
@@ -88,12 +94,14 @@ def _window_decode_kernel(
     values = numbers(0, V, BV)
     value, value_ok = values
     store_ok = group_ok[:, None] & value_ok[None, :]
-    q += (row * HKV + head) * R * K
-    k += (row * HKV + head) * K
-    v += (row * HKV + head) * V
+    q += row * q_row + head * R * K
+    k += row * k_row + layer_head(kv_heads, head) * K
+    v += row * v_row + layer_head(kv_heads, head) * V
+    o += row * o_row
     mix_logits += head * R * 2
-    recurrent += (row * HKV + head) * 2 * K * V
-    ring = window_k + (row * (S + W) * HKV + head) * K, window_v + (row * (S + W) * HKV + head) * V
+    held = layer_head(state_heads, head)
+    recurrent += (row * HELD + held) * 2 * K * V
+    ring = window_k + (row * (S + W) * HELD + held) * K, window_v + (row * (S + W) * HELD + held) * V
     piece = 0
     if PARTS > 1:
         number = tl.program_id(1)
@@ -113,10 +121,10 @@ def _window_decode_kernel(
     if SKIP:  # noqa: SIM102 (known at compile time, the other is not)
         if not is_real:
             if PARTS == 1:
-                store_zeros(o, row * HKV * R + heads, group, values, V)
+                store_output(o, tl.zeros([BM, BV], tl.float32), heads, group_ok, values, V)
             return
     if PARTS == 1:
-        loaded = begin_window(q, k, v, ring, 0, group, columns, values, HKV, K, V, S, BS, W, BN)
+        loaded = begin_window(q, k, v, ring, 0, group, columns, values, HELD, K, V, S, BS, W, BN)
         mixes = load_mix(mix_logits, group, R, FEW)
         queries = load_queries(q, tl.arange(0, KC), group, K, R, FEW)
         states = load_states(recurrent, tl.arange(0, KC), values, K, V)
@@ -124,7 +132,7 @@ def _window_decode_kernel(
         offset = tl.load(state_bias + heads, mask=group_ok, other=0.0)
         weight = load_rows(norm_weight, heads, group_ok, V, value, value_ok)
         top, denominator, o_window = attend_window(
-            loaded, ring, sink_logits, length, 0, (heads, group_ok), columns, values, scale, softcap, HKV, K, V, BM, BV, S, BS, W, SLOTS,
+            loaded, ring, sink_logits, length, 0, (heads, group_ok), columns, values, scale, softcap, HELD, K, V, BM, BV, S, BS, W, SLOTS,
             BN, DOT, PRECISION,
         )  # fmt: skip
         o_window /= denominator[:, None]
@@ -135,21 +143,21 @@ def _window_decode_kernel(
         o_state = finished(sums, group, R, BM, BV, FEW)
         result = gated(o_state, o_window, log_denominator, length, weight, gain, offset, norm_eps, SIZE, V)
         result = tl.where(is_real, result, 0.0)
-        tl.store(o + (row * HKV * R + heads)[:, None] * V + value[None, :], result.to(o.dtype.element_ty), mask=store_ok)
+        store_output(o, result, heads, group_ok, values, V)
         if is_real:
-            write_token(ring, loaded[1], loaded[2], length, columns, values, HKV, K, V, S, W)
+            write_token(ring, loaded[1], loaded[2], length, columns, values, HELD, K, V, S, W)
     else:
         if piece < 0:
-            loaded = begin_window(q, k, v, ring, number * SLOTS, group, columns, values, HKV, K, V, S, BS, W, BN)
+            loaded = begin_window(q, k, v, ring, number * SLOTS, group, columns, values, HELD, K, V, S, BS, W, BN)
             top, denominator, o_window = attend_window(
-                loaded, ring, sink_logits, length, number * SLOTS, (heads, group_ok), columns, values, scale, softcap, HKV, K, V, BM, BV,
+                loaded, ring, sink_logits, length, number * SLOTS, (heads, group_ok), columns, values, scale, softcap, HELD, K, V, BM, BV,
                 S, BS, W, SLOTS, BN, DOT, PRECISION,
             )  # fmt: skip
             tl.store(pieces + (group_number * STRIDE + PIECES + number)[:, None] * V + value[None, :], o_window, mask=store_ok)
             tl.store(softmax + group_number * 2 * SLOT_PARTS + number, top, mask=group_ok)
             tl.store(softmax + (group_number * 2 + 1) * SLOT_PARTS + number, denominator, mask=group_ok)
             if is_real & (number == 0):
-                write_token(ring, loaded[1], loaded[2], length, columns, values, HKV, K, V, S, W)
+                write_token(ring, loaded[1], loaded[2], length, columns, values, HELD, K, V, S, W)
         else:
             part = first_channel + tl.arange(0, KC)
             mixes = load_mix(mix_logits, group, R, FEW)
@@ -167,11 +175,11 @@ def _window_decode_kernel(
         tl.debug_barrier()  # every thread has read the states
         take_block(
             recurrent, ring, length - W, down, up, bias, write_weight, write_bias, head, first_channel, values, norm_eps,
-            inverse_normalizer, bound, HKV, K, V, G, CHANNELS, RANK, BR, GC, S, W, SIZE, C, PER_BLOCK, DOT, PRECISION, GATE_PRECISION,
+            inverse_normalizer, bound, HELD, K, V, G, CHANNELS, RANK, BR, GC, S, W, SIZE, C, PER_BLOCK, DOT, PRECISION, GATE_PRECISION,
         )  # fmt: skip
 
 
-CHANGED = ("recurrent", "window_k", "window_v")
+CHANGED = ("recurrent", "window_k", "window_v", "out")
 
 
 @torch.library.custom_op(
@@ -181,18 +189,20 @@ CHANGED = ("recurrent", "window_k", "window_v")
 def _window_decode(*fields) -> Tensor:
     step = WindowStep(*fields)
     plan = plan_window(step)
-    o = new_output(step.q, step.v)
+    o, returned = output_of(step)
     pieces, softmax = make_pieces(step.q, plan.head)
     _window_decode_kernel[plan.grid](
         *step[: TENSORS[WindowStep]],
         o,
         pieces,
         softmax,
+        *(x.stride(0) for x in (step.q, step.k, step.v, o)),
         step.scale,
         step.softcap,
         step.norm_eps,
         1.0 / step.gate_normalizer,
         step.lower_bound,
+        HELD=step.recurrent.shape[1],
         **plan.options,
     )
     if pieces is not None:
@@ -205,12 +215,13 @@ def _window_decode(*fields) -> Tensor:
             step.state_gain,
             step.state_bias,
             o,
+            o.stride(0),
             step.norm_eps,
             **plan.join,
         )
-    return o
+    return returned
 
 
 @_window_decode.register_fake
-def _(q, k, v, *others):
-    return new_output(q, v)
+def _(*fields):
+    return output_of(WindowStep(*fields))[1]

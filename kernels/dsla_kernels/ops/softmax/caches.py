@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._ops import add_op_namespace_prefix, ops
-from ...common import on_its_device
+from ...common import on_its_device, unit_stride
 from ...shapes import check, table
 
 TABLE = table(
@@ -21,6 +21,17 @@ TABLE = table(
         "count": "; int64; optional",
     }
 )
+TABLE_OF_HEADS = table(
+    {
+        "k": "B Hkv 1 K; dense",
+        "v": "B Hkv 1 V; dense",
+        "keys": "1 columns L K; as k; dense",
+        "values": "1 columns L V; as v; dense",
+        "heads": "Hkv 2; int32; (of each KV head its table and its column)",
+        "places": "tables B; int32 or int64",
+        "count": "; int64; optional",
+    }
+)
 
 
 @triton.jit
@@ -29,7 +40,8 @@ def _append_kernel(
     values,
     k,  # [B, Hkv, 1, K], likewise
     v,
-    places,  # [B]
+    places,  # [B]; with heads [tables, B]
+    heads,  # [Hkv, 2] or None
     count,  # [] or None
     keys_b,
     keys_h,
@@ -41,6 +53,7 @@ def _append_kernel(
     k_h,
     v_b,
     v_h,
+    places_next,
     HKV: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -48,12 +61,17 @@ def _append_kernel(
 ):
     row, head = tl.program_id(0) // HKV, tl.program_id(0) % HKV
     row = row.to(tl.int64)
+    held = head
+    if heads is not None:
+        places += tl.load(heads + head * 2).to(tl.int64) * places_next
+        held = tl.load(heads + head * 2 + 1)
+    held = held.to(tl.int64)
     place = tl.load(places + row).to(tl.int64)
-    column = tl.arange(0, BD)
-    key = tl.load(k + row * k_b + head * k_h + column, mask=column < K)
-    tl.store(keys + row * keys_b + head * keys_h + place * keys_t + column, key, mask=column < K)
-    value = tl.load(v + row * v_b + head * v_h + column, mask=column < V)
-    tl.store(values + row * values_b + head * values_h + place * values_t + column, value, mask=column < V)
+    channel = tl.arange(0, BD)
+    key = tl.load(k + row * k_b + head * k_h + channel, mask=channel < K)
+    tl.store(keys + row * keys_b + held * keys_h + place * keys_t + channel, key, mask=channel < K)
+    value = tl.load(v + row * v_b + head * v_h + channel, mask=channel < V)
+    tl.store(values + row * values_b + held * values_h + place * values_t + channel, value, mask=channel < V)
     if count is not None:  # noqa: SIM102 (known at compile time, the other is not)
         if tl.program_id(0) == 0:
             tl.store(count, tl.load(count) + 1)
@@ -61,7 +79,7 @@ def _append_kernel(
 
 @torch.library.custom_op(add_op_namespace_prefix("append"), mutates_args=("keys", "values", "count"))
 @on_its_device
-def _append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, places: Tensor, count: Tensor | None) -> None:
+def _append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, places: Tensor, count: Tensor | None, heads: Tensor | None) -> None:
     batch, kv_heads, _, key_dim = k.shape
     # Rows of a pool lie in one tensor.
     rows = [x.stride(0) if x.shape[0] == batch else 0 for x in (keys, values)]
@@ -71,6 +89,7 @@ def _append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, places: Tensor, 
         k,
         v,
         places,
+        heads,
         count,
         rows[0],
         *keys.stride()[1:3],
@@ -78,6 +97,7 @@ def _append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, places: Tensor, 
         *values.stride()[1:3],
         *k.stride()[:2],
         *v.stride()[:2],
+        0 if heads is None else places.stride(0),
         **_options(kv_heads, key_dim, v.shape[-1]),
     )
 
@@ -90,11 +110,19 @@ def _options(kv_heads: int, key_dim: int, value_dim: int) -> dict[str, int]:
 
 
 @_append.register_fake
-def _(keys, values, k, v, places, count):
+def _(keys, values, k, v, places, count, heads):
     return None
 
 
-def append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, places: Tensor, count: Tensor | None = None) -> None:
+def append(
+    keys: Tensor,
+    values: Tensor,
+    k: Tensor,
+    v: Tensor,
+    places: Tensor,
+    count: Tensor | None = None,
+    heads: Tensor | None = None,
+) -> None:
     """Write the keys and values of one token a row, in place.
 
     Args:
@@ -102,11 +130,18 @@ def append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, places: Tensor, c
         k `[B, Hkv, 1, K]`, v `[B, Hkv, 1, V]`: of the cache's dtype. The last dimension of all four is dense.
         places: int `[B]`, below L: where in the cache each row's token goes. Rows that share a place leave either's there.
         count: int64 `[]` that becomes one more, if given.
+        heads: int32 `[Hkv, 2]`, for a pool `[1, columns, L, D]` that heads of several layers share, with places `[tables, B]`: KV head h
+            goes into column `heads[h, 1]`, to the places of table `heads[h, 0]`.
 
     Raises:
         ValueError: names what does not fit, before anything is written.
     """
-    sizes = check(TABLE, {"k": k, "v": v, "keys": keys, "values": values, "places": places, "count": count})
+    given = {"k": k, "v": v, "keys": keys, "values": values, "places": places, "count": count}
+    if heads is not None:
+        check(TABLE_OF_HEADS, given | {"heads": heads})
+        ops.append(keys, values, k, v, unit_stride(places), count, heads.contiguous())
+        return
+    sizes = check(TABLE, given)
     if sizes["rows"] not in (1, sizes["B"]):
         raise ValueError(f"keys and values must have 1 row or {sizes['B']}, as k and v have, got {list(keys.shape)}")
-    ops.append(keys, values, k, v, places.contiguous(), count)
+    ops.append(keys, values, k, v, places.contiguous(), count, None)

@@ -47,7 +47,8 @@ def _softmax_decode_kernel(
     values,
     lengths,  # [B]
     mask,  # uint8 [B, T] or None
-    block_table,  # [B, most blocks] or None
+    block_table,  # [B, most blocks] or None; with places [tables, B, most blocks]
+    places,  # [Hkv, 2] or None
     sink_logits,  # [Hq] or None
     o,  # [B, Hq, V]
     pieces,  # fp32 [B * Hq, parts, V], for the join; None with one part
@@ -60,6 +61,7 @@ def _softmax_decode_kernel(
     v_token,
     mask_row,
     table_row,
+    table_next,
     room,  # tokens of a row at most
     least,  # tiles a part
     window,  # or None
@@ -96,8 +98,12 @@ def _softmax_decode_kernel(
     column_ok = columns < K
     channels = tl.arange(0, BV)
     channel_ok = channels < V
-    keys += head.to(tl.int64) * k_head
-    values += head.to(tl.int64) * v_head
+    column = head
+    if places is not None:
+        block_table += tl.load(places + head * 2).to(tl.int64) * table_next
+        column = tl.load(places + head * 2 + 1)
+    keys += column.to(tl.int64) * k_head
+    values += column.to(tl.int64) * v_head
     q_tile = load_rows(q, heads, group_ok, K, columns, column_ok)
     top = tl.full([BM], NOTHING, tl.float32)
     denominator = tl.zeros([BM], tl.float32)
@@ -202,8 +208,9 @@ def _softmax_decode(
     softcap: float | None,
     window: int | None,
     splits: int,
+    places: Tensor | None,
 ) -> Tensor:
-    plan = make_plan(q, keys, values, block_table, window, splits)
+    plan = make_plan(q, keys, values, block_table, window, splits, places)
     order = (0, 1, 2) if block_table is None else (0, 2, 1)  # a row or block, a head, a token
     rows, parts = q.shape[0] * q.shape[2], plan.grid[1]
     o = new_output(q, values)
@@ -218,6 +225,7 @@ def _softmax_decode(
         lengths,
         None if mask is None else mask.view(torch.uint8),  # which every backend can load
         block_table,
+        places,
         sink_logits,
         o,
         pieces,
@@ -225,7 +233,8 @@ def _softmax_decode(
         *[keys.stride(dim) for dim in order],
         *[values.stride(dim) for dim in order],
         0 if mask is None else mask.stride(0),
-        0 if block_table is None else block_table.stride(0),
+        0 if block_table is None else block_table.stride(-2),
+        0 if places is None else block_table.stride(0),  # type: ignore[union-attr]
         plan.room,
         plan.least,
         window,
@@ -255,6 +264,7 @@ def softmax_decode(
     window: int | None = None,
     block_table: Tensor | None = None,
     mask: Tensor | None = None,
+    heads: Tensor | None = None,
     splits: int = 0,
 ) -> Tensor:
     """Softmax attention of one token a row over its keys and values, which include its own. No gradient.
@@ -264,7 +274,7 @@ def softmax_decode(
         keys, values: of any strides, but for a dense last dimension; read where they are.
         splits: parts that a row's tokens are cut into; 0 chooses by shape.
     """
-    check_softmax_decode_inputs(q, keys, values, lengths, softcap, sink_logits, window, block_table, mask)
+    check_softmax_decode_inputs(q, keys, values, lengths, softcap, sink_logits, window, block_table, mask, heads)
     check_softmax_kernel_inputs(q, keys, values)
     if splits < 0:
         raise ValueError(f"splits must be 0 (chosen by shape) or a number of parts, got {splits}")
@@ -280,4 +290,5 @@ def softmax_decode(
         softcap,
         window,
         splits,
+        None if heads is None else heads.contiguous(),
     )

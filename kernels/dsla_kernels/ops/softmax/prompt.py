@@ -36,7 +36,8 @@ def _softmax_prompt_kernel(
     values,
     starts,  # [B]
     lengths,
-    block_table,  # [B, most blocks]
+    block_table,  # [B, most blocks]; with places [tables, B, most blocks]
+    places,  # [Hkv, 2] or None
     o,  # [B, T, Hq, V]
     q_row,
     q_token,
@@ -48,6 +49,7 @@ def _softmax_prompt_kernel(
     v_token,
     v_head,
     table_row,
+    table_next,
     room,  # tokens of a row at most
     T,
     window,  # or None
@@ -70,9 +72,12 @@ def _softmax_prompt_kernel(
     query = first + tl.arange(0, BM)
     columns, channels = tl.arange(0, BK), tl.arange(0, BV)
     column_ok, channel_ok = columns < K, channels < V
-    keys += (head // R).to(tl.int64) * k_head
-    values += (head // R).to(tl.int64) * v_head
-    table = block_table + row * table_row
+    column, table = head // R, block_table + row * table_row
+    if places is not None:
+        table += tl.load(places + column * 2).to(tl.int64) * table_next
+        column = tl.load(places + column * 2 + 1)
+    keys += column.to(tl.int64) * k_head
+    values += column.to(tl.int64) * v_head
     q_places = row * q_row + query.to(tl.int64) * q_token + head * q_head
     q_tile = tl.load(q + q_places[:, None] + columns[None, :], mask=(query < T)[:, None] & column_ok[None, :], other=0.0)
     top = tl.full([BM], NOTHING, tl.float32)
@@ -130,9 +135,11 @@ def _softmax_prompt(
     block_table: Tensor,
     scale: float,
     window: int | None,
+    places: Tensor | None,
 ) -> Tensor:
     batch, tokens, heads, key_dim = q.shape
     block_size, kv_heads, value_dim = values.shape[1:]
+    kv_heads = kv_heads if places is None else places.shape[0]
     block_key, block_value = head_tiles(key_dim, value_dim)
     row_bytes = max(block_key, block_value) * q.element_size()
     queries, launch = choose_launch(row_bytes, shared_memory(q.device))
@@ -145,12 +152,14 @@ def _softmax_prompt(
         starts,
         lengths,
         block_table,
+        places,
         o,
         *q.stride()[:3],
         *keys.stride()[:3],
         *values.stride()[:3],
+        block_table.stride(-2),
         block_table.stride(0),
-        block_size * block_table.shape[1],
+        block_size * block_table.shape[-1],
         tokens,
         window,
         scale,
@@ -185,13 +194,14 @@ def softmax_prompt(
     *,
     scale: float | None = None,
     window: int | None = None,
+    heads: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of a piece of a text a row over its keys and values in blocks. No gradient.
 
     Arguments, result and errors as `reference.softmax_prompt`, in bf16, fp32 or fp16, with heads of up to 256; q, keys and values of any
     strides, but for a dense last dimension.
     """
-    check_softmax_prompt_inputs(q, keys, values, starts, lengths, block_table, window)
+    check_softmax_prompt_inputs(q, keys, values, starts, lengths, block_table, window, heads)
     check_softmax_kernel_inputs(q, keys, values)
     return ops.softmax_prompt(
         unit_stride(q),
@@ -202,4 +212,5 @@ def softmax_prompt(
         unit_stride(block_table),
         q.shape[-1] ** -0.5 if scale is None else scale,
         window,
+        None if heads is None else heads.contiguous(),
     )

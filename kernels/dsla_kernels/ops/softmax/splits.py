@@ -53,16 +53,29 @@ class Plan(NamedTuple):
     join: dict[str, Any]  # of the join, where there are several parts
 
 
-def make_plan(q: Tensor, keys: Tensor, values: Tensor, block_table: Tensor | None, window: int | None, splits: int) -> Plan:
-    """By shape; splits: the number of parts, or 0. Nothing depends on what lies in a tensor."""
-    blocks = None if block_table is None else block_table.shape[1]
-    return _plan(q.shape, keys.shape, values.shape[-1], blocks, window, splits, q.dtype, q.device, tuned)
+def make_plan(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_table: Tensor | None,
+    window: int | None,
+    splits: int,
+    places: Tensor | None = None,
+) -> Plan:
+    """By shape; splits: the number of parts, or 0. Nothing depends on what lies in a tensor. places: of KV heads in blocks, see
+    `softmax_decode`."""
+    if block_table is None:
+        kv_heads, tokens, blocks = keys.shape[1], keys.shape[2], None
+    else:
+        kv_heads, tokens, blocks = keys.shape[2] if places is None else places.shape[0], keys.shape[1], block_table.shape[-1]
+    return _plan(q.shape, kv_heads, tokens, values.shape[-1], blocks, window, splits, q.dtype, q.device, tuned)
 
 
 @functools.lru_cache(maxsize=1024)  # layers and steps come one after the other, and most are alike
 def _plan(
     q: torch.Size,
-    keys: torch.Size,
+    kv_heads: int,
+    tokens: int,  # of a row, or of a block
     value_dim: int,
     blocks: int | None,  # of a row, None without a block table
     window: int | None,
@@ -72,11 +85,7 @@ def _plan(
     wanted: Launch | None,
 ) -> Plan:
     batch, _, heads, key_dim = q
-    if blocks is None:
-        kv_heads, room, block = keys[1], keys[2], 0
-    else:
-        block, kv_heads = keys[1:3]
-        room = block * blocks
+    room, block = (tokens, 0) if blocks is None else (tokens * blocks, tokens)
     block_key, block_value = head_tiles(key_dim, value_dim)
     launch = wanted or choose_launch(max(block_key, block_value) * dtype.itemsize)
     tiles = triton.cdiv(room if window is None else min(room, window), launch.tokens)

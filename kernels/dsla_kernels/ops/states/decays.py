@@ -19,6 +19,7 @@ from ...common import (
     bounded_log_decay,
     fast_exp2,
     fast_log2,
+    layer_head,
     load_mask,
     load_rows,
     load_write_gate,
@@ -69,6 +70,7 @@ def _decay_kernel(
     mask,  # uint8 [B, T] or None
     row_first,  # [N] or None: rows are the batch's
     row_length,  # [N] or None: `length` for all
+    kv_heads,  # [Hkv] or None: k is of these heads alone
     query_factors, keys, at_middle,
     k_b, k_t, k_h,
     T, length, tiles, inverse_normalizer, bound,
@@ -104,7 +106,7 @@ def _decay_kernel(
         scale *= load_write_gate(write_logits, offset, tokens, token_ok, HKV * 2)[:, None]
     store_rows(query_factors + offset * G, tokens, in_row, HKV * 2 * G, gates, gate_ok, factors)
     tl.store(at_middle + ((row.to(tl.int64) * tiles + tile) * HKV * 2 + head_state) * G + gates, tl.exp2(middle), mask=gate_ok)
-    k += batch * k_b + first * k_t + head_state // 2 * k_h
+    k += batch * k_b + first * k_t + layer_head(kv_heads, head_state // 2) * k_h
     for start in tl.static_range(0, K, G):  # once or, with a gate for channels i and i + G, twice
         channels = start + gates
         channel_ok = gate_ok & (channels < K)
@@ -118,15 +120,16 @@ def decay_keys(inputs: StateInputs, tiling: Tiling) -> Decayed:
     gates = gate_logits.shape[-1]
     query_factors = torch.empty(gate_logits.shape, dtype=inputs.dtype, device=k.device)
     keys = torch.empty(*gate_logits.shape[:-1], k.shape[-1], dtype=inputs.dtype, device=k.device)
-    at_middle = torch.empty(inputs.rows, tiling.tiles, inputs.kv_heads, 2, gates, dtype=torch.float32, device=k.device)
+    at_middle = torch.empty(inputs.rows, tiling.tiles, inputs.num_kv_heads, 2, gates, dtype=torch.float32, device=k.device)
     block = min(64, padded(gates, 32))
-    _decay_kernel[(inputs.kv_heads * 2 * triton.cdiv(gates, block), tiling.tiles, inputs.rows)](
+    _decay_kernel[(inputs.num_kv_heads * 2 * triton.cdiv(gates, block), tiling.tiles, inputs.rows)](
         k,
         gate_logits,
         inputs.write_logits,
         inputs.mask,
         inputs.row_first,
         inputs.row_length,
+        inputs.kv_heads,
         query_factors,
         keys,
         at_middle,
@@ -136,7 +139,7 @@ def decay_keys(inputs: StateInputs, tiling: Tiling) -> Decayed:
         tiling.tiles,
         1.0 / inputs.gate_normalizer,
         inputs.lower_bound,
-        HKV=inputs.kv_heads,
+        HKV=inputs.num_kv_heads,
         K=k.shape[-1],
         G=gates,
         BG=block,

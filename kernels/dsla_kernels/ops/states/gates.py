@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ... import reference
 from ..._ops import add_op_namespace_prefix, ops
-from ...checks import KERNEL_GATES, LARGEST_HEAD, LARGEST_RANK, check_gate_inputs
-from ...common import load_rows, numbers, on_its_device, processors, store_rows, strides, unit_stride
+from ...checks import KERNEL_GATES, LARGEST_HEAD, LARGEST_RANK, check_gate_inputs, check_no_gradient_of_heads
+from ...common import layer_head, load_rows, numbers, on_its_device, processors, store_rows, strides, unit_stride
 from ...shapes import contiguous
 
 TILE = 32  # tokens; below 64, so that products may have the few columns of a rank (see `common.padded`)
@@ -50,6 +50,7 @@ def _gate_kernel(
     bias,  # [Hkv, GATES]
     write_weight,  # [Hkv, V, 2] or None
     write_bias,  # [Hkv, 2] or None
+    kv_heads,  # [Hkv] or None: v is of these heads alone
     gate_logits,  # fp32 [B, T, Hkv, GATES]
     write_logits,  # fp32 [B, T, Hkv, 2]
     v_b, v_t, v_h,
@@ -81,7 +82,7 @@ def _gate_kernel(
     values = tl.arange(0, BV)
     if BV >= V:
         weights = _load_weights(down, write_weight, values, values < V, RANK, BR, DOT)
-    v += row * v_b + head.to(tl.int64) * v_h
+    v += row * v_b + layer_head(kv_heads, head) * v_h
     first = row * T * HKV + head
     for tile in range(part * per_part, tl.minimum(part * per_part + per_part, (T + C - 1) // C)):
         tokens = tile * C + tl.arange(0, C)
@@ -129,17 +130,19 @@ def _gate_logits(
     gate_bias: Tensor,
     write_weight: Tensor | None,
     write_bias: Tensor | None,
+    kv_heads: Tensor | None,
     norm_eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Raw gates and raw write gates (empty without a write gate)."""
-    batch, tokens, kv_heads, value_dim = v.shape
+    batch, tokens, _, value_dim = v.shape
+    num_kv_heads = gate_bias.shape[0]
     rank, gates = gate_up.shape[1:]
     block_value, block_rank = (max(16, triton.next_power_of_2(size)) for size in (value_dim, rank))
     if block_value * block_rank * v.element_size() > WHOLE:
         block_value = min(64, 2048 // block_rank)
     gate_logits, write_logits = _outputs(v, gate_bias, write_weight)
     gate_tile = min(GATE_TILE, max(16, triton.next_power_of_2(gates)))
-    columns = kv_heads * triton.cdiv(gates, gate_tile)
+    columns = num_kv_heads * triton.cdiv(gates, gate_tile)
     tiles = triton.cdiv(tokens, TILE)
     # As many tiles a program as leave work for three times what the card holds at once.
     per_part = max(1, min(batch * columns * tiles // (12 * processors(v.device)), 16, tiles))
@@ -151,6 +154,7 @@ def _gate_logits(
         gate_bias,
         write_weight,
         write_bias,
+        kv_heads,
         gate_logits,
         write_logits,
         *strides(v),
@@ -158,7 +162,7 @@ def _gate_logits(
         parts,
         per_part,
         norm_eps,
-        HKV=kv_heads,
+        HKV=num_kv_heads,
         V=value_dim,
         RANK=rank,
         GATES=gates,
@@ -173,8 +177,9 @@ def _gate_logits(
 
 
 def _outputs(v: Tensor, gate_bias: Tensor, write_weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    writes = (0,) if write_weight is None else (*v.shape[:3], 2)
-    return v.new_empty(*v.shape[:3], *gate_bias.shape[1:], dtype=torch.float32), v.new_empty(writes, dtype=torch.float32)
+    tokens = *v.shape[:2], gate_bias.shape[0]
+    writes = (0,) if write_weight is None else (*tokens, 2)
+    return v.new_empty(*tokens, *gate_bias.shape[1:], dtype=torch.float32), v.new_empty(writes, dtype=torch.float32)
 
 
 @_gate_logits.register_fake
@@ -184,7 +189,7 @@ def _(v, gate_down, gate_up, gate_bias, write_weight, *others):
 
 def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:6])
-    ctx.norm_eps = inputs[6]
+    ctx.norm_eps = inputs[7]
 
 
 def _backward(ctx, *d_outputs):
@@ -196,7 +201,7 @@ def _backward(ctx, *d_outputs):
     pairs = [(x, d) for x, d in zip(outputs, d_outputs, strict=True) if x is not None and x.requires_grad]
     needed = [x for x in inputs if x is not None and x.requires_grad]
     gradients = iter(torch.autograd.grad([x for x, _ in pairs], needed, [d for _, d in pairs], create_graph=create_graph))
-    return *(next(gradients) if x is not None and x.requires_grad else None for x in inputs), None
+    return *(next(gradients) if x is not None and x.requires_grad else None for x in inputs), None, None
 
 
 _gate_logits.register_autograd(_backward, setup_context=_save)
@@ -211,21 +216,24 @@ def gate_logits(
     write_bias: Tensor | None = None,
     *,
     norm_eps: float,
+    kv_heads: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Raw gates and raw write gates from values: arguments, results and mathematics of `reference.gate_logits`.
 
     v is bf16, fp32 or fp16 with any strides but a dense last dimension (anything else is copied) and heads of up to 256, the rank is
     64 at most; the weights may be fp32, bf16 or fp16 and, beside values in fp16, lie within its range. They are not rounded to v's
-    dtype: tensor cores multiply them in parts. Differentiable in all of them; what is needed for that is computed again.
+    dtype: tensor cores multiply them in parts. Differentiable in all of them, unless there
+    are kv_heads; what is needed for that is computed again.
 
     Raises:
         ValueError: names the argument that does not fit, before anything is launched.
     """
     weights = (gate_down, gate_up, gate_bias, write_weight, write_bias)
-    check_gate_inputs(v, *weights, arguments=KERNEL_GATES)
+    check_gate_inputs(v, *weights, kv_heads, tables=KERNEL_GATES)
+    check_no_gradient_of_heads(kv_heads, v, *weights)
     if v.shape[-1] > LARGEST_HEAD:
         raise ValueError(f"the kernel takes heads of up to {LARGEST_HEAD} channels, got V = {v.shape[-1]} for v")
     if gate_down.shape[-1] > LARGEST_RANK:
         raise ValueError(f"the kernel takes a rank of up to {LARGEST_RANK}, got {gate_down.shape[-1]} for gate_down")
-    gates, writes = ops.gate_logits(unit_stride(v), *contiguous(*weights), norm_eps)
+    gates, writes = ops.gate_logits(unit_stride(v), *contiguous(*weights), kv_heads, norm_eps)
     return gates, None if write_weight is None else writes

@@ -11,7 +11,8 @@ class StateInputs(NamedTuple):
 
     k `[B, T, Hkv, K]`, v `[B, T, Hkv, V]` of any strides before the last dimension; gate_logits `[B, T, Hkv, 2, G]` and write_logits
     `[B, T, Hkv, 2]` contiguous; mask uint8 `[B, T]`; row_first, row_length int `[N]`: where rows lie in the only entry of a batch, and
-    how many tokens of each count, `length` where there is no row_length.
+    how many tokens of each count, `length` where there is no row_length; kv_heads int32 `[Hkv]`: where k and v are of all heads of a
+    layer, which of them these are.
     """
 
     k: Tensor
@@ -21,6 +22,7 @@ class StateInputs(NamedTuple):
     mask: Tensor | None
     row_first: Tensor | None
     row_length: Tensor | None
+    kv_heads: Tensor | None
     length: int
     gate_normalizer: float
     lower_bound: float
@@ -30,13 +32,13 @@ class StateInputs(NamedTuple):
         return self.k.shape[0] if self.row_first is None else self.row_first.shape[0]
 
     @property
-    def kv_heads(self) -> int:
-        return self.k.shape[2]
+    def num_kv_heads(self) -> int:
+        return self.gate_logits.shape[2]
 
     @property
     def programs(self) -> int:
         """Rows times KV heads."""
-        return self.rows * self.kv_heads
+        return self.rows * self.num_kv_heads
 
     @property
     def dtype(self) -> torch.dtype:
@@ -45,4 +47,4 @@ class StateInputs(NamedTuple):
 
     def state_buffer(self, *leading: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Uninitialised `[*leading, Hkv, 2, K, V]`."""
-        return self.k.new_empty(*leading, self.kv_heads, 2, self.k.shape[-1], self.v.shape[-1], dtype=dtype)
+        return self.k.new_empty(*leading, self.num_kv_heads, 2, self.k.shape[-1], self.v.shape[-1], dtype=dtype)

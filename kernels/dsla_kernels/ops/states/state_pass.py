@@ -15,6 +15,7 @@ from ...common import (
     Tiling,
     channel_columns,
     largest_tile,
+    layer_head,
     load_rows,
     make_heads,
     make_tiling,
@@ -35,6 +36,7 @@ def _state_kernel(
     v, keys, at_middle,
     row_first,  # [N] or None: rows are the batch's
     row_length,  # [N] or None: `length` for all
+    kv_heads,  # [Hkv] or None: v is of these heads alone
     entering,  # fp32 [N, segments, Hkv, 2, K, V]; written by ADDITIONS; None: zeros
     segment_decay,  # fp32 [N, segments, Hkv, 2, K]: factors, written by ADDITIONS
     states,  # [N, boundaries, Hkv, 2, K, V] or None
@@ -58,7 +60,7 @@ def _state_kernel(
     batch, first, flat, length = row_span(row, T, length, row_first, row_length)
     row = row.to(tl.int64)
     gate_t: tl.constexpr = HKV * 2 * G
-    v += batch * v_b + first * v_t + head_state // 2 * v_h
+    v += batch * v_b + first * v_t + layer_head(kv_heads, head_state // 2) * v_h
     keys += (flat * HKV * 2 + head_state) * K
     at_middle += (row * tiles * HKV * 2 + head_state) * G
 
@@ -139,6 +141,7 @@ def _launch(inputs, tiling, heads, decayed, entering, segment_decay, states=None
         decayed.at_middle,
         inputs.row_first,
         inputs.row_length,
+        inputs.kv_heads,
         entering,
         segment_decay,
         states,
@@ -150,7 +153,7 @@ def _launch(inputs, tiling, heads, decayed, entering, segment_decay, states=None
         tiling.segments,
         tiling.per_segment,
         0 if states is None else states.shape[1],
-        HKV=inputs.kv_heads,
+        HKV=inputs.num_kv_heads,
         **heads._asdict(),
         SIZE=tiling.size,
         C=tiling.tile,

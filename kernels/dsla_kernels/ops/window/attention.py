@@ -4,7 +4,7 @@ are in `window_backward`."""
 from torch import Tensor
 
 from ..._ops import ops
-from ...checks import FUSED_WINDOW, check_kernel_inputs, check_window_inputs
+from ...checks import FUSED_WINDOW, check_kernel_inputs, check_no_gradient_of_heads, check_window_inputs
 from ...common import as_bytes, unit_stride
 from ...reference import count_tokens
 from ...shapes import contiguous
@@ -36,19 +36,20 @@ def fused_window_attention(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     row_counts: tuple[Tensor, Tensor] | None = None,
+    kv_heads: Tensor | None = None,
     segment_blocks: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """The layer with a softmax window: arguments, results and mathematics of `reference.fused_window_attention`.
 
     q, k, v (and the sinks) are bf16, fp32 or fp16 of any strides with a dense last dimension (anything else is copied); what
-    else is floating-point may be fp32, bf16 or fp16. Differentiable in every floating-point argument.
+    else is floating-point may be fp32, bf16 or fp16. Differentiable in every floating-point argument, unless there are kv_heads.
 
     segment_blocks: blocks of W / 2 tokens that one program of the state pass goes through, 0 for a choice by shape.
 
     Raises:
         ValueError: names the argument that does not fit, before anything is launched.
     """
-    check_kernel_inputs(q, k, v, gate_logits, mix, gate_normalizer, lower_bound, padding_mask, None, initial_state, write_logits)
+    check_kernel_inputs(q, k, v, gate_logits, mix, gate_normalizer, lower_bound, padding_mask, None, initial_state, write_logits, kv_heads)
     check_window_inputs(
         q,
         k,
@@ -56,7 +57,8 @@ def fused_window_attention(
         window_size,
         sinks,
         softcap,
-        arguments=FUSED_WINDOW,
+        tables=FUSED_WINDOW,
+        kv_heads=kv_heads,
         row_start=row_start,
         state_mask=state_mask,
         norm_weight=norm_weight,
@@ -65,6 +67,8 @@ def fused_window_attention(
         sink_logits=sink_logits,
     )
     sink_k, sink_v = sinks or (None, None)
+    learned = (gate_logits, mix, norm_weight, state_gain, state_bias, write_logits, sink_k, sink_v, sink_logits, initial_state)
+    check_no_gradient_of_heads(kv_heads, q, k, v, *learned)
     row_length = state_length = None
     if padding_mask is not None:
         row_length, state_length = count_tokens(padding_mask, window_size) if row_counts is None else row_counts
@@ -72,11 +76,12 @@ def fused_window_attention(
         unit_stride(q),
         unit_stride(k),
         unit_stride(v),
-        *contiguous(gate_logits, mix, norm_weight, state_gain, state_bias, write_logits, sink_k, sink_v, sink_logits, initial_state),
+        *contiguous(*learned),
         as_bytes(state_mask),
         row_length,
         state_length,
         row_start,
+        kv_heads,
         window_size,
         gate_normalizer,
         lower_bound,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._ops import add_op_namespace_prefix
-from ...common import LOG2_E, load_rows, number_of, numbers, on_its_device, store_rows, strides
+from ...common import LOG2_E, layer_head, load_rows, number_of, numbers, on_its_device, store_rows, strides
 from ...shapes import new_output
 from ..operators import schema
 from .inputs import WindowInputs, WindowLayer
@@ -64,7 +64,9 @@ def _window_kernel(
     states,  # [N, boundaries, Hkv, 2, K, V] or None: all empty
     mix, norm_weight, state_gain, state_bias, sink_k, sink_v,
     sink_logits,  # [Hq] or None
-    row_start, row_length, o, log_denominators,
+    row_start, row_length,
+    kv_heads,  # [Hkv] or None: k and v are of these heads alone
+    o, log_denominators,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     T, boundaries, scale,
     softcap,  # or None
@@ -85,8 +87,8 @@ def _window_kernel(
     columns, column_ok = numbers(0, K, BK)
     values, value_ok = numbers(0, V, BV)
     q += row * q_b + head * q_h
-    k += row * k_b + kv_head * k_h
-    v += row * v_b + kv_head * v_h
+    k += row * k_b + layer_head(kv_heads, kv_head) * k_h
+    v += row * v_b + layer_head(kv_heads, kv_head) * v_h
     if S > 0:
         sink_k += (row * S * HKV + kv_head) * K
         sink_v += (row * S * HKV + kv_head) * V
@@ -135,6 +137,7 @@ def window_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     states = layer.states(layer.decayed(), final if inputs.output_final_state else None)
     _window_kernel[(layer.tiling.tiles * layer.sizes["R"], layer.programs)](
         *layer.operands(states),
+        inputs.kv_heads,
         o,
         log_denominators,
         *strides(inputs.q, inputs.k, inputs.v),
@@ -154,7 +157,7 @@ def window_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _results(inputs: WindowInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised."""
     q, k, v = inputs[:3]
-    final = (k.shape[0], k.shape[2], 2, k.shape[3], v.shape[3]) if inputs.output_final_state else (0,)
+    final = (k.shape[0], inputs.gate_logits.shape[2], 2, k.shape[3], v.shape[3]) if inputs.output_final_state else (0,)
     return (
         new_output(q, v),
         q.new_empty(q.shape[:3], dtype=torch.float32),

@@ -15,7 +15,8 @@ class WindowInputs(NamedTuple):
     """The operators' arguments, in their order; those up to `initial_state` have a gradient.
 
     Shapes are those of `reference.fused_window_attention`; state_mask uint8 `[B, T]`; row_length, state_length int64 `[B]`: the real
-    tokens of each row and those that the states take in; segment_blocks: blocks a segment, 0 for a choice by shape.
+    tokens of each row and those that the states take in; segment_blocks: blocks a segment, 0 for a choice by shape. With kv_heads there is
+    no gradient.
     """
 
     q: Tensor
@@ -35,6 +36,7 @@ class WindowInputs(NamedTuple):
     row_length: Tensor | None
     state_length: Tensor | None
     row_start: Tensor | None
+    kv_heads: Tensor | None
     window_size: int
     gate_normalizer: float
     lower_bound: float
@@ -58,6 +60,7 @@ class WindowInputs(NamedTuple):
             self.state_mask,
             None,
             self.state_length,
+            self.kv_heads,
             length,
             self.gate_normalizer,
             self.lower_bound,
@@ -68,10 +71,10 @@ class WindowLayer:
     """Shapes and launch parameters of one call."""
 
     def __init__(self, inputs: WindowInputs):
-        q, k, v = inputs[:3]
+        q, v = inputs.q, inputs.v
         self.inputs = inputs
         self.batch, self.tokens, self.heads = q.shape[:3]
-        self.kv_heads = k.shape[2]
+        self.kv_heads = inputs.gate_logits.shape[2]
         self.size = inputs.window_size // 2
         # Blocks that another whole block follows: what the states hold at the end, and all that a query reads of them.
         self.state_tokens = max(self.tokens // self.size - 1, 0) * self.size

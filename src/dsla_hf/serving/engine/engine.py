@@ -57,7 +57,8 @@ class EngineOptions:
     prompt_share: largest share of the time that prompts may take from texts that are being generated: with 0.5 a token takes twice as long
         while prompts are read as without them; with 1 a chunk is read before every token.
     prompt_patience: seconds; a prompt that has waited longer is read with every token, for a queue is worse than slow tokens.
-    max_level: highest level that control may choose; None: the whole plan.
+    max_level: highest level that control may choose; None: the whole plan. Where levels count heads, those in use are a ladder up to it,
+        see `Levels.cut`.
     hold, busy_hold, cool_down: of `LevelControl`.
     """
 
@@ -122,14 +123,27 @@ class Engine:
 
         policy = as_policy(policy)
         highest = levels.highest if options.max_level is None else levels.check(options.max_level, "max_level")
-        self._stats_of_levels: dict[str, Any] = {"max_level": levels.highest, "num_layers": levels.num_layers}
+        per_token, dsla_bytes = levels.unit_bytes()
+        self._stats_of_levels: dict[str, Any] = {
+            "max_level": levels.highest,
+            "min_level": levels.lowest,
+            "num_layers": levels.num_units,
+            "unit": levels.unit,
+            "softmax_bytes_per_token": per_token,
+            "dsla_bytes": dsla_bytes,
+        }
         if isinstance(policy, FixedLevel):
             highest = policy(Stats(1, 1, 1, 0, **self._stats_of_levels))
             highest = max(highest, levels.lowest)
+        levels.cut(highest)
+        if levels.unit == "head":
+            self._stats_of_levels["ladder"] = tuple(levels.ladder)
+            logger.info("levels in use, in KV heads of %d that are DSLA: %s", levels.num_units, levels.ladder)
         self.control = LevelControl(
             policy,
             lowest=levels.lowest,
             highest=highest,
+            ladder=levels.ladder,
             hold=options.hold,
             busy_hold=options.busy_hold,
             cool_down=options.cool_down,
@@ -258,6 +272,10 @@ class Engine:
             "old_level": self.old_level,
             "max_level": self.control.highest,
             "layers": self.levels.num_layers,
+            "unit": self.levels.unit,
+            "units": self.levels.num_units,
+            "ladder": list(self.levels.ladder),
+            "kept": self.levels.num_units - self.control.level,
             "waiting": waiting,
             "running": len(running),
             "slots": self.options.slots,
@@ -279,7 +297,7 @@ class Engine:
         """Record calls at these levels, or at those that the policy goes through, and compile what raises need, before requests come. Not
         while the engine steps."""
         if self.levels.device.type == "cuda":
-            self.memory.rehearse_folds()
+            self.memory.rehearse_folds(self.expected_levels())
         self.runner.prepare(self.expected_levels() if levels is None else levels)
 
     def expected_levels(self) -> list[int]:
@@ -287,10 +305,11 @@ class Engine:
         control, policy = self.control, self.control.policy
         if isinstance(policy, FixedLevel):
             return [control.level]
-        lowest, highest, step = control.lowest, control.highest, 1
+        highest, step, stats = control.highest, 1, self.stats()
         if isinstance(policy, Load):
-            highest, step = max(min(highest, policy.highest(self.stats())), lowest), policy.step
-        return sorted({*range(lowest, highest, step), highest})
+            highest, step = max(min(highest, policy.highest(stats)), control.lowest), policy.rungs(stats)
+        levels = [level for level in self.levels.ladder if level <= highest]
+        return sorted({*levels[::step], levels[-1]})
 
     # --- the thread that steps ------------------------------------------------------------------------------------
 
@@ -329,7 +348,7 @@ class Engine:
         """What the policy sees: the running texts as one batch, and what waits."""
         waiting, running = self.scheduler.waiting, self.scheduler.running
         here = [*waiting, *running]
-        now, levels = self.clock(), self.levels
+        now = self.clock()
         # Averages come late when nothing moves: who waits for a first token counts with what it has waited.
         first = [now - request.arrived for request in here if request.first_token is None]
         if (recent := self.first_tokens.mean(self.clock())) is not None:
@@ -339,8 +358,6 @@ class Engine:
             tokens=max((request.length for request in here), default=0),
             rows=len(running),
             level=self.control.level,
-            min_level=self.control.lowest,
-            softmax_bytes_per_token=2 * levels.kv_heads * levels.head_dim * levels.dtype.itemsize,
             seconds_per_token=self.token_times.mean(self.clock()),
             seconds_since_change=now - self.control.changed,
             queue_depth=len(waiting),
@@ -390,7 +407,7 @@ class Engine:
         if level > self.control.level and self.levels.exact_fold:
             for group in self._folded_together():
                 self._raise(group, level)
-        self.control.change(level, reason)
+        self.control.change(level, reason, self.levels.note(level))
         for times in (self.first_tokens, self.token_times):
             times.clear()  # of another level
 
@@ -429,9 +446,7 @@ class Engine:
                 if self.scheduler.running:
                     return
                 level = next(
-                    level
-                    for level in range(level, self.control.highest + 1)
-                    if self.memory.blocks_for(request.most_tokens, level) <= pool.free_blocks
+                    higher for higher in self.control.from_here() if self.memory.blocks_for(request.most_tokens, higher) <= pool.free_blocks
                 )
                 self._change_level(level, f"a text of {request.most_tokens} tokens does not fit into memory at a lower level")
             self.memory.allocate(slot, request.most_tokens, level)
@@ -529,8 +544,8 @@ class Engine:
         for request in requests:
             request.cached = 0
         self._end(newest, error=ShedForMemory("memory does not suffice for this request now: try again later, or with fewer tokens"))
-        if self.control.level < self.control.highest and self.old_level is None:
-            self._change_level(self.control.level + 1, "out of memory")
+        if (higher := self.control.from_here()[1:]) and self.old_level is None:
+            self._change_level(higher[0], "out of memory")
 
     def _set_chunk(self, tokens: int) -> None:
         self.chunk = min(max(tokens, MIN_CHUNK), self.options.chunk)
@@ -564,14 +579,15 @@ class Engine:
 
     def _num_blocks(self, max_level: int) -> int:
         levels, options = self.levels, self.options
-        bytes_per_block = 2 * options.block_size * levels.kv_heads * levels.head_dim * levels.dtype.itemsize
+        bytes_per_block = 2 * options.block_size * levels.columns * levels.head_dim * levels.dtype.itemsize
         room = options.kv_bytes
         if room is None and levels.device.type == "cuda":
-            states = sum(4 * 2 * core.num_kv_heads * core.key_dim * core.value_dim for core in levels.cores.values()) * options.slots
+            heads = levels.converted(levels.highest).items()
+            states = sum(4 * 2 * len(some) * levels.cores[i].key_dim * levels.cores[i].value_dim for i, some in heads) * options.slots
             room = int(0.9 * torch.cuda.mem_get_info(levels.device)[0]) - states
         room = 2**29 if room is None else room
         # More than all slots can fill is of no use.
-        useful = options.slots * levels.num_layers * -(-self.max_tokens // options.block_size)
+        useful = options.slots * max(len(levels.groups), 1) * -(-self.max_tokens // options.block_size)
         blocks = min(room // bytes_per_block, useful)
         if blocks < 1:
             raise ValueError(f"kv_bytes {room} hold no block of {bytes_per_block} bytes: give more memory for keys and values")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable, Iterable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,8 @@ class GraphRunner(ModelRunner):
         self.sizes = piece_sizes(chunk) if self.in_blocks else []
         self.piece = torch.zeros(3 + chunk, dtype=torch.long, device=device)  # slot, tokens before, tokens, and these
         self._piece_logits: Tensor | None = None  # [1, V]
+        # By key, what a recording reads: a layer of an adapter may compose weights for one level at a time, and these stay.
+        self._read_by: dict[Hashable, list[Any]] = {}
 
     @torch.no_grad()
     def prepare(self, levels: Iterable[int]) -> None:
@@ -97,11 +100,12 @@ class GraphRunner(ModelRunner):
             active = (torch.arange(size, device=self.piece.device) < counts)[None]
             seen = 0 if place == "first" else None
             rows = Rows(slots, active, starts, 0, seen=seen, whole_windows=place == "behind windows", in_blocks=True)
-            with self._reading(rows, starts + counts, starts), padding_at_end():
+            with self._reading(level, rows, starts + counts, starts), padding_at_end():
                 logits = self._call(level, self.piece[None, 3 : 3 + size], rows, active.long(), (counts - 1).clamp_min(0))
             if self._piece_logits is None:
                 self._piece_logits = torch.empty_like(logits)
             self._piece_logits.copy_(logits)
+            self._read_by[key] = self.levels.attentions_in_part()
 
         if key not in self.recorder.recordings:
             self._set_piece(slot, start, [])
@@ -110,6 +114,7 @@ class GraphRunner(ModelRunner):
     def _run(self, level: int, ids: list[int], lengths: list[int], active: list[bool]) -> Tensor:
         rows = min(power_of_two(len(ids)), self.memory.num_slots)
         past = 0 if self.in_blocks else shown_tokens(max(lengths))
+        key = level, rows, past
         given = [*zip(ids, lengths, active, strict=True), *[(0, 0, False)] * (rows - len(ids))]
         self.inputs[:rows].copy_(torch.tensor(given, dtype=torch.long))  # in one: the host waits for every copy
 
@@ -119,8 +124,9 @@ class GraphRunner(ModelRunner):
             if self._logits is None:
                 self._logits = logits.new_empty(self.memory.num_slots, logits.shape[1])
             self._logits[:rows].copy_(logits)
+            self._read_by[key] = self.levels.attentions_in_part()
 
-        self.recorder.run((level, rows, past), step)
+        self.recorder.run(key, step)
         assert self._logits is not None
         return self._logits
 

@@ -1,9 +1,10 @@
-"""Keys and values of the softmax layers, in blocks that all layers and all texts share.
+"""Keys and values of heads that are softmax attention, in blocks that all of them and all texts share.
 
-A block holds some tokens of one layer of one text. A layer that becomes DSLA gives its blocks back, and any layer of any
-text can have them next: that is how a raised level makes room for newcomers.
+Heads lie in groups: those that become DSLA together, and those that never do. A block holds some tokens of one group of one text. What
+becomes DSLA gives its blocks back, and any group of any text can have them next: that is how a raised level makes room for newcomers.
 
-Shape legend: N blocks, P tokens in a block, S slots (places of running texts), B rows of a call, T new tokens, L past tokens.
+Shape legend: N blocks, P tokens in a block, C columns (heads) of a block, G groups, S slots (places of running texts), B rows of a call,
+H heads of a layer, T new tokens, L past tokens.
 """
 
 from __future__ import annotations
@@ -43,14 +44,30 @@ class OutOfBlocks(RuntimeError):
     """The pool has too few free blocks."""
 
 
-class BlockPool:
-    """`[N * P, Hkv, D]` keys and values, a list of free blocks, and the blocks of each layer and slot.
+@dataclass(frozen=True)
+class HeadPlaces:
+    """Where in blocks some KV heads of a layer lie.
 
-    Block 0 belongs to nobody: rows that do not take part write there.
+    heads: int32 `[H, 2]`, of each its group and its column. group: that of all, where they are the columns of one group in order.
+    """
+
+    heads: Tensor
+    group: int | None = None
+
+    def for_attention(self) -> int | Tensor:
+        """As `CachedTokens.places` has it."""
+        return self.heads if self.group is None else self.group
+
+
+class BlockPool:
+    """`[N * P, C, D]` keys and values, a list of free blocks, and the blocks of each group and slot.
+
+    A text has blocks of the groups from one on: those before it are DSLA. Block 0 belongs to nobody: rows that do not take part write
+    there.
 
     Args:
-        num_blocks: N, block 0 not counted. block_size: P.
-        num_layers, num_slots, max_tokens: what the tables are made for.
+        num_blocks: N, block 0 not counted. block_size: P. columns: C.
+        num_groups, num_slots, max_tokens: what the tables are made for.
     """
 
     def __init__(
@@ -58,22 +75,22 @@ class BlockPool:
         num_blocks: int,
         block_size: int,
         *,
-        num_layers: int,
+        num_groups: int,
         num_slots: int,
         max_tokens: int,
-        kv_heads: int,
+        columns: int,
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str,
     ):
-        self.num_blocks, self.block_size = num_blocks, block_size
+        self.num_blocks, self.block_size, self.num_groups, self.columns = num_blocks, block_size, num_groups, columns
         tokens = (num_blocks + 1) * block_size
-        self.keys, self.values = (torch.zeros(tokens, kv_heads, head_dim, dtype=dtype, device=device) for _ in range(2))
-        self.tables = torch.zeros(num_layers, num_slots, self.blocks_for(max_tokens), dtype=torch.long, device=device)
+        self.keys, self.values = (torch.zeros(tokens, columns, head_dim, dtype=dtype, device=device) for _ in range(2))
+        self.tables = torch.zeros(num_groups, num_slots, self.blocks_for(max_tokens), dtype=torch.long, device=device)
         self._free = list(range(num_blocks, 0, -1))
-        self._owned: dict[tuple[int, int], list[int]] = {}  # (layer, slot) -> blocks
-        # Of the call that is open, for each layer: where all tokens of its rows lie `[B, L + T]` (None: attention knows), and the new
-        # ones `[B, T]`.
+        self._owned: dict[int, tuple[int, int, list[int]]] = {}  # slot -> its first group, blocks of a group, and all of them in order
+        # Of the call that is open, for each group: where all tokens of its rows lie `[G, B, L + T]` (None: attention knows), and the new
+        # ones `[G, B, T]`.
         self._index: Tensor | None = None
         self._write: Tensor | None = None
 
@@ -82,38 +99,55 @@ class BlockPool:
         return len(self._free)
 
     def blocks_for(self, tokens: int) -> int:
-        """Blocks that one layer needs for so many tokens."""
+        """Blocks that one group needs for so many tokens."""
         return -(-tokens // self.block_size)
 
-    def allocate(self, layers: list[int], slot: int, tokens: int) -> None:
-        """Give each of `layers` of a slot its blocks for a text of `tokens`.
+    def places(self, heads: list[tuple[int, int]]) -> HeadPlaces:
+        """Of KV heads by (group, column)."""
+        whole = [(heads[0][0], column) for column in range(self.columns)] if heads else None
+        index = torch.tensor(heads, dtype=torch.int32, device=self.tables.device)
+        return HeadPlaces(index, heads[0][0] if heads == whole else None)
+
+    def allocate(self, slot: int, tokens: int, first: int) -> None:
+        """Give a slot blocks of all groups from `first` on for a text of `tokens`.
 
         Raises:
             OutOfBlocks: if they are not there; nothing has changed then.
         """
-        each = self.blocks_for(tokens)
-        if each * len(layers) > self.free_blocks:
-            raise OutOfBlocks(f"{each * len(layers)} blocks wanted, {self.free_blocks} of {self.num_blocks} are free")
-        if not layers:
+        each, groups = self.blocks_for(tokens), self.num_groups - first
+        wanted = each * groups
+        if wanted > self.free_blocks:
+            raise OutOfBlocks(f"{wanted} blocks wanted, {self.free_blocks} of {self.num_blocks} are free")
+        if not wanted:
             return
-        for layer in layers:
-            self._owned[layer, slot] = [self._free.pop() for _ in range(each)]
-        blocks = torch.tensor([self._owned[layer, slot] for layer in layers], device=self.tables.device)
-        self.tables[layers, slot, :each] = blocks  # all at once: each copy from the host waits
+        blocks = self._free[-wanted:]
+        del self._free[-wanted:]
+        self._owned[slot] = first, each, blocks
+        self.tables[first:, slot, :each] = torch.tensor(blocks).view(groups, each).to(self.tables.device)  # at once: each copy waits
 
-    def release(self, layers: list[int] | range, slot: int) -> None:
-        """Take back what `layers` of a slot have, if anything."""
-        had = [layer for layer in layers if (layer, slot) in self._owned]
-        for layer in had:
-            self._free.extend(self._owned.pop((layer, slot)))
-        if had:
-            self.tables[had, slot] = 0
+    def release(self, slot: int, until: int | None = None) -> None:
+        """Take back what a slot has of the groups before `until`, or of all."""
+        if slot not in self._owned:
+            return
+        first, each, blocks = self._owned.pop(slot)
+        until = self.num_groups if until is None else max(until, first)
+        gone = (until - first) * each
+        self._free.extend(blocks[:gone])
+        if blocks[gone:]:
+            self._owned[slot] = until, each, blocks[gone:]
+        self.tables[first:until, slot] = 0
 
-    def read(self, layer: int, slots: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-        """The first `tokens` keys and values of the texts in slots `[B]`, `[B, T, Hkv, D]`; of a shorter text what follows is anything."""
+    def read(self, places: HeadPlaces, slots: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """The first `tokens` keys and values of the texts in slots `[B]`, `[B, T, H, D]`; of a shorter text what follows is anything."""
         position = torch.arange(tokens, device=self.tables.device)
-        index = self.tables[layer, slots][:, position // self.block_size] * self.block_size + position % self.block_size
-        return self.keys[index], self.values[index]
+        block, inside = position // self.block_size, position % self.block_size
+        if places.group is not None:
+            index = self.tables[places.group, slots][:, block] * self.block_size + inside
+            return self.keys[index], self.values[index]
+        groups, columns = places.heads.long().unbind(1)
+        index = self.tables[groups[:, None], slots][:, :, block] * self.block_size + inside
+        keys, values = (x[index, columns[:, None, None]].permute(1, 2, 0, 3) for x in (self.keys, self.values))
+        return keys, values
 
     def open(self, rows: Rows, tokens: int) -> None:
         """The next model call reads `tokens` more of these rows: find their places, once for all layers."""
@@ -125,34 +159,48 @@ class BlockPool:
         self._index = None if rows.in_blocks else index
         self._write = torch.where(rows.active.view(rows.active.shape[0], -1), index[:, :, past:], 0)
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new keys and values `[B, Hkv, T, D]` behind those of their rows, and return all `[B, Hkv, L + T, D]`; for a call that
-        reads them in their blocks the whole pool, `[N + 1, P, Hkv, D]`.
+    def extend(self, places: HeadPlaces, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new keys and values `[B, H, T, D]` behind those of their rows, and return all `[B, H, L + T, D]`; for a call that reads
+        them in their blocks the whole pool, `[N + 1, P, C, D]`.
 
         Rows end at the right: what is shorter than L has padding before it, of any content.
         """
         assert self._write is not None, "open() comes before a model call"
         if self._index is None and k.shape[2] == 1:
-            append(self.keys[None].transpose(1, 2), self.values[None].transpose(1, 2), k, v, self._write[layer, :, 0])
+            pool = self.keys[None].transpose(1, 2), self.values[None].transpose(1, 2)
+            if places.group is not None:
+                append(*pool, k, v, self._write[places.group, :, 0])
+            else:
+                append(*pool, k, v, self._write[:, :, 0], heads=places.heads)
+        elif places.group is not None:
+            written = self._write[places.group]
+            self.keys[written], self.values[written] = k.transpose(1, 2), v.transpose(1, 2)
         else:
-            self.keys[self._write[layer]], self.values[self._write[layer]] = k.transpose(1, 2), v.transpose(1, 2)
+            groups, columns = places.heads.long().unbind(1)
+            here = self._write[groups], columns[:, None, None]
+            self.keys[here], self.values[here] = k.transpose(0, 1), v.transpose(0, 1)
         if self._index is None:
             return self.keys.unflatten(0, (-1, self.block_size)), self.values.unflatten(0, (-1, self.block_size))
         if self._index.shape == self._write.shape:  # nothing came before
             return k, v
-        return self.keys[self._index[layer]].transpose(1, 2), self.values[self._index[layer]].transpose(1, 2)
+        if places.group is not None:
+            index = self._index[places.group]
+            return self.keys[index].transpose(1, 2), self.values[index].transpose(1, 2)
+        index = self._index[groups]
+        keys, values = (x[index, columns[:, None, None]].transpose(0, 1) for x in (self.keys, self.values))
+        return keys, values
 
 
 class PagedLayer(CacheLayerMixin):
-    """A softmax layer of a transformers `Cache` whose keys and values lie in a `BlockPool`."""
+    """Softmax attention of some KV heads of a layer, in a transformers `Cache`, whose keys and values lie in a `BlockPool`."""
 
     is_sliding = False
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, pool: BlockPool, layer: int):
+    def __init__(self, pool: BlockPool, places: HeadPlaces):
         super().__init__()
-        self.pool, self.layer = pool, layer
+        self.pool, self.places = pool, places
         self.past = 0
 
     def open(self, rows: Rows) -> None:
@@ -163,7 +211,7 @@ class PagedLayer(CacheLayerMixin):
         """Nothing to do: the pool exists."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        return self.pool.extend(self.layer, key_states, value_states)
+        return self.pool.extend(self.places, key_states, value_states)
 
     def get_seq_length(self) -> int:
         return self.past

@@ -46,7 +46,7 @@ class ModelRunner:
         past = 0 if self.in_blocks else cached
         rows = Rows(slice(slot, slot + 1), one, start, past, seen=cached, in_blocks=self.in_blocks)
         ids = torch.tensor([request.text[cached : cached + tokens]], device=device)
-        with self._reading(rows, start + tokens, start):
+        with self._reading(request.level, rows, start + tokens, start):
             return self._call(request.level, ids, rows, None)[0]
 
     @torch.no_grad()
@@ -83,7 +83,7 @@ class ModelRunner:
         """One token of every row; all inputs `[B]`, `past` at least the longest length. Reads no value on the host."""
         if self.in_blocks:
             rows = Rows(slice(0, len(ids)), active, lengths, 0, in_blocks=True)
-            with self._reading(rows, torch.where(active, lengths + 1, 0)):
+            with self._reading(level, rows, torch.where(active, lengths + 1, 0)):
                 return self._call(level, ids[:, None], rows, active[:, None])
         rows = Rows(slice(0, len(ids)), active, lengths, past)
         # Texts end at the right of the batch, as rows padded at the left do.
@@ -91,11 +91,13 @@ class ModelRunner:
         mask = (position >= (past - lengths)[:, None]) & active[:, None]
         return self._call(level, ids[:, None], rows, mask.long())
 
-    def _reading(self, rows: Rows, lengths: Tensor, starts: Tensor | None = None) -> Any:
-        """For a call on `rows`, which have `lengths` tokens with the new ones and `starts` before them."""
+    def _reading(self, level: int, rows: Rows, lengths: Tensor, starts: Tensor | None = None) -> Any:
+        """For a call at a level on `rows`, which have `lengths` tokens with the new ones and `starts` before them."""
         if not rows.in_blocks:
             return nullcontext()
-        return over_cache(CachedTokens(lengths, block_tables=self.memory.pool.tables[:, rows.slots], starts=starts))
+        self.levels.use(level)
+        tables, places = self.memory.pool.tables[:, rows.slots], self.memory.places(level)
+        return over_cache(CachedTokens(lengths, block_tables=tables, starts=starts, places=places))
 
     def _call(self, level: int, ids: Tensor, rows: Rows, mask: Tensor | None, last: Tensor | int = 1) -> Tensor:
         """Logits `[B, V]` of the last token of each row, or of the one whose place `last` `[1]` is."""

@@ -24,8 +24,10 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterator[Any]:
         now = self.engine.snapshot()
+        units = "KV heads" if now["unit"] == "head" else "Layers"
         for name, key, what in (
-            ("dsla_level", "level", "Layers that are DSLA for new requests"),
+            ("dsla_level", "level", f"{units} that are DSLA for new requests"),
+            ("dsla_kept", "kept", f"{units} that stay softmax attention for them"),
             ("dsla_requests_waiting", "waiting", "Requests in the queue"),
             ("dsla_requests_running", "running", "Requests in slots"),
             ("dsla_waiting_prompt_tokens", "waiting_tokens", "Prompt tokens of requests in the queue"),
@@ -36,7 +38,8 @@ class EngineCollector(Collector):
         yield CounterMetricFamily("dsla_prompt_tokens", "Prompt tokens read", value=now["read_tokens"])
         generated = CounterMetricFamily("dsla_generated_tokens", "Tokens generated, by level", labels=["level"])
         for level, count in enumerate(now["tokens_at_level"]):
-            generated.add_metric([str(level)], count)
+            if level in now["ladder"]:
+                generated.add_metric([str(level)], count)
         yield generated
         yield CounterMetricFamily("dsla_level_changes", "Changes of the level", value=self.engine.control.count)
         ended = CounterMetricFamily("dsla_requests", "Requests that ended, by how", labels=["finish"])

@@ -25,7 +25,7 @@ small { color: #666 }
 <p><small>The last five minutes, a point a second. Times are averages of the last ten seconds.</small></p>
 <script>
 const kept = 300, charts = [
-  ["level", s => s.level, v => v + " layers"],
+  ["level", s => s.level, (v, s) => v + (s.unit === "head" ? " KV heads, " + s.kept + " kept" : " layers")],
   ["waiting", s => s.waiting, v => v + " requests"],
   ["running", s => s.running, v => v + " requests"],
   ["time to first token", s => s.seconds_to_first_token, v => v.toFixed(2) + " s"],
@@ -53,11 +53,12 @@ async function ask() {
     for (const chart of charts) {
       const value = chart.read(s) ?? null;
       chart.values = [...chart.values, value].slice(-kept);
-      chart.figure.querySelector("b").textContent = value === null ? "none" : chart.show(value);
+      chart.figure.querySelector("b").textContent = value === null ? "none" : chart.show(value, s);
       draw(chart);
     }
     document.getElementById("state").textContent = (s.draining ? "draining; " : "") + s.model + ": level " + s.level + " of " +
-      s.max_level + " (" + s.layers + " layers)" + (s.old_level === null ? "" : ", older texts at level " + s.old_level) + "; " +
+      s.max_level + " (" + s.units + (s.unit === "head" ? " KV heads, " + s.kept + " kept" : " layers") + ")" +
+      (s.old_level === null ? "" : ", older texts at level " + s.old_level) + "; " +
       s.generated_tokens + " tokens generated, " + s.finished.error + " errors";
     document.getElementById("changes").replaceChildren(...s.changes.reverse().map(change => {
       const row = document.createElement("tr");

@@ -1,0 +1,73 @@
+"""What tests of the engine share: a small one's options, requests and whoever listens to them, and what `generate` alone gives."""
+
+import random
+import threading
+
+import torch
+
+from dsla_hf.serving.engine.engine import EngineOptions
+
+SMALL = EngineOptions(
+    slots=4, block_size=4, chunk=8, kv_bytes=2**20, max_tokens=256, prompt_share=1.0, hold=0.0, busy_hold=0.0, cool_down=0.0
+)
+
+
+class Ear:
+    """Keeps what a request's listener hears."""
+
+    def __init__(self):
+        self.tokens, self.finish, self.error, self.done = [], None, None, threading.Event()
+
+    def __call__(self, event):
+        assert not self.done.is_set(), "nothing comes after the end"
+        if event.token is not None:
+            self.tokens.append(event.token)
+        if event.finish or event.error:
+            self.finish, self.error = event.finish, event.error
+            self.done.set()
+
+
+def options(**changes):
+    return EngineOptions(**{**SMALL.__dict__, **changes})
+
+
+def prompts(count, shortest=1, longest=40, seed=1):
+    numbers = random.Random(seed)
+    return [[numbers.randrange(2, 97) for _ in range(numbers.randint(shortest, longest))] for _ in range(count)]
+
+
+def alone(model, prompt, tokens, level=None, **generate):
+    if level is not None:
+        model.set_level(level)
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, **generate)
+    return out[0, len(prompt) :].tolist()
+
+
+def run(engine, limit=2000):
+    for _ in range(limit):
+        if not engine.step() and not engine.busy:
+            return
+    raise AssertionError("the engine does not come to rest")
+
+
+def ask(engine, wanted):
+    ears = []
+    for prompt, tokens in wanted:
+        ear = Ear()
+        ear.request = engine.submit(prompt, tokens, ear)
+        ears.append(ear)
+    return ears
+
+
+def recorded(engine):
+    """Recordings of steps by (level, rows, past), and of pieces by (level, size, place)."""
+    every = engine.runner.recorder.recordings
+    return tuple({key: value for key, value in every.items() if isinstance(key[2], str) == piece} for piece in (False, True))
+
+
+def assert_empty(engine):
+    assert engine.memory.pool.free_blocks == engine.memory.pool.num_blocks
+    assert sorted(engine.memory.pool._free) == list(range(1, engine.memory.pool.num_blocks + 1))
+    assert not engine.memory.pool.tables.any() and not engine.scheduler.running and not engine.busy
