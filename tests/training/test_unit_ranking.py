@@ -74,6 +74,21 @@ def test_probes_count_where_their_answers_are(llama):
     assert sum(ranking.scores.values()) == pytest.approx(harm, rel=5e-3)
 
 
+@pytest.mark.parametrize("batch_tokens", [1, 60, 10_000])
+def test_what_is_read_at_once_changes_nothing(batch_tokens, llama):
+    """Texts with and without padding, probes of two lengths."""
+    padded = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    padded["attention_mask"][0, 40:] = 0
+    probes = [{"input_ids": IDS[i % 2 :][:1, : 20 + 10 * (i // 2)]} for i in range(4)]
+    for probe in probes:
+        probe["answer_mask"] = torch.zeros_like(probe["input_ids"], dtype=torch.bool)
+        probe["answer_mask"][:, -2:] = True
+    options = {"points": 3, "first_kept": 0.5, "probe_weight": 0.7}
+    ranking = rank_units(llama, [padded, IDS[:1]], probes, batch_tokens=batch_tokens, **options)
+    expected = rank_units(llama, [padded, IDS[:1]], probes, **options)
+    assert ranking.scores == pytest.approx(expected.scores, rel=1e-3, abs=1e-6) and ranking.tokens == 120 + 60 + 2 * 50
+
+
 def test_rounds_double_and_end_with_all():
     assert _rounds(90, 0.03) == [3, 6, 12, 24, 48, 90]
     assert _rounds(8, 1.0) == [8] and _rounds(8, 0.01) == [1, 2, 4, 8]

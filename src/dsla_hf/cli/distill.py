@@ -98,7 +98,7 @@ def _distill_job(options: DistillOptions, args: DSLATrainingArguments, output: P
     before = initial_weights(model)
 
     steps = max(1, options.tokens // 2 // (sequences_per_step(args) * options.length))
-    recorded = _recorded(options, args, config)
+    recorded = _recorded(options, args, config, metric)
     _check_recorded(output, recorded)
     check_output(model, output)
     sizes = (options.length, text.sequences, steps, len(text.ranking), len(text.held_out), [len(x["input_ids"][0]) for x in probes])
@@ -242,10 +242,10 @@ def _probes(options: DistillOptions, tokenizer: Any, text: _Text, base_config: A
 # --- going on with other options --------------------------------------------------------------------------------
 
 
-def _recorded(options: DistillOptions, args: DSLATrainingArguments, config: DSLAConfig) -> dict[str, Any]:
+def _recorded(options: DistillOptions, args: DSLATrainingArguments, config: DSLAConfig, metric: str) -> dict[str, Any]:
     """The options that decide what a run gives, as the user spells them."""
     own = {item.name: getattr(options, item.name) for item in dataclasses.fields(DistillOptions) if item.name not in NOT_RECORDED}
-    own |= {"window_size": config.window_size, "unit": config.conversion_unit}
+    own |= {"window_size": config.window_size, "unit": config.conversion_unit, "ranking_metric": metric}
     own |= {"adapter": options.adapter and str(Path(options.adapter).resolve())}
     own |= {"model": Path(options.model).name, "data": " ".join(map(_named_with_size, options.data))}  # folders may be moved
     of_stages = {name: getattr(args, name) for name in STAGE_SETTINGS}
