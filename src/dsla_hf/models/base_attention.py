@@ -151,10 +151,7 @@ def _attend_in_part(
             mask = mask.index_select(1, index.kept_queries)
         return _softmax_attention(module)(_KeptHeads(module, index), q_kept, keys, values, mask, **options)[0]
 
-    if query.shape[2] == 1:
-        o_converted, o_kept = both(query, converted_heads, kept_heads)
-    else:
-        o_converted, o_kept = converted_heads(), kept_heads()
+    o_converted, o_kept = both(query, converted_heads, kept_heads)
     return torch.cat([o_kept, o_converted], 2) if module.ordered else split.joined(o_converted, o_kept)
 
 
