@@ -14,7 +14,6 @@ that to the one that takes longer.
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 import time
 from collections.abc import Callable
