@@ -20,7 +20,7 @@ from ..core.attention import DualStateAttention
 from ..core.branches import both
 from ..core.cache import DSLACacheLayer
 from ..core.fold import dsla_cache_layer, partial_cache_layer
-from ..core.heads import HeadIndices, HeadSplit, of_heads
+from ..core.heads import HeadIndices, HeadSplit, of_heads, split_of
 from ..core.layout import TokenLayout, read_layout
 from ..core.tensor_parallel import DSLA, HEADS
 from .architectures import kv_heads_of
@@ -352,7 +352,4 @@ def head_split(attention: Any, heads: tuple[int, ...], order: tuple[int, ...] = 
     kv_heads = kv_heads_of(attention.config)
     if len(heads) == kv_heads:
         return None
-    split = HeadSplit(heads, kv_heads, attention.config.num_attention_heads // kv_heads)
-    if set(order[: len(heads)]) == set(heads):
-        split.converted, split.kept = order[: len(heads)], order[len(heads) :]
-    return split
+    return split_of(tuple(heads), kv_heads, attention.config.num_attention_heads // kv_heads, tuple(order))
