@@ -15,7 +15,7 @@ from ..states.gradients import store_key_gradients, tile_products
 from .inputs import ChunkLayer
 
 
-@triton.jit(do_not_specialize=["HKV"])
+@triton.jit
 def _key_kernel(
     q, k, v, do, gate_logits, write_logits, mask, query_factors, keys, row_first, row_length, mix,
     states,  # exp(m) S `[N, tiles, Hkv, 2, K, V]`
@@ -25,7 +25,7 @@ def _key_kernel(
     d_gate_logits, d_write_logits,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     T, length, tiles, scale, inverse_normalizer, bound,
-    HKV, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    HKV: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     tile, i, row_head = tl.program_id(0) // 2, tl.program_id(0) % 2, tl.program_id(1)  # one state: both need too many registers

@@ -10,7 +10,7 @@ from ..states.decays import Decayed
 from .inputs import ChunkLayer
 
 
-@triton.jit(do_not_specialize=["HKV"])
+@triton.jit
 def _query_kernel(
     q, v, do, query_factors, keys, row_first, row_length, mix,
     states,  # exp(m) S `[N, tiles, Hkv, 2, K, V]`
@@ -19,7 +19,7 @@ def _query_kernel(
     d_mix,  # fp32 [N, tiles, Hq, 2]
     q_b, q_t, q_h, v_b, v_t, v_h,
     T, length, tiles, scale,
-    HKV, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    HKV: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     tile, row_head = tl.program_id(0) // R, tl.program_id(1)  # the heads of a group side by side

@@ -11,7 +11,7 @@ from ..states.segments import load_entry
 from .inputs import ChunkLayer
 
 
-@triton.jit(do_not_specialize=["HKV"])
+@triton.jit
 def _state_gradient_kernel(
     q,
     do,  # [B, T, Hq, V]
@@ -22,7 +22,7 @@ def _state_gradient_kernel(
     d_initial,  # fp32 [N, Hkv, 2, K, V] or None
     q_b, q_t, q_h,
     T, length, tiles, scale, segments, per_segment,
-    HKV, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    HKV: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, ADDITIONS: tl.constexpr,
 ):  # fmt: skip
     value_tile, segment, row_head = tl.program_id(0) // 2, tl.program_id(1), tl.program_id(2)

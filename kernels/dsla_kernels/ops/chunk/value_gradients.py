@@ -10,14 +10,14 @@ from ..states.decays import Decayed
 from .inputs import ChunkLayer
 
 
-@triton.jit(do_not_specialize=["HKV"])
+@triton.jit
 def _value_kernel(
     q, do, query_factors, keys, row_first, row_length, mix,
     gradients,  # exp(m) D `[N, tiles, Hkv, 2, K, V]`
     dv,
     q_b, q_t, q_h,
     T, length, tiles, scale,
-    HKV, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    HKV: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     tile, row_head = tl.program_id(0), tl.program_id(1)

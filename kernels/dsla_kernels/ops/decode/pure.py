@@ -15,7 +15,7 @@ from .states import add_products, finished, load_mix, load_queries, load_states,
 from .step import TENSORS, PureStep
 
 
-@triton.jit(do_not_specialize=["HKV", "HELD"])
+@triton.jit
 def _pure_decode_kernel(
     q,
     k,
@@ -41,8 +41,8 @@ def _pure_decode_kernel(
     norm_eps,
     inverse_normalizer,
     bound,
-    HELD,  # heads that the states have, HKV at least
-    HKV,  # `HeadSizes`
+    HELD: tl.constexpr,  # heads that the states have, HKV at least
+    HKV: tl.constexpr,  # `HeadSizes`
     R: tl.constexpr,
     BM: tl.constexpr,
     K: tl.constexpr,

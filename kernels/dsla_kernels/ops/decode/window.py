@@ -18,7 +18,7 @@ from .states import finished, load_mix, load_queries, load_states, read_states
 from .step import TENSORS, WindowStep
 
 
-@triton.jit(do_not_specialize=["HKV", "HELD"])
+@triton.jit
 def _window_decode_kernel(
     q,
     k,
@@ -52,8 +52,8 @@ def _window_decode_kernel(
     norm_eps,
     inverse_normalizer,
     bound,
-    HELD,  # heads that states and ring have, HKV at least
-    HKV,  # `HeadSizes`
+    HELD: tl.constexpr,  # heads that states and ring have, HKV at least
+    HKV: tl.constexpr,  # `HeadSizes`
     R: tl.constexpr,
     BM: tl.constexpr,
     K: tl.constexpr,

@@ -34,7 +34,7 @@ TABLE_OF_HEADS = table(
 )
 
 
-@triton.jit(do_not_specialize=["HKV"])
+@triton.jit
 def _append_kernel(
     keys,  # [B, Hkv, places, K], any strides but a dense last dimension
     values,
@@ -54,7 +54,7 @@ def _append_kernel(
     v_b,
     v_h,
     places_next,
-    HKV,
+    HKV: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     BD: tl.constexpr,

@@ -40,7 +40,7 @@ def _load_mask(mask, tile, length, BN: tl.constexpr):
     return tl.load(mask + token, mask=token < length, other=0)
 
 
-@triton.jit(do_not_specialize=["HKV"])
+@triton.jit
 def _softmax_decode_kernel(
     q,  # [B, Hq, K]
     keys,  # [B, Hkv, T, K], or with a block table [blocks, BLOCK, Hkv, K]
@@ -67,7 +67,7 @@ def _softmax_decode_kernel(
     window,  # or None
     scale,
     softcap,  # or None
-    HKV,
+    HKV: tl.constexpr,
     R: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,

@@ -42,7 +42,7 @@ def _load_weights(down, write_weight, values, value_ok, RANK: tl.constexpr, BR: 
         return upper, lower, write1, write2
 
 
-@triton.jit(do_not_specialize=["HKV"])
+@triton.jit
 def _gate_kernel(
     v,
     down,  # [Hkv, V, RANK]
@@ -58,7 +58,7 @@ def _gate_kernel(
     parts,  # programs a row, head and tile of gates
     per_part,  # tiles of C tokens
     norm_eps,
-    HKV, V: tl.constexpr, RANK: tl.constexpr,
+    HKV: tl.constexpr, V: tl.constexpr, RANK: tl.constexpr,
     GATES: tl.constexpr,  # of both states
     BV: tl.constexpr,  # values at a time
     BR: tl.constexpr, BG: tl.constexpr, C: tl.constexpr,

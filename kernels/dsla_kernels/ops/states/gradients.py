@@ -53,7 +53,7 @@ def store_key_gradients(
     dk_parts,  # [B, T, Hkv, 2, K]: by state
     place,  # of the row's first token, head and state
     tokens, token_ok, written, k_t, channels, channel_ok, gates, inverse_normalizer, bound,
-    HKV, K: tl.constexpr, G: tl.constexpr, EXACT: tl.constexpr,
+    HKV: tl.constexpr, K: tl.constexpr, G: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """From log-decays to raw gates, and from decayed keys to keys and write gates, of one state."""
     gate_t: tl.constexpr = HKV * 2 * G

@@ -31,7 +31,7 @@ from .inputs import StateInputs
 from .segments import enter_segments, load_entry, store_addition
 
 
-@triton.jit(do_not_specialize=["HKV"])
+@triton.jit
 def _state_kernel(
     v, keys, at_middle,
     row_first,  # [N] or None: rows are the batch's
@@ -45,7 +45,7 @@ def _state_kernel(
     T, length, tiles, segments,
     per_segment,  # tiles
     boundaries,
-    HKV, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+    HKV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     SIZE: tl.constexpr,  # tokens of a block
     C: tl.constexpr,  # of a tile

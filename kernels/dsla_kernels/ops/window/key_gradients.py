@@ -19,7 +19,7 @@ from .query_gradients import QueryGradients
 from .softmax import in_window, query_tile, score_slope, softmax_scores
 
 
-@triton.jit(do_not_specialize=["HKV"])
+@triton.jit
 def _state_key_kernel(
     k, v,
     states,  # [B, boundaries, Hkv, 2, K, V]: at the start of each tile
@@ -30,7 +30,7 @@ def _state_key_kernel(
     T,
     taken,  # tokens that the states take in where state_length is None
     boundaries, state_tiles, gradient_tiles, inverse_normalizer, bound,
-    HKV, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+    HKV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr, PER_BLOCK: tl.constexpr,
 ):  # fmt: skip
     tile, i, row_head = tl.program_id(0) // 2, tl.program_id(0) % 2, tl.program_id(1)  # one state: both need too many registers
@@ -62,14 +62,14 @@ def _state_key_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["HKV"])
+@triton.jit
 def _key_kernel(
     q, k, v, do, log_denominators, alphas, deltas, row_length,
     dk_parts,  # what the states' gradients gave, by state, for the first `state_tiles` tiles; None without states
     dv_parts, dk, dv,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     T, state_tiles, scale, softcap,
-    HKV, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+    HKV: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, W: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, PER_BLOCK: tl.constexpr,
 ):  # fmt: skip
     tile, row_head = tl.program_id(0), tl.program_id(1)

@@ -14,7 +14,7 @@ from ..states.segments import load_entry
 from .inputs import WindowLayer
 
 
-@triton.jit(do_not_specialize=["HKV"])
+@triton.jit
 def _state_gradient_kernel(
     q,
     u,  # [B, T, Hq, V]
@@ -27,7 +27,7 @@ def _state_gradient_kernel(
     T,
     state_tiles,  # tiles that decay the states; behind them only queries follow
     tiles, segments, per_segment, scale,
-    HKV, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    HKV: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr, PER_BLOCK: tl.constexpr,
     FIRST_STATE: tl.constexpr, ADDITIONS: tl.constexpr,
 ):  # fmt: skip
