@@ -11,6 +11,10 @@ from torch import Tensor
 TILE = 64  # tokens a tile at most; the bound on the decay is chosen for it
 LOG2_E = tl.constexpr(1.4426950408889634)
 INTERPRETED = triton.knobs.runtime.interpret
+# Arguments of kernels that another number of heads changes: heads themselves, and into how many parts their tokens are cut. Layers,
+# levels and steps of training differ in them, so they are neither constants nor specialised (for 1, for multiples of 16): a kernel is
+# compiled once for all of them. They multiply sizes of heads, which are constants: the compiler still knows what is aligned.
+COUNTS = ("HKV", "HQ", "HELD", "segments", "per_segment", "steps", "parts", "per_part")
 
 
 # --- device side ----------------------------------------------------------------------------------------------------

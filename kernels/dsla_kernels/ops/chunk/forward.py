@@ -14,14 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._ops import add_op_namespace_prefix
-from ...common import channel_columns, layer_head, load_rows, numbers, on_its_device, row_span, strides
+from ...common import COUNTS, channel_columns, layer_head, load_rows, numbers, on_its_device, row_span, strides
 from ...shapes import new_output
 from ..operators import schema
 from ..states.decays import decay_keys
 from .inputs import ChunkInputs, ChunkLayer
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _chunk_kernel(
     q, v, query_factors, keys, mix, row_first, row_length,
     states,  # exp(m) S `[N, tiles, Hkv, 2, K, V]`
@@ -29,7 +29,7 @@ def _chunk_kernel(
     o,
     q_b, q_t, q_h, v_b, v_t, v_h,
     T, length, tiles, scale,
-    HKV: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    HKV, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     # HEADS query heads of a group one below the other in one tile; those of the whole group side by side: they share keys, values,

@@ -72,7 +72,7 @@ class ChunkLayer:
         self.tiling = state_tiling(self.state_inputs, self.state_heads, inputs.longest, largest_tile(q, v), inputs.segment_blocks)
         kv_heads = gate_logits.shape[2]
         self.group = q.shape[2] // kv_heads
-        # As the kernels name them: numbers, then sizes at compile time, by default and with all values of a head in one tile.
+        # As the kernels name them: numbers, then KV heads and sizes at compile time, by default and with all values of a head in one tile.
         self.counts = (q.shape[1], inputs.longest, self.tiling.tiles, inputs.scale)
         self.sizes = {"HKV": kv_heads, "R": self.group, **heads._asdict(), "C": self.tiling.tile}
         self.whole_sizes = self.sizes | {"BV": padded(heads.V)}

@@ -9,13 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...common import channel_columns, load_mask, load_rows, numbers, row_span, strides, sum_over_pairs
+from ...common import COUNTS, channel_columns, load_mask, load_rows, numbers, row_span, strides, sum_over_pairs
 from ..states.decays import Decayed, cumulative
 from ..states.gradients import store_key_gradients, tile_products
 from .inputs import ChunkLayer
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _key_kernel(
     q, k, v, do, gate_logits, write_logits, mask, query_factors, keys, row_first, row_length, mix,
     states,  # exp(m) S `[N, tiles, Hkv, 2, K, V]`
@@ -25,7 +25,7 @@ def _key_kernel(
     d_gate_logits, d_write_logits,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     T, length, tiles, scale, inverse_normalizer, bound,
-    HKV: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    HKV, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     tile, i, row_head = tl.program_id(0) // 2, tl.program_id(0) % 2, tl.program_id(1)  # one state: both need too many registers
@@ -34,8 +34,8 @@ def _key_kernel(
     row = row.to(tl.int64)
     if tile * C >= length:
         return
-    HQ: tl.constexpr = HKV * R
-    gate_t: tl.constexpr = HKV * 2 * G
+    HQ = HKV * R
+    gate_t = HKV * 2 * G
     EXACT: tl.constexpr = tl.float32 == DOT
     q += batch * q_b + first * q_t + kv_head * R * q_h
     do += (flat * HQ + kv_head * R) * V

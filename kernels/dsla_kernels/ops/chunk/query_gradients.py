@@ -5,12 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...common import channel_columns, load_rows, numbers, row_span, store_rows, strides, sum_over_pairs
+from ...common import COUNTS, channel_columns, load_rows, numbers, row_span, store_rows, strides, sum_over_pairs
 from ..states.decays import Decayed
 from .inputs import ChunkLayer
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _query_kernel(
     q, v, do, query_factors, keys, row_first, row_length, mix,
     states,  # exp(m) S `[N, tiles, Hkv, 2, K, V]`
@@ -19,7 +19,7 @@ def _query_kernel(
     d_mix,  # fp32 [N, tiles, Hq, 2]
     q_b, q_t, q_h, v_b, v_t, v_h,
     T, length, tiles, scale,
-    HKV: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    HKV, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     tile, row_head = tl.program_id(0) // R, tl.program_id(1)  # the heads of a group side by side
@@ -29,7 +29,7 @@ def _query_kernel(
     row = row.to(tl.int64)
     if tile * C >= length:
         return
-    HQ: tl.constexpr = HKV * R
+    HQ = HKV * R
     tokens = tile * C + tl.arange(0, C)
     in_row = tokens < length
     channels, channel_ok, gates = channel_columns(K, G, BK)

@@ -4,14 +4,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...common import channel_columns, load_rows, numbers, row_span, store_rows, strides
+from ...common import COUNTS, channel_columns, load_rows, numbers, row_span, store_rows, strides
 from ..states.decays import Decayed, load_middle
 from ..states.gradients import state_gradients, store_segment_gradient
 from ..states.segments import load_entry
 from .inputs import ChunkLayer
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _state_gradient_kernel(
     q,
     do,  # [B, T, Hq, V]
@@ -22,7 +22,7 @@ def _state_gradient_kernel(
     d_initial,  # fp32 [N, Hkv, 2, K, V] or None
     q_b, q_t, q_h,
     T, length, tiles, scale, segments, per_segment,
-    HKV: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    HKV, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, ADDITIONS: tl.constexpr,
 ):  # fmt: skip
     value_tile, segment, row_head = tl.program_id(0) // 2, tl.program_id(1), tl.program_id(2)
@@ -30,7 +30,7 @@ def _state_gradient_kernel(
     i = tl.program_id(0) % 2
     batch, first, flat, length = row_span(row, T, length, row_first, row_length)
     row = row.to(tl.int64)
-    gate_t: tl.constexpr = HKV * 2 * G
+    gate_t = HKV * 2 * G
     q += batch * q_b + first * q_t + kv_head * R * q_h
     do += (flat * HKV + kv_head) * R * V
     query_factors += ((flat * HKV + kv_head) * 2 + i) * G

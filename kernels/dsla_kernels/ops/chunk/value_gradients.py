@@ -5,19 +5,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...common import channel_columns, load_rows, numbers, row_span, store_rows, strides
+from ...common import COUNTS, channel_columns, load_rows, numbers, row_span, store_rows, strides
 from ..states.decays import Decayed
 from .inputs import ChunkLayer
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _value_kernel(
     q, do, query_factors, keys, row_first, row_length, mix,
     gradients,  # exp(m) D `[N, tiles, Hkv, 2, K, V]`
     dv,
     q_b, q_t, q_h,
     T, length, tiles, scale,
-    HKV: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    HKV, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     tile, row_head = tl.program_id(0), tl.program_id(1)
@@ -26,7 +26,7 @@ def _value_kernel(
     row = row.to(tl.int64)
     if tile * C >= length:
         return
-    HQ: tl.constexpr = HKV * R
+    HQ = HKV * R
     q += batch * q_b + first * q_t + kv_head * R * q_h
     do += (flat * HQ + kv_head * R) * V
     kv_flat = flat * HKV + kv_head

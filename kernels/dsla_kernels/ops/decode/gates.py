@@ -32,7 +32,7 @@ def take_block(
     norm_eps,
     inverse_normalizer,
     bound,
-    HKV: tl.constexpr,
+    HKV,
     K: tl.constexpr,
     V: tl.constexpr,
     G: tl.constexpr,

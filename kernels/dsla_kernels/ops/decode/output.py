@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
-from ...common import load_rows
+from ...common import COUNTS, load_rows
 from ...shapes import new_output
 from ..window.softmax import LN_2, state_gate
 from .launch import HeadSizes
@@ -60,7 +60,7 @@ def store_pieces(
         tl.store(pointers, sums, mask=group[1][:, None] & values[1][None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def join_kernel(
     pieces,  # fp32 [B * Hq, STRIDE, V]: PIECES of the states, then SLOT_PARTS of the window
     softmax,  # fp32 [B * Hq, 2, SLOT_PARTS]: tops and denominators of the window; None without one
@@ -72,7 +72,7 @@ def join_kernel(
     o,
     o_row,
     norm_eps,
-    HQ: tl.constexpr,
+    HQ,
     V: tl.constexpr,
     BV: tl.constexpr,
     PIECES: tl.constexpr,

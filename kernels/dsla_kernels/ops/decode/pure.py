@@ -7,7 +7,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from ..._ops import add_op_namespace_prefix
-from ...common import bounded_log_decay, layer_head, load_rows, numbers, on_its_device
+from ...common import COUNTS, bounded_log_decay, layer_head, load_rows, numbers, on_its_device
 from ..operators import schema
 from .launch import plan_pure
 from .output import join_kernel, make_pieces, normed, output_of, store_output, store_pieces
@@ -15,7 +15,7 @@ from .states import add_products, finished, load_mix, load_queries, load_states,
 from .step import TENSORS, PureStep
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _pure_decode_kernel(
     q,
     k,
@@ -41,8 +41,8 @@ def _pure_decode_kernel(
     norm_eps,
     inverse_normalizer,
     bound,
-    HELD: tl.constexpr,  # heads that the states have, HKV at least
-    HKV: tl.constexpr,  # `HeadSizes`
+    HELD,  # heads that the states have, HKV at least
+    HKV,  # `HeadSizes`
     R: tl.constexpr,
     BM: tl.constexpr,
     K: tl.constexpr,

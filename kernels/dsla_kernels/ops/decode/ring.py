@@ -12,7 +12,7 @@ from ..window.softmax import softmax_scores, softmax_step
 
 
 @triton.jit
-def load_slots(ring, slot, slot_ok, columns, values, HKV: tl.constexpr, K: tl.constexpr, V: tl.constexpr):
+def load_slots(ring, slot, slot_ok, columns, values, HKV, K: tl.constexpr, V: tl.constexpr):
     k_tile = load_rows(ring[0], slot, slot_ok, HKV * K, columns[0], columns[1])
     return k_tile, load_rows(ring[1], slot, slot_ok, HKV * V, values[0], values[1])
 
@@ -39,7 +39,7 @@ def begin_window(
     group,
     columns,
     values,
-    HKV: tl.constexpr,
+    HKV,
     K: tl.constexpr,
     V: tl.constexpr,
     S: tl.constexpr,
@@ -73,7 +73,7 @@ def attend_window(
     values,
     scale,
     softcap,
-    HKV: tl.constexpr,
+    HKV,
     K: tl.constexpr,
     V: tl.constexpr,
     BM: tl.constexpr,
@@ -134,7 +134,7 @@ def write_token(
     length,
     columns,
     values,
-    HKV: tl.constexpr,
+    HKV,
     K: tl.constexpr,
     V: tl.constexpr,
     S: tl.constexpr,

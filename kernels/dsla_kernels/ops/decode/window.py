@@ -7,7 +7,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from ..._ops import add_op_namespace_prefix
-from ...common import layer_head, load_rows, numbers, on_its_device
+from ...common import COUNTS, layer_head, load_rows, numbers, on_its_device
 from ..operators import schema
 from ..window.softmax import LN_2
 from .gates import take_block
@@ -18,7 +18,7 @@ from .states import finished, load_mix, load_queries, load_states, read_states
 from .step import TENSORS, WindowStep
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _window_decode_kernel(
     q,
     k,
@@ -52,8 +52,8 @@ def _window_decode_kernel(
     norm_eps,
     inverse_normalizer,
     bound,
-    HELD: tl.constexpr,  # heads that states and ring have, HKV at least
-    HKV: tl.constexpr,  # `HeadSizes`
+    HELD,  # heads that states and ring have, HKV at least
+    HKV,  # `HeadSizes`
     R: tl.constexpr,
     BM: tl.constexpr,
     K: tl.constexpr,

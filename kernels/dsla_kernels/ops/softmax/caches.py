@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._ops import add_op_namespace_prefix, ops
-from ...common import on_its_device, unit_stride
+from ...common import COUNTS, on_its_device, unit_stride
 from ...shapes import check, table
 
 TABLE = table(
@@ -34,7 +34,7 @@ TABLE_OF_HEADS = table(
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _append_kernel(
     keys,  # [B, Hkv, places, K], any strides but a dense last dimension
     values,
@@ -54,7 +54,7 @@ def _append_kernel(
     v_b,
     v_h,
     places_next,
-    HKV: tl.constexpr,
+    HKV,
     K: tl.constexpr,
     V: tl.constexpr,
     BD: tl.constexpr,

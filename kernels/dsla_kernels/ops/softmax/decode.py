@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..._ops import add_op_namespace_prefix, ops
 from ...checks import check_softmax_decode_inputs, check_softmax_kernel_inputs
-from ...common import LOG2_E, load_rows, on_its_device, unit_stride
+from ...common import COUNTS, LOG2_E, load_rows, on_its_device, unit_stride
 from ...shapes import new_output
 from ..window.softmax import softmax_scores, softmax_step
 from .splits import make_plan
@@ -40,7 +40,7 @@ def _load_mask(mask, tile, length, BN: tl.constexpr):
     return tl.load(mask + token, mask=token < length, other=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _softmax_decode_kernel(
     q,  # [B, Hq, K]
     keys,  # [B, Hkv, T, K], or with a block table [blocks, BLOCK, Hkv, K]
@@ -67,7 +67,7 @@ def _softmax_decode_kernel(
     window,  # or None
     scale,
     softcap,  # or None
-    HKV: tl.constexpr,
+    HKV,
     R: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -144,7 +144,7 @@ def _softmax_decode_kernel(
         tl.store(softmax + (heads * 2 + 1) * parts + part, denominator, mask=group_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _join_kernel(
     pieces,
     softmax,
@@ -155,7 +155,7 @@ def _join_kernel(
     room,
     least,
     window,
-    HQ: tl.constexpr,
+    HQ,
     V: tl.constexpr,
     BV: tl.constexpr,
     BN: tl.constexpr,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..._ops import add_op_namespace_prefix, ops
 from ...checks import check_softmax_kernel_inputs, check_softmax_prompt_inputs
-from ...common import on_its_device, shared_memory, unit_stride
+from ...common import COUNTS, on_its_device, shared_memory, unit_stride
 from ...shapes import new_output
 from ..window.softmax import softmax_scores, softmax_step
 from .tiles import DOT_TYPES, NOTHING, Launch, head_tiles, load_tokens
@@ -29,7 +29,7 @@ def _load_tile(cache, table, tile, length, block_stride, token_stride, columns, 
     return load_tokens(cache, block, token % BLOCK, inside, block_stride, token_stride, columns, column_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _softmax_prompt_kernel(
     q,  # [B, T, Hq, K], of any strides but a dense last dimension
     keys,  # [blocks, BLOCK, Hkv, K], likewise
@@ -54,7 +54,7 @@ def _softmax_prompt_kernel(
     T,
     window,  # or None
     scale,
-    HQ: tl.constexpr,
+    HQ,
     R: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,

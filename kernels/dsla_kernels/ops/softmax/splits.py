@@ -16,6 +16,7 @@ LEAST_TOKENS = 128  # a part, unless the caller wants a number of parts
 # The same of rows in blocks, if there are several: of short ones the first part does all, and the others leave at once.
 LEAST_OF_MANY = 512
 MOST_PROGRAMS = 8192  # more than these only to leave at once would cost more than they spare
+LITTLE_JOIN = 8  # parts up to which a join has few warps
 tuned: Launch | None = None  # overrules the choice, for measurements
 
 
@@ -111,7 +112,9 @@ def _plan(
         "num_warps": launch.warps,
         "num_stages": launch.stages,
     }
-    at_a_time = min(triton.next_power_of_2(parts), max(1, 4096 // block_value))
+    at_a_time = max(1, 4096 // block_value)
+    if parts <= LITTLE_JOIN:  # no more choices than two: each is compiled
+        at_a_time = min(LITTLE_JOIN, at_a_time)
     warps = max(1, at_a_time * block_value // 1024)
     join = shared | {"HQ": heads, "BP": at_a_time, "num_warps": warps, **overlapping(overlap)}
     return Plan((programs, parts), room, least, options, join)

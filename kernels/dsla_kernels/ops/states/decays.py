@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common import (
+    COUNTS,
     LOG2_E,
     Tiling,
     bounded_log_decay,
@@ -64,7 +65,7 @@ def cumulative(x, EXACT: tl.constexpr):
         return tl.dot(causal, upper, acc=tl.dot(causal, lower))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _decay_kernel(
     k, gate_logits, write_logits,
     mask,  # uint8 [B, T] or None
@@ -74,7 +75,7 @@ def _decay_kernel(
     query_factors, keys, at_middle,
     k_b, k_t, k_h,
     T, length, tiles, inverse_normalizer, bound,
-    HKV: tl.constexpr, K: tl.constexpr, G: tl.constexpr, BG: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr,
+    HKV, K: tl.constexpr, G: tl.constexpr, BG: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr,
     PER_BLOCK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     GATE_TILES: tl.constexpr = tl.cdiv(G, BG)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ... import reference
 from ..._ops import add_op_namespace_prefix, ops
 from ...checks import KERNEL_GATES, LARGEST_HEAD, LARGEST_RANK, check_gate_inputs, check_no_gradient_of_heads
-from ...common import layer_head, load_rows, numbers, on_its_device, processors, store_rows, strides, unit_stride
+from ...common import COUNTS, layer_head, load_rows, numbers, on_its_device, processors, store_rows, strides, unit_stride
 from ...shapes import contiguous
 
 TILE = 32  # tokens; below 64, so that products may have the few columns of a rank (see `common.padded`)
@@ -42,7 +42,7 @@ def _load_weights(down, write_weight, values, value_ok, RANK: tl.constexpr, BR: 
         return upper, lower, write1, write2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _gate_kernel(
     v,
     down,  # [Hkv, V, RANK]
@@ -58,7 +58,7 @@ def _gate_kernel(
     parts,  # programs a row, head and tile of gates
     per_part,  # tiles of C tokens
     norm_eps,
-    HKV: tl.constexpr, V: tl.constexpr, RANK: tl.constexpr,
+    HKV, V: tl.constexpr, RANK: tl.constexpr,
     GATES: tl.constexpr,  # of both states
     BV: tl.constexpr,  # values at a time
     BR: tl.constexpr, BG: tl.constexpr, C: tl.constexpr,

@@ -53,10 +53,10 @@ def store_key_gradients(
     dk_parts,  # [B, T, Hkv, 2, K]: by state
     place,  # of the row's first token, head and state
     tokens, token_ok, written, k_t, channels, channel_ok, gates, inverse_normalizer, bound,
-    HKV: tl.constexpr, K: tl.constexpr, G: tl.constexpr, EXACT: tl.constexpr,
+    HKV, K: tl.constexpr, G: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """From log-decays to raw gates, and from decayed keys to keys and write gates, of one state."""
-    gate_t: tl.constexpr = HKV * 2 * G
+    gate_t = HKV * 2 * G
     gate, gate_ok = numbers(0, G, d_decay.shape[1])
     logits = load_rows(gate_logits + place * G, tokens, token_ok, gate_t, gate, gate_ok).to(tl.float32)
     d_logits = tl.where(token_ok[:, None], d_decay * log_decay_slope(logits, inverse_normalizer, bound), 0.0)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...common import load_rows, numbers, store_rows
+from ...common import COUNTS, load_rows, numbers, store_rows
 from .inputs import StateInputs
 
 
@@ -41,7 +41,7 @@ def store_addition(
         tl.store(segment_decay + place * K + channels, decay, mask=channel_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _scan_kernel(
     additions,  # fp32 [N, segments, heads, K, V], replaced by the states on entry of each segment
     segment_decay,  # fp32 [N, segments, heads, K], factors
@@ -49,12 +49,13 @@ def _scan_kernel(
     final,  # fp32 [N, heads, K, V] or None
     segments,
     steps,  # segments whose additions are there: all, or all but the last where the end is not asked for
-    heads,
+    HKV,
     K: tl.constexpr,
     V: tl.constexpr,
     BLOCK: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
+    heads = HKV * 2  # a state each
     row, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     element, ok = numbers(tl.program_id(0) * BLOCK, K * V, BLOCK)
     end = (row.to(tl.int64) * heads + head) * K * V + element
@@ -91,7 +92,7 @@ def _scan(additions: Tensor, segment_decay: Tensor, initial: Tensor | None, fina
         final,
         segments,
         steps,
-        kv_heads * 2,
+        HKV=kv_heads,
         K=key_dim,
         V=value_dim,
         BLOCK=block,

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common import (
+    COUNTS,
     Heads,
     Tiling,
     channel_columns,
@@ -31,7 +32,7 @@ from .inputs import StateInputs
 from .segments import enter_segments, load_entry, store_addition
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _state_kernel(
     v, keys, at_middle,
     row_first,  # [N] or None: rows are the batch's
@@ -45,7 +46,7 @@ def _state_kernel(
     T, length, tiles, segments,
     per_segment,  # tiles
     boundaries,
-    HKV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+    HKV, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     SIZE: tl.constexpr,  # tokens of a block
     C: tl.constexpr,  # of a tile
@@ -59,7 +60,7 @@ def _state_kernel(
     row, head_state = row_head // HKV, row_head % HKV * 2 + tl.program_id(0) % 2
     batch, first, flat, length = row_span(row, T, length, row_first, row_length)
     row = row.to(tl.int64)
-    gate_t: tl.constexpr = HKV * 2 * G
+    gate_t = HKV * 2 * G
     v += batch * v_b + first * v_t + layer_head(kv_heads, head_state // 2) * v_h
     keys += (flat * HKV * 2 + head_state) * K
     at_middle += (row * tiles * HKV * 2 + head_state) * G

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._ops import add_op_namespace_prefix
-from ...common import LOG2_E, layer_head, load_rows, number_of, numbers, on_its_device, store_rows, strides
+from ...common import COUNTS, LOG2_E, layer_head, load_rows, number_of, numbers, on_its_device, store_rows, strides
 from ...shapes import new_output
 from ..operators import schema
 from .inputs import WindowInputs, WindowLayer
@@ -27,7 +27,7 @@ def _window_softmax(
     sink_logit,  # of the head, or None
     k_t, v_t,
     first, end, tokens, length, text_start, scale, softcap, columns, column_ok, values, value_ok,
-    HKV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, W: tl.constexpr,
+    HKV, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, W: tl.constexpr,
     C: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Softmax attention of a tile of queries over window and sinks: output `[C, BV]` and log-denominator `[C]`."""
@@ -58,7 +58,7 @@ def _window_softmax(
     return o / denominator[:, None], (top + tl.log2(denominator)) * LN_2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _window_kernel(
     q, k, v,
     states,  # [N, boundaries, Hkv, 2, K, V] or None: all empty
@@ -71,7 +71,7 @@ def _window_kernel(
     T, boundaries, scale,
     softcap,  # or None
     norm_eps,
-    HKV: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    HKV, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     KC: tl.constexpr,  # channels of a product with the states
     S: tl.constexpr, BS: tl.constexpr, W: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr, BN: tl.constexpr,
     PER_BLOCK: tl.constexpr,

@@ -88,7 +88,7 @@ class WindowLayer:
         self.sizes = self._sizes()
 
     def _sizes(self) -> dict[str, Any]:
-        """Compile-time sizes, as the kernels name them."""
+        """As the kernels name them; all but HKV are constants there."""
         inputs, heads = self.inputs, self.state_heads
         sinks = 0 if inputs.sink_k is None else inputs.sink_k.shape[1]
         block_key = padded(heads.K)

@@ -11,7 +11,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...common import LOG2_E, channel_columns, load_mask, load_rows, number_of, numbers, store_rows, strides, sum_over_pairs, tile_tokens
+from ...common import (
+    COUNTS,
+    LOG2_E,
+    channel_columns,
+    load_mask,
+    load_rows,
+    number_of,
+    numbers,
+    store_rows,
+    strides,
+    sum_over_pairs,
+    tile_tokens,
+)
 from ..states.decays import Decayed, cumulative
 from ..states.gradients import store_key_gradients, tile_products
 from .inputs import WindowLayer
@@ -19,7 +31,7 @@ from .query_gradients import QueryGradients
 from .softmax import in_window, query_tile, score_slope, softmax_scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _state_key_kernel(
     k, v,
     states,  # [B, boundaries, Hkv, 2, K, V]: at the start of each tile
@@ -30,7 +42,7 @@ def _state_key_kernel(
     T,
     taken,  # tokens that the states take in where state_length is None
     boundaries, state_tiles, gradient_tiles, inverse_normalizer, bound,
-    HKV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+    HKV, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr, PER_BLOCK: tl.constexpr,
 ):  # fmt: skip
     tile, i, row_head = tl.program_id(0) // 2, tl.program_id(0) % 2, tl.program_id(1)  # one state: both need too many registers
@@ -62,20 +74,20 @@ def _state_key_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _key_kernel(
     q, k, v, do, log_denominators, alphas, deltas, row_length,
     dk_parts,  # what the states' gradients gave, by state, for the first `state_tiles` tiles; None without states
     dv_parts, dk, dv,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     T, state_tiles, scale, softcap,
-    HKV: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+    HKV, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, W: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, PER_BLOCK: tl.constexpr,
 ):  # fmt: skip
     tile, row_head = tl.program_id(0), tl.program_id(1)
     row, kv_head = (row_head // HKV).to(tl.int64), row_head % HKV
     tokens, written, token_ok, first, tile_end, length = query_tile(tile, row, T, row_length, PER_BLOCK, SIZE, C)
-    HQ: tl.constexpr = HKV * R
+    HQ = HKV * R
     columns, column_ok = numbers(0, K, BK)
     values, value_ok = numbers(0, V, BV)
     q += row * q_b + kv_head * R * q_h

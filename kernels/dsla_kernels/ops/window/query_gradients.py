@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...common import LOG2_E, load_rows, number_of, numbers, store_rows, strides
+from ...common import COUNTS, LOG2_E, load_rows, number_of, numbers, store_rows, strides
 from .inputs import WindowLayer
 from .softmax import in_sinks, in_window, load_scores, query_program, query_tile, score_slope, state_gate
 
@@ -67,7 +67,7 @@ def _through_gate(o_state, do_tile, delta, log_denominator, gain, bias, weight, 
     return alpha, delta - alpha * d_n + d_gate, u, d_weight, tl.sum(d_gate * log_rms, 0), tl.sum(d_gate, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _query_kernel(
     q, k, v,
     states,  # [N, boundaries, Hkv, 2, K, V] at every tile, or None
@@ -75,7 +75,7 @@ def _query_kernel(
     dq, d_state_output, alphas, deltas, d_norm, d_scalars, d_sink_k, d_sink_v, d_sink_logits,  # as `QueryGradients` has them
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     T, tiles, boundaries, scale, softcap, norm_eps,
-    HKV: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KC: tl.constexpr,
+    HKV, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KC: tl.constexpr,
     S: tl.constexpr, BS: tl.constexpr, W: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr, BN: tl.constexpr,
     PER_BLOCK: tl.constexpr, FIRST_STATE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -87,7 +87,7 @@ def _query_kernel(
 
     columns, column_ok = numbers(0, K, BK)
     values, value_ok = numbers(0, V, BV)
-    HQ: tl.constexpr = HKV * R
+    HQ = HKV * R
     flat = row * T * HQ + head
     part_offset = (row * tiles + tile) * HQ + head
     q += row * q_b + head * q_h

@@ -69,7 +69,7 @@ def in_sinks(sinks, tokens, text_start, S: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def query_program(HKV: tl.constexpr, R: tl.constexpr):
+def query_program(HKV, R: tl.constexpr):
     """Of a program: its tile, row, KV head and query head. The heads of a group lie side by side: they share keys, values and states."""
     row, kv_head = (tl.program_id(1) // HKV).to(tl.int64), tl.program_id(1) % HKV
     return tl.program_id(0) // R, row, kv_head, kv_head * R + tl.program_id(0) % R

@@ -7,14 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...common import channel_columns, load_rows, number_of, numbers, store_rows, strides
+from ...common import COUNTS, channel_columns, load_rows, number_of, numbers, store_rows, strides
 from ..states.decays import Decayed, load_middle
 from ..states.gradients import state_gradients, store_segment_gradient
 from ..states.segments import load_entry
 from .inputs import WindowLayer
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _state_gradient_kernel(
     q,
     u,  # [B, T, Hq, V]
@@ -27,7 +27,7 @@ def _state_gradient_kernel(
     T,
     state_tiles,  # tiles that decay the states; behind them only queries follow
     tiles, segments, per_segment, scale,
-    HKV: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    HKV, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr, PER_BLOCK: tl.constexpr,
     FIRST_STATE: tl.constexpr, ADDITIONS: tl.constexpr,
 ):  # fmt: skip
@@ -35,8 +35,8 @@ def _state_gradient_kernel(
     row, kv_head = (row_head // HKV).to(tl.int64), row_head % HKV
     i = tl.program_id(0) % 2
     length = number_of(row_length, row, T)
-    HQ: tl.constexpr = HKV * R
-    gate_t: tl.constexpr = HKV * 2 * G
+    HQ = HKV * R
+    gate_t = HKV * 2 * G
     q += row * q_b + kv_head * R * q_h
     u += (row * T * HQ + kv_head * R) * V
     if at_middle is not None:
