@@ -18,6 +18,8 @@ MODULES = (
     "test_kernels",
     "test_kernels_in_layer",
     "test_head_subsets",
+    "test_head_counts",
+    "test_divergence",
     "test_gates_kernel",
     "test_few_rows",
     "test_softmax_decode",
