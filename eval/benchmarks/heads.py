@@ -68,6 +68,7 @@ class Layer:
         queries, keys = shape.heads * shape.size, shape.kv_heads * shape.size
         self.inputs = [self.random(rows, shape.hidden) * shape.hidden**-0.5 for rows in (queries, keys, keys)]
         self.output = self.random(shape.hidden, queries) * queries**-0.5
+        self.side = torch.cuda.Stream() if device.type == "cuda" else None
         self.core = None
         if len(self.converted):
             core = DualStateAttention(shape.heads - self.kept_queries, len(self.converted), shape.size)
@@ -95,15 +96,15 @@ class Layer:
                 main, side = torch.cuda.current_stream(), self.side
                 side.wait_stream(main)
                 with torch.cuda.stream(side):
-                    converted(o[:, :, self.kept_queries :])
-                o[:, :, : self.kept_queries] = kept()
+                    o[:, :, : self.kept_queries] = kept()
+                converted(o[:, :, self.kept_queries :])
                 main.wait_stream(side)
         return linears(o.flatten(2), [self.output])[0]
 
     def of_kept(self, x: Tensor) -> Tensor:
         return x if self.core is None else x.index_select(2, self.kept)
 
-    def prefill(self, hidden: Tensor) -> Tensor:
+    def prefill(self, hidden: Tensor, branches: int = 1) -> Tensor:
         q, k, v = self.projected(hidden)
 
         def kept() -> Tensor:
@@ -117,7 +118,7 @@ class Layer:
             heads = None if out is None else self.converted
             return self.core(q[:, :, self.kept_queries :], k, v, output_state=True, kv_heads=heads, out=out)
 
-        return self.joined(hidden, kept, converted, 1)
+        return self.joined(hidden, kept, converted, branches)
 
     def fill(self, rows: int, tokens: int) -> None:
         """Random keys, values and states of `tokens` tokens a row, with room for one more."""
@@ -130,8 +131,6 @@ class Layer:
             ring = [self.random(rows, self.core.sink_tokens + self.core.window_size, heads, size) for _ in range(2)]
             inside = tokens // self.core.window_size * self.core.window_size + 1  # the next token fills no block
             self.state = DualState(recurrent, *ring, torch.full((rows,), inside, device=self.device))
-        if self.device.type == "cuda":
-            self.side = torch.cuda.Stream()
 
     def decode(self, hidden: Tensor, branches: int) -> Tensor:
         q, k, v = self.projected(hidden)
@@ -193,7 +192,7 @@ def measure(plan: Plan, shape: str, what: str, device: torch.device) -> list[dic
             layer = Layer(sizes, kept, device, dtype)
             hidden = layer.random(batch, tokens if what == "prefill" else 1, sizes.hidden)
             mixed = 0 < kept < sizes.kv_heads
-            for branches in (1, 2) if what == "decode" and mixed and device.type == "cuda" else (1,):
+            for branches in (1, 2) if mixed and device.type == "cuda" else (1,):
                 row: dict[str, Any] = {
                     "shape": shape,
                     "what": what,
@@ -205,7 +204,9 @@ def measure(plan: Plan, shape: str, what: str, device: torch.device) -> list[dic
                 row["branches"] = branches
                 try:
                     if what == "prefill":
-                        row["ms"] = milliseconds(lambda layer=layer, hidden=hidden: layer.prefill(hidden), device)
+                        row["ms"] = milliseconds(
+                            lambda layer=layer, hidden=hidden, branches=branches: layer.prefill(hidden, branches), device
+                        )
                     else:
                         layer.fill(batch, tokens)
                         step = in_graph(lambda layer=layer, hidden=hidden, branches=branches: layer.decode(hidden, branches), device)

@@ -13,6 +13,7 @@ from .dispatch import (
     softmax_decode,
     softmax_prompt,
     takes_few_rows,
+    takes_logits,
     uses_triton,
 )
 from .moved import MOVED, Moved
@@ -43,5 +44,6 @@ __all__ = [
     "softmax_decode",
     "softmax_prompt",
     "takes_few_rows",
+    "takes_logits",
     "uses_triton",
 ]

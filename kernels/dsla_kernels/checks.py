@@ -105,7 +105,7 @@ def check_inputs(
         "kv_heads": kv_heads,
     }
     # A state a sequence, of which a batch has one a row.
-    sizes = check(tables[kv_heads is not None], tensors, N=_rows(q) if cu_seqlens is None else cu_seqlens.numel() - 1)
+    sizes = check(tables[int(kv_heads is not None)], tensors, N=_rows(q) if cu_seqlens is None else cu_seqlens.numel() - 1)
     check_groups(sizes["Hq"], sizes["Hkv"])
     _check_sizes(sizes, "q")
 
@@ -149,7 +149,7 @@ def check_state_inputs(
         "initial_state": initial_state,
         "kv_heads": kv_heads,
     }
-    _check_sizes(check(tables[kv_heads is not None], tensors, N=_rows(k)), "k")
+    _check_sizes(check(tables[int(kv_heads is not None)], tensors, N=_rows(k)), "k")
 
 
 def check_kernel_inputs(
@@ -194,7 +194,7 @@ def check_window_inputs(
     if sinks and (sink_k is None or sink_v is None):
         raise ValueError("sinks must be k and v, or None for a window without them")
     sinks_and_heads = {"k of the sinks": sink_k, "v of the sinks": sink_v, "kv_heads": kv_heads}
-    check(tables[kv_heads is not None], {"q": q, "k": k, "v": v, **sinks_and_heads, **others})
+    check(tables[int(kv_heads is not None)], {"q": q, "k": k, "v": v, **sinks_and_heads, **others})
 
 
 def _softmax(q: str, keys: str, others: dict[str, str]) -> tuple[Argument, ...]:
@@ -298,7 +298,7 @@ def check_gate_inputs(
     if (write_weight is None) != (write_bias is None):
         raise ValueError("write_weight and write_bias must be given together, or neither for a layer without write gates")
     weights = {"gate_down": gate_down, "gate_up": gate_up, "gate_bias": gate_bias, "write_weight": write_weight, "write_bias": write_bias}
-    check(tables[kv_heads is not None], {"v": v, "kv_heads": kv_heads, **weights}, columns=2 * gate_bias.shape[-1:].numel())
+    check(tables[int(kv_heads is not None)], {"v": v, "kv_heads": kv_heads, **weights}, columns=2 * gate_bias.shape[-1:].numel())
 
 
 def check_no_gradient_of_heads(kv_heads: Tensor | None, *tensors: Tensor | None) -> None:

@@ -48,6 +48,15 @@ def uses_triton(q: Tensor, v: Tensor, quietly: bool = False) -> bool:
     return q.dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
+def takes_logits(student: Tensor, teacher: Tensor) -> bool:
+    """Whether `ops.loss.divergence` takes these logits: of any number, where Triton runs."""
+    if choice != "auto" or student.device.type == "cpu":
+        runs = choice == "triton"
+    else:
+        runs = _obstacle(student.device.type) is None
+    return runs and all(x.dtype in (torch.bfloat16, torch.float16, torch.float32) for x in (student, teacher))
+
+
 def kernel_path(device: torch.device | str) -> str:
     """The implementation that runs on `device`, for people to read, e.g. by `dsla env`."""
     kind = torch.device(device).type

@@ -47,7 +47,7 @@ class Argument(NamedTuple):
     note: str  # that messages add, or ""
 
 
-# Without and with `kv_heads`: `tables[kv_heads is not None]`.
+# Without and with `kv_heads`: `tables[int(kv_heads is not None)]`.
 Tables = tuple[tuple[Argument, ...], tuple[Argument, ...]]
 
 

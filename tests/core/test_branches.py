@@ -6,7 +6,7 @@ import torch
 from dsla_hf.core.branches import both
 
 
-def test_one_after_the_other_where_nothing_is_captured():
+def test_one_after_the_other_on_a_cpu():
     order = []
     assert both(torch.zeros(1), lambda: order.append(1) or "a", lambda: order.append(2) or "b") == ("a", "b")
     assert order == [1, 2]
@@ -24,11 +24,13 @@ def test_captured_branches_read_what_came_before_and_are_read_by_what_follows():
             y = first + second
         return y
 
-    step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = step()
-    for seed in range(3):
-        x.copy_(torch.randn(4096, generator=torch.Generator().manual_seed(seed)))
-        graph.replay()
-        assert torch.equal(found, step())
+    with torch.no_grad():
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = step()
+        for seed in range(3):
+            x.copy_(torch.randn(4096, generator=torch.Generator().manual_seed(seed)))
+            graph.replay()
+            assert torch.equal(found, step())
+    torch.testing.assert_close(step().detach(), found)  # with gradients one after the other

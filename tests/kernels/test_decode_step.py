@@ -134,6 +134,7 @@ def test_an_operator_takes_the_fields_of_its_step_and_says_what_it_changes(name,
 def test_the_launch_follows_the_shape_and_what_measurements_want(monkeypatch):
     """A few heads are shared by several programs, many are not; a choice by hand goes before both."""
     monkeypatch.setattr(decode_launch, "processors", lambda device: 132)
+    monkeypatch.setattr(decode_launch, "can_overlap", lambda device: False)
     given = arguments()
     tensors = [given[name] for name in ("q", "k", "v", "recurrent")], given["gates"], [given["mix_logits"], given["norm_weight"]]
 

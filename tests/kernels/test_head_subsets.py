@@ -255,4 +255,4 @@ def test_the_operator_of_a_token_is_registered_in_full(kv_heads, given_out):
     out = random(2, 1, 3 + heads * GROUP, VALUE)[:, :, 3:] if given_out else None
     tensors = queries(torch.float32, 2, 1), k, v, random(2, heads, 2, KEY, VALUE), None, *gates, weights.mix_logits, weights.norm_weight
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.dsla_kernels.pure_decode, (*tensors, kv_heads, out, 16.0, -1.25, 1.0, 1e-6), test_utils=tests)
+    torch.library.opcheck(torch.ops.dsla_kernels.pure_decode, (*tensors, kv_heads, None, out, 16.0, -1.25, 1.0, 1e-6), test_utils=tests)

@@ -290,7 +290,7 @@ def test_compiled_whole_graph(dynamic):
     assert torch.equal(found, step(*inputs))
     torch.library.opcheck(
         torch.ops.dsla_kernels.softmax_decode,
-        (*inputs, None, None, None, 0.2, None, None, 0),
+        (*inputs, None, None, None, 0.2, None, None, 0, None),
         test_utils=("test_schema", "test_faketensor"),
     )
 

@@ -1,5 +1,5 @@
-"""Two parts of a layer that need nothing of one another: two branches of a CUDA graph, so that a step of few rows waits for the longer
-one only."""
+"""Two parts of a layer that need nothing of one another, on two streams: the layer waits for the longer one only, and small ones fill the
+device together."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ Second = TypeVar("Second")
 
 
 def both(x: Tensor, first: Callable[[], First], second: Callable[[], Second]) -> tuple[First, Second]:
-    """The results of two functions, of which none writes what the other one reads or writes. While a CUDA graph is captured on x's device
-    they are captured beside each other, else one is run after the other."""
-    if torch.compiler.is_compiling() or not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+    """The results of two functions, of which none writes what the other one reads or writes, and `second` frees nothing but what it made.
+
+    On a CUDA device and without gradients they run beside each other (and are captured so), else one after the other."""
+    if torch.compiler.is_compiling() or not x.is_cuda or torch.is_grad_enabled():
         return first(), second()
     here, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
     side.wait_stream(here)
     with torch.cuda.stream(side):
-        one = first()
-    other = (
-        second()
-    )  # what the functions hold lives until both have ended, and what `first` allocates is used again on its own stream alone
+        two = second()  # its memory is used again on this stream alone, which always waits for the other one first
+    one = first()
     here.wait_stream(side)
-    return one, other
+    return one, two
 
 
 @functools.cache

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -29,22 +30,31 @@ class HeadIndices(NamedTuple):
 
 
 class HeadSplit:
-    """Which KV heads of a layer are converted, with the query heads that read them. At least one is, and at least one is kept.
+    """Which KV heads of a layer are converted, with the query heads that read them. At least one is, and at least one is kept. Layers share
+    it (`split_of`): it does not change.
+
+    Args:
+        order: all KV heads in the order of their conversion, which both kinds then follow; where the converted ones are not its first, and
+            without it, they go by number.
 
     Attributes:
-        converted, kept: KV heads, by number.
+        converted, kept: KV heads.
         num_kv_heads, queries: KV heads of the layer, and query heads of each.
 
     Raises:
         ValueError: for heads that are not there, all of them, or none.
     """
 
-    def __init__(self, converted: Iterable[int], num_kv_heads: int, queries: int):
+    def __init__(self, converted: Iterable[int], num_kv_heads: int, queries: int, order: Sequence[int] = ()):
         self.converted, self.num_kv_heads, self.queries = tuple(sorted(set(converted))), num_kv_heads, queries
         if not self.converted or not set(self.converted) < set(range(num_kv_heads)):
             raise ValueError(f"a layer converted in part has some of its {num_kv_heads} KV heads converted, not {list(self.converted)}")
         self.kept = tuple(head for head in range(num_kv_heads) if head not in self.converted)
+        count = len(self.converted)
+        if set(order[:count]) == set(self.converted):
+            self.converted, self.kept = tuple(order[:count]), tuple(order[count:])
         self._indices: dict[torch.device, HeadIndices] = {}
+        self._channels: dict[tuple[torch.device, int], Tensor] = {}
 
     def on(self, device: torch.device) -> HeadIndices:
         """The heads as tensors on a device, made once for each."""
@@ -61,15 +71,24 @@ class HeadSplit:
         """The query heads that read these KV heads."""
         return [head * self.queries + i for head in heads for i in range(self.queries)]
 
-    def channels(self, head_dim: int, queries: bool) -> Tensor:
+    def channels(self, head_dim: int, queries: bool, device: torch.device) -> Tensor:
         """bool `[heads * head_dim]`, True where a channel of all query heads (or KV heads) is one of a converted head."""
         each = (self.queries if queries else 1) * head_dim
-        with torch.inference_mode(False):
-            return torch.tensor([head in self.converted for head in range(self.num_kv_heads)]).repeat_interleave(each)
+        if (device, each) not in self._channels:
+            with torch.inference_mode(False):
+                heads = torch.tensor([head in self.converted for head in range(self.num_kv_heads)])
+                self._channels[device, each] = heads.repeat_interleave(each).to(device)
+        return self._channels[device, each]
 
     def joined(self, converted: Tensor, kept: Tensor) -> Tensor:
         """Outputs `[B, T, heads, D]` of both kinds of query heads in the base's order `[B, T, Hq, D]`."""
         return torch.cat([converted, kept], 2).index_select(2, self.on(converted.device).order)
+
+
+@functools.lru_cache(maxsize=4096)
+def split_of(converted: tuple[int, ...], num_kv_heads: int, queries: int, order: tuple[int, ...] = ()) -> HeadSplit:
+    """The `HeadSplit` of these: one for all layers and levels, so that another level in training makes no tensors anew."""
+    return HeadSplit(converted, num_kv_heads, queries, order)
 
 
 def of_heads(attention: DualStateAttention, heads: Iterable[int]) -> DualStateAttention:

@@ -286,7 +286,7 @@ def _own_projections(base: Any, own: dict[str, nn.Module], split: HeadSplit | No
     for name, module in own.items():
         matrix, parts = fused_into(base, name)
         if split is not None and name == "o_proj":
-            replaced[matrix] = MixedColumns(getattr(base, matrix), module, split.channels(base.head_dim, queries=True))
+            replaced[matrix] = MixedColumns(getattr(base, matrix), module, split, base.head_dim)
         elif parts == (name,) and split is None:
             replaced[name] = module
         elif matrix not in replaced:
@@ -297,8 +297,7 @@ def _own_projections(base: Any, own: dict[str, nn.Module], split: HeadSplit | No
             if split is None:
                 replaced[matrix] = FusedProjection(linear, parts, sizes, mine)
             else:
-                rows = {part: split.channels(base.head_dim, queries=part == "q_proj") for part in mine}
-                replaced[matrix] = MixedRows(linear, parts, sizes, mine, rows)
+                replaced[matrix] = MixedRows(linear, parts, sizes, mine, split, base.head_dim)
     return replaced
 
 

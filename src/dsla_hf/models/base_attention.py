@@ -20,7 +20,7 @@ from ..core.attention import DualStateAttention
 from ..core.branches import both
 from ..core.cache import DSLACacheLayer
 from ..core.fold import dsla_cache_layer, partial_cache_layer
-from ..core.heads import HeadIndices, HeadSplit, of_heads
+from ..core.heads import HeadIndices, HeadSplit, of_heads, split_of
 from ..core.layout import TokenLayout, read_layout
 from ..core.tensor_parallel import DSLA, HEADS
 from .architectures import kv_heads_of
@@ -151,10 +151,7 @@ def _attend_in_part(
             mask = mask.index_select(1, index.kept_queries)
         return _softmax_attention(module)(_KeptHeads(module, index), q_kept, keys, values, mask, **options)[0]
 
-    if query.shape[2] == 1:
-        o_converted, o_kept = both(query, converted_heads, kept_heads)
-    else:
-        o_converted, o_kept = converted_heads(), kept_heads()
+    o_converted, o_kept = both(query, converted_heads, kept_heads)
     return torch.cat([o_kept, o_converted], 2) if module.ordered else split.joined(o_converted, o_kept)
 
 
@@ -355,7 +352,4 @@ def head_split(attention: Any, heads: tuple[int, ...], order: tuple[int, ...] = 
     kv_heads = kv_heads_of(attention.config)
     if len(heads) == kv_heads:
         return None
-    split = HeadSplit(heads, kv_heads, attention.config.num_attention_heads // kv_heads)
-    if set(order[: len(heads)]) == set(heads):
-        split.converted, split.kept = order[: len(heads)], order[len(heads) :]
-    return split
+    return split_of(tuple(heads), kv_heads, attention.config.num_attention_heads // kv_heads, tuple(order))

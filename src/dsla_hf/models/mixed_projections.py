@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..compat import align_module_device
 from ..compat.attributes import has_hooks, is_offloaded, versions_of
+from ..core.heads import HeadSplit
 from .quantised import is_quantised
 
 
@@ -81,12 +82,12 @@ class MixedRows(MixedProjection):
     """A projection to queries, keys or values, or a base's fused one.
 
     base: the base's, whose rows are those of `parts`, as many of each as `sizes` says. own: DSLA's own of some of them.
-    converted: of each of these bool `[rows]`, True where DSLA's own is used.
+    split: the heads whose rows are DSLA's own. head_dim: rows of each.
     """
 
-    def __init__(self, base: nn.Linear, parts: tuple[str, ...], sizes: list[int], own: dict[str, Any], converted: dict[str, Tensor]):
+    def __init__(self, base: nn.Linear, parts: tuple[str, ...], sizes: list[int], own: dict[str, Any], split: HeadSplit, head_dim: int):
         super().__init__()
-        self.base, self.parts, self.sizes, self.own, self.converted = base, parts, sizes, nn.ModuleDict(own), converted
+        self.base, self.parts, self.sizes, self.own, self.split, self.head_dim = base, parts, sizes, nn.ModuleDict(own), split, head_dim
 
     def sources(self) -> list[Any]:
         return [self.base, *self.own.values()]
@@ -104,7 +105,7 @@ class MixedRows(MixedProjection):
         pieces = []
         for part, piece in zip(self.parts, base.split(self.sizes, dim), strict=True):
             if part in own:
-                mask = self.converted[part] = _on(self.converted[part], piece.device)
+                mask = self.split.channels(self.head_dim, part == "q_proj", piece.device)
                 piece = torch.where(mask[:, None] if dim == 0 and piece.ndim == 2 else mask, own[part].to(piece.dtype), piece)
             pieces.append(piece)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
@@ -113,30 +114,25 @@ class MixedRows(MixedProjection):
 class MixedColumns(MixedProjection):
     """The output projection. Its bias is the base's as long as a head is kept: it belongs to no head.
 
-    converted: bool `[columns]`, True where DSLA's own is used.
+    split, head_dim: as in `MixedRows`, of columns.
     """
 
-    def __init__(self, base: nn.Linear, own: Any, converted: Tensor):
+    def __init__(self, base: nn.Linear, own: Any, split: HeadSplit, head_dim: int):
         super().__init__()
-        self.base, self.own, self.converted = base, own, converted
+        self.base, self.own, self.split, self.head_dim = base, own, split, head_dim
 
     def sources(self) -> list[Any]:
         return [self.base, self.own]
 
     def composed(self) -> tuple[Tensor, Tensor | None]:
         base = self.base.weight
-        self.converted = _on(self.converted, base.device)
-        return torch.where(self.converted, self.own.weight.to(base.dtype), base), self.base.bias
+        return torch.where(self._converted(base.device), self.own.weight.to(base.dtype), base), self.base.bias
 
     def selected(self, input: Tensor) -> Tensor:
-        self.converted = _on(self.converted, input.device)
-        kept, converted = input.masked_fill(self.converted, 0), input.masked_fill(~self.converted, 0)
+        mask = self._converted(input.device)
+        kept, converted = input.masked_fill(mask, 0), input.masked_fill(~mask, 0)
         with align_module_device(self.own):  # its bias takes no part, so its forward is not called
             return self.base(kept) + F.linear(converted, self.own.weight.to(input.dtype))
 
-
-def _on(mask: Tensor, device: torch.device) -> Tensor:
-    if mask.device == device:
-        return mask
-    with torch.inference_mode(False):
-        return mask.to(device)
+    def _converted(self, device: torch.device) -> Tensor:
+        return self.split.channels(self.head_dim, True, device)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsla_kernels import takes_logits
+
 TOKENS_PER_CHUNK = 1024
 
 
@@ -34,8 +36,8 @@ def alignment_sums(prediction: Tensor, target: Tensor, mask: Tensor | None = Non
 def kl_loss(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """KL(teacher || student) in nats per token, in fp32.
 
-    Goes through the tokens in chunks that are computed again in the backward pass, so that no full-size probabilities
-    are kept beside the logits.
+    One kernel reads the logits where Triton runs. Elsewhere they are gone through in chunks that are computed again in the backward pass;
+    either way no full-size probabilities are kept beside the logits.
 
     Args:
         student_logits, teacher_logits: `[B, T, vocabulary]`; the teacher gets no gradient.
@@ -54,7 +56,14 @@ def kl_sums(
     """
     student, teacher = student_logits.flatten(0, -2), teacher_logits.detach().flatten(0, -2)
     weights = torch.ones_like(student[:, 0], dtype=torch.float32) if mask is None else mask.flatten().float()
-    return _ChunkedKL.apply(student, teacher, weights, reuse_teacher), weights.sum().clamp_min(1)
+    total = divergence if takes_logits(student, teacher) else _ChunkedKL.apply
+    return total(student, teacher, weights, reuse_teacher), weights.sum().clamp_min(1)
+
+
+def divergence(*arguments: Any) -> Tensor:
+    from dsla_kernels.ops.loss import divergence  # imports Triton
+
+    return divergence(*arguments)
 
 
 class _ChunkedKL(torch.autograd.Function):

@@ -272,7 +272,7 @@ def _check(tables: Tables, gates: GateWeights, given: dict[str, Tensor | None]) 
     q, decays = given["q"], gates.bias.shape[-1]
     if q is not None and q.ndim == 4 and decays not in (q.shape[-1], q.shape[-1] / 2):  # before gates.up, whose shape follows from it
         raise ValueError(f"gates.bias must have {q.shape[-1]} or {q.shape[-1] / 2:g} decays a state, got {decays}")
-    sizes = check(tables[given["kv_heads"] is not None], given, gates=2 * decays)
+    sizes = check(tables[int(given["kv_heads"] is not None)], given, gates=2 * decays)
     out = given["out"]
     if out is not None and not has_dense_rows(out):
         raise ValueError(f"out must have the heads of a row side by side, got strides {out.stride()}: give a slice of consecutive heads")

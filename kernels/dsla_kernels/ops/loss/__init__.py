@@ -1,0 +1,5 @@
+"""Terms of training losses."""
+
+from .divergence import divergence
+
+__all__ = ["divergence"]
