@@ -66,10 +66,13 @@ def test_levels_of_the_table_are_those_that_keep_shares_of_the_heads(finished):
     output, printed = finished
     rows = json.loads((output / "levels.json").read_text())["rows"]
     assert [(row["level"], row["kept"]) for row in rows] == [(0, 8), (4, 4), (6, 2), (7, 1), (8, 0)]
-    assert re.search(r"^level +heads kept +perplexity +untrained ", printed, re.M)
+    assert re.search(r"^level +KV heads kept +perplexity +untrained ", printed, re.M)
     config = DSLAConfig.from_pretrained(output)
     assert config.conversion_unit == "head" and config.level == 8 and config.level_metrics["7"]["kept"] == 1
-    assert "| level | heads kept | perplexity |" in (output / "README.md").read_text()
+    assert all(f"bytes_{length}" in row for row in rows for length in ("2k", "8k", "32k")) and "bytes_1k" not in rows[0]
+    card = (output / "README.md").read_text()
+    assert "| level | KV heads kept | perplexity |" in card and "| 7 | 1 (12.5%) | " in card
+    assert card.count("at 8k tokens") == 1, "with what was measured, and not once more"
     ranking = json.loads((output / "ranking.json").read_text())
     assert ranking["metric"] == "shares" and ranking["tokens"] == 2 * 64 + 3 * 400
     assert ranking["order"] == [list(unit) for unit in config.conversion_order]

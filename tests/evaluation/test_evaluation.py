@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsla_hf import cache_bytes
-from dsla_hf.evaluation.levels import cache_bytes_per_sequence, evaluate_levels
+from dsla_hf.evaluation.levels import add_cache_sizes, cache_bytes_per_sequence, evaluate_levels
 from dsla_hf.training.sharding import adapter_weights, initial_weights
 
 
@@ -209,3 +209,20 @@ def test_bytes_of_other_head_sizes(tiny_model, adapter_model):
 def test_sequences_of_one_token_predict_nothing(tiny_model, adapter_model):
     with pytest.raises(ValueError, match="two tokens or more"):
         evaluate_levels(adapter_model(tiny_model("llama")), [torch.tensor([[5]])], [1])
+
+
+def test_rows_of_heads_have_what_is_kept_and_bytes_at_three_lengths(tiny_model, adapter_model):
+    model = adapter_model(tiny_model("llama"), conversion_unit="head", conversion_order=None, level=2)
+    rows = evaluate_levels(model, [torch.randint(1, 97, (2, 24))], [0, 3, 8], progress=False)
+    add_cache_sizes(model, rows)
+    assert [(row["level"], row["kept"]) for row in rows] == [(0, 8), (3, 5), (8, 0)] and model.get_level() == 2
+    for row in rows:
+        model.set_level(row["level"])
+        sizes = [cache_bytes_per_sequence(model, tokens) for tokens in (2048, 8192, 32768)]
+        assert [row[name] for name in row if name.startswith("bytes")] == sizes == [row[f"bytes_{n}k"] for n in (2, 8, 32)]
+        # A counter for each head is reckoned, 8 bytes, and there is one for each layer.
+        assert cache_bytes_per_sequence(model, 100) == pytest.approx(bytes_of_a_real_cache(model, 100), abs=8 * 8)
+    layers = adapter_model(tiny_model("llama"), level=2)
+    (row,) = evaluate_levels(layers, [torch.randint(1, 97, (2, 24))], [1], progress=False)
+    add_cache_sizes(layers, [row])
+    assert list(row) == ["level", "perplexity", "kl", "tokens", "bytes_1k", "bytes_32k"]

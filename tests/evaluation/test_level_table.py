@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from dsla_hf.levels.table import measured_levels, table, warnings
+from dsla_hf.levels.table import kept_text, measured_levels, table, warnings
 
 
 @pytest.mark.parametrize("highest", range(130))
@@ -26,6 +26,14 @@ def test_table_has_the_columns_that_were_measured():
     assert " ".join(lines[0].split()) == "level perplexity untrained KL to level 0 untrained short answers KL on them cache at 1k tokens"
     assert lines[1].split() == ["0", "20.000", "0.0000", "100%", "0.0000", "1,024", "KiB"]
     assert lines[2].split() == ["4", "21.000", "40.000", "0.0200", "0.7000", "96%", "0.1000", "512", "KiB"]
+
+
+def test_table_of_heads_has_their_number_their_share_and_bytes_at_three_lengths():
+    sizes = {"bytes_2k": 1 << 20, "bytes_8k": 1 << 22, "bytes_32k": 1 << 24}
+    lines = table([{"level": 0, "kept": 90, "kl": 0.0} | sizes, {"level": 81, "kept": 9, "kl": 0.1} | sizes]).splitlines()
+    assert " ".join(lines[0].split()) == "level KV heads kept KL to level 0 cache at 2k tokens at 8k tokens at 32k tokens"
+    assert lines[1].split()[:3] == ["0", "90", "(100%)"] and lines[2].split()[:3] == ["81", "9", "(10%)"]
+    assert kept_text(9, 1024, of=True) == "9 of 1,024 KV heads (0.879%)"
 
 
 def test_good_levels_give_no_warning():

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from dsla_hf import DSLAConfig
+from dsla_hf.evaluation.levels import cache_bytes_per_sequence
 from dsla_hf.models.cards import adapter_card, hybrid_card
 from dsla_hf.models.configuration import FORMAT_VERSION
 
@@ -156,3 +157,55 @@ def test_the_code_of_saved_cards_runs(base_kind, tiny_model, adapter_model, tmp_
         exec(code.replace(placeholder, str(tmp_path / kind)), names)
         with torch.no_grad():
             assert torch.equal(names["model"].eval()(ids).logits, expected), kind
+
+
+# --- heads ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved_heads(tiny_model, adapter_model, tmp_path):
+    """The cards of an adapter at a level between two layers, of 8 KV heads, and of its hybrid."""
+    plan = [[2, 0], [0, 1], [2, 1], [3, 0], [0, 0]]
+    model = adapter_model(tiny_model("llama"), conversion_unit="head", conversion_order=plan, level=3)
+    model.peft_config["default"].order_scores = {f"{layer}.{head}": 0.25 for layer, head in plan}
+    sizes = [cache_bytes_per_sequence(model, tokens) for tokens in (2048, 8192, 32768)]
+    model.save_pretrained(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "hybrid")
+    return *((tmp_path / kind / "README.md").read_text() for kind in ("adapter", "hybrid")), sizes
+
+
+def test_cards_of_heads_show_which_are_kept_and_what_the_cache_takes(saved_heads):
+    *cards, sizes = saved_heads
+    for card in cards:
+        assert "At level 3, 5 of 8 KV heads (62.5%) are kept" in card
+        assert "```text\nlayer      0\nKV head 0  ##.#\nKV head 1  .#.#\n```" in card
+        head, _, original, level = table_of(card)
+        assert head == ["level", "KV heads kept", "at 2k tokens", "at 8k tokens", "at 32k tokens"]
+        assert original[:3] == ["0", "8 (100%)", "1,024 KiB"], "4 layers of 2 KV heads, keys and values of 8 float32 for 2,048 tokens"
+        assert level == ["3", "5 (62.5%)", *(f"{size / 1024:,.0f} KiB" for size in sizes)]
+        assert "(float32)" in card and not re.search(r"[{}]", card.replace(code_of(card), ""))
+    assert "3 KV heads with their query heads are Dual-State" in cards[1]
+
+
+def test_card_of_an_adapter_of_heads_does_not_list_them(saved_heads):
+    card = saved_heads[0]
+    assert "weights for 5 KV heads of 3 layers of" in card and "0.25" not in card and "3.0" not in card
+    assert "model.set_level(3)  # 0 to 5" in code_of(card)
+
+
+def test_bytes_stand_once_where_the_level_was_measured(tiny_model, adapter_model):
+    model = adapter_model(tiny_model("llama"), conversion_unit="head", conversion_order=None, level=7)
+    config = model.peft_config["default"]
+    config.level_metrics = {"7": {"kept": 1, "perplexity": 31.0, "bytes_2k": 2048, "bytes_8k": 4096, "bytes_32k": 8192}}
+    card = adapter_card(config, model.get_base_model())
+    assert table_of(card) == [
+        ["level", "KV heads kept", "perplexity", *(f"cache at {length} tokens" for length in ("2k", "8k", "32k"))],
+        ["---"] * 6,
+        ["7", "1 (12.5%)", "31", "2 KiB", "4 KiB", "8 KiB"],
+    ]
+    assert "KV head 1  ...#" in card
+
+
+def test_cards_of_layers_say_nothing_of_heads(config, tiny_model):
+    assert adapter_card(config, tiny_model("llama")) == adapter_card(config)
+    assert "head" not in adapter_card(config) and "head" not in hybrid_card(config, tiny_model("llama"))

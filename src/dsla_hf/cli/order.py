@@ -110,7 +110,7 @@ def _store(tuned: Any, adapter: str, unit: str, ranking: LayerRanking | UnitRank
     tuned.base_model.set_conversion_order(ranking.order, ranking.scores)
     with written_whole(Path(adapter)) as temporary:
         config.save_pretrained(str(temporary))
-        (temporary / "README.md").write_text(adapter_card(config, tuned.config))
+        (temporary / "README.md").write_text(adapter_card(config, tuned.get_base_model()))
     print(f"order stored in {adapter}; its level stays {config.level}{' heads' if unit == 'head' else ''}")
 
 

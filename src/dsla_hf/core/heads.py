@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -106,3 +106,14 @@ def of_heads(attention: DualStateAttention, heads: Iterable[int]) -> DualStateAt
     part = view_of(attention, type(attention), {}, parameters)
     part.num_heads, part.num_kv_heads = len(query_heads), len(kv_heads)
     return part
+
+
+def head_map(converted: Collection[tuple[int, int]], layers: int, heads: int) -> str:
+    """The KV heads of all layers as text, a line for each head and a column for each layer: `#` is kept, `.` is one of the `converted`
+    (layer, KV head)."""
+    left = len(f"KV head {heads - 1}")
+    lines = ["layer".ljust(left) + "  " + "".join(f"{layer:<10}" for layer in range(0, layers, 10)).rstrip()]
+    there = set(converted)
+    for head in range(heads):
+        lines.append(f"KV head {head}".ljust(left) + "  " + "".join("." if (layer, head) in there else "#" for layer in range(layers)))
+    return "\n".join(lines)

@@ -81,8 +81,6 @@ def check_levels(
     tokens = int(rows[0]["tokens"])
     for row in rows:
         del row["tokens"]
-        if units is not None:
-            row["kept"] = units - row["level"]
         for name in ("perplexity", "kl"):
             if f"untrained_{name}" in row:
                 row[f"{before_name}_{name}"] = row.pop(f"untrained_{name}")
@@ -106,7 +104,7 @@ def store_in_adapter(model: Any, check: LevelCheck, level: int, folder: Path) ->
     config.level, config.level_metrics = level, check.metrics()
     with written_whole(folder) as temporary:
         config.save_pretrained(str(temporary))
-        (temporary / "README.md").write_text(adapter_card(config, model.config))
+        (temporary / "README.md").write_text(adapter_card(config, model.get_base_model()))
     check.save(folder)
 
 

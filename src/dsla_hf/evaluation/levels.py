@@ -12,8 +12,9 @@ from peft import PeftModel
 from torch import Tensor
 
 from ..core.progress import bar as progress_bar
-from ..levels.policies import Stats
-from ..models.adapter import get_level, set_level
+from ..levels.table import CACHE_LENGTHS
+from ..models.adapter import active_config, get_level, set_level
+from ..models.sizes import text_bytes, unit_sizes
 from ..training.losses import kl_loss
 from ..training.ranking import as_inputs
 from ..training.sharding import adapter_weights
@@ -39,7 +40,7 @@ def evaluate_levels(
 
     Returns:
         A row per level: `level`, `perplexity`, `kl`, `tokens` (predicted ones), and with `untrained`, from level 1 on,
-        `untrained_perplexity` and `untrained_kl`.
+        `untrained_perplexity` and `untrained_kl`. Where levels count heads also `kept`, the KV heads that stay softmax attention.
 
     Raises:
         ValueError: if there is no data, or the plan has no such level.
@@ -73,10 +74,11 @@ def evaluate_levels(
     def row(sums: dict[str, float], prefix: str = "") -> dict[str, float]:
         return {f"{prefix}perplexity": _exp(sums["loss"] / predicted), f"{prefix}kl": sums["kl"] / tokens}
 
-    return [
-        {"level": level, **row(sums), "tokens": predicted, **(row(others[level], "untrained_") if level in others else {})}
-        for level, sums in totals.items()
-    ]
+    rows = []
+    for level, sums in totals.items():
+        more = row(others[level], "untrained_") if level in others else {}
+        rows.append({"level": level, **_kept(model, level), **row(sums), "tokens": predicted, **more})
+    return rows
 
 
 def _measure(model: Any, inputs: dict[str, Tensor], teacher: Tensor, sums: dict[int, dict[str, float]], tick: Callable[[], Any]) -> None:
@@ -105,14 +107,18 @@ def _exp(loss: float) -> float:
 
 def cache_bytes_per_sequence(model: PeftModel, tokens: int) -> int:
     """Bytes that the cache of one sequence of `tokens` tokens takes at the current level, in the model's dtype."""
-    stats = Stats(prompt_tokens=tokens, tokens=tokens, rows=1, level=get_level(model), **model.base_model.level_sizes())
-    return stats.cache_bytes(stats.level)
+    return text_bytes(model.get_base_model(), active_config(model), tokens, get_level(model))
 
 
 def add_cache_sizes(model: PeftModel, rows: Iterable[dict[str, Any]]) -> None:
-    """Give each row `bytes_1k` and `bytes_32k`: what the cache of one text of 1024 and of 32768 tokens takes at its level."""
-    before = get_level(model)
+    """Give each row what the cache of one text takes at its level: `bytes_1k` and `bytes_32k` are those of 1024 and of 32768 tokens; where
+    levels count heads `bytes_2k`, `bytes_8k` and `bytes_32k`, for what a head saves is a matter of the length."""
+    config = active_config(model)
     for row in rows:
-        set_level(model, int(row["level"]))
-        row["bytes_1k"], row["bytes_32k"] = (cache_bytes_per_sequence(model, tokens) for tokens in (1024, 32768))
-    set_level(model, before)
+        for tokens in (1024, 32768) if config.conversion_unit == "layer" else CACHE_LENGTHS:
+            row[f"bytes_{tokens // 1024}k"] = text_bytes(model.get_base_model(), config, tokens, int(row["level"]))
+
+
+def _kept(model: PeftModel, level: int) -> dict[str, int]:
+    config = active_config(model)
+    return {} if config.conversion_unit == "layer" else {"kept": unit_sizes(model.get_base_model(), config)["num_layers"] - level}

@@ -10,6 +10,7 @@ from typing import Any
 from ..core.tables import markdown_table, terminal_table
 
 MOST_LEVELS = 9  # that a table of a deep model has
+CACHE_LENGTHS = (2048, 8192, 32768)  # tokens, where levels count heads
 KEPT_SHARES = (0.5, 0.25, 0.1, 0.03, 0)  # of the KV heads, beside level 0, where levels count heads
 CLEARLY_WORSE = 1.2  # perplexity over that of level 0
 ANSWERS_KEPT = 0.8  # of level 0's tokens in short answers, at least
@@ -20,7 +21,7 @@ NOTICEABLE_KL = 1e-3  # nats per token: smaller harm than this is chance, whatev
 
 # Names of rows: what people read in their place, and how the number is written.
 COLUMNS = {
-    "kept": ("heads kept", "{:.0f}"),
+    "kept": ("KV heads kept", "kept"),
     "perplexity": ("perplexity", "{:.3f}"),
     "untrained_perplexity": ("untrained", "{:.3f}"),
     "before_perplexity": ("before", "{:.3f}"),
@@ -31,6 +32,8 @@ COLUMNS = {
     "answers_kl": ("KL on them", "{:.4f}"),
     "own_answer": ("own answer", "{:.0%}"),
     "bytes_1k": ("cache at 1k tokens", "KiB"),
+    "bytes_2k": ("cache at 2k tokens", "KiB"),
+    "bytes_8k": ("at 8k tokens", "KiB"),
     "bytes_32k": ("at 32k tokens", "KiB"),
 }
 # Where a heading stands alone, as in a model card.
@@ -42,6 +45,7 @@ LONG_HEADINGS = {
     "answers": "same tokens in short answers",
     "answers_kl": "KL on short answers",
     "own_answer": "same tokens in its own answer",
+    "bytes_8k": "cache at 8k tokens",
     "bytes_32k": "cache at 32k tokens",
 }
 
@@ -62,8 +66,18 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows for a terminal, with a column for each of `COLUMNS` that they have."""
     names = [name for name in COLUMNS if any(name in row for row in rows)]
     lines = [["level", *(COLUMNS[name][0] for name in names)]]
-    lines += [[str(row["level"]), *("" if name not in row else written(row[name], COLUMNS[name][1]) for name in names)] for row in rows]
+    lines += [[str(row["level"]), *("" if name not in row else _cell(row["level"], row, name) for name in names)] for row in rows]
     return terminal_table(lines)
+
+
+def _cell(level: int, row: Mapping[str, Any], name: str) -> str:
+    form = COLUMNS[name][1]
+    return kept_text(int(row[name]), level + int(row[name])) if form == "kept" else written(row[name], form)
+
+
+def kept_text(kept: int, units: int, of: bool = False) -> str:
+    """KV heads that a level keeps of a model's `units`, and which share that is: "9 (10%)", or "9 of 90 KV heads (10%)"."""
+    return f"{kept:,}{f' of {units:,} KV heads' if of else ''} ({100 * kept / units:.3g}%)"
 
 
 def written(value: float, form: str) -> str:
@@ -84,15 +98,15 @@ def card_table(metrics: Mapping[str, Mapping[str, float]]) -> str:
     names = [*known, *dict.fromkeys(others)]
     headings = [LONG_HEADINGS.get(name, COLUMNS[name][0] if name in COLUMNS else name) for name in names]
     rows = [
-        [level, *("" if name not in metrics[level] else _in_card(name, metrics[level][name]) for name in names)]
+        [level, *("" if name not in metrics[level] else _in_card(int(level), metrics[level], name) for name in names)]
         for level in sorted(metrics, key=int)
     ]
     return markdown_table(["level", *headings], rows) + "\n\n"
 
 
-def _in_card(name: str, value: float) -> str:
+def _in_card(level: int, row: Mapping[str, float], name: str) -> str:
     form = COLUMNS[name][1] if name in COLUMNS else ""
-    return written(value, form) if form in ("KiB", "{:.0%}") else f"{value:.4g}"
+    return _cell(level, row, name) if form in ("KiB", "{:.0%}", "kept") else f"{row[name]:.4g}"
 
 
 def warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -22,10 +22,11 @@ from .base_checks import check_finite, check_full_precision, check_model, check_
 from .before_layers import install_layout_hook, masks_with_padding, remove_layout_hook
 from .configuration import DSLAConfig, unit_name
 from .decoder import decoder_layers, decoder_of
-from .hybrid import hybrid_classes, unit_sizes
+from .hybrid import hybrid_classes
 from .level import active_config, dsla_layers, get_level, set_level
 from .level_guards import check_training, check_training_at_level_0, guard_level, warn_of_untrained
 from .saving import name_model
+from .sizes import unit_sizes
 
 
 class DSLAModel(BaseTuner):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..levels.table import card_table, warnings
+from ..core.heads import head_map
+from ..core.tables import markdown_table
+from ..levels.table import CACHE_LENGTHS, card_table, kept_text, warnings, written
 from .configuration import DSLAConfig, unit_name
+from .sizes import text_bytes, unit_sizes
 
 _HEADER = """---
 library_name: {library}
@@ -22,8 +25,9 @@ _ADAPTER = """Needs the package: `pip install dsla-hf`, and `import dsla_hf` bef
 
 # DSLA adapter for {base}
 
-Dual-State Linear Attention ([arXiv 2506.09316](https://arxiv.org/abs/2506.09316)) weights for {units} {layers} of `{base}`, least
-harmful first{scored}. Level L runs the first L of them with constant memory; level 0 is the original model. Saved at level {level}.
+Dual-State Linear Attention ([arXiv 2506.09316](https://arxiv.org/abs/2506.09316)) weights for {units} of `{base}`,
+{order}.
+Level L runs the first L of them with constant memory; level 0 is the original model. Saved at level {level}.
 
 ```python
 import dsla_hf  # registers DSLA with PEFT
@@ -35,7 +39,7 @@ model = PeftModel.from_pretrained(model, "path/to/this/adapter")
 model.set_level({level})  # 0 to {depth}, at any time, also while text is generated
 ```
 
-{metrics}Window size {window}, {base_type} base. Made with [dsla-hf](https://pypi.org/project/dsla-hf), format {version}.
+{heads}{metrics}Window size {window}, {base_type} base. Made with [dsla-hf](https://pypi.org/project/dsla-hf), format {version}.
 """
 
 _HYBRID = """Needs the package: `pip install dsla-hf`, and `import dsla_hf` before `AutoModelForCausalLM` loads it. The base's own class (as
@@ -43,7 +47,7 @@ _HYBRID = """Needs the package: `pip install dsla-hf`, and `import dsla_hf` befo
 
 # Hybrid of {base}
 
-{units} {layers} are Dual-State Linear Attention ([arXiv 2506.09316](https://arxiv.org/abs/2506.09316)): constant memory, O(T) time. The
+{units} are Dual-State Linear Attention ([arXiv 2506.09316](https://arxiv.org/abs/2506.09316)): constant memory, O(T) time. The
 others are the softmax attention of the {base_type} base.
 
 ```python
@@ -53,7 +57,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/to/this/model")
 ```
 
-Where the package is installed, `trust_remote_code=True` loads it without the import. Window size {window}. Made with
+{heads}Where the package is installed, `trust_remote_code=True` loads it without the import. Window size {window}. Made with
 [dsla-hf](https://pypi.org/project/dsla-hf), format {version}.
 """
 
@@ -67,19 +71,20 @@ _TASKS = {
 _CAUSAL_LM = ("AutoModelForCausalLM", "text-generation")
 
 
-def adapter_card(config: DSLAConfig, model_config: Any = None) -> str:
-    """The README.md of an adapter directory."""
-    order = config.conversion_order or []
+def adapter_card(config: DSLAConfig, model: Any = None) -> str:
+    """The README.md of an adapter directory. `model`, the base that carries the adapter, tells its name, and sizes where levels count
+    heads."""
+    order, base = config.conversion_order or [], _base(config, getattr(model, "config", None))
     level = len(order) if config.level is None else config.level
     auto_class, pipeline = _TASKS.get(config.task_type or "", _CAUSAL_LM)
-    return _HEADER.format(library="peft", base=_base(config, model_config), pipeline=pipeline) + _ADAPTER.format(
-        base=_base(config, model_config),
+    return _HEADER.format(library="peft", base=base, pipeline=pipeline) + _ADAPTER.format(
+        base=base,
         auto_class=auto_class,
-        units=_units(config),
-        layers=_layers(config),
-        scored=" (in brackets: the measured harm of converting it)" if config.order_scores else "",
+        units=_planned(config),
+        order=_order(config),
         level=level,
         depth=len(order),
+        heads=_heads(config, level, model),
         metrics=_metrics(config),
         window=config.window_size,
         base_type=config.base_model_type,
@@ -87,13 +92,15 @@ def adapter_card(config: DSLAConfig, model_config: Any = None) -> str:
     )
 
 
-def hybrid_card(config: DSLAConfig) -> str:
-    """The README.md of a hybrid's directory."""
+def hybrid_card(config: DSLAConfig, model: Any = None) -> str:
+    """The README.md of a hybrid's directory. `model`, the hybrid, tells sizes where levels count heads."""
     base = _base(config)  # not the model's own name, which is the hybrid's
+    converted = sorted((config.conversion_order or [])[: config.level])
+    by_layer = config.conversion_unit == "layer"
     return _HEADER.format(library="transformers", base=base, pipeline=_CAUSAL_LM[1]) + _HYBRID.format(
         base=base,
-        units=_units(config)[0].upper() + _units(config)[1:],
-        layers=", ".join(map(unit_name, sorted((config.conversion_order or [])[: config.level]))),
+        units=f"Layers {', '.join(map(unit_name, converted))}" if by_layer else f"{len(converted):,} KV heads with their query heads",
+        heads=_heads(config, len(converted), model),
         window=config.window_size,
         base_type=config.base_model_type,
         version=config.format_version,
@@ -104,14 +111,40 @@ def _base(config: DSLAConfig, model_config: Any = None) -> str:
     return config.base_model_name_or_path or getattr(model_config, "name_or_path", "") or f"a {config.base_model_type} model"
 
 
-def _units(config: DSLAConfig) -> str:
-    return "layers" if config.conversion_unit == "layer" else "attention heads (layer.KV head)"
+def _planned(config: DSLAConfig) -> str:
+    """The layers in their order, with what was measured of each where that is known: 'layers 3 (0.0012), 1 (0.004)'; of heads, which are
+    many, their number."""
+    order, scores = config.conversion_order or [], config.order_scores or {}
+    if config.conversion_unit == "head":
+        return f"{len(order):,} KV heads of {len(config.layers_to_transform or ())} layers"
+    return "layers " + ", ".join(f"{name} ({scores[name]:.3g})" if name in scores else name for name in map(unit_name, order))
 
 
-def _layers(config: DSLAConfig) -> str:
-    """The layers in their order, with what was measured of each where that is known: '3 (0.0012), 1 (0.004)'."""
-    scores = config.order_scores or {}
-    return ", ".join(f"{name} ({scores[name]:.3g})" if name in scores else name for name in map(unit_name, config.conversion_order or ()))
+def _order(config: DSLAConfig) -> str:
+    if config.conversion_unit == "head":
+        return "each with the query heads that read it, least harmful first (`adapter_config.json` has the order)"
+    return "least harmful first" + (" (in brackets: the measured harm of converting it)" if config.order_scores else "")
+
+
+def _heads(config: DSLAConfig, level: int, model: Any) -> str:
+    """Where levels count heads: how many this one keeps, which they are, and what its cache takes."""
+    if config.conversion_unit == "layer" or model is None:
+        return ""
+    units = unit_sizes(model, config)["num_layers"]
+    heads, converted = config.kv_heads, (config.conversion_order or [])[:level]
+    picture = (
+        f"At level {level}, {kept_text(units - level, units, of=True)} are kept: the base's softmax attention (`#`). The others are DSLA "
+        f"(`.`):\n\n```text\n{head_map(converted, units // heads, heads)}\n```\n\n"
+    )
+    if "bytes_32k" in (config.level_metrics or {}).get(str(level), {}):  # the table of what was measured has them
+        return picture
+    rows = [
+        [str(one), kept_text(units - one, units), *(written(text_bytes(model, config, tokens, one), "KiB") for tokens in CACHE_LENGTHS)]
+        for one in dict.fromkeys((0, level))
+    ]
+    lengths = [f"at {tokens // 1024}k tokens" for tokens in CACHE_LENGTHS]
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"{picture}What the cache of one text takes ({dtype}):\n\n{markdown_table(['level', 'KV heads kept', *lengths], rows)}\n\n"
 
 
 def _metrics(config: DSLAConfig) -> str:

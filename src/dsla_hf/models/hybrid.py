@@ -29,6 +29,7 @@ from .before_layers import install_layout_hook, masks_with_padding
 from .configuration import DSLAConfig
 from .decoder import decoder_layers, decoder_of
 from .saving import push_saved, save_hybrid
+from .sizes import unit_sizes
 
 # By name: a release may lack one.
 OTHER_AUTO_CLASSES = (
@@ -253,23 +254,3 @@ def __getattr__(name: str) -> Any:
             if cls.__name__ == name:
                 return cls
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def layer_bytes(model: PreTrainedModel, heads: int | None = None) -> dict[str, int]:
-    """Cache bytes per row that a DSLA layer takes, and a softmax layer per token, in the model's dtype; of `heads` KV heads, all when None.
-
-    A softmax layer holds k and v of every token; a DSLA layer two fp32 states, k and v of window and sinks, and a counter.
-    """
-    core = next(module for module in model.modules() if isinstance(module, DualStateAttention))
-    heads = core.num_kv_heads if heads is None else heads
-    per_token = heads * (core.key_dim + core.value_dim) * model.dtype.itemsize
-    states = 2 * heads * core.key_dim * core.value_dim * 4
-    return {"softmax_bytes_per_token": per_token, "dsla_bytes": states + (core.window_size + core.sink_tokens) * per_token + 8}
-
-
-def unit_sizes(model: PreTrainedModel, config: DSLAConfig) -> dict[str, Any]:
-    """How many units the model has, and what they take, as `Stats` has it: layers, or KV heads where the config counts those."""
-    layers = len(decoder_layers(model))
-    if config.conversion_unit == "layer":
-        return {"num_layers": layers, **layer_bytes(model)}
-    return {"num_layers": layers * config.kv_heads, "unit": "head", **layer_bytes(model, heads=1)}

@@ -66,7 +66,7 @@ def save_hybrid(model: Any, save: Callable[..., None], save_directory: Any, *arg
         with written_whole(directory, WEIGHT_FILES) as temporary:
             save(temporary, *args, **kwargs)
             (temporary / f"{SHIM_NAME}.py").write_text(SHIM)
-            (temporary / "README.md").write_text(hybrid_card(dsla_config))
+            (temporary / "README.md").write_text(hybrid_card(dsla_config, model))
     name_model(model, str(save_directory))
     wait_for_first(model)
     if push_to_hub:
@@ -225,7 +225,7 @@ def _save_adapter(original: Callable[..., None], self: PeftModel, save_directory
         return original(self, save_directory, *args, **kwargs)
     with written_whole(directory) as temporary:
         original(self, str(temporary), *args, **kwargs)
-        (temporary / "README.md").write_text(adapter_card(next(iter(configs.values())), getattr(self, "config", None)))
+        (temporary / "README.md").write_text(adapter_card(next(iter(configs.values())), self.get_base_model()))
 
 
 def _push_adapter(original: Callable[..., Any], self: PeftModel, repo_id: str, *args: Any, **kwargs: Any) -> Any:
