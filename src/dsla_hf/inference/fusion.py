@@ -96,8 +96,8 @@ def _few_rows(x: Any, *weights: Tensor) -> bool:
 
 def _views(model: nn.Module) -> list[nn.Module]:
     """The attentions of an adapter's converted layers, which have queries of their own over keys and values of the base."""
-    parts = {x: x.converted_part for x in model.modules() if isinstance(x, DSLALayer)}
-    return [x.dsla_attention(part if isinstance(part, tuple) else None) for x, part in parts.items() if part]
+    running = [x.running_attention() for x in model.modules() if isinstance(x, DSLALayer)]
+    return [attention for attention in running if attention is not None]
 
 
 def _projections(modules: list[nn.Module]) -> list[list[Any]]:

@@ -555,6 +555,5 @@ def dsla_attention_of(layer: nn.Module) -> Any:
     """The DSLA attention that a decoder layer runs now, of an adapter or a hybrid; None if it runs softmax attention."""
     attention = getattr(layer, "self_attn", None)
     if isinstance(attention, DSLALayer):
-        part = attention.converted_part
-        return attention.dsla_attention(part if isinstance(part, tuple) else None) if part else None
+        return attention.running_attention()
     return attention if isinstance(attention, DSLAAttentionMixin) else None

@@ -125,11 +125,16 @@ class DSLALayer(nn.Module, BaseTunerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._ordered is not None and self.training and torch.is_grad_enabled():
             self._ordered = None  # training needs the memory
-        part = self.converted_part
-        if not part:
+        attention = self.running_attention()
+        if attention is None:
             kwargs.pop("dsla_layout", None)
             return self.base_layer(*args, **kwargs)
-        return self.dsla_attention(part if isinstance(part, tuple) else None)(*args, **kwargs)
+        return attention(*args, **kwargs)
+
+    def running_attention(self, in_order: bool = True) -> Any:
+        """The DSLA attention that this layer runs now, as `dsla_attention` has it; None where it runs the base's."""
+        part = self.converted_part
+        return self.dsla_attention(part if isinstance(part, tuple) else None, in_order) if part else None
 
     def dsla_attention(self, heads: tuple[int, ...] | None = None, in_order: bool = True) -> nn.Module:
         """The DSLA attention of the active adapter over this base attention, sharing their weights; in these KV heads alone, if given.
@@ -252,10 +257,9 @@ class DSLALayer(nn.Module, BaseTunerLayer):
     ) -> nn.Module:
         """The base attention, or if this layer is DSLA now and `merge` is set, an attention of its own that takes the
         adapter's weights over without a copy."""
-        part = self.converted_part
-        if not (merge and part):
+        attention = self.running_attention(in_order=False) if merge else None
+        if attention is None:
             return self.base_layer
-        attention: Any = self.dsla_attention(part if isinstance(part, tuple) else None, in_order=False)
         dtype = next(self.base_layer.parameters()).dtype
         for name, module in list(attention.named_children()):
             if isinstance(module, (FusedProjection, MixedProjection)):

@@ -229,8 +229,12 @@ class DSLAConfig(PeftConfig):
         Raises:
             ValueError: if no model has told yet how many a layer has.
         """
-        planned = self._planned()[2].get(layer, ()) if self.conversion_unit == "head" else ()
+        planned = self.planned_heads(layer)
         return (*planned, *(head for head in range(self.kv_heads) if head not in planned))
+
+    def planned_heads(self, layer: int) -> tuple[int, ...]:
+        """The KV heads of a layer that a plan of heads names, in its order; none where levels count layers."""
+        return self._planned()[2].get(layer, ()) if self.conversion_unit == "head" else ()
 
     def _heads_by_layer(self) -> dict[int, tuple[int, ...]]:
         """The converted heads by number of each layer that has any."""

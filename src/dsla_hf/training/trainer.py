@@ -253,13 +253,9 @@ class DSLATrainer(Trainer):
         config = active_config(self.model)
         way = args.alignment_heads or ("subsets" if config.conversion_unit == "head" else "all")
         every = list(range(config.kv_heads))
-        planned: dict[int, list[int]] = defaultdict(list)
-        if config.conversion_unit == "head":
-            for layer, head in sorted(config.conversion_order or ()):
-                planned[layer].append(head)
         drawn: dict[int, list[float]] = {}
         for layer in layers:
-            heads = planned[layer] or every
+            heads = sorted(config.planned_heads(layer)) or every
             if way == "subsets" and self.model.training:
                 heads = list(draw_heads(args.seed, self.state.global_step, layer, heads))
             if heads != every or way == "each":
