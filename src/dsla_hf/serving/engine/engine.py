@@ -123,14 +123,12 @@ class Engine:
 
         policy = as_policy(policy)
         highest = levels.highest if options.max_level is None else levels.check(options.max_level, "max_level")
-        per_token, dsla_bytes = levels.unit_bytes()
         self._stats_of_levels: dict[str, Any] = {
             "max_level": levels.highest,
             "min_level": levels.lowest,
             "num_layers": levels.num_units,
             "unit": levels.unit,
-            "softmax_bytes_per_token": per_token,
-            "dsla_bytes": dsla_bytes,
+            **levels.unit_bytes(),
         }
         if isinstance(policy, FixedLevel):
             highest = policy(Stats(1, 1, 1, 0, **self._stats_of_levels))

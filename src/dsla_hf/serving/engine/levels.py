@@ -14,6 +14,7 @@ from ...models.adapter import active_config, dsla_layers, set_level
 from ...models.architectures import kv_heads_of
 from ...models.base_attention import DSLAAttentionMixin
 from ...models.decoder import decoder_layers
+from ...models.sizes import core_bytes
 
 MOST_RUNGS = 16
 
@@ -102,17 +103,15 @@ class Levels:
     def split(self, layer: int) -> HeadSplit | None:
         """How a layer that is converted in part at the present level has its heads, in the order in which it hands them over."""
         wrapped: Any = self._wrapped.get(layer)
-        if wrapped is None:
-            return getattr(self._attentions[layer], "split", None)
-        part = wrapped.converted_part
-        return wrapped.dsla_attention(part).split if isinstance(part, tuple) else None
+        attention = self._attentions[layer] if wrapped is None else wrapped.running_attention()
+        return getattr(attention, "split", None)
 
     def attentions_in_part(self) -> list[Any]:
         """The attentions of layers that are converted in part at the present level, as they run: they hold weights composed for it."""
         if self.unit == "layer":
             return []
-        parts = ((wrapped, wrapped.converted_part) for wrapped in self._wrapped.values())
-        return [wrapped.dsla_attention(part) for wrapped, part in parts if isinstance(part, tuple)]
+        running = (wrapped.running_attention() for wrapped in self._wrapped.values())
+        return [attention for attention in running if attention is not None and attention.split is not None]
 
     def use(self, level: int) -> None:
         """Run at this level from the next forward on."""
@@ -133,14 +132,12 @@ class Levels:
         """What is said beside the number of a level: of heads, how many of the model's are kept."""
         return "" if self.unit == "layer" else f" ({self.num_units - level} of {self.num_units} KV heads kept)"
 
-    def unit_bytes(self) -> tuple[int, int]:
-        """Bytes of the cache of one unit, for a text: of softmax attention per token, and of DSLA."""
-        heads = 1 if self.unit == "head" else self.kv_heads
-        per_token = 2 * heads * self.head_dim * self.dtype.itemsize
+    def unit_bytes(self) -> dict[str, int]:
+        """Bytes of the cache of one unit, for a text, as `Stats` has them; a base alone has no DSLA."""
+        heads, itemsize = 1 if self.unit == "head" else self.kv_heads, self.dtype.itemsize
         if not self.cores:
-            return per_token, 0
-        core = next(iter(self.cores.values()))
-        return per_token, heads * 2 * core.key_dim * core.value_dim * 4 + (core.window_size + core.sink_tokens) * per_token
+            return {"softmax_bytes_per_token": 2 * heads * self.head_dim * itemsize}
+        return core_bytes(next(iter(self.cores.values())), heads, itemsize)
 
     def _heads(self, units: list[Any]) -> list[Head]:
         if self.unit == "head":

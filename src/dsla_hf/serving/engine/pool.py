@@ -55,6 +55,15 @@ class HeadPlaces:
     heads: Tensor
     group: int | None = None
 
+    @property
+    def columns(self) -> Tensor:
+        """`[H, 1, 1]`, of each head."""
+        return self.heads[:, 1].long()[:, None, None]
+
+    def of(self, x: Tensor) -> Tensor:
+        """Of x `[G, ...]` what these heads have: `[...]` of their group, or `[H, ...]` of each one's."""
+        return x[self.heads[:, 0].long()] if self.group is None else x[self.group]
+
     def for_attention(self) -> int | Tensor:
         """As `CachedTokens.places` has it."""
         return self.heads if self.group is None else self.group
@@ -142,14 +151,15 @@ class BlockPool:
     def read(self, places: HeadPlaces, slots: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """The first `tokens` keys and values of the texts in slots `[B]`, `[B, T, H, D]`; of a shorter text what follows is anything."""
         position = torch.arange(tokens, device=self.tables.device)
-        block, inside = position // self.block_size, position % self.block_size
+        table = places.of(self.tables)[..., slots, :]
+        return self._at(places, table[..., position // self.block_size] * self.block_size + position % self.block_size)
+
+    def _at(self, places: HeadPlaces, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, T, H, D]` at `index`, `[B, T]` of a group or `[H, B, T]`."""
         if places.group is not None:
-            index = self.tables[places.group, slots][:, block] * self.block_size + inside
             return self.keys[index], self.values[index]
-        groups, columns = places.heads.long().unbind(1)
-        index = self.tables[groups[:, None], slots][:, :, block] * self.block_size + inside
-        keys, values = (x[index, columns[:, None, None]].permute(1, 2, 0, 3) for x in (self.keys, self.values))
-        return keys, values
+        at = index, places.columns
+        return self.keys[at].permute(1, 2, 0, 3), self.values[at].permute(1, 2, 0, 3)
 
     def open(self, rows: Rows, tokens: int) -> None:
         """The next model call reads `tokens` more of these rows: find their places, once for all layers."""
@@ -175,22 +185,17 @@ class BlockPool:
             else:
                 append(*pool, k, v, self._write[:, :, 0], heads=places.heads)
         elif places.group is not None:
-            written = self._write[places.group]
-            self.keys[written], self.values[written] = k.transpose(1, 2), v.transpose(1, 2)
+            here = places.of(self._write)
+            self.keys[here], self.values[here] = k.transpose(1, 2), v.transpose(1, 2)
         else:
-            groups, columns = places.heads.long().unbind(1)
-            here = self._write[groups], columns[:, None, None]
-            self.keys[here], self.values[here] = k.transpose(0, 1), v.transpose(0, 1)
+            at = places.of(self._write), places.columns
+            self.keys[at], self.values[at] = k.transpose(0, 1), v.transpose(0, 1)
         if self._index is None:
             return self.keys.unflatten(0, (-1, self.block_size)), self.values.unflatten(0, (-1, self.block_size))
         if self._index.shape == self._write.shape:  # nothing came before
             return k, v
-        if places.group is not None:
-            index = self._index[places.group]
-            return self.keys[index].transpose(1, 2), self.values[index].transpose(1, 2)
-        index = self._index[groups]
-        keys, values = (x[index, columns[:, None, None]].transpose(0, 1) for x in (self.keys, self.values))
-        return keys, values
+        keys, values = self._at(places, places.of(self._index))
+        return keys.transpose(1, 2), values.transpose(1, 2)
 
 
 class PagedLayer(CacheLayerMixin):
