@@ -3,6 +3,7 @@
 from .checks import SMALLEST_LOG_DECAY, check_lower_bound
 from .dispatch import (
     append,
+    divergence,
     dual_state_attention,
     final_state,
     fused_window_attention,
@@ -29,6 +30,7 @@ __all__ = [
     "block_states",
     "check_lower_bound",
     "count_tokens",
+    "divergence",
     "dual_state_attention",
     "dual_state_window_attention",
     "final_state",

@@ -48,8 +48,15 @@ def uses_triton(q: Tensor, v: Tensor, quietly: bool = False) -> bool:
     return q.dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
+def divergence(student: Tensor, teacher: Tensor, weights: Tensor, reuse_teacher: bool = False) -> Tensor:
+    """Sum over rows of weight * KL(teacher || student), see `ops.loss.divergence`; for logits that `takes_logits` says are taken."""
+    from .ops import loss
+
+    return loss.divergence(student, teacher, weights, reuse_teacher)
+
+
 def takes_logits(student: Tensor, teacher: Tensor) -> bool:
-    """Whether `ops.loss.divergence` takes these logits: of any number, where Triton runs."""
+    """Whether `divergence` takes these logits: of any number, where Triton runs."""
     if choice != "auto" or student.device.type == "cpu":
         runs = choice == "triton"
     else:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsla_kernels import takes_logits
+from dsla_kernels import divergence, takes_logits
 
 TOKENS_PER_CHUNK = 1024
 
@@ -58,12 +58,6 @@ def kl_sums(
     weights = torch.ones_like(student[:, 0], dtype=torch.float32) if mask is None else mask.flatten().float()
     total = divergence if takes_logits(student, teacher) else _ChunkedKL.apply
     return total(student, teacher, weights, reuse_teacher), weights.sum().clamp_min(1)
-
-
-def divergence(*arguments: Any) -> Tensor:
-    from dsla_kernels.ops.loss import divergence  # imports Triton
-
-    return divergence(*arguments)
 
 
 class _ChunkedKL(torch.autograd.Function):

@@ -14,7 +14,7 @@ BLOCK, WARPS = 4096, 8  # logits that a program reads at a time
 
 
 @triton.jit
-def _start(top, total, block, BLOCK: tl.constexpr):
+def _start(top, total, block):
     """The largest logit so far, what sums lose by it, and the block's exponentials."""
     new = tl.maximum(top, tl.max(block, 0))
     return new, total * tl.exp(top - new), tl.exp(block - new)
@@ -34,10 +34,10 @@ def _value_kernel(student, teacher, weights, total, student_log, teacher_log, si
         place = start + tl.arange(0, BLOCK)
         s = tl.load(student + place, mask=place < size, other=float("-inf")).to(tl.float32)
         t = tl.load(teacher + place, mask=place < size, other=float("-inf")).to(tl.float32)
-        student_top, student_sum, e = _start(student_top, student_sum, s, BLOCK)
+        student_top, student_sum, e = _start(student_top, student_sum, s)
         student_sum += tl.sum(e, 0)
         before = teacher_top
-        teacher_top, teacher_sum, e = _start(teacher_top, teacher_sum, t, BLOCK)
+        teacher_top, teacher_sum, e = _start(teacher_top, teacher_sum, t)
         teacher_sum += tl.sum(e, 0)
         product = product * tl.exp(before - teacher_top) + tl.sum(tl.where(e > 0, e * (t - s), 0.0), 0)
     s_log, t_log = student_top + tl.log(student_sum), teacher_top + tl.log(teacher_sum)
