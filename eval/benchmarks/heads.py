@@ -26,6 +26,7 @@ sys.path[:] = [str(REPOSITORY / "eval"), str(REPOSITORY / "kernels"), *(x for x 
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from captured import in_graph  # noqa: E402
 from reporting import RESULTS, rows_table, write_results  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -160,24 +161,9 @@ def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
     return 1e3 * (time.perf_counter() - before)
 
 
-def in_graph(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+def in_one(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     """CALLS calls as one CUDA graph; on a CPU one behind the other."""
-
-    def calls() -> None:
-        for _ in range(CALLS):
-            call()
-
-    if device.type != "cuda":
-        return calls
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        calls()
-    return graph.replay
+    return in_graph(call, CALLS) if device.type == "cuda" else lambda: [call() for _ in range(CALLS)]
 
 
 def measure(plan: Plan, shape: str, what: str, device: torch.device) -> list[dict[str, Any]]:
@@ -209,7 +195,7 @@ def measure(plan: Plan, shape: str, what: str, device: torch.device) -> list[dic
                         )
                     else:
                         layer.fill(batch, tokens)
-                        step = in_graph(lambda layer=layer, hidden=hidden, branches=branches: layer.decode(hidden, branches), device)
+                        step = in_one(lambda layer=layer, hidden=hidden, branches=branches: layer.decode(hidden, branches), device)
                         row["ms"] = milliseconds(step, device) / CALLS
                         del step
                 except torch.cuda.OutOfMemoryError:

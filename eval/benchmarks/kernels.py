@@ -30,6 +30,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # Not this folder: there is a package called `kernels`.
 sys.path[:] = [str(REPOSITORY / "eval"), str(REPOSITORY / "kernels"), *(x for x in sys.path if Path(x).resolve() != Path(__file__).parent)]
 
+from captured import in_graph  # noqa: E402
 from reporting import RESULTS, rows_table, write_results  # noqa: E402
 
 IMAGES = REPOSITORY / "docs" / "images"
@@ -298,18 +299,6 @@ FORMS: dict[str, Callable[[str, Shape], Call]] = {
     "fla": fla,
     "fla twice": lambda what, x: fla(what, x, 2),
 }
-
-
-def in_graph(call: Call) -> Call:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 # --- what is measured -----------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """The CPU side of the benchmarks: floors by bytes, cases and options."""
 
-import importlib.util
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scripts import loaded_script
 
 SCRIPT = Path(__file__).resolve().parents[2] / "eval" / "benchmarks" / "kernels.py"
 TB_S = 4.25
@@ -15,14 +15,8 @@ TB_S = 4.25
 
 @pytest.fixture(scope="module")
 def benchmark():
-    before = list(sys.path)
-    spec = importlib.util.spec_from_file_location("kernels_benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    sys.path[:] = before
-    del sys.modules[spec.name]
+    with loaded_script("benchmarks/kernels.py") as module:
+        yield module
 
 
 def test_floors_are_what_a_count_by_hand_gives(benchmark):

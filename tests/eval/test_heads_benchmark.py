@@ -1,24 +1,16 @@
 """The benchmark of layers converted in part runs on a CPU at small shapes, and its rows have what they are read for."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-SCRIPT = Path(__file__).resolve().parents[2] / "eval" / "benchmarks" / "heads.py"
+from scripts import loaded_script
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    spec = importlib.util.spec_from_file_location("heads_benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+def benchmark():
+    with loaded_script("benchmarks/heads.py") as module:
+        yield module
 
 
 def test_rows_of_both_kinds_and_of_what_lies_between(benchmark, tmp_path, capsys):

@@ -1,26 +1,18 @@
 """The benchmark of models at levels in heads runs on a CPU at small shapes; its rows outlive a run, and say what they are read for."""
 
 import gc
-import importlib.util
 import json
-import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
-
-SCRIPT = Path(__file__).resolve().parents[2] / "eval" / "benchmarks" / "heads_models.py"
+from scripts import loaded_script
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    spec = importlib.util.spec_from_file_location("heads_models", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+def benchmark():
+    with loaded_script("benchmarks/heads_models.py") as module:
+        yield module
 
 
 @pytest.fixture

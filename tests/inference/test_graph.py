@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from captured_texts import check_captured_text
 from transformers import DynamicCache, LogitsProcessor, StaticCache, StoppingCriteria
 
 import dsla_hf.inference.decode_attention
@@ -286,20 +287,7 @@ def test_a_shown_part_of_a_static_cache_is_the_cache(tiny_model):
 @pytest.mark.parametrize("padded", [False, True])
 def test_captured_graphs_give_the_text_of_generate(tiny_model, adapter_model, padded):
     model = adapter_model(tiny_model("llama", hidden_size=64, head_dim=16), level=0).cuda()
-    ids = torch.randint(3, 97, (2, 40), device="cuda")
-    mask = torch.ones_like(ids)
-    mask[0, :5] = 0 if padded else 1
-
-    def policy(stats):
-        return 0 if stats.tokens < 60 else 2 if stats.tokens < 80 else 4
-
-    options = {"attention_mask": mask, "max_new_tokens": 80, "do_sample": False, "level_policy": policy}
-    expected = model.generate(ids, **options)
-    decoder = GraphDecoder(model)
-    assert decoder.obstacle(**options) is None
-    for _ in range(2):
-        assert torch.equal(decoder.generate(ids, **options), expected)
-    assert decoder.recorder.recordings and decoder.recorder.reason is None
+    check_captured_text(model, padded, highest=4)
 
 
 @pytest.mark.parametrize("window_size", [0, 8])

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from captured_texts import check_captured_text
 from head_layers import ORDER, assert_close, kinds
 
 from dsla_hf import LevelProcessor, cache_bytes
@@ -240,18 +241,5 @@ def test_what_includes_what():
 @pytest.mark.parametrize("padded", [False, True])
 def test_captured_graphs_give_the_text_of_generate(heads, padded):
     model = heads(base={"hidden_size": 64, "head_dim": 16, "num_key_value_heads": 4}, level=0).cuda()
-    ids = torch.randint(3, 97, (2, 40), device="cuda")
-    mask = torch.ones_like(ids)
-    mask[0, :5] = 0 if padded else 1
-
-    def policy(stats):
-        return 0 if stats.tokens < 60 else 2 if stats.tokens < 80 else 6
-
-    options = {"attention_mask": mask, "max_new_tokens": 80, "do_sample": False, "level_policy": policy}
-    expected = model.generate(ids, **options)
-    decoder = GraphDecoder(model)
-    assert decoder.obstacle(**options) is None
-    for _ in range(2):
-        assert torch.equal(decoder.generate(ids, **options), expected)
-    assert decoder.recorder.recordings and decoder.recorder.reason is None
+    decoder = check_captured_text(model, padded, highest=6)
     assert any(isinstance(layer, PartialCacheLayer) for layer in decoder.workspace.cache.layers)

@@ -13,6 +13,8 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1 for Triton's interpreter", allow_module_level=True)
 pytest.importorskip("triton")
 
+from kernel_choice import both  # noqa: E402
+
 from dsla_hf.core.attention import DualStateAttention, clone_state  # noqa: E402 (after the choice of how kernels run)
 from dsla_kernels import dispatch, reference  # noqa: E402
 from dsla_kernels.ops import chunk, decode, states, window  # noqa: E402
@@ -132,15 +134,6 @@ def layer(request):
 
 def queries(dtype, batch, tokens):
     return random(batch, tokens, len(HEADS) * GROUP, KEY, dtype=dtype)
-
-
-def both(monkeypatch, run):
-    """Results of `run` with PyTorch and with the kernels."""
-    results = []
-    for choice in ("pytorch", "triton"):
-        monkeypatch.setattr(dispatch, "choice", choice)
-        results.append(run())
-    return results
 
 
 def test_what_the_kernels_read_was_not_selected_before(layer, kv_heads, monkeypatch):

@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from kernel_choice import both
 
 from dsla_hf.core.attention import DualState, DualStateAttention, clone_state
 from dsla_kernels import dispatch
@@ -40,15 +41,6 @@ def layer(request):
 
 def inputs(dtype, batch, tokens):
     return [torch.randn(batch, tokens, heads, size, device=DEVICE).to(dtype) for heads, size in ((4, 16), (2, 16), (2, 24))]
-
-
-def both(monkeypatch, run):
-    """Results of `run` with PyTorch and with the kernels."""
-    results = []
-    for choice in ("pytorch", "triton"):
-        monkeypatch.setattr(dispatch, "choice", choice)
-        results.append(run())
-    return results
 
 
 def without_what_nobody_sees(layer, state):

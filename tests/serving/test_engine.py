@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from engine_texts import SMALL, Ear, alone, ask, assert_empty, options, prompts, recorded, run
+from engine_texts import SMALL, Ear, alone, ask, assert_empty, check_served, options, prompts, recorded, run
 from peft import get_peft_model
 from prometheus_client import generate_latest
 
@@ -49,38 +49,27 @@ def test_texts_are_those_of_generate_alone(base_kind, tiny_model, adapter_model,
 def test_other_architectures(tiny_model, adapter_model, kind):
     model = adapter_model(tiny_model(kind))
     engine = Engine(model, 2, SMALL)
-    wanted = [(prompt, 8) for prompt in prompts(5, longest=30)]
-    ears = ask(engine, wanted)
-    run(engine)
-    assert [ear.tokens for ear in ears] == [alone(model, prompt, 8, 2) for prompt, _ in wanted]
+    check_served(engine, model, prompts(5, longest=30), 8, 2)
 
 
 def test_layer_without_window(tiny_model, adapter_model):
     model = adapter_model(tiny_model("llama"), window_size=0)
     engine = Engine(model, 3, SMALL)
-    wanted = [(prompt, 8) for prompt in prompts(5)]
-    ears = ask(engine, wanted)
-    run(engine)
-    assert [ear.tokens for ear in ears] == [alone(model, prompt, 8, 3) for prompt, _ in wanted]
+    check_served(engine, model, prompts(5), 8, 3)
 
 
 def test_base_alone_and_hybrid(tiny_model, adapter_model):
     base = tiny_model("llama")
-    wanted = [(prompt, 6) for prompt in prompts(5)]
     engine = Engine(base, "load", SMALL)
-    ears = ask(engine, wanted)
-    run(engine)
+    check_served(engine, base, prompts(5), 6)
     assert engine.control.highest == 0
-    assert [ear.tokens for ear in ears] == [alone(base, prompt, 6) for prompt, _ in wanted]
 
     model = adapter_model(base)
     model.set_level(3)
     hybrid = model.merge_and_unload().eval()
     engine = Engine(hybrid, "load", SMALL)
-    ears = ask(engine, wanted)
-    run(engine)
+    check_served(engine, hybrid, prompts(5), 6)
     assert engine.control.level == 3
-    assert [ear.tokens for ear in ears] == [alone(hybrid, prompt, 6) for prompt, _ in wanted]
 
 
 def test_texts_join_and_leave_at_token_boundaries(tuned):

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from engine_texts import SMALL, Ear, alone, ask, assert_empty, options, prompts, recorded, run
+from engine_texts import SMALL, Ear, alone, ask, assert_empty, check_served, options, prompts, recorded, run
 from head_layers import ORDER
 from peft import get_peft_model
 
@@ -113,10 +113,7 @@ def test_texts_are_those_of_generate_alone(heads, level):
 def test_other_models_and_plans(heads, kind, base, config):
     model = heads(kind, base, **config)
     engine = Engine(model, 4, SMALL)
-    wanted = [(prompt, 8) for prompt in prompts(4, longest=30)]
-    ears = ask(engine, wanted)
-    run(engine)
-    assert [ear.tokens for ear in ears] == [alone(model, prompt, 8, 4) for prompt, _ in wanted]
+    check_served(engine, model, prompts(4, longest=30), 8, 4)
     assert_empty(engine)
 
 
@@ -127,10 +124,7 @@ def test_a_hybrid_of_heads(heads):
     engine = Engine(hybrid, "load", SMALL)
     assert engine.levels.ladder == [5] and engine.control.level == 5 and engine.levels.unit == "head"
     assert sum(len(group) for group in engine.levels.groups) == 3
-    wanted = [(prompt, 6) for prompt in prompts(5)]
-    ears = ask(engine, wanted)
-    run(engine)
-    assert [ear.tokens for ear in ears] == [alone(hybrid, prompt, 6) for prompt, _ in wanted]
+    check_served(engine, hybrid, prompts(5), 6)
     assert_empty(engine)
 
 
@@ -139,9 +133,7 @@ def test_a_hybrid_that_keeps_no_head(heads):
     model.set_level(8)
     hybrid = model.merge_and_unload().eval()
     engine = Engine(hybrid, "load", SMALL)
-    (ear,) = ask(engine, [([5, 6, 7], 6)])
-    run(engine)
-    assert ear.tokens == alone(hybrid, [5, 6, 7], 6)
+    check_served(engine, hybrid, [[5, 6, 7]], 6)
 
 
 @pytest.mark.parametrize("rungs", [16, 3])

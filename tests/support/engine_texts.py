@@ -61,6 +61,13 @@ def ask(engine, wanted):
     return ears
 
 
+def check_served(engine, model, prompts, tokens, level=None):
+    """Each text of a server is that of `generate` alone."""
+    ears = ask(engine, [(prompt, tokens) for prompt in prompts])
+    run(engine)
+    assert [ear.tokens for ear in ears] == [alone(model, prompt, tokens, level) for prompt in prompts]
+
+
 def recorded(engine):
     """Recordings of steps by (level, rows, past), and of pieces by (level, size, place)."""
     every = engine.runner.recorder.recordings

@@ -1,0 +1,25 @@
+"""What tests of captured steps share."""
+
+import torch
+
+from dsla_hf.inference.graph import GraphDecoder
+from dsla_hf.inference.recorder import CudaRecording
+
+
+def check_captured_text(model, padded, highest, record=CudaRecording):
+    """Texts that are raised twice while they are written, to level 2 and to the highest, are those of `generate`; the decoder."""
+    ids = torch.randint(3, 97, (2, 40), device=model.device)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0 if padded else 1
+
+    def policy(stats):
+        return 0 if stats.tokens < 60 else 2 if stats.tokens < 80 else highest
+
+    options = {"attention_mask": mask, "max_new_tokens": 80, "do_sample": False, "level_policy": policy}
+    expected = model.generate(ids, **options)
+    decoder = GraphDecoder(model, record=record)
+    assert decoder.obstacle(**options) is None
+    for _ in range(2):
+        assert torch.equal(decoder.generate(ids, **options), expected)
+    assert decoder.recorder.recordings and decoder.recorder.reason is None
+    return decoder
