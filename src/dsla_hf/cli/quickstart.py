@@ -81,7 +81,7 @@ def run(output: str | Path = "quickstart-output", steps: int = 400, seed: int = 
     ranking: dict[str, Any] = {"ranking_data": list(train.blocks[:8].split(4))}
     if unit == "head":
         text = train.blocks[:8].flatten().tolist()
-        ranking["ranking_probes"] = make_probes(tokenizer, text, LENGTH, PROBES, shortest=LENGTH // 2)
+        ranking["ranking_probes"] = make_probes(tokenizer, text, LENGTH, PROBES, shortest=3 * LENGTH // 4)
     distill(model, train, arguments, alignment_steps=steps // 2, logits_steps=steps // 2, **ranking)
 
     print("3/5  Measuring every level on text it has not seen")
