@@ -27,10 +27,11 @@ def test_any_change_of_a_kernel_or_its_tests_counts(tmp_path, monkeypatch):
     assert not kernel_sources.unchanged()
 
 
-def test_the_modules_are_those_that_need_the_interpreter():
+def test_the_modules_are_those_that_need_the_interpreter_or_compile():
     folder = Path(__file__).parents[1]
     needing = {file.stem for file in folder.rglob("test_*.py") if "needs a CUDA device, or TRITON_INTERPRET=1" in file.read_text()}
-    assert needing - {"test_kernel_sources"} == set(kernel_sources.MODULES)
+    compiling = {file.stem for file in folder.rglob("test_*.py") if "import compile_only" in file.read_text()}
+    assert (needing | compiling) - {"test_kernel_sources"} == set(kernel_sources.MODULES)
 
 
 @pytest.mark.parametrize(
