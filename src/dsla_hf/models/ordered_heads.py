@@ -64,7 +64,7 @@ class OrderedHeads:
         with torch.inference_mode(False):
             self._order = torch.tensor(order, device=projection(base, "q_proj")[0].weight.device)
         self._versions: Any = None
-        self._buffers: dict[str, Tensor] = {}
+        self._memory: dict[str, Tensor] = {}
 
     @property
     def trained(self) -> bool:
@@ -79,17 +79,17 @@ class OrderedHeads:
         with torch.inference_mode(False), torch.no_grad():  # a pass with gradients may read them later
             values = self._values()
             for name, value in values.items():
-                if name in self._buffers:
-                    self._buffers[name].copy_(value)
+                if name in self._memory:
+                    self._memory[name].copy_(value)
                 else:
-                    self._buffers[name] = value
+                    self._memory[name] = value
         self._versions = versions
 
     def at(self, converted: int) -> HeadsInUse:
         """With so many heads converted; what is returned follows every `refresh`."""
         size = self._queries * self._base.head_dim
         rows = slice(converted * size, (converted + len(self._order)) * size)
-        buffers, core, queries = self._buffers, self._core, converted * self._queries
+        buffers, core, queries = self._memory, self._core, converted * self._queries
         parameters = {
             name: buffers[f"dsla.{name}"][: converted if name.startswith(PER_KV_HEAD) else queries] for name, _ in core.named_parameters()
         }
