@@ -10,6 +10,7 @@ from ...levels.table import kept_text
 from ...models.configuration import DSLAConfig
 
 CELL, WIDEST, HIGHEST = 0.36, 11.0, 7.0  # inches
+Colour = tuple[float, float, float, float]
 MOST_NUMBERS = 128  # of cells that have their place written in them
 # Converted and kept heads: matplotlib's name of a map of colours, and the part of it from the first of them in the order to the last.
 CONVERTED, KEPT = ("Blues", 0.1, 0.55), ("Oranges", 0.35, 0.65)
@@ -56,11 +57,11 @@ def draw_heads(config: DSLAConfig) -> Any:
     return drawn
 
 
-def _colours(level: int, last: int) -> Callable[[int | None], tuple[float, ...]]:
+def _colours(level: int, last: int) -> Callable[[int | None], Colour]:
     """A function from a place in an order of `last` (None: not in it) to a colour."""
     from matplotlib import colormaps
 
-    def colour(place: int | None) -> tuple[float, ...]:
+    def colour(place: int | None) -> Colour:
         if place is None:
             return colormaps[KEPT[0]](LEFT_OUT)
         first, end = (1, level) if place <= level else (level + 1, last)
@@ -79,7 +80,7 @@ def _lines(axes: Any, layers: int, heads: int) -> None:
         side.set_visible(False)
 
 
-def _legend(drawn: Any, colours: Callable[[int | None], tuple[float, ...]], level: int, kept: str, left_out: bool) -> None:
+def _legend(drawn: Any, colours: Callable[[int | None], Colour], level: int, kept: str, left_out: bool) -> None:
     from matplotlib.patches import Patch
 
     patches = [Patch(color=colours(level + 1), label=f"level {level} keeps {kept}")]
