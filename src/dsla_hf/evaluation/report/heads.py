@@ -41,7 +41,8 @@ def draw_heads(config: DSLAConfig) -> Any:
     last = max(found.values(), default=0)
     level = last if config.level is None else config.level
     cell = min(CELL, WIDEST / layers, HIGHEST / heads)
-    drawn, (axes,) = figure(size=(max(4.5, 1.2 + cell * layers), 1.3 + max(1.0, cell * heads)))
+    width = max(4.5, 1.2 + cell * layers)
+    drawn, (axes,) = figure(size=(width, 1.5 + heads * min((width - 0.7) / layers, HIGHEST / heads)))
     colours = _colours(level, last)
     grid = [[colours(found.get((layer, head))) for layer in range(layers)] for head in range(heads)]
     axes.imshow(grid, aspect="equal", interpolation="nearest")
