@@ -35,7 +35,7 @@ def one_line_error(capsys, command):
     return error
 
 
-def run_quickstart(output, *options):
+def run_quickstart(output, *options, length=LENGTH):
     """Run it at a small size: status, table rows, what was printed."""
     rows, printed, run = [], io.StringIO(), quickstart.run
 
@@ -43,7 +43,7 @@ def run_quickstart(output, *options):
         rows.extend(run(*args, **kwargs))
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        for name, value in (("LAYERS", LAYERS), ("LENGTH", LENGTH), ("WINDOW", WINDOW), ("run", keep_rows)):
+        for name, value in (("LAYERS", LAYERS), ("LENGTH", length), ("WINDOW", WINDOW), ("run", keep_rows)):
             patch.setattr(quickstart, name, value)
         status = main(["quickstart", "--output", str(output), "--steps", "4", *options])
     return SimpleNamespace(status=status, rows=rows, printed=printed.getvalue(), output=output)
@@ -253,3 +253,18 @@ def test_quickstart_with_other_options_in_a_used_folder(tmp_path, capsys):
             assert fingerprints(tmp_path / "used") == before, capsys.readouterr().err
         else:
             assert found.rows == run_quickstart(tmp_path / name, *options).rows
+
+
+def test_quickstart_of_heads(tmp_path):
+    """Levels that count the KV heads of all layers, the adapter saved where a quarter of them is kept, and a picture of which."""
+    found = run_quickstart(tmp_path / "output", "--unit", "head", length=192)  # tokens that questions have room in
+    heads = LAYERS * quickstart.KV_HEADS
+    assert found.status == 0
+    assert [(row["level"], row["kept"]) for row in found.rows] == [(level, heads - level) for level in range(heads + 1)]
+    assert re.search(r"^level +KV heads kept +perplexity .* cache at 2k tokens +at 8k tokens +at 32k tokens$", found.printed, re.M)
+    config = DSLAConfig.from_pretrained(found.output / "adapter")
+    assert config.conversion_unit == "head" and config.level == heads - heads // 4 and len(config.order_scores) == heads
+    assert f"| {config.level} | {heads // 4} (25%) |" in (found.output / "adapter" / "README.md").read_text()
+    assert (found.output / "heads.png").read_bytes().startswith(b"\x89PNG") and str(found.output / "heads.png") in found.printed
+    assert json.loads((found.output / "quickstart.json").read_text())["command"] == "dsla quickstart --steps 4 --seed 0 --unit head"
+    assert AutoModelForCausalLM.from_pretrained(found.output / "hybrid").get_level() == config.level

@@ -20,13 +20,16 @@ def add_to(commands: Any, name: str) -> None:
     )
     parser.add_argument("--output", default="quickstart-output", help="folder for models and plot (default: %(default)s)")
     parser.add_argument("--steps", type=positive, default=400, help="optimizer steps of the small model (default: %(default)s)")
+    parser.add_argument(
+        "--unit", choices=("layer", "head"), default="layer", help="what levels count: layers, or KV heads (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
     from dsla_hf.cli.quickstart import run
 
-    run(args.output, args.steps, args.seed)
+    run(args.output, args.steps, args.seed, args.unit)
 
 
 def kept(args: argparse.Namespace) -> str:

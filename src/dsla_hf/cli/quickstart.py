@@ -28,20 +28,26 @@ from ..core.plots import figure, mark_measured, mark_plain, save
 from ..core.progress import TrainingProgress, on_terminal
 from ..core.results import write_results
 from ..evaluation.levels import add_cache_sizes, evaluate_levels
-from ..levels.table import table
+from ..evaluation.report.heads import draw_heads
+from ..levels.table import COLUMNS, table
 from ..models.configuration import DSLAConfig
 from ..training.arguments import DSLATrainingArguments
+from ..training.probes import make_probes
 from ..training.recipe import distill
 from ..training.text import PackedTokens
 
-LAYERS, LENGTH, WINDOW = 6, 256, 32
+LAYERS, KV_HEADS, LENGTH, WINDOW = 6, 2, 256, 32
+PROBES = 12
+NAMES = {"layer": "layer", "head": "KV head"}
 PROMPT = "The following example shows how a function"
 
 
-def run(output: str | Path = "quickstart-output", steps: int = 400, seed: int = 0) -> list[dict[str, Any]]:
-    """Run the quickstart and return the rows of its table; `steps` optimizer steps for the teacher, half for each stage.
+def run(output: str | Path = "quickstart-output", steps: int = 400, seed: int = 0, unit: str = "layer") -> list[dict[str, Any]]:
+    """Run the quickstart and return the rows of its table; `steps` optimizer steps for the teacher, half for each stage. `unit`: what
+    levels count, layers or KV heads ("head").
 
-    In `output` lie then `adapter`, `hybrid`, `teacher`, the plot `quickstart.png`, and the rows as `quickstart.json`.
+    In `output` lie then `adapter`, `hybrid`, `teacher`, the plot `quickstart.png`, and the rows as `quickstart.json`; of heads also
+    `heads.png`, which of them the adapter keeps.
 
     Raises:
         ImportError: if matplotlib, which draws the plot, is missing.
@@ -65,19 +71,30 @@ def run(output: str | Path = "quickstart-output", steps: int = 400, seed: int = 
     held_out, train = blocks[:16], PackedTokens(blocks[16:])
     teacher = train_teacher(train, tokenizer, output, steps, seed)
 
-    print("2/5  Converting it: DSLA weights for every layer, distilled from the model itself")
-    plan = DSLAConfig(conversion_order=list(range(LAYERS)), window_size=WINDOW, task_type="CAUSAL_LM")
+    print(f"2/5  Converting it: DSLA weights for every {NAMES[unit]}, distilled from the model itself")
+    order: list[Any] = list(range(LAYERS))
+    if unit == "head":
+        order = [(layer, head) for layer in order for head in range(KV_HEADS)]
+    plan = DSLAConfig(conversion_unit=unit, conversion_order=order, window_size=WINDOW, task_type="CAUSAL_LM")
     model = get_peft_model(teacher, plan)
     arguments = DSLATrainingArguments(**common_arguments(output / "distillation", seed), learning_rate=2e-3)
-    distill(model, train, arguments, alignment_steps=steps // 2, logits_steps=steps // 2, ranking_data=list(train.blocks[:8].split(4)))
+    ranking: dict[str, Any] = {"ranking_data": list(train.blocks[:8].split(4))}
+    if unit == "head":
+        text = train.blocks[:8].flatten().tolist()
+        ranking["ranking_probes"] = make_probes(tokenizer, text, LENGTH, PROBES, shortest=3 * LENGTH // 4)
+    distill(model, train, arguments, alignment_steps=steps // 2, logits_steps=steps // 2, **ranking)
 
     print("3/5  Measuring every level on text it has not seen")
-    rows: list[dict[str, Any]] = evaluate_levels(model, list(held_out.split(8)), range(LAYERS + 1))
+    units = len(order)
+    rows: list[dict[str, Any]] = evaluate_levels(model, list(held_out.split(8)), range(units + 1))
     add_cache_sizes(model, rows)
-    model.peft_config["default"].level_metrics = {str(row["level"]): {name: row[name] for name in ("perplexity", "kl")} for row in rows}
+    config = model.peft_config["default"]
+    stored = ("perplexity", "kl") if unit == "layer" else COLUMNS
+    config.level_metrics = {str(row["level"]): {name: row[name] for name in stored if name in row} for row in rows}
 
     print("4/5  Saving adapter and hybrid, and loading both again")
-    model.set_level(LAYERS // 2)
+    level = units // 2 if unit == "layer" else units - units // 4  # of heads it keeps a quarter
+    model.set_level(level)
     model.save_pretrained(output / "adapter")
     tokenizer.save_pretrained(output / "hybrid")
     model.merge_and_unload().save_pretrained(output / "hybrid")
@@ -85,15 +102,20 @@ def run(output: str | Path = "quickstart-output", steps: int = 400, seed: int = 
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(output / "teacher"), str(output / "adapter"))
     ids = held_out[:1].long()
     difference = (hybrid(ids).logits - model.eval()(ids).logits).abs().max().item()
-    print(f"     {type(hybrid).__name__} and the adapter at level {LAYERS // 2} differ by {difference:.1e} in their logits")
+    print(f"     {type(hybrid).__name__} and the adapter at level {level} differ by {difference:.1e} in their logits")
 
     print("5/5  Generating, with the level raised in mid-text")
-    show_raise(model, AutoTokenizer.from_pretrained(output / "hybrid"))
+    show_raise(model, AutoTokenizer.from_pretrained(output / "hybrid"), units)
 
-    plot(rows, output / "quickstart.png")
-    write_results(output / "quickstart.json", rows, f"dsla quickstart --steps {steps} --seed {seed}")
+    plot(rows, output / "quickstart.png", f"level ({NAMES[unit]}s converted of {units})")
+    pictures = f"Plot: {output / 'quickstart.png'}"
+    if unit == "head":
+        save(draw_heads(config), output / "heads.png", dpi=120)
+        pictures += f"   Heads: {output / 'heads.png'}"
+    more = "" if unit == "layer" else f" --unit {unit}"
+    write_results(output / "quickstart.json", rows, f"dsla quickstart --steps {steps} --seed {seed}{more}")
     print(f"\n{table(rows)}\n")
-    print(f"Plot: {output / 'quickstart.png'}   Adapter: {output / 'adapter'}   Hybrid: {output / 'hybrid'}")
+    print(f"{pictures}   Adapter: {output / 'adapter'}   Hybrid: {output / 'hybrid'}")
     print(f"Done in {time.perf_counter() - start:.0f} s.")
     return rows
 
@@ -135,7 +157,7 @@ def train_teacher(data: PackedTokens, tokenizer: PreTrainedTokenizerFast, output
         intermediate_size=256,
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=KV_HEADS,
         head_dim=32,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -163,30 +185,31 @@ def train_teacher(data: PackedTokens, tokenizer: PreTrainedTokenizerFast, output
     return LlamaForCausalLM.from_pretrained(output / "teacher")
 
 
-def show_raise(model: Any, tokenizer: Any, tokens: int = 48) -> None:
-    """Print a text whose first half is generated at level 0, the second with every layer converted, on the same cache."""
+def show_raise(model: Any, tokenizer: Any, highest: int, tokens: int = 48) -> None:
+    """Print a text whose first half is generated at level 0, the second at the highest level, on the same cache."""
     inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
     options = {"do_sample": False, "max_new_tokens": tokens, "return_dict_in_generate": True, "repetition_penalty": 1.3}
     model.set_level(0)
     first = model.generate(**inputs, **options)
-    model.set_level(LAYERS)
+    model.set_level(highest)
     second = model.generate(input_ids=first.sequences, past_key_values=first.past_key_values, **options)
     cut = first.sequences.shape[1]
     texts = [tokenizer.decode(ids) for ids in (first.sequences[0], second.sequences[0, cut:])]
-    for name, text in zip(("level 0", f"level {LAYERS}"), texts, strict=True):
+    for name, text in zip(("level 0", f"level {highest}"), texts, strict=True):
         print(f"     [{name}] {' '.join(text.split())}")
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
+def plot(rows: list[dict[str, Any]], path: Path, level: str) -> None:
     """Perplexity and cache size against the level."""
     drawn, (quality, memory) = figure(1, 2, size=(9, 3.6))
     levels = [row["level"] for row in rows]
     perplexities = [row["perplexity"] for row in rows]
     quality.plot(levels, perplexities, marker="o")
-    quality.set(xlabel=f"level (layers converted of {LAYERS})", ylabel="perplexity of unseen text", ylim=(0, 1.15 * max(perplexities)))
-    for name, label in (("bytes_1k", "1k tokens"), ("bytes_32k", "32k tokens")):
+    quality.set(xlabel=level, ylabel="perplexity of unseen text", ylim=(0, 1.15 * max(perplexities)))
+    for name in (name for name in rows[0] if name.startswith("bytes_")):
+        label = f"{name.removeprefix('bytes_')} tokens"
         memory.semilogy(levels, [row[name] / 1024 for row in rows], marker="o", label=label)
-    memory.set(xlabel=f"level (layers converted of {LAYERS})", ylabel="cache per sequence, KiB")
+    memory.set(xlabel=level, ylabel="cache per sequence, KiB")
     memory.legend()
     for axes in (quality, memory):
         mark_measured(axes.xaxis, levels)

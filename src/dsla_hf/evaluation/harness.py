@@ -9,7 +9,7 @@ import logging
 import os
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from typing import Any
 from ..core.files import write_json
 from ..core.results import origin
 from ..core.tables import terminal_table
+from ..levels.policies import Stats
+from ..levels.table import CACHE_LENGTHS
 from ..models.loading import (
     check_at_least_one,
     device,
@@ -113,10 +115,11 @@ def evaluate(
         for level in missing:
             if adapter is not None:
                 network.set_level(level)
-            print(f"level {level}: {', '.join(tasks)}")
+            kept, cache = _heads(network, adapter, level)
+            print(f"level {level}{_kept(kept)}: {', '.join(tasks)}")
             start = time.perf_counter()
-            measured = long_context.run_tasks(network, prepared, batch_size)
-            result: dict[str, Any] = {"level": level, "tasks": measured, "model": model, "adapter": adapter}
+            measured = long_context.run_tasks(network, prepared, batch_size) | cache
+            result: dict[str, Any] = {"level": level, **kept, "tasks": measured, "model": model, "adapter": adapter}
             if harness is not None:
                 size = batch_size or AUTO_BATCH.get(network.device.type, AUTO_BATCH["cpu"])
                 metrics, details = harness.run(network, size, limit, num_fewshot, _answers(output, level, plan[level]))
@@ -135,7 +138,7 @@ def evaluate(
             _forget_answers(output, level)
             results[level] = result
     results = {level: results[level] for level in plan}
-    print(table({level: result["tasks"] for level, result in results.items()}))
+    print(table({level: result["tasks"] for level, result in results.items()}, {level: _kept(result) for level, result in results.items()}))
     print(f"results in {output}")
     return results
 
@@ -179,23 +182,24 @@ def _settings(
     }
 
 
-def table(results: dict[int, dict[str, dict[str, float]]]) -> str:
+def table(results: dict[int, dict[str, dict[str, float]]], notes: Mapping[int, str] | None = None) -> str:
     """Metrics by level, for a terminal: a row for each metric of each task, without standard errors; where there are many levels, for
-    each level of each of them."""
+    each level of each of them. `notes`: what stands beside the number of a level."""
+    named = {level: f"{level}{(notes or {}).get(level, '')}" for level in results}
     found = dict.fromkeys((task, metric) for tasks in results.values() for task, metrics in tasks.items() for metric in metrics)
     names = [(task, metric) for task, metric in found if "_stderr" not in metric]
 
     def cell(level: int, task: str, metric: str) -> str:
         value = results[level].get(task, {}).get(metric)
-        return "" if value is None else f"{value:.4f}"
+        return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
     rows: list[tuple[str, ...]]
     if len(results) <= MOST_COLUMNS:
-        rows = [("task", "metric", *(f"level {level}" for level in results))]
+        rows = [("task", "metric", *(f"level {name}" for name in named.values()))]
         rows += [(*name, *(cell(level, *name) for level in results)) for name in names]
     else:
         rows = [("task", "metric", "level", "")]
-        rows += [(*name, str(level), cell(level, *name)) for name in names for level in results]
+        rows += [(*name, named[level], cell(level, *name)) for name in names for level in results]
     return terminal_table(rows, left=2)
 
 
@@ -331,6 +335,22 @@ def _layers_by_level(model: str, adapter: str | None, levels: Sequence[int | str
         return {0: []}
     order = _as_stored(read_adapter_config(adapter).conversion_order or list(range(base_config.num_hidden_layers)))
     return {number: order[:number] for number in (len(order) if number is None else number for number in numbers)}
+
+
+def _heads(network: Any, adapter: str | None, level: int) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+    """Where levels count heads, `kept`, the KV heads that this one keeps, and as a task `cache` what the cache of one text takes at 2k, 8k
+    and 32k tokens."""
+    levels = network if adapter is None else network.base_model
+    sizes = levels.level_sizes() if hasattr(levels, "level_sizes") else {}  # a base alone has no levels
+    if sizes.get("unit") != "head":
+        return {}, {}
+    stats = Stats(prompt_tokens=0, tokens=0, rows=1, level=level, **sizes)
+    cache = {f"bytes_{tokens // 1024}k": stats.cache_bytes(level, tokens) for tokens in CACHE_LENGTHS}
+    return {"kept": sizes["num_layers"] - level}, {"cache": cache}
+
+
+def _kept(result: Mapping[str, Any]) -> str:
+    return f" (KV heads kept: {result['kept']})" if "kept" in result else ""
 
 
 def _as_stored(units: list[Any]) -> list[Any]:

@@ -27,7 +27,7 @@ def panels_of(found: list[Measurement]) -> list[Panel]:
         levels: dict[str, set[int]] = {}
         for m in found:
             if m.task == task:
-                levels.setdefault(m.metric, set()).add(m.level)
+                levels.setdefault(m.metric, set()).add(m.place)
         for metric in (metric for metric, its in levels.items() if len(its) > 1):
             base, length, part = _parsed(metric)
             chosen = families.setdefault(base, {})
@@ -45,6 +45,7 @@ def _parsed(metric: str) -> tuple[str, str, str]:
 
 
 def draw(panels: list[Panel], found: list[Measurement]) -> bytes:
+    """The panels as PNG. Either all of `found` know the KV heads that their levels keep, or none of them does."""
     columns = min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     drawn, axes = figure(rows, columns, size=(4.2 * columns, 3.2 * rows))
@@ -67,14 +68,17 @@ def _draw_panel(axis: Any, its: list[Measurement], metrics: list[str], arms: lis
         for original in {m.value for m in its if m.metric == metric and m.level == 0}:
             axis.axhline(original, linestyle=":", linewidth=1, color=f"C{j % 10}" if several else "0.4")
         for i, arm in enumerate(arms):
-            points = sorted((m.level, m.value, m.error or 0.0) for m in its if m.arm == arm and m.metric == metric)
+            points = sorted((m.place, m.value, m.error or 0.0) for m in its if m.arm == arm and m.metric == metric)
             if points:
                 label = (_parsed(metric)[1] or metric) if several else arm
                 color = f"C{(j if several else i) % 10}"
                 axis.errorbar(*zip(*points, strict=True), marker="o", markersize=3.5, linewidth=1.2, color=color, label=label)
-    mark_measured(axis.xaxis, {m.level for m in its})
+    mark_measured(axis.xaxis, {m.place for m in its})
     mark_plain(axis.yaxis)
-    axis.set_xlabel("level", fontsize=8)
+    by_heads = its[0].kept is not None
+    if by_heads:  # the original model on the left, as with levels
+        axis.invert_xaxis()
+    axis.set_xlabel("KV heads kept" if by_heads else "level", fontsize=8)
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.3)
     if several or len(arms) > 1:

@@ -1,6 +1,7 @@
 """Results of measurements, read from files: those of `dsla eval`, and tables of rows as JSON.
 
 A table is `{"command", "versions", "device", "rows": [...]}`. Each row has a `level`, and whatever numbers were measured there, by name.
+A row of a level that counts KV heads has `kept`, the number of those that stay softmax attention.
 A row may also have `arm`, the name of the model or recipe; `task`, the heading under which its numbers stand; `seed`, over which numbers
 are averaged; `length` and `batch_size`, which become a part of the names. Other fields that are no numbers are passed over.
 """
@@ -35,6 +36,13 @@ class Measurement:
     value: float
     error: float | None = None
     higher_is_better: bool | None = None  # None: not known
+    kept: int | None = None  # KV heads that the level keeps; None where levels count layers
+
+    @property
+    def place(self) -> int:
+        """Where it stands among those of other levels: at the KV heads kept if they are known, which compares plans of layers with plans of
+        heads, else at the level."""
+        return self.level if self.kept is None else self.kept
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ def read_measurements(given: str) -> tuple[list[Measurement], list[Source]]:
         given: a path, or NAME=PATH; without a name that of the folder or file. Rows with an `arm` have that name instead.
 
     Raises:
-        ValueError: if there are no results, or a row has no level.
+        ValueError: if there are no results, or a row has no level, or something else than a number of heads as `kept`.
         FileNotFoundError: if there is no such file.
     """
     name, path = _named(given)
@@ -65,7 +73,7 @@ def read_measurements(given: str) -> tuple[list[Measurement], list[Source]]:
             raise ValueError(f"{path} holds no level-*.json: give a folder that `dsla eval` wrote, or a file")
     else:
         files = [path]
-    found: dict[tuple[str, int, str, str], list[tuple[float, float | None]]] = {}
+    found: dict[tuple[str, int, str, str, int | None], list[tuple[float, float | None]]] = {}
     told: dict[str, dict[str, bool]] = {}
     sources = []
     for file in files:
@@ -78,15 +86,16 @@ def read_measurements(given: str) -> tuple[list[Measurement], list[Source]]:
                 for metric, value in metrics.items():
                     if "_stderr" not in metric:
                         error = metrics.get(f"{metric}_stderr")
-                        found.setdefault((whose, content["level"], task, metric), []).append((value, error))
+                        key = (whose, content["level"], task, metric, content.get("kept"))
+                        found.setdefault(key, []).append((value, error))
         else:
             for row, number, key in _rows(content["rows"], whose, file):
                 found.setdefault(key, []).append((number, None if row.get("seed") is not None else row.get(f"{key[3]}_stderr")))
     measurements = []
-    for (arm, level, task, metric), values in found.items():
+    for (arm, level, task, metric, kept), values in found.items():
         better = told.get(task, {}).get(metric)
         measurements.append(
-            Measurement(arm, level, task, metric, *_joined(values), _higher_is_better(metric) if better is None else better)
+            Measurement(arm, level, task, metric, *_joined(values), _higher_is_better(metric) if better is None else better, kept)
         )
     return measurements, sources
 
@@ -124,16 +133,20 @@ def _source(arm: str, file: Path, content: dict[str, Any]) -> Source:
 
 
 def _rows(rows: list[dict[str, Any]], whose: str, file: Path) -> Any:
-    """(row, number, (arm, level, task, metric)) for each number of each row."""
+    """(row, number, (arm, level, task, metric, kept)) for each number of each row."""
     for place, row in enumerate(rows, 1):
         if not isinstance(row.get("level"), int):
             raise ValueError(f"{file}, row {place}: no whole number as `level`, but {row.get('level')!r}")
+        kept = row.get("kept")
+        if kept is not None and (not isinstance(kept, int) or kept < 0):
+            raise ValueError(f"{file}, row {place}: `kept` is no number of KV heads, but {kept!r}")
         suffix = f"@{row['length']}" if "length" in row else ""
         suffix += f" batch {row['batch_size']}" if "batch_size" in row else ""
         for metric, value in row.items():
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if number and metric not in NO_METRICS and not metric.endswith("_stderr"):
-                yield row, value, (str(row.get("arm") or whose), row["level"], str(row.get("task") or file.stem), f"{metric}{suffix}")
+                arm, task = str(row.get("arm") or whose), str(row.get("task") or file.stem)
+                yield row, value, (arm, row["level"], task, f"{metric}{suffix}", kept)
 
 
 def _joined(values: list[tuple[float, float | None]]) -> tuple[float, float | None]:
