@@ -113,7 +113,7 @@ def measure_shape(shape: str, parts: list[str], rows: Rows) -> None:
     if not cases and "profile" not in parts:
         return
     bandwidth = copy_bandwidth(where)
-    for network, level in networks(shape, None, ["50%", "100%"], "auto", where):
+    for network, level, _ in networks(shape, None, ["50%", "100%"], "auto", where):
         share = level / network.config.num_hidden_layers
         rate = matmul_rate(where, network.dtype)
         runner = Runner(network)

@@ -1,10 +1,14 @@
 """`dsla bench`: what it measures, what it predicts, and what it does where something does not run."""
 
+import copy
 import gc
+import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from head_layers import ORDER, text
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -14,9 +18,10 @@ from dsla_hf import DSLAConfig, cache_bytes
 from dsla_hf.evaluation.report.measurements import read_measurements
 from dsla_hf.inference.bench.costs import costs_of
 from dsla_hf.inference.bench.measure import TRIED, Case, Runner, bench, largest, measure_largest
-from dsla_hf.inference.bench.models import PRESETS, preset_config
+from dsla_hf.inference.bench.models import PRESETS, networks, preset_config
 from dsla_hf.inference.bench.results import Results
 from dsla_hf.inference.graph import GraphDecoder, PlainRecording
+from dsla_hf.models.sizes import text_bytes
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -193,7 +198,7 @@ def test_costs_follow_the_level(tiny_model, window_size):
     embedding = base.get_input_embeddings().weight  # tied: it is the output matrix too
     assert plain.weight_bytes == sum(p.numel() * 4 for p in base.parameters())
     assert plain.head_weights == embedding.numel()
-    assert plain.token_bytes(2, 10) == plain.weight_bytes + 2 * 4 * 11 * plain.bytes_per_token
+    assert plain.token_bytes(2, 10) == plain.weight_bytes + 2 * 8 * 11 * plain.bytes_per_token  # four layers of two KV heads
     model = get_peft_model(base, DSLAConfig(task_type="CAUSAL_LM", window_size=window_size))
     model.set_level(0)
     assert costs_of(model) == plain
@@ -207,11 +212,105 @@ def test_costs_follow_the_level(tiny_model, window_size):
         assert costs.cache_bytes(2, 30) == cache_bytes(cache)
         core = costs.cores[0]
         state = 2 * core.num_kv_heads * core.key_dim * core.value_dim * 4
-        read = 2 * state if window_size == 0 else state * 1.5 + (8 + 4 + 1) * costs.bytes_per_token
-        moved = costs.token_bytes(2, 30) - costs.weight_bytes - 2 * (4 - level) * 31 * costs.bytes_per_token
+        read = 2 * state if window_size == 0 else state * 1.5 + (8 + 4 + 1) * 2 * costs.bytes_per_token
+        moved = costs.token_bytes(2, 30) - costs.weight_bytes - 2 * 2 * (4 - level) * 31 * costs.bytes_per_token
         assert moved == pytest.approx(2 * level * read)
         assert costs.prompt_operations(2, 30) == 2 * costs.prompt_operations(1, 30)
     assert costs.prompt_operations(1, 10**6) < plain.prompt_operations(1, 10**6) / 10
+
+
+@pytest.mark.parametrize("window_size", [0, 8])
+@pytest.mark.parametrize("kind", ["llama", "phi3"])  # apart and fused projections
+def test_costs_of_heads_end_where_those_of_layers_do(tiny_model, adapter_model, kind, window_size):
+    layers = adapter_model(tiny_model(kind), conversion_order=[2, 0, 3, 1], window_size=window_size)
+    heads = adapter_model(tiny_model(kind), conversion_order=ORDER, conversion_unit="head", window_size=window_size)
+    for level in (0, 4):
+        layers.set_level(level)
+        heads.set_level(2 * level)
+        of_layers, of_heads = costs_of(layers), costs_of(heads)
+        assert replace(of_heads, cores=()) == replace(of_layers, cores=())
+        for reckoned in ("cache_bytes", "token_bytes", "prompt_operations"):
+            assert getattr(of_heads, reckoned)(3, 5000) == getattr(of_layers, reckoned)(3, 5000)
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+@pytest.mark.parametrize("window_size", [0, 8])
+def test_costs_of_a_layer_are_the_sum_over_its_heads(tiny_model, adapter_model, window_size, hybrid):
+    plan = {"conversion_order": ORDER, "conversion_unit": "head", "window_size": window_size}
+    heads, long = adapter_model(tiny_model("llama"), level=0, **plan), 100_000
+    plain, config = costs_of(heads), heads.peft_config["default"]
+    own = sum(p.numel() for p in heads.get_base_model().model.layers[0].self_attn.dsla_core.parameters()) / 2
+    found = []
+    for level in range(9):
+        heads.set_level(level)
+        model = copy.deepcopy(heads).merge_and_unload() if hybrid and level else heads
+        costs = costs_of(model)
+        converted = {layer: len(planned) for layer in range(4) if (planned := config.heads_of(layer))}
+        assert [core.num_kv_heads for core in costs.cores] == list(converted.values())
+        assert costs.kept_heads == 8 - level == 8 - sum(converted.values())
+        assert costs.weight_bytes == plain.weight_bytes + level * own * 4, "projections once, and of converted heads what is DSLA's own"
+        with torch.no_grad():
+            cache = model(text(2, 30), use_cache=True).past_key_values
+        assert costs.cache_bytes(2, 30) == cache_bytes(cache)
+        counters = 8 * (level - len(converted))  # a layer's heads share one; levels reckon as if each had its own
+        for tokens in (1, 30, 4096, long):
+            assert costs.cache_bytes(1, tokens) == text_bytes(heads.get_base_model(), config, tokens, level) - counters
+        found.append([costs.cache_bytes(1, long), costs.token_bytes(1, long), costs.prompt_operations(1, long)])
+    for numbers in zip(*found, strict=True):
+        assert all(after < before for before, after in itertools.pairwise(numbers))
+    steps = [after[1] - before[1] for before, after in itertools.pairwise(found)]
+    assert steps == pytest.approx([steps[0]] * 8), "every head saves as much"
+
+
+def test_costs_do_not_depend_on_how_weights_of_a_split_layer_are_held(tiny_model, adapter_model):
+    """In one buffer in order of conversion; composed, where keys or values are trained, too; both matrices of queries, where a hook
+    forbids that."""
+    options = {"conversion_order": ORDER, "conversion_unit": "head", "level": 1}
+    buffers = adapter_model(tiny_model("llama"), **options)
+    composed = adapter_model(tiny_model("llama"), **options, trained_projections=["q_proj", "k_proj", "o_proj"])
+    expected = costs_of(buffers)
+    assert costs_of(composed).weight_bytes == expected.weight_bytes
+    with torch.no_grad():
+        buffers(text(1, 5))
+    assert costs_of(buffers).weight_bytes == expected.weight_bytes
+
+    attention = buffers.get_base_model().model.layers[2].self_attn
+    handle = attention.base_layer.q_proj.register_forward_hook(lambda *_: None)
+    found = costs_of(buffers)
+    handle.remove()
+    assert found.weight_bytes - expected.weight_bytes == attention.dsla_q_proj["default"].weight.numel() * 4
+
+
+def test_bench_of_heads_says_how_many_are_kept(adapter_model, checkpoint, tmp_path, graphs_without_a_gpu, capsys):
+    adapter = adapter_model(AutoModelForCausalLM.from_pretrained(checkpoint), conversion_order=ORDER, conversion_unit="head", level=3)
+    adapter.save_pretrained(tmp_path / "adapter")
+    out = tmp_path / "out"
+    command = ["bench", "--model", checkpoint, "--adapter", str(tmp_path / "adapter"), "--levels", "kept:50%,1", "--lengths", "20"]
+    command += ["--engines", "eager,graph", "--new-tokens", "6", "--raises", "--output", str(out)]
+    assert main(command) == 0
+    rows = json.loads((out / "bench.json").read_text())["rows"]
+    assert [(row["level"], row["kept"]) for row in rows] == [(0, 8)] * 2 + [(1, 7)] * 2 + [(4, 4)] * 2
+    for row in rows:
+        assert "error" not in row
+        assert row["cache_bytes"] == row["predicted_cache_bytes"]
+        assert (row["raise_seconds"] is None) == (row["level"] == 0)
+    printed = capsys.readouterr().out
+    assert "| engine | level | KV heads kept | length | batch |" in printed and "| graph | 4 | 4 (50%) | 20 | 1 |" in printed
+    found, _ = read_measurements(str(out / "bench.json"))
+    assert {m.kept for m in found} == {8, 7, 4}
+
+    adapter.merge_and_unload().save_pretrained(tmp_path / "hybrid")
+    rows = bench(str(tmp_path / "hybrid"), lengths=[20], new_tokens=4, output=str(out))
+    assert [(row["level"], row["kept"], "error" in row) for row in rows] == [(0, 8, False), (3, 5, False)]
+
+
+def test_levels_of_a_plan_of_heads_that_nobody_names(adapter_model, checkpoint, tmp_path):
+    adapter = adapter_model(AutoModelForCausalLM.from_pretrained(checkpoint), conversion_order=ORDER[:5], conversion_unit="head", level=3)
+    adapter.save_pretrained(tmp_path / "adapter")
+    found = networks(checkpoint, str(tmp_path / "adapter"), None, "auto", torch.device("cpu"))
+    assert [(level, kept) for _, level, kept in found] == [(0, 8), (4, 4), (5, 3)], "half of the heads, and all that the plan holds"
+    with pytest.raises(ValueError, match=r"kept:10%, 7 of 8 heads, is above the plan"):
+        list(networks(checkpoint, str(tmp_path / "adapter"), ["kept:10%"], "auto", torch.device("cpu")))
 
 
 def plotted(folder, lengths, batches):
@@ -238,6 +337,19 @@ def test_a_plot_has_no_panel_of_one_point_and_plain_ticks(lengths, batches, titl
         assert ticks == [f"{value:,}" for value in (lengths if len(lengths) > 1 else batches)]
     else:
         assert "no plot: it needs two lengths or two batch sizes" in capsys.readouterr().out
+
+
+def test_lines_of_heads_are_named_by_those_kept(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: drawn.append(figure))
+    results = Results(tmp_path, 1e9)
+    for length in (512, 4096):
+        row = {"engine": "graph", "level": 81, "kept": 9, "length": length, "batch_size": 1}
+        results.rows.append(row | {"seconds_per_token": 0.1, "predicted_seconds_per_token": 0.05})
+    results.plot()
+    assert [label.get_text() for label in drawn[0].axes[0].get_legend().get_texts()] == ["graph, 9 (10%) KV heads kept"]
 
 
 def test_rows_without_a_file_of_matplotlib(tmp_path, monkeypatch, capsys):

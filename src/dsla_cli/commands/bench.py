@@ -10,6 +10,7 @@ from .. import preflight
 from ..options import LEVEL, add_checkpoint, add_command, listed, numbers, positive
 
 GOES_ON = False
+LEVELS = f"beside level 0; each: {LEVEL} (default: 50%%,100%%; of a plan of heads kept:50%%,25%%,10%%,3%%,0)"
 SHAPES = ("llama2-7b", "llama3-8b", "qwen3-1.7b")
 
 
@@ -28,7 +29,7 @@ def add_to(commands: Any, name: str) -> None:
     )
     add_checkpoint(parser, "original model, a hybrid, or the name of a shape", adapter_required=False)
     cases = parser.add_argument_group("measurement")
-    cases.add_argument("--levels", type=listed, metavar="L,L", help=f"beside level 0; each: {LEVEL} (default: 50%%,100%%)")
+    cases.add_argument("--levels", type=listed, metavar="L,L", help=LEVELS)
     cases.add_argument("--lengths", type=numbers, metavar="N,N", help="tokens of the prompt (default: 2048; 128 on a CPU)")
     cases.add_argument("--batches", type=numbers, metavar="N,N", help="rows (default: 1)")
     cases.add_argument(

@@ -62,6 +62,10 @@ class MixedProjection(nn.Module):
         plain.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
         return plain
 
+    def linears_read(self) -> list[Any]:
+        """Linear layers whose weights are as many as a forward reads where nothing is trained: the composed matrix has the base's size."""
+        return [self.base] if self._readable() else self.sources()
+
     def sources(self) -> list[Any]:
         """The linear layers that are mixed."""
         raise NotImplementedError

@@ -5,16 +5,18 @@
 
     weights             every weight that a forward multiplies with, once: decoder layers as they run at this level, final norm and
                         output matrix; of the embedding only rows are read, which are not counted
-    keys and values     of each softmax layer: rows × tokens × bytes per token
-    states              of each DSLA layer and row, with Z = 8 Hkv K V bytes of both fp32 states and e bytes per token of k and v:
+    keys and values     of each KV head that is softmax attention: rows × tokens × bytes per token
+    states              of each row and the Hkv heads of a layer that are DSLA, with Z = 8 Hkv K V bytes of both fp32 states and e bytes
+                        per token of their k and v:
                         with a window  Z (1 + 4 / W) + e (W + S + 1): states and window are read; a block goes into the states
                                        every W / 2 tokens
                         without        2 Z: read and written
     operations          of a prompt of T tokens a row: 2 T per weight of the decoder layers, 2 per weight of the output matrix (one
-                        logit); and of each layer's attention
+                        logit); and of each layer's attention, by Hq query heads that read heads of this kind
                         softmax        2 Hq (K + V) T² / 2
                         DSLA           T (Hq (n P + 4 K V) + 8 Hkv K V), P = 2 (W + 64) K, n = 2 with a window and 3 without
 
+A layer converted in part costs what its kept heads and its converted heads do, and its projections once.
 Launches, norms, activations and everything else that a GPU also does cost nothing here: predictions are floors, not estimates.
 """
 
@@ -22,15 +24,18 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...core.attention import DualStateAttention
+from ...models.architectures import kv_heads_of
 from ...models.decoder import decoder_layers, decoder_of
+from ...models.mixed_projections import MixedProjection
+from ...models.sizes import core_bytes
 from ..graph import dsla_attention_of
 
 CHUNK = 64  # tokens that the states take in at a time
@@ -43,34 +48,37 @@ class Costs:
     weight_bytes: int
     layer_weights: int  # elements
     head_weights: int
-    softmax_layers: int
-    bytes_per_token: int  # of k and v in one softmax layer, per row
-    query_heads: int
+    kept_heads: int  # KV heads of all layers that are softmax attention
+    queries: int  # query heads of each KV head
     key_dim: int
-    cores: tuple[DualStateAttention, ...]  # of the DSLA layers
+    itemsize: int  # bytes of a number in k and v
+    cores: tuple[DualStateAttention, ...]  # of the layers with DSLA, each of its converted heads
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of k and v of one KV head, per row."""
+        return 2 * self.key_dim * self.itemsize
 
     def cache_bytes(self, rows: int, tokens: int) -> int:
         """Bytes of a cache that holds `tokens` tokens a row."""
-        return rows * (self.softmax_layers * tokens * self.bytes_per_token + sum(self._state_bytes(core) for core in self.cores))
+        states = sum(core_bytes(core, core.num_kv_heads, self.itemsize)["dsla_bytes"] for core in self.cores)
+        return rows * (self.kept_heads * tokens * self.bytes_per_token + states)
 
     def token_bytes(self, rows: int, tokens: int) -> float:
         """Bytes that one step moves for rows that have `tokens` tokens behind them."""
-        kv = self.softmax_layers * (tokens + 1) * self.bytes_per_token
+        kv = self.kept_heads * (tokens + 1) * self.bytes_per_token
         return self.weight_bytes + rows * (kv + sum(self._step_bytes(core) for core in self.cores))
 
     def prompt_operations(self, rows: int, tokens: int) -> float:
         """Operations that reading prompts of `tokens` tokens takes."""
-        softmax = 2 * self.query_heads * 2 * self.key_dim * tokens**2 / 2
+        softmax = 2 * self.kept_heads * self.queries * 2 * self.key_dim * tokens**2 / 2
         dsla = sum(tokens * self._token_operations(core) for core in self.cores)
-        return rows * (2 * tokens * self.layer_weights + 2 * self.head_weights + self.softmax_layers * softmax + dsla)
-
-    def _state_bytes(self, core: DualStateAttention) -> int:
-        return _both_states(core) + (core.window_size + core.sink_tokens) * self.bytes_per_token + 8  # and a counter
+        return rows * (2 * tokens * self.layer_weights + 2 * self.head_weights + softmax + dsla)
 
     def _step_bytes(self, core: DualStateAttention) -> float:
         if not core.window_size:
             return 2 * _both_states(core)
-        window = (core.window_size + core.sink_tokens + 1) * self.bytes_per_token
+        window = (core.window_size + core.sink_tokens + 1) * core.num_kv_heads * self.bytes_per_token
         return _both_states(core) * (1 + 4 / core.window_size) + window
 
     @staticmethod
@@ -81,39 +89,53 @@ class Costs:
         return core.num_heads * (products * met + 4 * state) + 8 * core.num_kv_heads * state
 
 
+@torch.no_grad()  # as steps run: a layer converted in part reads other weights in training
 def costs_of(model: Any) -> Costs:
     """The costs of a causal LM, an adapter or a hybrid at the level it has now."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config.get_text_config(decoder=True)
-    weights: dict[int, nn.Parameter] = {}
-    cores = []
+    kv_heads = kv_heads_of(config)
+    weights: dict[int, Tensor] = {}
+    cores, kept = [], 0
     layers: Any = decoder_layers(base)
     for layer in layers:
         attention = layer.self_attn
         runs = dsla_attention_of(layer)
-        if runs is not None:
-            cores.append(runs.dsla)
+        if runs is None:
+            kept += kv_heads
+            read = getattr(attention, "base_layer", attention).parameters()
         else:
-            runs = getattr(attention, "base_layer", attention)
+            kept += 0 if runs.split is None else len(runs.split.kept)
+            cores.append(runs.converted_core())
+            read = _weights_read(runs, cores[-1])
         others = {id(p) for p in attention.parameters()}
         weights |= {id(p): p for p in layer.parameters() if id(p) not in others}
-        weights |= {id(p): p for p in runs.parameters()}
+        weights |= {id(p): p for p in read}
     in_layers = sum(p.numel() for p in weights.values())
     head = base.get_output_embeddings().weight
     norm = getattr(decoder_of(base), "norm", nn.Identity())
     weights |= {id(p): p for p in (head, *norm.parameters())}
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    key_dim = layers[0].self_attn.head_dim
     return Costs(
         weight_bytes=sum(map(stored_bytes, weights.values())),
         layer_weights=in_layers,
         head_weights=head.numel(),
-        softmax_layers=len(layers) - len(cores),
-        bytes_per_token=2 * kv_heads * key_dim * base.dtype.itemsize,
-        query_heads=config.num_attention_heads,
-        key_dim=key_dim,
+        kept_heads=kept,
+        queries=config.num_attention_heads // kv_heads,
+        key_dim=layers[0].self_attn.head_dim,
+        itemsize=base.dtype.itemsize,
         cores=tuple(cores),
     )
+
+
+def _weights_read(attention: Any, core: DualStateAttention) -> Iterator[Tensor]:
+    """The weights that a DSLA attention reads, whose converted heads are `core`."""
+    yield from core.parameters()
+    for name, module in attention.named_children():
+        if isinstance(module, MixedProjection):
+            yield from (p for linear in module.linears_read() for p in linear.parameters())
+        elif name != "dsla":  # there it has what is DSLA's own, of kept heads too
+            yield from module.parameters()
+    yield from attention.parameters(recurse=False)
 
 
 def stored_bytes(weight: torch.Tensor) -> int:

@@ -28,7 +28,7 @@ ENGINES = ("eager", "compiled", "graph")
 WARM_UP = 5  # tokens of the run that is not counted: compiled and captured steps need three
 TRIED = 3  # tokens that a batch has to get through to count as one that fits
 MOST_ROWS = 4096
-# Prompt tokens of all rows together above which a model without softmax layers reads SHORT_PROMPT a row: its state has the same size.
+# Prompt tokens of all rows together above which a model without softmax attention reads SHORT_PROMPT a row: its state has the same size.
 MOST_PROMPT_TOKENS, SHORT_PROMPT = 2**20, 512
 
 
@@ -106,7 +106,7 @@ class Runner:
     def measure(self, case: Case) -> dict[str, Any]:
         """Numbers of one case, by name. `prompt_tokens` says how much of the prompt was read; if not all of it, prefill is None."""
         costs = costs_of(self.model)
-        short = costs.softmax_layers == 0 and case.rows * case.length > MOST_PROMPT_TOKENS
+        short = costs.kept_heads == 0 and case.rows * case.length > MOST_PROMPT_TOKENS
         prompt = min(case.length, SHORT_PROMPT) if short else case.length
         start = time.perf_counter()
         # Two pieces of the prompt go through all that the others do.
@@ -192,7 +192,9 @@ def bench(
     Args:
         model: a checkpoint, a hybrid, or a name in `models.PRESETS`. adapter: of that checkpoint; without one the DSLA layers get fresh
             weights, as speed does not depend on their values.
-        levels: as in `dsla generate`; level 0, the unconverted model, is always measured. Of a hybrid, whose softmax weights are
+        levels: as in `dsla generate`; level 0, the unconverted model, is always measured. None: half of the layers and all; of a plan of
+            heads those that keep a half, a quarter, a tenth, three hundredths and none of the KV heads, as far as the plan goes. Rows
+            of a plan of heads have `kept`, how many KV heads the level keeps. Of a hybrid, whose softmax weights are
             gone, it is a model of the same shape with random weights.
         lengths, batches: tokens and rows of prompts. engines: of `ENGINES`.
         prefill_tokens: of all rows, in one forward at most. largest_batch: search it, instead of `batches`.
@@ -214,7 +216,7 @@ def bench(
     bandwidth, rates = copy_bandwidth(where), dict[torch.dtype, float]()
     name = Path(model).name
     results = Results(Path(output), bandwidth)
-    for network, level in networks(model, adapter, levels, dtype, where):
+    for network, level, kept in networks(model, adapter, levels, dtype, where):
         if (rate := rates.get(network.dtype)) is None:
             rate = rates[network.dtype] = matmul_rate(where, network.dtype)
         runner = Runner(network)
@@ -223,6 +225,8 @@ def bench(
                 for rows in [0] if largest_batch else batches:
                     case = Case(engine, length, rows, new_tokens, prefill_tokens)
                     row: dict[str, Any] = {"arm": f"{name}, {engine}", "engine": engine, "level": level, "length": length}
+                    if kept is not None:
+                        row["kept"] = kept
                     if largest_batch:
                         row["largest_batch"] = True
                     numbers = measure_largest(runner, case) if largest_batch else measured(runner, case, raises)

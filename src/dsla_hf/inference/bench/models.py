@@ -11,6 +11,8 @@ import torch
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ...levels.table import measured_kept
+from ...models.architectures import kv_heads_of
 from ...models.configuration import DSLAConfig, resolve_level
 from ...models.loading import load_adapter, load_config, load_model, read_adapter_config
 
@@ -52,27 +54,35 @@ LONGEST = 262144  # tokens that presets take
 NOT_SHAPE = ("model_type", "architectures", "auto_map", "dsla_config", "dtype", "transformers_version")
 
 
-def networks(model: str, adapter: str | None, levels: list[str] | None, dtype: str, where: torch.device) -> Iterator[tuple[Any, int]]:
-    """The models to measure with their levels, one at a time: the unconverted one, then the others."""
+def networks(
+    model: str, adapter: str | None, levels: list[str] | None, dtype: str, where: torch.device
+) -> Iterator[tuple[Any, int, int | None]]:
+    """The models to measure with their levels, one at a time: the unconverted one, then the others. Third how many KV heads the level
+    keeps, None where levels count layers."""
     preset = model in PRESETS and not Path(model).exists()
     config = preset_config(model) if preset else load_config(model)
     if not preset and config.model_type == "dsla":
         if adapter is not None or levels:
             raise ValueError(f"{model} is a hybrid of one level: leave adapter and levels out")
         base = AutoConfig.for_model(config.base_model_type, **{k: v for k, v in config.to_dict().items() if k not in NOT_SHAPE})
-        yield ready(random_model(base, config.dtype or torch.float32, where), where), 0
+        units = _heads(config.get_dsla_config(), base)
+        yield ready(random_model(base, config.dtype or torch.float32, where), where), 0, units
         hybrid = ready(load_model(model, dtype), where)
-        yield hybrid, hybrid.get_level()
+        yield hybrid, hybrid.get_level(), None if units is None else units - hybrid.get_level()
         return
     plan = DSLAConfig(task_type="CAUSAL_LM") if adapter is None else read_adapter_config(adapter)
-    wanted = sorted({resolve_level(level, plan, config.num_hidden_layers) for level in levels or ["50%", "100%"]} - {0})
+    units = _heads(plan, config)
+    if units is not None and not levels:
+        wanted = measured_kept(units, units if plan.conversion_order is None else len(plan.conversion_order))[1:]
+    else:
+        wanted = sorted({resolve_level(level, plan, config.num_hidden_layers) for level in levels or ["50%", "100%"]} - {0})
     if preset:
         kinds = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
         network = random_model(config, kinds[dtype], where)
     else:
         network = load_model(model, dtype)
     network = ready(network, where)
-    yield network, 0
+    yield network, 0, units
     if not wanted:
         return
     if adapter is None:
@@ -86,7 +96,12 @@ def networks(model: str, adapter: str | None, levels: list[str] | None, dtype: s
     network = ready(network, where)
     for level in wanted:
         network.set_level(level)
-        yield network, level
+        yield network, level, None if units is None else units - level
+
+
+def _heads(plan: DSLAConfig, config: Any) -> int | None:
+    """The KV heads of all layers of a base with this config where levels of the plan count them, else None."""
+    return config.num_hidden_layers * kv_heads_of(config) if plan.conversion_unit == "head" else None
 
 
 def preset_config(name: str) -> Any:

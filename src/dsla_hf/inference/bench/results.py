@@ -8,6 +8,7 @@ from typing import Any
 from ...core.plots import figure, mark_measured, mark_plain, save
 from ...core.results import write_results
 from ...core.tables import markdown_table
+from ...levels.table import COLUMNS, kept_text
 
 NUMBERS = {  # columns of the table: field, heading, scale
     "prefill_seconds": ("prefill s", 1.0),
@@ -47,10 +48,14 @@ class Results:
     def table(self) -> str:
         """The rows as a Markdown table."""
         used = {field: shown for field, shown in NUMBERS.items() if any(row.get(field) is not None for row in self.rows)}
-        headings = ["engine", "level", "length", "batch", *(heading for heading, _ in used.values()), ""]
+        by_heads = any("kept" in row for row in self.rows)
+        heads = [COLUMNS["kept"][0]] if by_heads else []
+        headings = ["engine", "level", *heads, "length", "batch", *(heading for heading, _ in used.values()), ""]
         lines = []
         for row in self.rows:
             cells = [str(row[field]) for field in ("engine", "level", "length", "batch_size")]
+            if by_heads:
+                cells.insert(2, kept_text(row["kept"], row["level"] + row["kept"]))
             for field, (_, scale) in used.items():
                 value = row.get(field)
                 cells.append("" if value is None else f"{value * scale:.4g}")
@@ -75,7 +80,7 @@ class Results:
             print(f"no plot: {error}")
             return
         for axis, (along, other, fixed, places) in zip(axes, panels, strict=True):
-            for engine, level in dict.fromkeys((row["engine"], row["level"]) for row in rows):
+            for engine, level, kept in dict.fromkeys((row["engine"], row["level"], row.get("kept")) for row in rows):
                 line = sorted(
                     (row[along], row["seconds_per_token"] * 1e3, row["predicted_seconds_per_token"] * 1e3)
                     for row in rows
@@ -83,7 +88,7 @@ class Results:
                 )
                 if line:
                     x, found, floor = zip(*line, strict=True)
-                    (line_drawn,) = axis.plot(x, found, marker="o", label=f"{engine}, level {level}")
+                    (line_drawn,) = axis.plot(x, found, marker="o", label=f"{engine}, {_said(level, kept)}")
                     axis.plot(x, floor, linestyle=":", color=line_drawn.get_color())
             axis.set(
                 xscale="log", yscale="log", xlabel=along.replace("_", " "), ylabel="ms a token", title=f"{other.replace('_', ' ')} {fixed}"
@@ -92,3 +97,8 @@ class Results:
             mark_plain(axis.yaxis)
         axes[0].legend(fontsize="small", title="dotted: floor")
         save(drawn, self.folder / "bench.png", dpi=150)
+
+
+def _said(level: int, kept: int | None) -> str:
+    """A level in words, by the KV heads that it keeps where they are known."""
+    return f"level {level}" if kept is None else f"{kept_text(kept, level + kept)} KV heads kept"
