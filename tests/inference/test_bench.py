@@ -270,11 +270,14 @@ def test_costs_do_not_depend_on_how_weights_of_a_split_layer_are_held(tiny_model
     composed = adapter_model(tiny_model("llama"), **options, trained_projections=["q_proj", "k_proj", "o_proj"])
     expected = costs_of(buffers)
     assert costs_of(composed).weight_bytes == expected.weight_bytes
+    attention = buffers.get_base_model().model.layers[2].self_attn
     with torch.no_grad():
+        runs = attention.running_attention()
         buffers(text(1, 5))
     assert costs_of(buffers).weight_bytes == expected.weight_bytes
+    with torch.no_grad():
+        assert attention.running_attention() is runs, "recorded steps read its weights where they are"
 
-    attention = buffers.get_base_model().model.layers[2].self_attn
     handle = attention.base_layer.q_proj.register_forward_hook(lambda *_: None)
     found = costs_of(buffers)
     handle.remove()
@@ -349,7 +352,7 @@ def test_lines_of_heads_are_named_by_those_kept(tmp_path, monkeypatch):
         row = {"engine": "graph", "level": 81, "kept": 9, "length": length, "batch_size": 1}
         results.rows.append(row | {"seconds_per_token": 0.1, "predicted_seconds_per_token": 0.05})
     results.plot()
-    assert [label.get_text() for label in drawn[0].axes[0].get_legend().get_texts()] == ["graph, 9 (10%) KV heads kept"]
+    assert [label.get_text() for label in drawn[0].axes[0].get_legend().get_texts()] == ["graph, KV heads kept: 9 (10%)"]
 
 
 def test_rows_without_a_file_of_matplotlib(tmp_path, monkeypatch, capsys):

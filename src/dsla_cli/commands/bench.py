@@ -10,7 +10,7 @@ from .. import preflight
 from ..options import LEVEL, add_checkpoint, add_command, listed, numbers, positive
 
 GOES_ON = False
-LEVELS = f"beside level 0; each: {LEVEL} (default: 50%%,100%%; of a plan of heads kept:50%%,25%%,10%%,3%%,0)"
+LEVELS = f"beside level 0; each: {LEVEL} (default: 50%%,100%%; of a plan of heads kept:50%%,kept:25%%,kept:10%%,kept:3%%,kept:0)"
 SHAPES = ("llama2-7b", "llama3-8b", "qwen3-1.7b")
 
 

@@ -89,7 +89,7 @@ class Costs:
         return core.num_heads * (products * met + 4 * state) + 8 * core.num_kv_heads * state
 
 
-@torch.no_grad()  # as steps run: a layer converted in part reads other weights in training
+@torch.no_grad()  # as steps run: where gradients are asked for, a layer converted in part gives up the buffers that they read
 def costs_of(model: Any) -> Costs:
     """The costs of a causal LM, an adapter or a hybrid at the level it has now."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model

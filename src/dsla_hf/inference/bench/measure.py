@@ -192,10 +192,10 @@ def bench(
     Args:
         model: a checkpoint, a hybrid, or a name in `models.PRESETS`. adapter: of that checkpoint; without one the DSLA layers get fresh
             weights, as speed does not depend on their values.
-        levels: as in `dsla generate`; level 0, the unconverted model, is always measured. None: half of the layers and all; of a plan of
-            heads those that keep a half, a quarter, a tenth, three hundredths and none of the KV heads, as far as the plan goes. Rows
-            of a plan of heads have `kept`, how many KV heads the level keeps. Of a hybrid, whose softmax weights are
-            gone, it is a model of the same shape with random weights.
+        levels: as in `dsla generate`; level 0, the unconverted model, is always measured. Of a hybrid, whose softmax weights are
+            gone, it is a model of the same shape with random weights. None: half of the layers and all; of a plan of heads those that keep
+            a half, a quarter, a tenth, three hundredths and none of the KV heads, as far as the plan goes. Where levels count heads, rows
+            have `kept`, how many KV heads the level keeps.
         lengths, batches: tokens and rows of prompts. engines: of `ENGINES`.
         prefill_tokens: of all rows, in one forward at most. largest_batch: search it, instead of `batches`.
         raises: measure also how long a raise from level 0 stalls a text (`raise_seconds`).

@@ -12,7 +12,6 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ...levels.table import measured_kept
-from ...models.architectures import kv_heads_of
 from ...models.configuration import DSLAConfig, resolve_level
 from ...models.loading import load_adapter, load_config, load_model, read_adapter_config
 
@@ -65,13 +64,13 @@ def networks(
         if adapter is not None or levels:
             raise ValueError(f"{model} is a hybrid of one level: leave adapter and levels out")
         base = AutoConfig.for_model(config.base_model_type, **{k: v for k, v in config.to_dict().items() if k not in NOT_SHAPE})
-        units = _heads(config.get_dsla_config(), base)
+        units = _all_heads(config.get_dsla_config(), base)
         yield ready(random_model(base, config.dtype or torch.float32, where), where), 0, units
         hybrid = ready(load_model(model, dtype), where)
         yield hybrid, hybrid.get_level(), None if units is None else units - hybrid.get_level()
         return
     plan = DSLAConfig(task_type="CAUSAL_LM") if adapter is None else read_adapter_config(adapter)
-    units = _heads(plan, config)
+    units = _all_heads(plan, config)
     if units is not None and not levels:
         wanted = measured_kept(units, units if plan.conversion_order is None else len(plan.conversion_order))[1:]
     else:
@@ -99,9 +98,9 @@ def networks(
         yield network, level, None if units is None else units - level
 
 
-def _heads(plan: DSLAConfig, config: Any) -> int | None:
-    """The KV heads of all layers of a base with this config where levels of the plan count them, else None."""
-    return config.num_hidden_layers * kv_heads_of(config) if plan.conversion_unit == "head" else None
+def _all_heads(plan: DSLAConfig, config: Any) -> int | None:
+    """How many KV heads a base with this config has where levels of the plan count them, else None."""
+    return config.num_hidden_layers * plan.kv_heads if plan.conversion_unit == "head" else None
 
 
 def preset_config(name: str) -> Any:

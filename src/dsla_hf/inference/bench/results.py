@@ -101,4 +101,4 @@ class Results:
 
 def _said(level: int, kept: int | None) -> str:
     """A level in words, by the KV heads that it keeps where they are known."""
-    return f"level {level}" if kept is None else f"{kept_text(kept, level + kept)} KV heads kept"
+    return f"level {level}" if kept is None else f"{COLUMNS['kept'][0]}: {kept_text(kept, level + kept)}"
