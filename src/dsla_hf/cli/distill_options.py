@@ -138,6 +138,10 @@ class DistillOptions:
     window_size: int | None = field(
         default=None, metadata={"help": "Tokens of the softmax window; 0: none (the paper's layer). Default: 128, or that of --adapter."}
     )
+    states: bool | None = field(
+        default=None,
+        metadata={"help": "Whether converted heads have states; False: a window alone. Default: they have, or as those of --adapter."},
+    )
     dtype: Literal["bfloat16", "float16", "float32"] = field(
         default="bfloat16", metadata={"help": "Dtype of the frozen base; trained weights are fp32."}
     )
