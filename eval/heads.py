@@ -32,7 +32,7 @@ from measures import held_out_blocks
 from peft import get_peft_model
 from reporting import RESULTS, made_once, write_results
 
-from dsla_hf import DSLAConfig, set_level
+from dsla_hf import DSLAConfig, DualStateAttention, set_level
 from dsla_hf.core.files import write_json, write_whole
 from dsla_hf.core.plots import figure, mark_plain, save
 from dsla_hf.core.progress import bar, say
@@ -41,9 +41,10 @@ from dsla_hf.core.tables import markdown_table
 from dsla_hf.evaluation.long_context import BATCH_TOKENS, Task, answers_right, prepare
 from dsla_hf.inference.batching import halve_until_it_fits
 from dsla_hf.levels.table import CACHE_LENGTHS
-from dsla_hf.models.adapter import active_config, dsla_layers
+from dsla_hf.models.adapter import active_config
+from dsla_hf.models.architectures import head_dim_of
 from dsla_hf.models.loading import device, load_adapter, load_config, load_model, load_tokenizer
-from dsla_hf.models.sizes import text_bytes, unit_sizes
+from dsla_hf.models.sizes import core_bytes, text_bytes
 from dsla_hf.training.arguments import DSLATrainingArguments
 from dsla_hf.training.planting import with_planted
 from dsla_hf.training.probes import make_probes
@@ -53,9 +54,9 @@ from dsla_hf.training.text import PackedTokens, read_texts
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE, PLOT = DOCS / "measured" / "heads.md", DOCS / "images" / "heads-quality.png"
 KEPT = (45, 22, 9, 6, 3, 0)
+WINDOW, TINY_WINDOW = 384, 32  # tokens, of arms with states; those without have what the states take in tokens more
 PLANTED = 1 / 3  # of the training rows
 LEARNING_RATE, GATE_FACTOR = 1e-3, 10.0
-SHUT = -30.0  # of `state_bias`: a share of the states of e^-30
 Z = 1.96  # of intervals of 95 %
 TRAINING, ORDER = "training.json", "order.json"  # beside an adapter
 HOW_TRAINED = ("align_steps", "steps", "tokens_per_step", "lengths", "planted", "learning_rate", "gate_factor", "seed")
@@ -63,18 +64,17 @@ HOW_TRAINED = ("align_steps", "steps", "tokens_per_step", "lengths", "planted", 
 
 @dataclass(frozen=True)
 class Arm:
-    """unit: what its levels count. window: tokens, the default of `DSLAConfig` when None. states: False where they are shut."""
+    """unit: what its levels count. states: whether converted heads have them, or a window alone that takes as many bytes."""
 
     unit: str
-    window: int | None = None
     states: bool = True
 
 
 ARMS = {
     "heads": Arm("head"),
-    "heads-window": Arm("head", 256, False),
+    "heads-window": Arm("head", False),
     "layers": Arm("layer"),
-    "layers-window": Arm("layer", 256, False),
+    "layers-window": Arm("layer", False),
 }
 
 
@@ -183,30 +183,31 @@ def read_order(file: Path, unit: str, layers: int, kv_heads: int) -> list[Any]:
     return sorted(place, key=place.__getitem__)
 
 
-def shut_states(model: Any) -> None:
-    """The control without states: the state branch of all layers shut, and everything that belongs to it frozen."""
-    for layer in dsla_layers(model).values():
-        core: Any = layer.dsla_core["default"]
-        core.state_bias.data.fill_(SHUT)
-        core.requires_grad_(False)
+def window_of(arm: Arm, window: int, base_config: Any, itemsize: int) -> int:
+    """The window of an arm, so that all take the same bytes: `window` tokens with states, and without them what these take in tokens more.
+    itemsize: bytes of a number in keys and values."""
+    if arm.states:
+        return window
+    head_dim = head_dim_of(base_config)
+    sizes = [core_bytes(DualStateAttention(1, 1, head_dim, states=states), 1, itemsize) for states in (True, False)]
+    more = (sizes[0]["dsla_bytes"] - sizes[1]["dsla_bytes"]) // sizes[0]["softmax_bytes_per_token"]
+    return window + more // 2 * 2
 
 
 def train(options: argparse.Namespace, sizes: Sizes) -> None:
     """Distil one arm into `options.out`: adapter, order of units, and how it was trained."""
     arm, text = ARMS[options.arm], read_text(options, sizes)
     base_config, tokenizer = load_config(options.model), load_tokenizer(options.model)
-    window = options.window or arm.window
-    given: dict[str, Any] = {} if window is None else {"window_size": window}
+    on_gpu = device() == "cuda"
+    window = options.window or (TINY_WINDOW if options.tiny else WINDOW)
+    given: dict[str, Any] = {"window_size": window_of(arm, window, base_config, 2 if on_gpu else 4), "states": arm.states}
     if options.order is not None:
         layers, heads = base_config.num_hidden_layers, base_config.num_key_value_heads
         given |= {"conversion_order": read_order(options.order, arm.unit, layers, heads), "level": 0}
     torch.manual_seed(options.seed)
     torch.set_float32_matmul_precision("high")
-    on_gpu = device() == "cuda"
     base = load_model(options.model, "bfloat16" if on_gpu else "float32").to(device())
     model = get_peft_model(base, DSLAConfig(conversion_unit=arm.unit, task_type="CAUSAL_LM", **given))
-    if not arm.states:
-        shut_states(model)
     args = DSLATrainingArguments(
         output_dir=str(options.out),
         per_device_train_batch_size=options.batch,
@@ -243,6 +244,7 @@ def train(options: argparse.Namespace, sizes: Sizes) -> None:
     how = {
         "arm": options.arm,
         "window": config.window_size,
+        "states": config.states,
         "align_steps": options.align_steps,
         "steps": options.steps,
         "tokens_per_step": options.batch * max(sizes.lengths),
@@ -284,13 +286,10 @@ def plan_of_levels(kept: Sequence[int], unit: str, layers: int, kv_heads: int) -
     return {number // kv_heads * kv_heads: layers - number // kv_heads for number in kept}
 
 
-def cache_bytes(model: Any, level: int, states: bool) -> dict[str, int]:
-    """What the cache of one text takes, by its tokens; of an arm whose states are shut, without them."""
+def cache_bytes(model: Any, level: int) -> dict[str, int]:
+    """What the cache of one text takes, by its tokens."""
     base, config = model.get_base_model(), active_config(model)
-    sizes = unit_sizes(base, config)
-    held = (config.window_size + config.sink_tokens) * sizes["softmax_bytes_per_token"] + 8
-    saved = 0 if states else level * (sizes["dsla_bytes"] - held)
-    return {f"bytes_{tokens // 1024}k": text_bytes(base, config, tokens, level) - saved for tokens in CACHE_LENGTHS}
+    return {f"bytes_{tokens // 1024}k": text_bytes(base, config, tokens, level) for tokens in CACHE_LENGTHS}
 
 
 def make_tasks(tokenizer: Any, data: Path, text: dict[str, Any], sizes: Sizes, probes: int, seed: int) -> dict[str, Task]:
@@ -363,7 +362,7 @@ def measure(options: argparse.Namespace, sizes: Sizes) -> None:
         start = time.perf_counter()
         row = {"arm": options.arm, "kept": kept, "of": layers * config.kv_heads, "level": level, "window": config.window_size}
         row["device"] = origin()["device"]
-        row |= {**measured(model, tasks), **cache_bytes(model, level, arm.states)}
+        row |= {**measured(model, tasks), **cache_bytes(model, level)}
         rows.append(row)
         write_results(options.out.stem, rows, command_of(options), folder=options.out.parent, **about)
         codes = " ".join(f"{row[f'code_{length}']:.3f}" for length in sizes.code_lengths)
@@ -466,8 +465,8 @@ def page_text(joined: dict[str, Any], plot: str) -> str:
 Made by `python eval/heads.py`, whose result is `eval/results/heads.json`: {joined["device"]}, torch {joined["versions"]["torch"]},
 transformers {joined["versions"]["transformers"]}. What levels in heads are: [levels](../levels.md#heads).
 
-Arms: `heads` and `layers` convert KV heads and whole layers; `-window` are their controls, whose states are shut and frozen, so that a
-window is all that a converted head sees. How they were trained:
+Arms: `heads` and `layers` convert KV heads and whole layers, which then have two states beside their window; `-window` are their controls
+without states, whose windows are longer by what states take, so that a converted head has the same bytes. How they were trained:
 
 {how_trained(joined["training"])}
 
@@ -483,8 +482,7 @@ Codes of the same prompts that the teacher alone found / that the level alone fo
 
 {pairs_table(rows)}
 
-Cache of one text in MB (10^6 bytes). Of the `-window` arms it is what a window alone needs, without the states, which the library
-still allocates for them:
+Cache of one text in MB (10^6 bytes):
 
 {bytes_table(rows)}
 """
@@ -557,7 +555,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     training.add_argument("--align-steps", type=int, default=360)
     training.add_argument("--steps", type=int, default=700, help="of KL at random levels")
     training.add_argument("--batch", type=int, default=2, help="rows of the longest length in a step")
-    training.add_argument("--window", type=int, help="default: the arm's")
+    training.add_argument("--window", type=int, help=f"tokens, of arms with states (default: {WINDOW})")
     training.add_argument("--order", type=Path, help="JSON list of all [layer, head], least harmful first, in place of a ranking")
     measuring = parts.add_parser("measure", parents=[common], help="measure the levels of an arm")
     measuring.add_argument("--arm", choices=list(ARMS), required=True)

@@ -100,18 +100,24 @@ def test_tokens_behind_a_ring(parts, dtype, options, monkeypatch):
     """Rows of other lengths, one of them padded now and then, some heads out of all of a layer, into some heads of a larger output."""
     if parts is not None:
         monkeypatch.setattr(decode_launch, "tuned", decode_launch.Launch(4, 16, 32, parts=parts))
-    heads, key, value, size, sinks, tokens = 4, 16, 24, 32, 3, 40
+    heads, key, value, size, sinks, tokens, before = 4, 16, 24, 32, 3, 44, 30
     q, k, v = (random(3, tokens, h, d, dtype=dtype) for h, d in ((heads, key), (4, key), (4, value)))
     used = torch.tensor([3, 1], dtype=torch.int32, device=DEVICE)
     held = torch.tensor([0, 2], dtype=torch.int32, device=DEVICE)  # of three heads in the ring
     ring = [random(3, sinks + size, 3, d, dtype=dtype) for d in (key, value)]
-    untouched = [x[:, :, 1].clone() for x in ring]
-    lengths = torch.zeros(3, dtype=torch.int64, device=DEVICE)
     mask = torch.rand(3, tokens, generator=torch.Generator().manual_seed(0)).to(DEVICE) > 0.2
     mask[0] = True
+    mask[2, :before] = False  # begins here
+    lengths = mask[:, :before].sum(1)
+    for written, x in zip(ring, (k, v), strict=True):
+        for row in range(3):
+            read = x[row, :before][mask[row, :before]][:, used]
+            for place in (read[:sinks], 0), (read, sinks):
+                written[row, place[1] : place[1] + len(place[0]), held] = place[0]
+    untouched = [x[:, :, 1].clone() for x in ring]
     given = {"softcap": options.get("softcap"), "sink_logits": random(heads) if "sink_logits" in options else None, "scale": 0.4}
     found = torch.zeros(3, tokens, heads, value, device=DEVICE, dtype=dtype)
-    for t in range(tokens):
+    for t in range(before, tokens):
         token = slice(t, t + 1)
         whole = torch.full((3, 1, heads + 2, value), 9.0, device=DEVICE, dtype=dtype)
         decode.ring_decode(
@@ -126,7 +132,9 @@ def test_tokens_behind_a_ring(parts, dtype, options, monkeypatch):
         real = [x[row : row + 1, mask[row]].double() for x in (q, k[:, :, used], v[:, :, used])]
         given_row = {**given, "sink_logits": None if given["sink_logits"] is None else given["sink_logits"].double()}
         expected = reference.window_attention(*real, size, sinks=tuple(x[:, :sinks] for x in real[1:]), **given_row)
-        assert_close(found[row, mask[row]], expected[0], dtype)
+        new = mask[row].clone()
+        new[:before] = False
+        assert_close(found[row, new], expected[0, -int(new.sum()) :], dtype)
         assert not found[row, ~mask[row]].any()
 
 
