@@ -58,6 +58,7 @@ WINDOW, TINY_WINDOW = 384, 32  # tokens, of arms with states; those without have
 PLANTED = 1 / 3  # of the training rows
 LEARNING_RATE, GATE_FACTOR = 1e-3, 10.0
 Z = 1.96  # of intervals of 95 %
+MORE_AT_ONCE = 4  # times as many prompts as evaluations take, where they fit
 TRAINING, ORDER = "training.json", "order.json"  # beside an adapter
 HOW_TRAINED = ("align_steps", "steps", "tokens_per_step", "lengths", "planted", "learning_rate", "gate_factor", "seed")
 
@@ -322,7 +323,8 @@ def measured(model: Any, tasks: dict[str, Task]) -> dict[str, Any]:
 
 
 def codes_found(model: Any, task: Task) -> list[bool]:
-    at_once = max(1, BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"]) // task.length)
+    # Few tokens follow each prompt, so a step costs as much for many as for one.
+    at_once = max(1, MORE_AT_ONCE * BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"]) // task.length)
     return halve_until_it_fits(
         lambda size: answers_right(model, task.tokenizer, task.data, size), at_once, f"codes in {task.length} tokens"
     )
