@@ -50,6 +50,7 @@ from dsla_hf.training.planting import with_planted
 from dsla_hf.training.probes import make_probes
 from dsla_hf.training.recipe import distill
 from dsla_hf.training.text import PackedTokens, read_texts
+from dsla_hf.training.unit_ranking import PROBE_WEIGHT
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE, PLOT = DOCS / "measured" / "heads.md", DOCS / "images" / "heads-quality.png"
@@ -60,7 +61,8 @@ LEARNING_RATE, GATE_FACTOR = 1e-3, 10.0
 Z = 1.96  # of intervals of 95 %
 MORE_AT_ONCE = 4  # times as many prompts as evaluations take, where they fit
 TRAINING, ORDER = "training.json", "order.json"  # beside an adapter
-HOW_TRAINED = ("align_steps", "steps", "tokens_per_step", "lengths", "planted", "learning_rate", "gate_factor", "seed")
+HOW_TRAINED = ("align_steps", "steps", "tokens_per_step", "lengths", "planted", "answer_weight", "probe_weight", "level_draws")
+HOW_TRAINED += ("learning_rate", "gate_factor", "seed")
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,7 @@ def train(options: argparse.Namespace, sizes: Sizes) -> None:
         output_dir=str(options.out),
         per_device_train_batch_size=options.batch,
         sequence_lengths=list(sizes.lengths),
+        level_draws=options.level_draws,
         learning_rate=LEARNING_RATE,
         gate_learning_rate_factor=GATE_FACTOR,
         logging_steps=20,
@@ -234,10 +237,11 @@ def train(options: argparse.Namespace, sizes: Sizes) -> None:
     start = time.perf_counter()
     distill(
         model,
-        with_planted(PackedTokens(text["train"]), tokenizer, PLANTED, options.seed),
+        with_planted(PackedTokens(text["train"]), tokenizer, PLANTED, options.seed, options.answer_weight),
         args,
         alignment_steps=options.align_steps,
         logits_steps=options.steps,
+        probe_weight=options.probe_weight,
         **ranking,
     )
     config = active_config(model)
@@ -251,6 +255,9 @@ def train(options: argparse.Namespace, sizes: Sizes) -> None:
         "tokens_per_step": options.batch * max(sizes.lengths),
         "lengths": list(sizes.lengths),
         "planted": PLANTED,
+        "answer_weight": options.answer_weight,
+        "probe_weight": options.probe_weight,
+        "level_draws": options.level_draws,
         "learning_rate": LEARNING_RATE,
         "gate_factor": GATE_FACTOR,
         "seed": options.seed,
@@ -449,9 +456,11 @@ def how_trained(training: dict[str, dict[str, Any]]) -> str:
         how = json.loads(way)
         lengths = " and ".join(f"{length:,}" for length in how["lengths"])
         lines.append(
-            f"{', '.join(arms)}: {how['align_steps']:,} steps of alignment and {how['steps']:,} of KL at random levels, "
-            f"{how['tokens_per_step']:,} tokens each, in rows of {lengths} tokens in turn; facts planted in {how['planted']:.0%} of the "
-            f"rows; learning rate {how['learning_rate']:g}, of gates {how['gate_factor']:g} times that; seed {how['seed']}."
+            f"{', '.join(arms)}: {how['align_steps']:,} steps of alignment and {how['steps']:,} of KL at random levels (the highest of "
+            f"{how['level_draws']} drawn), {how['tokens_per_step']:,} tokens each, in rows of {lengths} tokens in turn; facts planted in "
+            f"{how['planted']:.0%} of the rows, whose answers count {how['answer_weight']:g} times; heads ranked with a weight of "
+            f"{how['probe_weight']:g} for answers; learning rate {how['learning_rate']:g}, of gates {how['gate_factor']:g} times that; "
+            f"seed {how['seed']}."
         )
     if len(ways) > 1:
         lines.append("These arms were not trained alike, so differences between them are not of their kind alone.")
@@ -558,6 +567,9 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     training.add_argument("--steps", type=int, default=700, help="of KL at random levels")
     training.add_argument("--batch", type=int, default=2, help="rows of the longest length in a step")
     training.add_argument("--window", type=int, help=f"tokens, of arms with states (default: {WINDOW})")
+    training.add_argument("--probe-weight", type=float, default=PROBE_WEIGHT, help="of answers, when heads are ranked")
+    training.add_argument("--answer-weight", type=float, default=1.0, help="of answers to what was planted, in the loss")
+    training.add_argument("--level-draws", type=int, default=1, help="levels drawn for a step of KL, of which the highest is trained")
     training.add_argument("--order", type=Path, help="JSON list of all [layer, head], least harmful first, in place of a ranking")
     measuring = parts.add_parser("measure", parents=[common], help="measure the levels of an arm")
     measuring.add_argument("--arm", choices=list(ARMS), required=True)

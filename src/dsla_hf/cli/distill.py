@@ -80,7 +80,7 @@ def _distill_job(options: DistillOptions, args: DSLATrainingArguments, output: P
         text = _read_text(options, tokenizer)
     check_teaches(text.train, config.window_size, config.sink_tokens)
     probes = _probes(options, tokenizer, text, base_config) if heads and text.ranking and metric != "random" else []
-    train = with_planted(text.train, tokenizer, options.probes_in_training, args.seed)
+    train = with_planted(text.train, tokenizer, options.probes_in_training, args.seed, options.answer_weight)
 
     set_seed(args.seed)
     if options.adapter is None:
@@ -119,6 +119,7 @@ def _distill_job(options: DistillOptions, args: DSLATrainingArguments, output: P
         ranking_metric=metric,
         ranking_data=text.ranking or None,
         ranking_probes=probes,
+        probe_weight=options.probe_weight,
         processing_class=tokenizer,
     )
     level = highest_trained(model, args, options.method)
