@@ -193,7 +193,8 @@ def test_costs_follow_the_level(tiny_model, window_size):
     embedding = base.get_input_embeddings().weight  # tied: it is the output matrix too
     assert plain.weight_bytes == sum(p.numel() * 4 for p in base.parameters())
     assert plain.head_weights == embedding.numel()
-    assert plain.token_bytes(2, 10) == plain.weight_bytes + 2 * 4 * 11 * plain.bytes_per_token
+    assert plain.kept_heads == 8
+    assert plain.token_bytes(2, 10) == plain.weight_bytes + 2 * 8 * 11 * plain.bytes_per_token
     model = get_peft_model(base, DSLAConfig(task_type="CAUSAL_LM", window_size=window_size))
     model.set_level(0)
     assert costs_of(model) == plain
@@ -207,11 +208,38 @@ def test_costs_follow_the_level(tiny_model, window_size):
         assert costs.cache_bytes(2, 30) == cache_bytes(cache)
         core = costs.cores[0]
         state = 2 * core.num_kv_heads * core.key_dim * core.value_dim * 4
-        read = 2 * state if window_size == 0 else state * 1.5 + (8 + 4 + 1) * costs.bytes_per_token
-        moved = costs.token_bytes(2, 30) - costs.weight_bytes - 2 * (4 - level) * 31 * costs.bytes_per_token
+        read = 2 * state if window_size == 0 else state * 1.5 + 2 * (8 + 4 + 1) * costs.bytes_per_token
+        moved = costs.token_bytes(2, 30) - costs.weight_bytes - 2 * 2 * (4 - level) * 31 * costs.bytes_per_token
         assert moved == pytest.approx(2 * level * read)
         assert costs.prompt_operations(2, 30) == 2 * costs.prompt_operations(1, 30)
     assert costs.prompt_operations(1, 10**6) < plain.prompt_operations(1, 10**6) / 10
+
+
+@pytest.mark.parametrize("states", [True, False])
+def test_costs_of_heads_lie_between_those_of_layers(tiny_model, adapter_model, states):
+    order = [[layer, head] for layer in (2, 0, 3, 1) for head in (1, 0)]
+    config = {"window_size": 8, "states": states}
+    heads = adapter_model(tiny_model("llama"), conversion_unit="head", conversion_order=order, level=0, **config)
+    layers = adapter_model(tiny_model("llama"), conversion_order=[2, 0, 3, 1], level=0, **config)
+    heads.eval().requires_grad_(False)
+    found = []
+    for level in range(9):
+        heads.set_level(level)
+        with torch.no_grad():
+            cache = heads(torch.randint(3, 97, (2, 30)), use_cache=True).past_key_values
+        found.append(costs_of(heads))
+        assert found[-1].cache_bytes(2, 30) == cache_bytes(cache) and found[-1].kept_heads == 8 - level
+        if level % 2 == 0:
+            layers.set_level(level // 2)
+            whole = costs_of(layers)
+            for what in ("weight_bytes", "layer_weights", "kept_heads", "bytes_per_token"):
+                assert getattr(found[-1], what) == getattr(whole, what)
+            assert found[-1].prompt_operations(2, 500) == whole.prompt_operations(2, 500)
+            assert found[-1].token_bytes(2, 500) == whole.token_bytes(2, 500)
+    moved = [costs.token_bytes(2, 5000) for costs in found]
+    assert moved == sorted(moved, reverse=True) and len(set(moved)) == 9
+    hybrid = heads.set_level(3) or heads.merge_and_unload()
+    assert costs_of(hybrid).token_bytes(2, 500) == found[3].token_bytes(2, 500)
 
 
 def plotted(folder, lengths, batches):

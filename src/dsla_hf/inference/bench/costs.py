@@ -5,8 +5,9 @@
 
     weights             every weight that a forward multiplies with, once: decoder layers as they run at this level, final norm and
                         output matrix; of the embedding only rows are read, which are not counted
-    keys and values     of each softmax layer: rows × tokens × bytes per token
-    states              of each DSLA layer and row, with Z = 8 Hkv K V bytes of both fp32 states and e bytes per token of k and v:
+    keys and values     of each KV head that is kept, in layers of softmax attention all: rows × tokens × bytes per token
+    states              of the Hkv converted heads of each layer and row, with Z = 8 Hkv K V bytes of both fp32 states (0 of a window
+                        alone) and e bytes per token of their k and v:
                         with a window  Z (1 + 4 / W) + e (W + S + 1): states and window are read; a block goes into the states
                                        every W / 2 tokens
                         without        2 Z: read and written
@@ -14,6 +15,9 @@
                         logit); and of each layer's attention
                         softmax        2 Hq (K + V) T² / 2
                         DSLA           T (Hq (n P + 4 K V) + 8 Hkv K V), P = 2 (W + 64) K, n = 2 with a window and 3 without
+                                       of a window alone T Hq 2 P
+
+    Hq and Hkv are those of each kind in a layer that is converted in part.
 
 Launches, norms, activations and everything else that a GPU also does cost nothing here: predictions are floors, not estimates.
 """
@@ -31,6 +35,8 @@ from torch import nn
 
 from ...core.attention import DualStateAttention
 from ...models.decoder import decoder_layers, decoder_of
+from ...models.mixed_projections import MixedProjection
+from ...models.sizes import core_bytes
 from ..graph import dsla_attention_of
 
 CHUNK = 64  # tokens that the states take in at a time
@@ -43,40 +49,40 @@ class Costs:
     weight_bytes: int
     layer_weights: int  # elements
     head_weights: int
-    softmax_layers: int
-    bytes_per_token: int  # of k and v in one softmax layer, per row
-    query_heads: int
+    kept_heads: int  # KV heads of all layers
+    bytes_per_token: int  # of k and v of a KV head, per row
+    queries: int  # query heads of a KV head
     key_dim: int
-    cores: tuple[DualStateAttention, ...]  # of the DSLA layers
+    cores: tuple[DualStateAttention, ...]  # of converted heads, a layer each
 
     def cache_bytes(self, rows: int, tokens: int) -> int:
         """Bytes of a cache that holds `tokens` tokens a row."""
-        return rows * (self.softmax_layers * tokens * self.bytes_per_token + sum(self._state_bytes(core) for core in self.cores))
+        return rows * (self.kept_heads * tokens * self.bytes_per_token + sum(self._state_bytes(core) for core in self.cores))
 
     def token_bytes(self, rows: int, tokens: int) -> float:
         """Bytes that one step moves for rows that have `tokens` tokens behind them."""
-        kv = self.softmax_layers * (tokens + 1) * self.bytes_per_token
+        kv = self.kept_heads * (tokens + 1) * self.bytes_per_token
         return self.weight_bytes + rows * (kv + sum(self._step_bytes(core) for core in self.cores))
 
     def prompt_operations(self, rows: int, tokens: int) -> float:
         """Operations that reading prompts of `tokens` tokens takes."""
-        softmax = 2 * self.query_heads * 2 * self.key_dim * tokens**2 / 2
+        softmax = 2 * self.queries * 2 * self.key_dim * tokens**2 / 2
         dsla = sum(tokens * self._token_operations(core) for core in self.cores)
-        return rows * (2 * tokens * self.layer_weights + 2 * self.head_weights + self.softmax_layers * softmax + dsla)
+        return rows * (2 * tokens * self.layer_weights + 2 * self.head_weights + self.kept_heads * softmax + dsla)
 
     def _state_bytes(self, core: DualStateAttention) -> int:
-        return _both_states(core) + (core.window_size + core.sink_tokens) * self.bytes_per_token + 8  # and a counter
+        return core_bytes(core, core.num_kv_heads, self.bytes_per_token // (core.key_dim + core.value_dim))["dsla_bytes"]
 
     def _step_bytes(self, core: DualStateAttention) -> float:
         if not core.window_size:
             return 2 * _both_states(core)
-        window = (core.window_size + core.sink_tokens + 1) * self.bytes_per_token
+        window = (core.window_size + core.sink_tokens + 1) * self.bytes_per_token * core.num_kv_heads
         return _both_states(core) * (1 + 4 / core.window_size) + window
 
     @staticmethod
     def _token_operations(core: DualStateAttention) -> float:
         met = 2 * (core.window_size + CHUNK) * core.key_dim
-        state = core.key_dim * core.value_dim
+        state = core.key_dim * core.value_dim if core.states else 0
         products = 2 if core.window_size else 3
         return core.num_heads * (products * met + 4 * state) + 8 * core.num_kv_heads * state
 
@@ -91,13 +97,14 @@ def costs_of(model: Any) -> Costs:
     for layer in layers:
         attention = layer.self_attn
         runs = dsla_attention_of(layer)
+        parameters: list[Any]
         if runs is not None:
-            cores.append(runs.dsla)
+            cores.append(runs.converted_core())
+            parameters = [*_projections(runs), *cores[-1].parameters()]
         else:
-            runs = getattr(attention, "base_layer", attention)
+            parameters = [*getattr(attention, "base_layer", attention).parameters()]
         others = {id(p) for p in attention.parameters()}
-        weights |= {id(p): p for p in layer.parameters() if id(p) not in others}
-        weights |= {id(p): p for p in runs.parameters()}
+        weights |= {id(p): p for p in [*(p for p in layer.parameters() if id(p) not in others), *parameters]}
     in_layers = sum(p.numel() for p in weights.values())
     head = base.get_output_embeddings().weight
     norm = getattr(decoder_of(base), "norm", nn.Identity())
@@ -108,9 +115,9 @@ def costs_of(model: Any) -> Costs:
         weight_bytes=sum(map(stored_bytes, weights.values())),
         layer_weights=in_layers,
         head_weights=head.numel(),
-        softmax_layers=len(layers) - len(cores),
-        bytes_per_token=2 * kv_heads * key_dim * base.dtype.itemsize,
-        query_heads=config.num_attention_heads,
+        kept_heads=len(layers) * kv_heads - sum(core.num_kv_heads for core in cores),
+        bytes_per_token=2 * key_dim * base.dtype.itemsize,
+        queries=config.num_attention_heads // kv_heads,
         key_dim=key_dim,
         cores=tuple(cores),
     )
@@ -124,8 +131,17 @@ def stored_bytes(weight: torch.Tensor) -> int:
     return sum(stored_bytes(getattr(weight, part)) for part in parts)
 
 
+def _projections(attention: Any) -> list[nn.Parameter]:
+    """Weights of a DSLA attention beside its core. Of a projection that is the base's for some heads and trained for others, as many rows
+    are read as the base's has."""
+    mixed: list[Any] = [module for module in attention.modules() if isinstance(module, MixedProjection)]
+    own = {id(p) for module in mixed for p in module.own.parameters()}
+    own |= {id(p) for p in attention.dsla.parameters()}
+    return [p for p in attention.parameters() if id(p) not in own]
+
+
 def _both_states(core: DualStateAttention) -> int:
-    return 2 * core.num_kv_heads * core.key_dim * core.value_dim * 4
+    return core.num_states * core.num_kv_heads * core.key_dim * core.value_dim * 4
 
 
 # --- what the machine can do ------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ class Runner:
     def measure(self, case: Case) -> dict[str, Any]:
         """Numbers of one case, by name. `prompt_tokens` says how much of the prompt was read; if not all of it, prefill is None."""
         costs = costs_of(self.model)
-        short = costs.softmax_layers == 0 and case.rows * case.length > MOST_PROMPT_TOKENS
+        short = costs.kept_heads == 0 and case.rows * case.length > MOST_PROMPT_TOKENS
         prompt = min(case.length, SHORT_PROMPT) if short else case.length
         start = time.perf_counter()
         # Two pieces of the prompt go through all that the others do.
