@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from measures import held_out_blocks
 from peft import get_peft_model
-from reporting import RESULTS, made_once, write_results
+from reporting import RESULTS, made_once, rows_table, write_results
 
 from dsla_hf import DSLAConfig, DualStateAttention, set_level
 from dsla_hf.core.files import write_json, write_whole
@@ -186,6 +186,14 @@ def read_order(file: Path, unit: str, layers: int, kv_heads: int) -> list[Any]:
     return sorted(place, key=place.__getitem__)
 
 
+def ranking_text(tokenizer: Any, text: dict[str, Any], sizes: Sizes) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
+    """What units are ranked on: batches of text, and probes."""
+    short, apart = min(sizes.lengths), text["ranking"].long()
+    rows = apart[: sizes.ranking_rows * short].view(-1, short)
+    probes = make_probes(tokenizer, apart.tolist(), sizes.longest_probe, sizes.ranking_probes, shortest=sizes.shortest_probe)
+    return list(rows.split(2)), probes
+
+
 def window_of(arm: Arm, window: int, base_config: Any, itemsize: int) -> int:
     """The window of an arm, so that all take the same bytes: `window` tokens with states, and without them what these take in tokens more.
     itemsize: bytes of a number in keys and values."""
@@ -228,12 +236,9 @@ def train(options: argparse.Namespace, sizes: Sizes) -> None:
     )
     ranking: dict[str, Any] = {}
     if options.order is None:
-        short, apart = min(sizes.lengths), text["ranking"].long()
-        rows = apart[: sizes.ranking_rows * short].view(-1, short)
-        ranking["ranking_data"] = list(rows.split(2))
+        ranking["ranking_data"], probes = ranking_text(tokenizer, text, sizes)
         if arm.unit == "head":
-            shortest, count = sizes.shortest_probe, sizes.ranking_probes
-            ranking["ranking_probes"] = make_probes(tokenizer, apart.tolist(), sizes.longest_probe, count, shortest=shortest)
+            ranking["ranking_probes"] = probes
     start = time.perf_counter()
     distill(
         model,
@@ -469,7 +474,7 @@ def how_trained(training: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def page_text(joined: dict[str, Any], plot: str) -> str:
+def page_text(joined: dict[str, Any], plot: str, orders: str) -> str:
     rows = joined["rows"]
     return f"""# Heads, measured
 
@@ -496,6 +501,36 @@ Codes of the same prompts that the teacher alone found / that the level alone fo
 Cache of one text in MB (10^6 bytes):
 
 {bytes_table(rows)}
+{missing_text(rows)}{orders}"""
+
+
+def missing_text(rows: list[dict[str, Any]]) -> str:
+    """Which levels of an arm were not measured that others of its unit were."""
+    kept = {arm: {row["kept"] for row in rows if row["arm"] == arm} for arm in ARMS if any(row["arm"] == arm for row in rows)}
+    lines = []
+    for arm, there in kept.items():
+        others = set().union(*(found for other, found in kept.items() if ARMS[other].unit == ARMS[arm].unit))
+        if left := sorted(others - there, reverse=True):
+            lines.append(f"{arm} with {', '.join(map(str, left))} kept")
+    return f"\nNot measured: {'; '.join(lines)}.\n" if lines else ""
+
+
+def orders_text(results: Path) -> str:
+    """The orders that `eval/head_orders.py` has measured, nothing where it has not."""
+    file = results / "head-orders.json"
+    if not file.exists():
+        return ""
+    found = json.loads(file.read_text())
+    codes = [f"code_{length}" for length in code_lengths(found["rows"][0])]
+    table = rows_table(found["rows"], ["order", "kept", "wiki", "novels", *codes, "passes", "seconds"])
+    return f"""
+## Orders
+
+`python eval/head_orders.py`: one adapter after its alignment, trained at no level, with its heads in several orders. `shares`: by gradients
+of switches, in rounds, with such a weight of answers beside text; `single`: harm of each head alone; `entropy`: as in the DSLA paper.
+Perplexities, shares of {found["probes"]} codes found, how often text and probes were read for the order, and how long that took.
+
+{table}
 """
 
 
@@ -537,21 +572,20 @@ def page(options: argparse.Namespace) -> None:
     rest = {name: value for name, value in joined.items() if name != "rows"}
     write_results("heads", joined["rows"], command_of(options), folder=options.results, **rest)
     draw(joined["rows"], options.plot)
-    write_whole(options.page, page_text(joined, options.plot.name))
+    write_whole(options.page, page_text(joined, options.plot.name, orders_text(options.results)))
     say(f"written: {options.results / 'heads.json'}, {options.page}, {options.plot}")
 
 
 # --- command ----------------------------------------------------------------------------------------------------
 
 
-def command_of(options: argparse.Namespace) -> str:
+def command_of(options: argparse.Namespace, script: str = "heads") -> str:
     """The call, with names of files in place of their paths."""
-    return " ".join(["python eval/heads.py", *(Path(word).name if os.sep in word else word for word in options.words)])
+    return " ".join([f"python eval/{script}.py", *(Path(word).name if os.sep in word else word for word in options.words)])
 
 
-def parse(words: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = parser.add_subparsers(dest="part", required=True)
+def common_arguments() -> argparse.ArgumentParser:
+    """What all parts take, as a parent of their parsers."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("model", help="folder of the checkpoint and its tokenizer")
     common.add_argument("data", type=Path, help="folder with the texts")
@@ -559,6 +593,13 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     common.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1), help="that tokenise")
     common.add_argument("--tiny", action="store_true", help="small sizes, for a random model on a CPU")
     common.add_argument("--seed", type=int, default=0)
+    return common
+
+
+def parse(words: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(dest="part", required=True)
+    common = common_arguments()
     parts.add_parser("text", parents=[common], help="tokenise")
     training = parts.add_parser("train", parents=[common], help="distil an arm")
     training.add_argument("--arm", choices=list(ARMS), required=True)

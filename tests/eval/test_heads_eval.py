@@ -251,3 +251,34 @@ def test_interval_of_a_share(heads):
     assert heads.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
     assert heads.wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
     assert heads.wilson(500, 500)[1] == pytest.approx(1.0)
+
+
+def test_orders_are_measured_on_an_aligned_adapter(heads, trained, tmp_path, capsys):
+    orders = importlib.import_module("head_orders")
+    words = [
+        str(trained / "model"),
+        str(trained / "data"),
+        "--cache",
+        str(trained / "text.pt"),
+        "--processes",
+        "1",
+        "--tiny",
+        "--probes",
+        "2",
+    ]
+    words += ["--adapter", str(trained / "heads" / "alignment"), "--results", str(tmp_path), "--kept", "3,1"]
+    orders.main([*words, "--orders", "shares@1,random"])
+    rows = json.loads((tmp_path / "head-orders.json").read_text())["rows"]
+    assert [(row["order"], row["kept"]) for row in rows] == [("shares@1", 3), ("shares@1", 1), ("random", 3), ("random", 1)]
+    assert all(len(row["heads"]) == row["kept"] and row["wiki"] > 1 for row in rows)
+    assert rows[1]["heads"][0] == rows[0]["heads"][-1] and rows[0]["passes"] > 0 == rows[2]["passes"]
+    assert "| shares@1 | 3 |" in capsys.readouterr().out
+    orders.main([*words, "--orders", "shares@1,entropy", "--kept", "3"])
+    again = json.loads((tmp_path / "head-orders.json").read_text())["rows"]
+    assert again[:4] == rows and [row["order"] for row in again[4:]] == ["entropy"]
+    with pytest.raises(ValueError, match="was measured with another probes"):
+        orders.main([*words, "--probes", "3"])
+    with pytest.raises(ValueError, match=r"--orders must be some of .* got 'shares'"):
+        orders.main([*words, "--orders", "shares"])
+    with pytest.raises(ValueError, match=r"--kept must be numbers of KV heads from 0 to below 4, got \[9\]"):
+        orders.main([*words, "--kept", "9"])

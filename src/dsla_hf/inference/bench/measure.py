@@ -126,6 +126,7 @@ class Runner:
             "peak_bytes": torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None,
             "cache_bytes": cache_bytes(cache),
             "predicted_cache_bytes": costs.cache_bytes(case.rows, held),
+            "kept_heads": costs.kept_heads,
             "warm_up_seconds": warm_up,
             "capture_seconds": max(self.decoder.capture_seconds, default=None) if case.engine == "graph" and self.decoder else None,
             **_operations(costs, case),

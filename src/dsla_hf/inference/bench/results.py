@@ -10,6 +10,7 @@ from ...core.results import write_results
 from ...core.tables import markdown_table
 
 NUMBERS = {  # columns of the table: field, heading, scale
+    "kept_heads": ("KV heads kept", 1.0),
     "prefill_seconds": ("prefill s", 1.0),
     "predicted_prefill_seconds": ("floor", 1.0),
     "seconds_per_token": ("ms a token", 1e3),
