@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import sys
-import threading
 import time
 import uuid
 from collections import deque
@@ -23,14 +22,16 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
 from ...inference.sampling import Sampling
-from ..engine.engine import Draining, Engine, ShedForMemory
+from ..engine.engine import Draining, Engine
 from ..engine.request import Event, Request
 from ..engine.scheduler import QueueFull
 from ..engine.text import TextStream
+from .errors import Failed, as_failed, error_body
 from .guards import Guards
 from .metrics import Metrics
 from .page import PAGE
-from .schema import ChatBody, CompletionBody, error_body
+from .prompts import PromptReader
+from .schema import ChatBody, CompletionBody
 
 logger = logging.getLogger(__name__)
 
@@ -57,25 +58,6 @@ class ApiOptions:
         for name in ("max_body", "max_new_tokens", "default_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-
-
-class Failed(Exception):
-    """An answer that is an error: its status, its body."""
-
-    def __init__(self, status: int, message: str, kind: str = "invalid_request_error", code: str | None = None, retry: int | None = None):
-        super().__init__(message)
-        self.status, self.body = status, error_body(message, kind, code)
-        self.headers = {} if retry is None else {"Retry-After": str(retry)}
-
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body, self.status, self.headers)
-
-
-def as_failed(error: Exception | None) -> Failed:
-    """What a client is told of an error of the engine."""
-    if isinstance(error, (QueueFull, Draining, ShedForMemory)):
-        return Failed(503, str(error), "overloaded_error", "overloaded", retry=10 if isinstance(error, Draining) else 1)
-    return Failed(500, "the server failed on this request; its log says why", "server_error", "internal_error")
 
 
 class Mailbox:
@@ -214,17 +196,17 @@ class Api:
     def __init__(self, engine: Engine, tokenizer: Any, options: ApiOptions):
         self.engine, self.tokenizer, self.options = engine, tokenizer, options
         self.metrics, self.mailbox = Metrics(engine), Mailbox()
+        self.prompts = PromptReader(engine, tokenizer)
         self.started = int(time.time())
-        self._tokenizing = threading.Lock()  # tokenizers may not be shared between threads
 
     async def complete(self, body: CompletionBody, http: HttpRequest) -> Response:
         self._check_model(body.model)
-        prompt = body.prompt if isinstance(body.prompt, list) else await asyncio.to_thread(self._encode, body.prompt)
+        prompt = body.prompt if isinstance(body.prompt, list) else await self.prompts.completion(body.prompt, http)
         return await self._answer("text", prompt, body, body.max_tokens or self.options.default_tokens, http)
 
     async def chat(self, body: ChatBody, http: HttpRequest) -> Response:
         self._check_model(body.model)
-        prompt = await asyncio.to_thread(self._encode_chat, [{"role": m.role, "content": m.text} for m in body.messages])
+        prompt = await self.prompts.chat([{"role": m.role, "content": m.text} for m in body.messages], http)
         wanted = body.max_completion_tokens or body.max_tokens
         room = min(self.engine.max_tokens - len(prompt), self.options.max_new_tokens)
         return await self._answer("chat", prompt, body, wanted or max(room, 1), http)
@@ -262,22 +244,6 @@ class Api:
         if name != self.options.name:
             raise Failed(404, f"there is no model {name!r} here, only {self.options.name!r}", code="model_not_found")
 
-    def _encode(self, text: str) -> list[int]:
-        try:
-            with self._tokenizing:
-                return list(self.tokenizer(text)["input_ids"])
-        except (TypeError, ValueError) as error:
-            raise Failed(400, f"the prompt cannot be tokenized: {error!r}") from None
-
-    def _encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        if getattr(self.tokenizer, "chat_template", None) is None:
-            raise Failed(400, "this model has no chat template: use /v1/completions")
-        try:
-            with self._tokenizing:
-                return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-        except Exception as error:  # templates raise what they like for roles and orders they do not know
-            raise Failed(400, f"the chat template refuses these messages: {error!r}") from None
-
 
 def build_app(engine: Engine, tokenizer: Any, options: ApiOptions) -> FastAPI:
     """The application; it starts the engine, and ends it when the running requests are served."""
@@ -289,6 +255,7 @@ def build_app(engine: Engine, tokenizer: Any, options: ApiOptions) -> FastAPI:
         engine.start()
         yield
         await asyncio.to_thread(engine.stop, timeout=options.drain_seconds)
+        api.prompts.close()
         sys.setswitchinterval(before)
 
     app = FastAPI(title="dsla serve", lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -299,6 +266,10 @@ def build_app(engine: Engine, tokenizer: Any, options: ApiOptions) -> FastAPI:
     @app.exception_handler(Failed)
     async def failed(http: HttpRequest, error: Failed) -> Response:
         return error.response()
+
+    @app.exception_handler(QueueFull)
+    async def full(http: HttpRequest, error: QueueFull) -> Response:
+        return as_failed(error).response()
 
     @app.exception_handler(RequestValidationError)
     async def invalid(http: HttpRequest, error: RequestValidationError) -> Response:

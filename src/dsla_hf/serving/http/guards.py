@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from .schema import error_body
+from .errors import error_body
 
 BODY_SECONDS = 60.0  # in which a body must have come
 

@@ -1,4 +1,4 @@
-"""What the OpenAI-compatible routes take, and the shape of what they answer."""
+"""What the OpenAI-compatible routes take."""
 
 from __future__ import annotations
 
@@ -87,7 +87,3 @@ class ChatBody(_Options):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-
-
-def error_body(message: str, kind: str = "invalid_request_error", code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
