@@ -325,6 +325,8 @@ class DSLAConfig(PeftConfig):
         """The plain dict that a hybrid checkpoint stores as `config.dsla_config`: mathematics, converted layers (and heads of others,
         where levels count heads), the base's name if it has one, no further PEFT fields."""
         mathematics = self.mathematics() | {"half_lives": [list(pair) for pair in self.half_lives]}
+        if self.states:  # as all have of which nothing is said
+            del mathematics["states"]
         name = {"base_model_name_or_path": self.base_model_name_or_path} if self.base_model_name_or_path else {}
         return {
             "format_version": self.format_version,
@@ -353,7 +355,8 @@ class DSLAConfig(PeftConfig):
         heads = unit == "head"
         known = {"format_version", "base_model_type", "converted_layers", *MATHEMATICS}
         known |= {"conversion_unit", *(["converted_heads"] if heads else [])}
-        expected = known - {*ROTARY, *([] if heads else ["conversion_unit"])}  # what follows from the base; older files mean layers
+        # What follows from the base, and what older files do not say: they mean layers, with states.
+        expected = known - {*ROTARY, "states", *([] if heads else ["conversion_unit"])}
         if missing := sorted(expected - hybrid.keys()):
             raise ValueError(
                 f"{source}: 'dsla_config' lacks {missing}. It replaces the stored one as a whole: "

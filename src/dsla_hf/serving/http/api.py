@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import sys
 import time
 import uuid
@@ -19,19 +20,20 @@ from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
 from ...inference.sampling import Sampling
-from ..engine.engine import Draining, Engine
+from ..engine.engine import Draining, Engine, TooLong
 from ..engine.request import Event, Request
 from ..engine.scheduler import QueueFull
 from ..engine.text import TextStream
-from .errors import Failed, as_failed, error_body
+from .errors import Failed, as_failed, error_body, too_long
 from .guards import Guards
 from .metrics import Metrics
 from .page import PAGE
 from .prompts import PromptReader
-from .schema import ChatBody, CompletionBody
+from .schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, Unsupported
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,8 @@ SWITCH_SECONDS = 0.0005
 @dataclass(frozen=True)
 class ApiOptions:
     """name: of the model, as clients call it. api_key: None for none. max_body: bytes of a request. max_new_tokens: most that a request
-    may ask for. default_tokens: of completions that name none. drain_seconds: for running requests, when the server ends."""
+    may ask for. default_tokens: of completions that name none. drain_seconds: for running requests, when the server ends. allow_origins:
+    of web pages that may call the server, such as "https://example.org", or "*" for all."""
 
     name: str
     api_key: str | None = None
@@ -51,6 +54,7 @@ class ApiOptions:
     max_new_tokens: int = 4096
     default_tokens: int = 16
     drain_seconds: float = 30.0
+    allow_origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.api_key is not None and not self.api_key.strip():
@@ -58,6 +62,9 @@ class ApiOptions:
         for name in ("max_body", "max_new_tokens", "default_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        for origin in self.allow_origins:
+            if not re.fullmatch(r"\*|https?://[^/\s]+", origin):
+                raise ValueError(f"an allowed origin is a scheme and a host, such as https://example.org, or *, got {origin!r}")
 
 
 class Mailbox:
@@ -213,11 +220,14 @@ class Api:
 
     async def _answer(self, kind: str, prompt: list[int], body: Any, max_tokens: int, http: HttpRequest) -> Response:
         if max_tokens > self.options.max_new_tokens:
-            raise Failed(400, f"max_tokens {max_tokens} is more than this server's limit of {self.options.max_new_tokens}")
+            message = f"max_tokens {max_tokens} is more than this server's limit of {self.options.max_new_tokens}"
+            raise Failed(400, message, param="max_tokens")
         try:
             answer = Answer(self, kind, prompt, body, max_tokens)
+        except TooLong as error:
+            raise Failed(400, str(error), code="context_length_exceeded", param="prompt" if kind == "text" else "messages") from None
         except ValueError as error:
-            raise Failed(400, str(error)) from None
+            raise Failed(400, str(error), param="prompt" if kind == "text" else "messages") from None
         except (QueueFull, Draining) as error:
             raise as_failed(error) from None
         streams, watch = False, asyncio.create_task(answer.cancel_when_left(http))
@@ -236,13 +246,33 @@ class Api:
             if not streams:
                 self.engine.cancel(answer.request)
 
-    def models(self) -> dict[str, Any]:
-        model = {"id": self.options.name, "object": "model", "created": self.started, "owned_by": "dsla-hf"}
-        return {"object": "list", "data": [{**model, "max_model_len": self.engine.max_tokens}]}
+    async def tokenize(self, body: TokenizeBody, http: HttpRequest) -> dict[str, Any]:
+        self._check_model(body.model or self.options.name)
+        if body.prompt is not None:
+            tokens = await self.prompts.completion(body.prompt, http, body.add_special_tokens)
+        else:
+            messages = [{"role": m.role, "content": m.text} for m in body.messages or ()]
+            tokens = await self.prompts.chat(messages, http, body.add_generation_prompt)
+        return {"count": len(tokens), "max_model_len": self.engine.max_tokens, "tokens": tokens}
+
+    async def detokenize(self, body: DetokenizeBody) -> dict[str, Any]:
+        self._check_model(body.model or self.options.name)
+        if len(body.tokens) > self.engine.max_tokens:
+            raise too_long(f"{len(body.tokens):,} tokens", self.engine.max_tokens)
+        if not all(0 <= token < self.engine.vocab_size for token in body.tokens):
+            raise Failed(400, f"tokens must be ids from 0 to {self.engine.vocab_size - 1}", param="tokens")
+        return {"prompt": await self.prompts.text(body.tokens)}
+
+    def model(self, name: str | None = None) -> dict[str, Any]:
+        """What is told of the model; name: that it is asked for by."""
+        self._check_model(name or self.options.name)
+        about = {"id": self.options.name, "object": "model", "created": self.started, "owned_by": "dsla-hf"}
+        return {**about, "max_model_len": self.engine.max_tokens}
 
     def _check_model(self, name: str) -> None:
         if name != self.options.name:
-            raise Failed(404, f"there is no model {name!r} here, only {self.options.name!r}", code="model_not_found")
+            message = f"there is no model {name!r} here, only {self.options.name!r}"
+            raise Failed(404, message, code="model_not_found", param="model")
 
 
 def build_app(engine: Engine, tokenizer: Any, options: ApiOptions) -> FastAPI:
@@ -262,6 +292,8 @@ def build_app(engine: Engine, tokenizer: Any, options: ApiOptions) -> FastAPI:
     app.state.engine = engine
     api = Api(engine, tokenizer, options)
     app.add_middleware(Guards, max_body=options.max_body, api_key=options.api_key)
+    if options.allow_origins:  # around the guards: a browser asks without a key whether it may ask
+        app.add_middleware(CORSMiddleware, allow_origins=options.allow_origins, allow_methods=["*"], allow_headers=["*"])
 
     @app.exception_handler(Failed)
     async def failed(http: HttpRequest, error: Failed) -> Response:
@@ -273,11 +305,7 @@ def build_app(engine: Engine, tokenizer: Any, options: ApiOptions) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(http: HttpRequest, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:])
-        # Escaped: a message may quote what no encoding can carry.
-        message = f"{where}: {first['msg']}".removeprefix(": ").encode("ascii", "backslashreplace").decode()
-        return JSONResponse(error_body(message, param=where.encode("ascii", "backslashreplace").decode() or None), 400)
+        return JSONResponse(error_body(*_told(error.errors()[0])), 400)
 
     @app.exception_handler(StarletteHTTPException)
     async def refused(http: HttpRequest, error: HTTPException) -> Response:
@@ -297,7 +325,19 @@ def build_app(engine: Engine, tokenizer: Any, options: ApiOptions) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return api.models()
+        return {"object": "list", "data": [api.model()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        return api.model(name)
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeBody, http: HttpRequest) -> dict[str, Any]:
+        return await api.tokenize(body, http)
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
+        return await api.detokenize(body)
 
     @app.get("/health")
     async def health() -> Response:
@@ -318,6 +358,19 @@ def build_app(engine: Engine, tokenizer: Any, options: ApiOptions) -> FastAPI:
         return HTMLResponse(PAGE)
 
     return app
+
+
+def _told(error: dict[str, Any]) -> tuple[str, str, None, str | None]:
+    """Message, kind, code and field of what is wrong with a body. Escaped: a message may quote what no encoding can carry."""
+    cause = error.get("ctx", {}).get("error")
+    if error["type"] == "json_invalid":
+        message, field = f"the body is no JSON: {cause}", None
+    else:
+        where = [str(part) for part in error["loc"][1:]]
+        field = cause.param if isinstance(cause, Unsupported) else where[0] if where else None
+        message = f"{'.'.join(where)}: {error['msg'].removeprefix('Value error, ')}".removeprefix(": ")
+    escaped = [None if text is None else text.encode("ascii", "backslashreplace").decode() for text in (message, field)]
+    return escaped[0] or "", "invalid_request_error", None, escaped[1]
 
 
 def _sent(content: dict[str, Any]) -> str:

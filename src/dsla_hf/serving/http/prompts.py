@@ -43,19 +43,23 @@ class PromptReader:
         """That the longest text has: each of its tokens the longest of the vocabulary."""
         return self.engine.max_tokens * max(map(len, self.tokenizer.get_vocab()))
 
-    async def completion(self, prompt: str, http: HttpRequest) -> list[int]:
-        """Of a text, with the tokens that the tokenizer puts around it."""
+    async def completion(self, prompt: str, http: HttpRequest, special: bool = True) -> list[int]:
+        """Of a text; special: with the tokens that the tokenizer puts around it."""
         async with self._place():
-            return await self._ids(prompt, http, special=True)
+            return await self._ids(prompt, http, special)
 
-    async def chat(self, messages: Sequence[dict[str, Any]], http: HttpRequest) -> list[int]:
-        """Of a chat, as the model's template renders it."""
+    async def text(self, tokens: list[int]) -> str:
+        """Of tokens, special ones included."""
+        return await self._run(partial(self.tokenizer.decode, tokens))
+
+    async def chat(self, messages: Sequence[dict[str, Any]], http: HttpRequest, answer: bool = True) -> list[int]:
+        """Of a chat, as the model's template renders it; answer: with the beginning of one."""
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise Failed(400, "this model has no chat template: use /v1/completions")
         self._check_length(sum(len(message["content"] or "") for message in messages))
         async with self._place():
             try:
-                render = partial(self.tokenizer.apply_chat_template, add_generation_prompt=True, tokenize=False)
+                render = partial(self.tokenizer.apply_chat_template, add_generation_prompt=answer, tokenize=False)
                 text = await self._run(partial(render, list(messages)))
             except Exception as error:  # templates raise what they like for roles and orders they do not know
                 raise Failed(400, f"the chat template refuses these messages: {error!r}", param="messages") from None
