@@ -30,9 +30,9 @@ from typing import Any
 import torch
 from measures import held_out_blocks
 from peft import get_peft_model
-from reporting import RESULTS, made_once, write_results
+from reporting import RESULTS, made_once, rows_table, write_results
 
-from dsla_hf import DSLAConfig, set_level
+from dsla_hf import DSLAConfig, DualStateAttention, set_level
 from dsla_hf.core.files import write_json, write_whole
 from dsla_hf.core.plots import figure, mark_plain, save
 from dsla_hf.core.progress import bar, say
@@ -41,40 +41,43 @@ from dsla_hf.core.tables import markdown_table
 from dsla_hf.evaluation.long_context import BATCH_TOKENS, Task, answers_right, prepare
 from dsla_hf.inference.batching import halve_until_it_fits
 from dsla_hf.levels.table import CACHE_LENGTHS
-from dsla_hf.models.adapter import active_config, dsla_layers
+from dsla_hf.models.adapter import active_config
+from dsla_hf.models.architectures import head_dim_of
 from dsla_hf.models.loading import device, load_adapter, load_config, load_model, load_tokenizer
-from dsla_hf.models.sizes import text_bytes, unit_sizes
+from dsla_hf.models.sizes import core_bytes, text_bytes
 from dsla_hf.training.arguments import DSLATrainingArguments
 from dsla_hf.training.planting import with_planted
 from dsla_hf.training.probes import make_probes
 from dsla_hf.training.recipe import distill
 from dsla_hf.training.text import PackedTokens, read_texts
+from dsla_hf.training.unit_ranking import PROBE_WEIGHT
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE, PLOT = DOCS / "measured" / "heads.md", DOCS / "images" / "heads-quality.png"
 KEPT = (45, 22, 9, 6, 3, 0)
+WINDOW, TINY_WINDOW = 384, 32  # tokens, of arms with states; those without have what the states take in tokens more
 PLANTED = 1 / 3  # of the training rows
 LEARNING_RATE, GATE_FACTOR = 1e-3, 10.0
-SHUT = -30.0  # of `state_bias`: a share of the states of e^-30
 Z = 1.96  # of intervals of 95 %
+MORE_AT_ONCE = 4  # times as many prompts as evaluations take, where they fit
 TRAINING, ORDER = "training.json", "order.json"  # beside an adapter
-HOW_TRAINED = ("align_steps", "steps", "tokens_per_step", "lengths", "planted", "learning_rate", "gate_factor", "seed")
+HOW_TRAINED = ("align_steps", "steps", "tokens_per_step", "lengths", "planted", "answer_weight", "probe_weight", "level_draws")
+HOW_TRAINED += ("learning_rate", "gate_factor", "seed")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """unit: what its levels count. window: tokens, the default of `DSLAConfig` when None. states: False where they are shut."""
+    """unit: what its levels count. states: whether converted heads have them, or a window alone that takes as many bytes."""
 
     unit: str
-    window: int | None = None
     states: bool = True
 
 
 ARMS = {
     "heads": Arm("head"),
-    "heads-window": Arm("head", 256, False),
+    "heads-window": Arm("head", False),
     "layers": Arm("layer"),
-    "layers-window": Arm("layer", 256, False),
+    "layers-window": Arm("layer", False),
 }
 
 
@@ -183,34 +186,44 @@ def read_order(file: Path, unit: str, layers: int, kv_heads: int) -> list[Any]:
     return sorted(place, key=place.__getitem__)
 
 
-def shut_states(model: Any) -> None:
-    """The control without states: the state branch of all layers shut, and everything that belongs to it frozen."""
-    for layer in dsla_layers(model).values():
-        core: Any = layer.dsla_core["default"]
-        core.state_bias.data.fill_(SHUT)
-        core.requires_grad_(False)
+def ranking_text(tokenizer: Any, text: dict[str, Any], sizes: Sizes) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
+    """What units are ranked on: batches of text, and probes."""
+    short, apart = min(sizes.lengths), text["ranking"].long()
+    rows = apart[: sizes.ranking_rows * short].view(-1, short)
+    probes = make_probes(tokenizer, apart.tolist(), sizes.longest_probe, sizes.ranking_probes, shortest=sizes.shortest_probe)
+    return list(rows.split(2)), probes
+
+
+def window_of(arm: Arm, window: int, base_config: Any, itemsize: int) -> int:
+    """The window of an arm, so that all take the same bytes: `window` tokens with states, and without them what these take in tokens more.
+    itemsize: bytes of a number in keys and values."""
+    if arm.states:
+        return window
+    head_dim = head_dim_of(base_config)
+    sizes = [core_bytes(DualStateAttention(1, 1, head_dim, states=states), 1, itemsize) for states in (True, False)]
+    more = (sizes[0]["dsla_bytes"] - sizes[1]["dsla_bytes"]) // sizes[0]["softmax_bytes_per_token"]
+    return window + more // 2 * 2
 
 
 def train(options: argparse.Namespace, sizes: Sizes) -> None:
     """Distil one arm into `options.out`: adapter, order of units, and how it was trained."""
     arm, text = ARMS[options.arm], read_text(options, sizes)
     base_config, tokenizer = load_config(options.model), load_tokenizer(options.model)
-    window = options.window or arm.window
-    given: dict[str, Any] = {} if window is None else {"window_size": window}
+    on_gpu = device() == "cuda"
+    window = options.window or (TINY_WINDOW if options.tiny else WINDOW)
+    given: dict[str, Any] = {"window_size": window_of(arm, window, base_config, 2 if on_gpu else 4), "states": arm.states}
     if options.order is not None:
         layers, heads = base_config.num_hidden_layers, base_config.num_key_value_heads
         given |= {"conversion_order": read_order(options.order, arm.unit, layers, heads), "level": 0}
     torch.manual_seed(options.seed)
     torch.set_float32_matmul_precision("high")
-    on_gpu = device() == "cuda"
     base = load_model(options.model, "bfloat16" if on_gpu else "float32").to(device())
     model = get_peft_model(base, DSLAConfig(conversion_unit=arm.unit, task_type="CAUSAL_LM", **given))
-    if not arm.states:
-        shut_states(model)
     args = DSLATrainingArguments(
         output_dir=str(options.out),
         per_device_train_batch_size=options.batch,
         sequence_lengths=list(sizes.lengths),
+        level_draws=options.level_draws,
         learning_rate=LEARNING_RATE,
         gate_learning_rate_factor=GATE_FACTOR,
         logging_steps=20,
@@ -223,19 +236,17 @@ def train(options: argparse.Namespace, sizes: Sizes) -> None:
     )
     ranking: dict[str, Any] = {}
     if options.order is None:
-        short, apart = min(sizes.lengths), text["ranking"].long()
-        rows = apart[: sizes.ranking_rows * short].view(-1, short)
-        ranking["ranking_data"] = list(rows.split(2))
+        ranking["ranking_data"], probes = ranking_text(tokenizer, text, sizes)
         if arm.unit == "head":
-            shortest, count = sizes.shortest_probe, sizes.ranking_probes
-            ranking["ranking_probes"] = make_probes(tokenizer, apart.tolist(), sizes.longest_probe, count, shortest=shortest)
+            ranking["ranking_probes"] = probes
     start = time.perf_counter()
     distill(
         model,
-        with_planted(PackedTokens(text["train"]), tokenizer, PLANTED, options.seed),
+        with_planted(PackedTokens(text["train"]), tokenizer, PLANTED, options.seed, options.answer_weight),
         args,
         alignment_steps=options.align_steps,
         logits_steps=options.steps,
+        probe_weight=options.probe_weight,
         **ranking,
     )
     config = active_config(model)
@@ -243,11 +254,15 @@ def train(options: argparse.Namespace, sizes: Sizes) -> None:
     how = {
         "arm": options.arm,
         "window": config.window_size,
+        "states": config.states,
         "align_steps": options.align_steps,
         "steps": options.steps,
         "tokens_per_step": options.batch * max(sizes.lengths),
         "lengths": list(sizes.lengths),
         "planted": PLANTED,
+        "answer_weight": options.answer_weight,
+        "probe_weight": options.probe_weight,
+        "level_draws": options.level_draws,
         "learning_rate": LEARNING_RATE,
         "gate_factor": GATE_FACTOR,
         "seed": options.seed,
@@ -284,13 +299,10 @@ def plan_of_levels(kept: Sequence[int], unit: str, layers: int, kv_heads: int) -
     return {number // kv_heads * kv_heads: layers - number // kv_heads for number in kept}
 
 
-def cache_bytes(model: Any, level: int, states: bool) -> dict[str, int]:
-    """What the cache of one text takes, by its tokens; of an arm whose states are shut, without them."""
+def cache_bytes(model: Any, level: int) -> dict[str, int]:
+    """What the cache of one text takes, by its tokens."""
     base, config = model.get_base_model(), active_config(model)
-    sizes = unit_sizes(base, config)
-    held = (config.window_size + config.sink_tokens) * sizes["softmax_bytes_per_token"] + 8
-    saved = 0 if states else level * (sizes["dsla_bytes"] - held)
-    return {f"bytes_{tokens // 1024}k": text_bytes(base, config, tokens, level) - saved for tokens in CACHE_LENGTHS}
+    return {f"bytes_{tokens // 1024}k": text_bytes(base, config, tokens, level) for tokens in CACHE_LENGTHS}
 
 
 def make_tasks(tokenizer: Any, data: Path, text: dict[str, Any], sizes: Sizes, probes: int, seed: int) -> dict[str, Task]:
@@ -323,7 +335,8 @@ def measured(model: Any, tasks: dict[str, Task]) -> dict[str, Any]:
 
 
 def codes_found(model: Any, task: Task) -> list[bool]:
-    at_once = max(1, BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"]) // task.length)
+    # Few tokens follow each prompt, so a step costs as much for many as for one.
+    at_once = max(1, MORE_AT_ONCE * BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"]) // task.length)
     return halve_until_it_fits(
         lambda size: answers_right(model, task.tokenizer, task.data, size), at_once, f"codes in {task.length} tokens"
     )
@@ -363,7 +376,7 @@ def measure(options: argparse.Namespace, sizes: Sizes) -> None:
         start = time.perf_counter()
         row = {"arm": options.arm, "kept": kept, "of": layers * config.kv_heads, "level": level, "window": config.window_size}
         row["device"] = origin()["device"]
-        row |= {**measured(model, tasks), **cache_bytes(model, level, arm.states)}
+        row |= {**measured(model, tasks), **cache_bytes(model, level)}
         rows.append(row)
         write_results(options.out.stem, rows, command_of(options), folder=options.out.parent, **about)
         codes = " ".join(f"{row[f'code_{length}']:.3f}" for length in sizes.code_lengths)
@@ -448,9 +461,11 @@ def how_trained(training: dict[str, dict[str, Any]]) -> str:
         how = json.loads(way)
         lengths = " and ".join(f"{length:,}" for length in how["lengths"])
         lines.append(
-            f"{', '.join(arms)}: {how['align_steps']:,} steps of alignment and {how['steps']:,} of KL at random levels, "
-            f"{how['tokens_per_step']:,} tokens each, in rows of {lengths} tokens in turn; facts planted in {how['planted']:.0%} of the "
-            f"rows; learning rate {how['learning_rate']:g}, of gates {how['gate_factor']:g} times that; seed {how['seed']}."
+            f"{', '.join(arms)}: {how['align_steps']:,} steps of alignment and {how['steps']:,} of KL at random levels (the highest of "
+            f"{how['level_draws']} drawn), {how['tokens_per_step']:,} tokens each, in rows of {lengths} tokens in turn; facts planted in "
+            f"{how['planted']:.0%} of the rows, whose answers count {how['answer_weight']:g} times; heads ranked with a weight of "
+            f"{how['probe_weight']:g} for answers; learning rate {how['learning_rate']:g}, of gates {how['gate_factor']:g} times that; "
+            f"seed {how['seed']}."
         )
     if len(ways) > 1:
         lines.append("These arms were not trained alike, so differences between them are not of their kind alone.")
@@ -459,15 +474,15 @@ def how_trained(training: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def page_text(joined: dict[str, Any], plot: str) -> str:
+def page_text(joined: dict[str, Any], plot: str, orders: str) -> str:
     rows = joined["rows"]
     return f"""# Heads, measured
 
 Made by `python eval/heads.py`, whose result is `eval/results/heads.json`: {joined["device"]}, torch {joined["versions"]["torch"]},
 transformers {joined["versions"]["transformers"]}. What levels in heads are: [levels](../levels.md#heads).
 
-Arms: `heads` and `layers` convert KV heads and whole layers; `-window` are their controls, whose states are shut and frozen, so that a
-window is all that a converted head sees. How they were trained:
+Arms: `heads` and `layers` convert KV heads and whole layers, which then have two states beside their window; `-window` are their controls
+without states, whose windows are longer by what states take, so that a converted head has the same bytes. How they were trained:
 
 {how_trained(joined["training"])}
 
@@ -483,10 +498,39 @@ Codes of the same prompts that the teacher alone found / that the level alone fo
 
 {pairs_table(rows)}
 
-Cache of one text in MB (10^6 bytes). Of the `-window` arms it is what a window alone needs, without the states, which the library
-still allocates for them:
+Cache of one text in MB (10^6 bytes):
 
 {bytes_table(rows)}
+{missing_text(rows)}{orders}"""
+
+
+def missing_text(rows: list[dict[str, Any]]) -> str:
+    """Which levels of an arm were not measured that others of its unit were."""
+    kept = {arm: {row["kept"] for row in rows if row["arm"] == arm} for arm in ARMS if any(row["arm"] == arm for row in rows)}
+    lines = []
+    for arm, there in kept.items():
+        others = set().union(*(found for other, found in kept.items() if ARMS[other].unit == ARMS[arm].unit))
+        if left := sorted(others - there, reverse=True):
+            lines.append(f"{arm} with {', '.join(map(str, left))} kept")
+    return f"\nNot measured: {'; '.join(lines)}.\n" if lines else ""
+
+
+def orders_text(results: Path) -> str:
+    """The orders that `eval/head_orders.py` has measured, nothing where it has not."""
+    file = results / "head-orders.json"
+    if not file.exists():
+        return ""
+    found = json.loads(file.read_text())
+    codes = [f"code_{length}" for length in code_lengths(found["rows"][0])]
+    table = rows_table(found["rows"], ["order", "kept", "wiki", "novels", *codes, "passes", "seconds"])
+    return f"""
+## Orders
+
+`python eval/head_orders.py`: one adapter after its alignment, trained at no level, with its heads in several orders. `shares`: by gradients
+of switches, in rounds, with such a weight of answers beside text; `single`: harm of each head alone; `entropy`: as in the DSLA paper.
+Perplexities, shares of {found["probes"]} codes found, how often text and probes were read for the order, and how long that took.
+
+{table}
 """
 
 
@@ -528,21 +572,20 @@ def page(options: argparse.Namespace) -> None:
     rest = {name: value for name, value in joined.items() if name != "rows"}
     write_results("heads", joined["rows"], command_of(options), folder=options.results, **rest)
     draw(joined["rows"], options.plot)
-    write_whole(options.page, page_text(joined, options.plot.name))
+    write_whole(options.page, page_text(joined, options.plot.name, orders_text(options.results)))
     say(f"written: {options.results / 'heads.json'}, {options.page}, {options.plot}")
 
 
 # --- command ----------------------------------------------------------------------------------------------------
 
 
-def command_of(options: argparse.Namespace) -> str:
+def command_of(options: argparse.Namespace, script: str = "heads") -> str:
     """The call, with names of files in place of their paths."""
-    return " ".join(["python eval/heads.py", *(Path(word).name if os.sep in word else word for word in options.words)])
+    return " ".join([f"python eval/{script}.py", *(Path(word).name if os.sep in word else word for word in options.words)])
 
 
-def parse(words: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = parser.add_subparsers(dest="part", required=True)
+def common_arguments() -> argparse.ArgumentParser:
+    """What all parts take, as a parent of their parsers."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("model", help="folder of the checkpoint and its tokenizer")
     common.add_argument("data", type=Path, help="folder with the texts")
@@ -550,6 +593,13 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     common.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1), help="that tokenise")
     common.add_argument("--tiny", action="store_true", help="small sizes, for a random model on a CPU")
     common.add_argument("--seed", type=int, default=0)
+    return common
+
+
+def parse(words: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(dest="part", required=True)
+    common = common_arguments()
     parts.add_parser("text", parents=[common], help="tokenise")
     training = parts.add_parser("train", parents=[common], help="distil an arm")
     training.add_argument("--arm", choices=list(ARMS), required=True)
@@ -557,7 +607,10 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     training.add_argument("--align-steps", type=int, default=360)
     training.add_argument("--steps", type=int, default=700, help="of KL at random levels")
     training.add_argument("--batch", type=int, default=2, help="rows of the longest length in a step")
-    training.add_argument("--window", type=int, help="default: the arm's")
+    training.add_argument("--window", type=int, help=f"tokens, of arms with states (default: {WINDOW})")
+    training.add_argument("--probe-weight", type=float, default=PROBE_WEIGHT, help="of answers, when heads are ranked")
+    training.add_argument("--answer-weight", type=float, default=1.0, help="of answers to what was planted, in the loss")
+    training.add_argument("--level-draws", type=int, default=1, help="levels drawn for a step of KL, of which the highest is trained")
     training.add_argument("--order", type=Path, help="JSON list of all [layer, head], least harmful first, in place of a ranking")
     measuring = parts.add_parser("measure", parents=[common], help="measure the levels of an arm")
     measuring.add_argument("--arm", choices=list(ARMS), required=True)

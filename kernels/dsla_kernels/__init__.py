@@ -16,6 +16,7 @@ from .dispatch import (
     takes_few_rows,
     takes_logits,
     uses_triton,
+    window_attention,
 )
 from .moved import MOVED, Moved
 from .ragged import Rows, rows_from_cu_seqlens, rows_from_mask
@@ -48,4 +49,5 @@ __all__ = [
     "takes_few_rows",
     "takes_logits",
     "uses_triton",
+    "window_attention",
 ]

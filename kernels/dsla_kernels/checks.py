@@ -57,6 +57,15 @@ LAYER, KERNEL_LAYER = (two_tables(_layer(dtypes)) for dtypes in ("floating-point
 STATES, KERNEL_STATES = (two_tables(_states(dtypes)) for dtypes in ("floating-point", KERNEL_DTYPES))
 GATES, KERNEL_GATES = (two_tables(_gates(dtypes)) for dtypes in ("floating-point", KERNEL_DTYPES))
 WINDOW = two_tables(_WINDOW | SINK_LOGITS)
+_ALONE = {name: line for name, line in _WINDOW.items() if name != "state_mask"} | {"padding_mask": "B T; optional"}
+WINDOW_ALONE, KERNEL_WINDOW_ALONE = (
+    two_tables(
+        _ALONE
+        | {"q": f"B T Hq K; {dtypes}", "k": "B T Hkv K; as q", "v": "B T Hkv V; as q"}
+        | {"sink_logits": f"Hq; {dtypes}; optional; (one a query head)"}
+    )
+    for dtypes in ("floating-point", KERNEL_DTYPES)
+)
 FUSED_WINDOW = two_tables(
     _WINDOW
     | {"norm_weight": f"Hq V; {KERNEL_DTYPES}"}
@@ -161,10 +170,15 @@ def check_kernel_inputs(
     check_kernel_sizes(k, v, gate_normalizer)
 
 
-def check_kernel_sizes(k: Tensor, v: Tensor, gate_normalizer: float) -> None:
-    """Raises ValueError if heads have more than 256 channels or gate_normalizer is not positive."""
+def check_kernel_heads(k: Tensor, v: Tensor) -> None:
+    """Raises ValueError if heads have more than 256 channels."""
     if max(k.shape[-1], v.shape[-1]) > LARGEST_HEAD:
         raise ValueError(f"the kernels take heads of up to {LARGEST_HEAD} channels, got K = {k.shape[-1]}, V = {v.shape[-1]}")
+
+
+def check_kernel_sizes(k: Tensor, v: Tensor, gate_normalizer: float) -> None:
+    """Raises ValueError if heads have more than 256 channels or gate_normalizer is not positive."""
+    check_kernel_heads(k, v)
     if gate_normalizer <= 0:
         raise ValueError(f"gate_normalizer must be positive, got {gate_normalizer}")
 
@@ -181,9 +195,11 @@ def check_window_inputs(
     tables: Tables = WINDOW,
     **others: Tensor | None,
 ) -> None:
-    """Raises ValueError that names what does not fit the contract of `dual_state_window_attention` beyond `check_inputs`.
+    """Raises ValueError that names what does not fit the contract of `dual_state_window_attention` beyond `check_inputs`; with
+    `WINDOW_ALONE` and its like that of `window_attention`.
 
-    others: row_start, state_mask, sink_logits and, with `FUSED_WINDOW`, norm_weight, state_gain and state_bias.
+    others: row_start, sink_logits; state_mask or, of a window alone, padding_mask; with `FUSED_WINDOW` norm_weight, state_gain and
+        state_bias.
     """
     if window_size < 2 or window_size % 2:
         raise ValueError(
@@ -194,7 +210,10 @@ def check_window_inputs(
     if sinks and (sink_k is None or sink_v is None):
         raise ValueError("sinks must be k and v, or None for a window without them")
     sinks_and_heads = {"k of the sinks": sink_k, "v of the sinks": sink_v, "kv_heads": kv_heads}
-    check(tables[int(kv_heads is not None)], {"q": q, "k": k, "v": v, **sinks_and_heads, **others})
+    sizes = check(tables[int(kv_heads is not None)], {"q": q, "k": k, "v": v, **sinks_and_heads, **others})
+    check_groups(sizes["Hq"], sizes["Hkv"])
+    if sizes["T"] == 0:
+        raise ValueError("q holds no tokens (T = 0)")
 
 
 def _softmax(q: str, keys: str, others: dict[str, str]) -> tuple[Argument, ...]:

@@ -277,5 +277,9 @@ def unit_stride(x: Tensor) -> Tensor:
 
 
 def as_bytes(mask: Tensor | None) -> Tensor | None:
-    """A mask `[B, T]` as contiguous bytes, which every backend can load."""
-    return None if mask is None else mask.to(torch.bool).contiguous().view(torch.uint8)
+    """A mask `[B, ...]` as contiguous bytes, which every backend can load; without a launch where it is bool."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool and not torch.compiler.is_compiling():  # Inductor of torch 2.11 has no width for bool
+        return mask.contiguous().view(torch.uint8)
+    return mask.to(torch.bool).to(torch.uint8).contiguous()

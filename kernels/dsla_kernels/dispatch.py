@@ -125,6 +125,15 @@ def fused_window_attention(
     return reference.fused_window_attention(*arguments, **options)
 
 
+def window_attention(q: Tensor, k: Tensor, v: Tensor, window_size: int, **options) -> Tensor:
+    """The softmax window without states, see `reference.window_attention`."""
+    if uses_triton(q, v):
+        from .ops import window
+
+        return window.window_attention(q, k, v, window_size, **options)
+    return reference.window_attention(q, k, v, window_size, **options)
+
+
 def final_state(k: Tensor, v: Tensor, gate_logits: Tensor, **options) -> Tensor:
     """The states after rows of keys and values, `[B, Hkv, 2, K, V]`: the last entry of `reference.block_states`, which itself runs where a
     gradient is asked for: the kernel has none."""

@@ -13,7 +13,8 @@ Shape legend: B batch, T tokens, Hq query heads, Hkv key-value heads, R = Hq / H
 G decays per state (K, or K/2 when the two channels i and i + K/2 of a rotary pair share one), N chunks, C chunk size.
 
 `dual_state_attention_recurrent` goes token by token and is obviously right; `dual_state_attention` computes the same
-function in chunks. `dual_state_window_attention` is the form that leaves the nearest tokens to a softmax window.
+function in chunks. `dual_state_window_attention` is the form that leaves the nearest tokens to a softmax window; `window_attention` is
+that window without states.
 
 All of them take keys and values of all heads of a layer, too: `kv_heads`, int32 `[Hkv]`, then names those that all other tensors are of, in
 their order. Nobody looks at its values: a head that is not there is an error of indexing at best.
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import (
+    WINDOW_ALONE,
     check_gate_inputs,
     check_gated_linear_inputs,
     check_inputs,
@@ -253,11 +255,65 @@ def dual_state_window_attention(
         padding_mask=state_mask,
         initial_state=initial_state,
     )
+    o_window, log_denominator = _softmax_of_window(q, k, v, window_size, scale, sinks, row_start, softcap, sink_logits)
+
+    q = q.unflatten(2, (num_kv_heads, -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    q_b = _chunks(q, size)
+    blocks = q_b.shape[1]
+    q_mixed = q_b.to(states.dtype)[..., None, :] * mix.to(states.dtype).unflatten(0, (num_kv_heads, -1))[..., None]
+    two_back = torch.cat([states[:, :1], states[:, : blocks - 1]], dim=1)
+    o_state = torch.einsum("bnchrik,bnhikv->bnchrv", q_mixed, two_back)
+    return o_window, log_denominator, o_state.flatten(1, 2)[:, :tokens].flatten(2, 3), states
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: int,
+    *,
+    scale: float | None = None,
+    padding_mask: Tensor | None = None,
+    sinks: tuple[Tensor, Tensor] | None = None,
+    row_start: Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    row_counts: tuple[Tensor, Tensor] | None = None,
+    kv_heads: Tensor | None = None,
+) -> Tensor:
+    """The window of the layer alone, without states: softmax attention to a token, the `window_size - 1` before it, and the sinks that lie
+    before those (StreamingLLM, arXiv 2309.17453).
+
+    Arguments as `dual_state_window_attention`; row_counts is of use to kernels only.
+
+    Returns:
+        o `[B, T, Hq, V]` in q's dtype, zero at padding; the sums are in fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: names the argument whose shape, dtype or value does not fit.
+    """
+    check_window_inputs(
+        q, k, v, window_size, sinks, softcap, tables=WINDOW_ALONE, kv_heads=kv_heads, row_start=row_start, padding_mask=padding_mask,
+        sink_logits=sink_logits,
+    )  # fmt: skip
+    k, v = select_heads(k, kv_heads), select_heads(v, kv_heads)
+    pad = None if padding_mask is None else ~padding_mask.bool()[..., None, None]
+    if pad is not None:
+        q, k, v = (x.masked_fill(pad, 0) for x in (q, k, v))
+    o = _softmax_of_window(q, k, v, window_size, scale, sinks, row_start, softcap, sink_logits)[0].to(q.dtype)
+    return o if pad is None else o.masked_fill(pad, 0)
+
+
+def _softmax_of_window(q, k, v, window_size, scale, sinks, row_start, softcap, sink_logits) -> tuple[Tensor, Tensor]:
+    """Softmax attention over window and sinks `[B, T, Hq, V]` and the log of its denominator `[B, T, Hq]`, fp32 (fp64 for fp64 inputs),
+    of blocks of half a window beside the two before them."""
+    tokens, num_kv_heads, size = q.shape[1], k.shape[2], window_size // 2
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     q = q.unflatten(2, (num_kv_heads, -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     q_b, k_b, v_b = (_chunks(x, size) for x in (q, k, v))
     blocks, device = q_b.shape[1], q.device
 
-    # Each block beside the two before it, which for the first ones are nothing.
+    # Before the first blocks there is nothing.
     k_b, v_b = (torch.cat([F.pad(x, (0, 0) * 3 + (back, 0))[:, :blocks] for back in (2, 1, 0)], dim=2) for x in (k_b, v_b))
     first = torch.arange(blocks, device=device)[:, None, None] * size  # first token of each block
     query = first + torch.arange(size, device=device)[:, None]
@@ -269,24 +325,17 @@ def dual_state_window_attention(
         sink = torch.arange(sinks[0].shape[1], device=device)
         sinks_visible = sink <= (start[:, None, None, None] + query - window_size)
         visible = torch.cat([sinks_visible, visible.expand(len(start), -1, -1, -1)], dim=-1)
-    scores = torch.einsum("bnchrk,bndhk->bnhrcd", q_b, k_b).to(states.dtype)
+    scores = torch.einsum("bnchrk,bndhk->bnhrcd", q_b, k_b).to(dtype)
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
     scores = scores.masked_fill(~visible[:, :, None, None], float("-inf"))
     log_denominator = scores.logsumexp(-1)
     if sink_logits is not None:
-        log_denominator = log_denominator.logaddexp(sink_logits.to(states.dtype).view(num_kv_heads, -1, 1))
+        log_denominator = log_denominator.logaddexp(sink_logits.to(dtype).view(num_kv_heads, -1, 1))
     weights = (scores - log_denominator[..., None]).exp()
-    o_window = torch.einsum("bnhrcd,bndhv->bnchrv", weights.to(v.dtype), v_b).to(states.dtype)
-
-    q_mixed = q_b.to(states.dtype)[..., None, :] * mix.to(states.dtype).unflatten(0, (num_kv_heads, -1))[..., None]
-    two_back = torch.cat([states[:, :1], states[:, : blocks - 1]], dim=1)
-    o_state = torch.einsum("bnchrik,bnhikv->bnchrv", q_mixed, two_back)
-
-    def tokens_first(x: Tensor) -> Tensor:  # [B, N, C, Hkv, R, ...] to [B, T, Hq, ...]
-        return x.flatten(1, 2)[:, :tokens].flatten(2, 3)
-
-    return tokens_first(o_window), tokens_first(log_denominator.movedim(4, 2)), tokens_first(o_state), states
+    o = torch.einsum("bnhrcd,bndhv->bnchrv", weights.to(v.dtype), v_b).to(dtype)
+    o, log_denominator = (x.flatten(1, 2)[:, :tokens].flatten(2, 3) for x in (o, log_denominator.movedim(4, 2)))
+    return o, log_denominator
 
 
 def block_states(

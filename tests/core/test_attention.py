@@ -21,6 +21,7 @@ WAYS = {
     "8, no sinks": {"window_size": 8, "heads": (6, 1), "sink_tokens": 0},
     "10, 5 sinks": {"window_size": 10, "sink_tokens": 5},
     "16, 3 sinks, no write gate": {"window_size": 16, "sink_tokens": 3, "write_gate": False},
+    "8, 2 sinks, no states": {"window_size": 8, "sink_tokens": 2, "states": False},
 }
 windows = pytest.mark.parametrize("window_size", WINDOWS)
 every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
@@ -41,7 +42,8 @@ def make_attention(window_size=8, heads=(4, 2), key_dim=8, value_dim=10, dtype=t
     with torch.no_grad():
         for parameter in attention.parameters():
             parameter.add_(0.5 * torch.randn_like(parameter))
-        attention.gate_bias.add_(2 * torch.randn_like(attention.gate_bias))
+        if attention.states:
+            attention.gate_bias.add_(2 * torch.randn_like(attention.gate_bias))
     return attention
 
 
@@ -88,7 +90,8 @@ def run_in_pieces(attention, qkv, sizes, mask=None, state=None, known=False):
 def assert_same_state(attention, found, expected, bound=1e-10):
     """Equal in all that the state is documented to hold; slots that no token has filled may hold anything."""
     assert torch.equal(found.lengths, expected.lengths)
-    scale = expected.recurrent.abs().max().clamp_min(1)
+    assert found.recurrent.shape == expected.recurrent.shape
+    scale = max([1.0, *expected.recurrent.abs().flatten().tolist()])
     assert ((found.recurrent - expected.recurrent).abs() <= bound * scale).all()
     assert found.window_k.shape == expected.window_k.shape and found.window_v.shape == expected.window_v.shape
     window, sinks = attention.window_size, attention.sink_tokens
@@ -102,11 +105,15 @@ def assert_same_state(attention, found, expected, bound=1e-10):
 def slow_layer(attention, q, k, v):
     """The documented formula, a token at a time, over one text without padding: outputs and the state after it."""
     window, sinks, tokens, group = attention.window_size, attention.sink_tokens, q.shape[1], attention.num_heads // attention.num_kv_heads
-    gate_logits, write_logits = attention.gate_logits(v)
-    decay = log_decays(gate_logits, attention.key_dim, attention.gate_normalizer, attention.gate_lower_bound).exp()
-    share = torch.ones_like(gate_logits[..., 0]) if write_logits is None else write_logits.sigmoid()
-    states = [k.new_zeros(k.shape[0], k.shape[2], 2, k.shape[-1], v.shape[-1])]  # after each number of tokens
+    states = [k.new_zeros(k.shape[0], k.shape[2], attention.num_states, k.shape[-1], v.shape[-1])]  # after each number of tokens
+    if attention.states:
+        gate_logits, write_logits = attention.gate_logits(v)
+        decay = log_decays(gate_logits, attention.key_dim, attention.gate_normalizer, attention.gate_lower_bound).exp()
+        share = torch.ones_like(gate_logits[..., 0]) if write_logits is None else write_logits.sigmoid()
     for t in range(tokens):
+        if not attention.states:
+            states.append(states[-1])
+            continue
         added = share[:, t, :, :, None, None] * k[:, t, :, None, :, None] * v[:, t, :, None, None, :]
         states.append(states[-1] if t < sinks else decay[:, t, ..., None] * states[-1] + added)
 
@@ -116,10 +123,11 @@ def slow_layer(attention, q, k, v):
 
     outputs = q.new_zeros(*q.shape[:3], v.shape[-1])
     for t in range(tokens):
-        state = states[held(t)].repeat_interleave(group, dim=1)
-        read = attention.scale * torch.einsum("bhk,hi,bhikv->bhv", q[:, t], attention.mix(), state)
-        rms = (read.square().mean(-1) + NORM_EPS).sqrt()
-        normalised = read / rms[..., None] * attention.norm_weight
+        if attention.states:
+            state = states[held(t)].repeat_interleave(group, dim=1)
+            read = attention.scale * torch.einsum("bhk,hi,bhikv->bhv", q[:, t], attention.mix(), state)
+            rms = (read.square().mean(-1) + NORM_EPS).sqrt()
+            normalised = read / rms[..., None] * attention.norm_weight
         if not window:
             outputs[:, t] = normalised
             continue
@@ -127,6 +135,9 @@ def slow_layer(attention, q, k, v):
         keys, values = (x[:, seen].repeat_interleave(group, dim=2) for x in (k, v))
         scores = attention.scale * torch.einsum("bhk,bshk->bhs", q[:, t], keys)
         softmax = torch.einsum("bhs,bshv->bhv", scores.softmax(-1), values)
+        if not attention.states:
+            outputs[:, t] = softmax
+            continue
         alpha = torch.sigmoid(attention.state_gain * rms.log() + attention.state_bias - scores.exp().sum(-1).log())[..., None]
         outputs[:, t] = (1 - alpha) * softmax + alpha * normalised if held(t) > sinks else softmax
 
@@ -173,7 +184,7 @@ def test_every_part_of_the_layer_matters(way):
     early = v.clone()
     early[:, 6] += 1
     changed, _ = attention(q, k, early)
-    assert relative_error(changed[:, 40:], o[:, 40:]) > 1e-5
+    assert (relative_error(changed[:, 40:], o[:, 40:]) > 1e-5) == attention.states
     assert relative_error(changed[:, :6], o[:, :6]) <= 1e-12
     for name, parameter in attention.named_parameters():
         with torch.no_grad():
@@ -525,8 +536,9 @@ def test_a_text_that_fits_into_the_window_is_read_by_plain_softmax(way):
     o, _ = attention(*qkv)
     softmax = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv), is_causal=True, enable_gqa=True).transpose(1, 2)
     assert relative_error(o[:, :length], softmax[:, :length]) <= 1e-12
-    # The first token after it reads a block that is all sinks in some ways, and then is plain softmax too.
-    assert (relative_error(o[:, length], softmax[:, length]) <= 1e-12) == (attention.sink_tokens == length // 2)
+    # The first token after it reads a block that is all sinks in some ways, and then is plain softmax too; so it is without states.
+    plain = not attention.states or attention.sink_tokens == length // 2
+    assert (relative_error(o[:, length], softmax[:, length]) <= 1e-12) == plain
 
 
 # --- sinks --------------------------------------------------------------------------------------------------------
@@ -696,6 +708,8 @@ def test_a_single_channel_starts_at_the_fastest_half_life():
         ("sink_tokens must be from 0 to half the window of 2, got 4", {"window_size": 2}),
         ("sink_tokens .* got -1", {"sink_tokens": -1}),
         ("sink_tokens .* got -1", {"window_size": 0, "sink_tokens": -1}),
+        ("states=False leaves a window alone, and window_size=0 none", {"window_size": 0, "states": False}),
+        ("states must be True or False, got 0", {"states": 0}),
     ],
 )
 def test_bad_sizes_are_refused(message, arguments):

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 EVAL = Path(__file__).resolve().parents[2] / "eval"
 LAYERS, KV_HEADS = 2, 2
+WINDOW = 40  # of the control
 EVERY = [[layer, head] for layer in range(LAYERS) for head in range(KV_HEADS)]
 
 
@@ -112,18 +113,12 @@ def test_units_are_ranked_or_in_the_given_order(trained):
     assert not (trained / "layers-window" / "ranking.json").exists()
 
 
-def test_a_control_has_its_states_shut_and_only_projections_trained(heads, trained):
-    shut, others = (weights(trained, arm, "state_bias") for arm in ("layers-window", "heads"))
-    assert len(shut) == len(others) == LAYERS
-    assert all((x == heads.SHUT).all() for x in shut) and not any((x == heads.SHUT).any() for x in others)
-    config = json.loads((trained / "layers-window" / "adapter_config.json").read_text())
-    assert (config["window_size"], config["conversion_unit"]) == (256, "layer")
-    base = LlamaForCausalLM.from_pretrained(trained / "model").model.layers
-    for name in ("q_proj", "o_proj"):
-        own = weights(trained, "layers-window", name)
-        assert len(own) == LAYERS and not any(
-            torch.equal(x, getattr(layer.self_attn, name).weight) for x, layer in zip(own, base, strict=True)
-        )
+def test_a_control_has_a_window_of_equal_bytes(heads, trained):
+    """In fp32 the states of heads of 8 channels take as much as 8 tokens."""
+    control, arm = (json.loads((trained / name / "adapter_config.json").read_text()) for name in ("layers-window", "heads"))
+    assert (control["states"], control["conversion_unit"]) == (False, "layer") and (arm["states"], arm["conversion_unit"]) == (True, "head")
+    assert (control["window_size"], arm["window_size"]) == (heads.TINY_WINDOW + 8, heads.TINY_WINDOW)
+    assert not weights(trained, "layers-window", "dsla_core.") and len(weights(trained, "heads", "state_bias")) == LAYERS
 
 
 def test_frozen_parts_of_a_control_are_not_trained(heads, folder, monkeypatch):
@@ -185,10 +180,10 @@ def test_bytes_of_a_control_are_those_of_its_window(measured):
     a_token = 2 * 8 * 4  # k and v of a head, fp32
     assert teacher["bytes_2k"] == 4 * a_token * 2048
     # A layer counts its tokens in 8 bytes.
-    assert whole["bytes_2k"] == whole["bytes_32k"] == 4 * a_token * (256 + 4) + 2 * 8
-    assert part["bytes_8k"] == 2 * a_token * (8192 + 256 + 4) + 8
+    assert whole["bytes_2k"] == whole["bytes_32k"] == 4 * a_token * (WINDOW + 4) + 2 * 8
+    assert part["bytes_8k"] == 2 * a_token * (8192 + WINDOW + 4) + 8
     states = 2 * 8 * 8 * 4
-    assert measured["heads"]["rows"][2]["bytes_8k"] == 4 * (a_token * (128 + 4) + states + 8)
+    assert measured["heads"]["rows"][2]["bytes_8k"] == 4 * (a_token * (WINDOW - 8 + 4) + states + 8)
 
 
 def test_measured_levels_stay_and_others_come_beside(heads, trained, measured, monkeypatch):
@@ -256,3 +251,34 @@ def test_interval_of_a_share(heads):
     assert heads.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
     assert heads.wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
     assert heads.wilson(500, 500)[1] == pytest.approx(1.0)
+
+
+def test_orders_are_measured_on_an_aligned_adapter(heads, trained, tmp_path, capsys):
+    orders = importlib.import_module("head_orders")
+    words = [
+        str(trained / "model"),
+        str(trained / "data"),
+        "--cache",
+        str(trained / "text.pt"),
+        "--processes",
+        "1",
+        "--tiny",
+        "--probes",
+        "2",
+    ]
+    words += ["--adapter", str(trained / "heads" / "alignment"), "--results", str(tmp_path), "--kept", "3,1"]
+    orders.main([*words, "--orders", "shares@1,random"])
+    rows = json.loads((tmp_path / "head-orders.json").read_text())["rows"]
+    assert [(row["order"], row["kept"]) for row in rows] == [("shares@1", 3), ("shares@1", 1), ("random", 3), ("random", 1)]
+    assert all(len(row["heads"]) == row["kept"] and row["wiki"] > 1 for row in rows)
+    assert rows[1]["heads"][0] == rows[0]["heads"][-1] and rows[0]["passes"] > 0 == rows[2]["passes"]
+    assert "| shares@1 | 3 |" in capsys.readouterr().out
+    orders.main([*words, "--orders", "shares@1,entropy", "--kept", "3"])
+    again = json.loads((tmp_path / "head-orders.json").read_text())["rows"]
+    assert again[:4] == rows and [row["order"] for row in again[4:]] == ["entropy"]
+    with pytest.raises(ValueError, match="was measured with another probes"):
+        orders.main([*words, "--probes", "3"])
+    with pytest.raises(ValueError, match=r"--orders must be some of .* got 'shares'"):
+        orders.main([*words, "--orders", "shares"])
+    with pytest.raises(ValueError, match=r"--kept must be numbers of KV heads from 0 to below 4, got \[9\]"):
+        orders.main([*words, "--kept", "9"])

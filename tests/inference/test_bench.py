@@ -219,6 +219,22 @@ def test_costs_follow_the_level(tiny_model, window_size):
     assert costs.prompt_operations(1, 10**6) < plain.prompt_operations(1, 10**6) / 10
 
 
+def test_costs_of_windows_alone(tiny_model, adapter_model):
+    order = [[layer, head] for layer in (2, 0, 3, 1) for head in (1, 0)]
+    model = adapter_model(tiny_model("llama"), conversion_unit="head", conversion_order=order, level=0, window_size=8, states=False)
+    model.eval().requires_grad_(False)
+    found = []
+    for level in range(9):
+        model.set_level(level)
+        with torch.no_grad():
+            cache = model(torch.randint(3, 97, (2, 30)), use_cache=True).past_key_values
+        found.append(costs_of(model))
+        assert found[-1].cache_bytes(2, 30) == cache_bytes(cache)
+        assert found[-1].weight_bytes == found[0].weight_bytes, "there are no parameters beside the projections"
+    moved = [costs.token_bytes(2, 5000) for costs in found]
+    assert moved == sorted(moved, reverse=True) and len(set(moved)) == 9
+
+
 @pytest.mark.parametrize("window_size", [0, 8])
 @pytest.mark.parametrize("kind", ["llama", "phi3"])  # apart and fused projections
 def test_costs_of_heads_end_where_those_of_layers_do(tiny_model, adapter_model, kind, window_size):

@@ -124,7 +124,11 @@ def layer_of(**options):
     return layer.to(DEVICE).requires_grad_(False)
 
 
-LAYERS = {"window": {"window_size": WINDOW, "sink_tokens": SINKS}, "pure": {"window_size": 0}}
+LAYERS = {
+    "window": {"window_size": WINDOW, "sink_tokens": SINKS},
+    "pure": {"window_size": 0},
+    "window alone": {"window_size": WINDOW, "sink_tokens": SINKS, "states": False},
+}
 
 
 @pytest.fixture(params=LAYERS.values(), ids=LAYERS)

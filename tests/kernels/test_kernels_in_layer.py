@@ -27,6 +27,8 @@ LAYERS = {
     "window": {"window_size": 16, "sink_tokens": 3},
     "window without sinks, plain gates": {"window_size": 20, "sink_tokens": 0, "write_gate": False},
     "pure": {"window_size": 0},
+    "window alone": {"window_size": 16, "sink_tokens": 3, "states": False},
+    "window alone, without sinks": {"window_size": 20, "sink_tokens": 0, "states": False},
 }
 
 
@@ -98,7 +100,8 @@ def test_pieces_that_share_what_follows_from_their_mask(layer, dtype, monkeypatc
         pytest.skip("has no window")
     size = 2 * layer.window_size
     layers = [layer, copy.deepcopy(layer)]
-    layers[1].gate_bias.data += 1
+    if layer.states:
+        layers[1].gate_bias.data += 1
     first, second = inputs(dtype, 2, size), inputs(dtype, 2, 45)
     masks = [
         torch.arange(tokens, device=DEVICE) < torch.tensor(rows, device=DEVICE)[:, None]
@@ -173,9 +176,11 @@ def test_gradients_reach_every_parameter(layer, monkeypatch):
 def test_single_tokens_with_gradients_run_in_pytorch(layer, monkeypatch):
     monkeypatch.setattr(dispatch, "choice", "triton")
     state = layer(*inputs(torch.float32, 1, 40), output_state=True)[1]
-    o, _ = layer(*inputs(torch.float32, 1, 1), state=DualState(*(x.detach() for x in state)), output_state=True)
+    q, k, v = (x.requires_grad_() for x in inputs(torch.float32, 1, 1))
+    o, _ = layer(q, k, v, state=DualState(*(x.detach() for x in state)), output_state=True)
     o.sum().backward()
-    assert layer.mix_logits.grad is not None
+    assert q.grad is not None and v.grad is not None
+    assert not layer.states or layer.mix_logits.grad is not None
 
 
 def test_what_requires_a_gradient_is_not_decoded_in_place(layer, monkeypatch):

@@ -58,7 +58,7 @@ def test_converted_layers_at_every_level(level, converted):
 def test_mathematics_are_the_keyword_arguments_of_the_layer():
     values = {"window_size": 8, "sink_tokens": 2, "gate_rank": 4, "gate_normalizer": 8.0, "gate_lower_bound": -0.5, "write_gate": False}
     config = DSLAConfig(**values, half_lives=[64, [4, 8]])
-    assert config.mathematics() == {**values, "half_lives": ((64, 64), (4, 8))}
+    assert config.mathematics() == {**values, "states": True, "half_lives": ((64, 64), (4, 8))}
     attention = DualStateAttention(4, 2, 8, **config.mathematics())
     for name in config.mathematics().keys() - {"gate_rank"}:
         assert getattr(attention, name) == config.mathematics()[name], name
@@ -189,6 +189,14 @@ def test_hybrid_dict_round_trip():
     written = config.to_hybrid_dict()
     assert written == HYBRID
     assert json.loads(json.dumps(written)) == written, "must be plain JSON"
+
+
+def test_hybrid_dict_names_states_where_there_are_none():
+    """So that older releases read what they can run, and nothing else."""
+    assert "states" not in HYBRID and DSLAConfig.from_hybrid_dict(HYBRID).states is True
+    alone = {**HYBRID, "states": False}
+    config = DSLAConfig.from_hybrid_dict(alone)
+    assert config.states is False and config.to_hybrid_dict() == alone
 
 
 def test_hybrid_dict_names_the_base_where_that_has_a_name():

@@ -41,7 +41,7 @@ def start(tuned, tokenizer):
     """Factory of a running server: `with start(slots=2, api_key="k") as (server, address)`."""
 
     def make(**changes):
-        api = {name: changes.pop(name) for name in ("api_key", "max_body", "max_new_tokens") if name in changes}
+        api = {name: changes.pop(name) for name in ("api_key", "max_body", "max_new_tokens", "allow_origins") if name in changes}
         engine = Engine(tuned, LEVEL, EngineOptions(**{"slots": 4, "block_size": 8, "chunk": 64, "max_tokens": 512, **changes}))
         return served(build_app(engine, tokenizer, ApiOptions("tiny", **{"max_new_tokens": 400, **api})))
 
@@ -257,6 +257,92 @@ def test_other_errors(module_server):
     assert answer.status_code == 400 and "no such role" in answer.json()["error"]["message"]
     for messages in ([], [{"role": "user"}], [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "hi"):
         assert post(address, {"model": "tiny", "messages": messages}, "chat/completions").status_code == 400
+
+
+def test_errors_name_the_field_and_what_it_is(module_server):
+    _, address = module_server
+    for body, param, code, words in (
+        ({**GOOD, "prompt": "a" * 600}, "prompt", "context_length_exceeded", "600 prompt tokens"),
+        ({**GOOD, "prompt": "a" * 4000}, "prompt", "context_length_exceeded", "4,000 characters"),
+        ({**GOOD, "model": "other"}, "model", "model_not_found", "no model 'other'"),
+        ({**GOOD, "best_of": 7}, "best_of", None, "best_of is not supported"),
+        ({**GOOD, "stop": [3]}, "stop", None, "stop"),
+        ({**GOOD, "max_tokens": 401}, "max_tokens", None, "max_tokens 401"),
+    ):
+        error = post(address, body).json()["error"]
+        assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
+        assert words in error["message"] and "Value error" not in error["message"]
+    broken = post(address, b'{"model": ').json()["error"]
+    assert broken["message"].startswith("the body is no JSON") and broken["param"] is None
+
+
+def test_a_model_is_told_of_by_its_name(module_server):
+    _, address = module_server
+    found = httpx.get(f"{address}/v1/models/tiny").json()
+    assert found == httpx.get(f"{address}/v1/models").json()["data"][0] and found["id"] == "tiny"
+    assert httpx.get(f"{address}/v1/models/a/b").json()["error"]["code"] == "model_not_found"
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
+    assert client.models.retrieve("tiny").id == "tiny"
+
+
+def test_tokens_of_a_text_and_back(module_server):
+    _, address = module_server
+
+    def ask(path, body):
+        return httpx.post(f"{address}/{path}", json=body)
+
+    found = ask("tokenize", {"prompt": "hello"}).json()
+    assert found["count"] == 5 == len(found["tokens"]) and found["max_model_len"] == 512
+    assert ask("detokenize", {"tokens": found["tokens"]}).json() == {"prompt": "hello"}
+    messages = [{"role": "user", "content": "hi"}]
+    chat = ask("tokenize", {"model": "tiny", "messages": messages}).json()["tokens"]
+    assert chat == byte_tokenizer().apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    for path, body in (
+        ("tokenize", {}),
+        ("tokenize", {"prompt": "a", "messages": messages}),
+        ("tokenize", {"prompt": "a" * 4000}),
+        ("detokenize", {"tokens": [97]}),
+        ("detokenize", {"tokens": [5] * 513}),
+    ):
+        assert ask(path, body).status_code == 400
+    assert ask("tokenize", {"prompt": "a", "model": "other"}).status_code == 404
+
+
+@pytest.mark.parametrize("path", ["", "health", "status", "metrics", "v1/models", "v1/models/tiny"])
+def test_head_answers_without_a_body(module_server, path):
+    _, address = module_server
+    answer = httpx.head(f"{address}/{path}")
+    assert answer.status_code == 200 and not answer.content
+
+
+@pytest.mark.parametrize(
+    "headers, words",
+    [
+        ({"content-type": "text/plain"}, "a body of the type text/plain is not taken"),
+        ({"content-type": "application/x-www-form-urlencoded"}, "Content-Type: application/json"),
+        ({"content-type": "application/json", "content-encoding": "gzip"}, "Content-Encoding gzip is not taken"),
+    ],
+)
+def test_bodies_of_another_kind_are_refused_by_name(module_server, headers, words):
+    _, address = module_server
+    answer = httpx.post(f"{address}/v1/completions", content=json.dumps(GOOD), headers=headers)
+    assert answer.status_code == 415 and words in answer.json()["error"]["message"]
+    good = {"content-type": "application/json; charset=utf-8"}
+    assert httpx.post(f"{address}/v1/completions", content=json.dumps(GOOD), headers=good).status_code == 200
+
+
+def test_web_pages_may_ask_where_they_are_allowed_to(start):
+    asking = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    with start(api_key="secret", allow_origins=("https://example.org",)) as (_, address):
+        before = httpx.options(f"{address}/v1/completions", headers=asking)
+        assert before.status_code == 200 and before.headers["access-control-allow-origin"] == "https://example.org"
+        refused = httpx.post(f"{address}/v1/completions", json=GOOD, headers={"Origin": "https://example.org"})
+        assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == "https://example.org"
+        other = httpx.options(f"{address}/v1/completions", headers={**asking, "Origin": "https://example.com"})
+        assert other.status_code == 400 and "access-control-allow-origin" not in other.headers
+        assert httpx.post(f"{address}/tokenize", json={"prompt": "a"}).status_code == 401
+    with pytest.raises(ValueError, match="an allowed origin is a scheme and a host"):
+        ApiOptions("tiny", allow_origins=("example.org/page",))
 
 
 @pytest.mark.parametrize("mode", GenerationMode)

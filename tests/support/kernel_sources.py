@@ -19,6 +19,7 @@ MODULES = (
     "test_kernels_in_layer",
     "test_head_subsets",
     "test_head_counts",
+    "test_window_alone",
     "test_divergence",
     "test_gates_kernel",
     "test_few_rows",

@@ -26,14 +26,18 @@ def byte_tokenizer(size=97):
     return tokenizer
 
 
-@contextmanager
 def served(app, drain_seconds=5.0):
     """The app on a free port of this machine: yields the server and its address."""
+    return running_server(lambda config: DrainingServer(config, app.state.engine, drain_seconds), app)
+
+
+@contextmanager
+def running_server(make, app, **options):
+    """A server of uvicorn, `make(config)`, in a thread: yields it and its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    config = uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=5)
-    server = DrainingServer(config, app.state.engine, drain_seconds)
+    server = make(uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=5, **options))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + 20

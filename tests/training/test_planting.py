@@ -87,3 +87,26 @@ def test_rows_too_short_for_a_fact_stay(tokenizer, rows):
 def test_no_share_is_refused(tokenizer, rows):
     with pytest.raises(ValueError, match=r"from 0 to 1, got 1.5"):
         with_planted(rows, tokenizer, 1.5, seed=0)
+
+
+def test_answers_weigh_what_is_asked_for(tokenizer, rows):
+    """At the places that predict them, a byte before; all else counts once, in rows without facts too."""
+    row = planted(rows[0], tokenizer, random.Random(1), 7.0)
+    plain = planted(rows[0], tokenizer, random.Random(1))
+    assert torch.equal(row["input_ids"], plain["input_ids"]) and "loss_mask" not in plain
+    assert row["loss_mask"].dtype == torch.float32 and set(row["loss_mask"].tolist()) == {1.0, 7.0}
+    places = (row["loss_mask"] == 7).nonzero().flatten() + 1
+    text, answers = tokenizer.decode(row["input_ids"].tolist()), tokenizer.decode(row["input_ids"][places].tolist())
+    asked = text.count("one has to say:") + text.count("finds the") + text.count("the town of")
+    assert asked >= 4 and len(answers.split()) >= asked and all(f" {word}" in text for word in answers.split())
+    assert "." not in answers and ":" not in answers
+    some = with_planted([{**rows[0], "loss_mask": torch.zeros(2000, dtype=torch.long)}] * 12, tokenizer, 0.5, 0, 3.0)
+    masks = [item["loss_mask"] for item in some]
+    assert all(mask.dtype == torch.float32 and mask.shape == (2000,) for mask in masks)
+    assert {float(mask.max()) for mask in masks} == {0.0, 3.0}, "some rows are left as they were"
+
+
+@pytest.mark.parametrize("weight", [0, -1.0, math.inf, math.nan])
+def test_a_weight_that_is_none_is_refused(tokenizer, rows, weight):
+    with pytest.raises(ValueError, match="answer_weight must be above 0"):
+        with_planted(rows, tokenizer, 0.5, 0, weight)

@@ -45,6 +45,9 @@ def add_to(commands: Any, name: str) -> None:
         "--probe-length", type=positive, metavar="L", help="tokens of the longest of these, as long as your prompts (default: --length)"
     )
     measuring.add_argument(
+        "--probe-weight", type=float, metavar="X", help="of heads: what harm to answers counts beside harm to text (default: 0.3)"
+    )
+    measuring.add_argument(
         "--ranks", type=positive, default=1, metavar="N", help="of heads: an order that is even over so many ranks of tensor parallel"
     )
     measuring.add_argument("--dry-run", action="store_true", help="print the order, store nothing")
@@ -64,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
         length=args.length,
         probes=args.probes,
         probe_length=args.probe_length,
+        probe_weight=args.probe_weight,
         ranks=args.ranks,
         dtype=args.dtype,
         dry_run=args.dry_run,

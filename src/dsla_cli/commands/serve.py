@@ -74,6 +74,14 @@ def add_to(commands: Any, name: str) -> None:
     network.add_argument("--port", type=positive, default=8000, help="(default: %(default)s)")
     network.add_argument("--api-key", metavar="KEY", help="that clients must give (default: $DSLA_API_KEY, else none)")
     network.add_argument(
+        "--allow-origin",
+        dest="allow_origins",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="a web page that may call the server, such as https://example.org, or * for all; may be repeated",
+    )
+    network.add_argument(
         "--drain-seconds", type=float, default=30.0, metavar="S", help="for running requests at the end (default: %(default)s)"
     )
 

@@ -44,6 +44,7 @@ from .distill_plan import Plan, plan_text, sequences_per_step
 # So many blocks are looked at for tokens that the model does not know, and are all that is known of a text that streams.
 CHECKED_BLOCKS = 64
 LEAST_TRAINED = 10  # times as many sequences are trained on as are measured on, where there is little text
+OF_CONVERSION = ("window_size", "states")  # options of the same name in `DSLAConfig`
 NAMED_LAST = 12  # of the heads of an order
 OPTIONS_FILE = "distill.json"
 # Options that do not decide the result, or are checked by what is in the folder.
@@ -79,7 +80,7 @@ def _distill_job(options: DistillOptions, args: DSLATrainingArguments, output: P
         text = _read_text(options, tokenizer)
     check_teaches(text.train, config.window_size, config.sink_tokens)
     probes = _probes(options, tokenizer, text, base_config) if heads and text.ranking and metric != "random" else []
-    train = with_planted(text.train, tokenizer, options.probes_in_training, args.seed)
+    train = with_planted(text.train, tokenizer, options.probes_in_training, args.seed, options.answer_weight)
 
     set_seed(args.seed)
     if options.adapter is None:
@@ -118,6 +119,7 @@ def _distill_job(options: DistillOptions, args: DSLATrainingArguments, output: P
         ranking_metric=metric,
         ranking_data=text.ranking or None,
         ranking_probes=probes,
+        probe_weight=options.probe_weight,
         processing_class=tokenizer,
     )
     level = highest_trained(model, args, options.method)
@@ -145,13 +147,14 @@ def _config_of(options: DistillOptions, output: Path) -> DSLAConfig:
     if output.is_file():
         raise ValueError(f"{output} is a file: give a folder to save into")
     if options.adapter is None:
-        given: dict[str, Any] = {} if options.window_size is None else {"window_size": options.window_size}
+        given = {name: value for name in OF_CONVERSION if (value := getattr(options, name)) is not None}
         return DSLAConfig(**given, conversion_unit=options.unit or DEFAULT_UNIT, task_type="CAUSAL_LM")
     config = read_adapter_config(options.adapter)
     if options.unit not in (None, config.conversion_unit):
         raise ValueError(f"{options.adapter} counts {config.conversion_unit}s: leave --unit {options.unit} out")
-    if options.window_size not in (None, config.window_size):
-        raise ValueError(f"{options.adapter} has window_size {config.window_size}: leave --window_size {options.window_size} out")
+    for name in OF_CONVERSION:
+        if (value := getattr(options, name)) not in (None, getattr(config, name)):
+            raise ValueError(f"{options.adapter} has {name} {getattr(config, name)}: leave --{name} {value} out")
     if Path(options.adapter).resolve() == output.resolve():
         raise ValueError(f"--output_dir {output} is the adapter to go on from: give another folder")
     return config
@@ -245,7 +248,7 @@ def _probes(options: DistillOptions, tokenizer: Any, text: _Text, base_config: A
 def _recorded(options: DistillOptions, args: DSLATrainingArguments, config: DSLAConfig, metric: str) -> dict[str, Any]:
     """The options that decide what a run gives, as the user spells them."""
     own = {item.name: getattr(options, item.name) for item in dataclasses.fields(DistillOptions) if item.name not in NOT_RECORDED}
-    own |= {"window_size": config.window_size, "unit": config.conversion_unit, "ranking_metric": metric}
+    own |= {name: getattr(config, name) for name in OF_CONVERSION} | {"unit": config.conversion_unit, "ranking_metric": metric}
     own |= {"adapter": options.adapter and str(Path(options.adapter).resolve())}
     own |= {"model": Path(options.model).name, "data": " ".join(map(_named_with_size, options.data))}  # folders may be moved
     of_stages = {name: getattr(args, name) for name in STAGE_SETTINGS}

@@ -17,6 +17,7 @@ from transformers.hf_argparser import string_to_bool
 from ..models.loading import check_at_least_one
 from ..training.arguments import DSLATrainingArguments
 from ..training.text import SOURCES
+from ..training.unit_ranking import PROBE_WEIGHT, check_probe_weight
 
 DESCRIPTION = """\
 Distil a DSLA adapter for a checkpoint from the checkpoint itself. The default recipe:
@@ -121,6 +122,9 @@ class DistillOptions:
     probes_in_training: float = field(
         default=0.0, metadata={"help": "Share of the training sequences in which facts are planted that are asked for later."}
     )
+    answer_weight: float = field(
+        default=1.0, metadata={"help": "Of the tokens that answer what was planted, in the loss, beside 1 of all others."}
+    )
     eval_sequences: int = field(
         default=8,
         metadata={"help": "Sequences kept apart to measure the levels on; 0: none."},
@@ -135,8 +139,15 @@ class DistillOptions:
     ranking_metric: Literal["kl", "greedy", "entropy", "shares", "single", "random"] | None = field(
         default=None, metadata={"help": "What the units are ranked by; see dsla order --help. Default: kl for layers, shares for heads."}
     )
+    probe_weight: float = field(
+        default=PROBE_WEIGHT, metadata={"help": "Of what conversion does to answers beside what it does to text, when heads are ranked."}
+    )
     window_size: int | None = field(
         default=None, metadata={"help": "Tokens of the softmax window; 0: none (the paper's layer). Default: 128, or that of --adapter."}
+    )
+    states: bool | None = field(
+        default=None,
+        metadata={"help": "Whether converted heads have states; False: a window alone. Default: they have, or as those of --adapter."},
     )
     dtype: Literal["bfloat16", "float16", "float32"] = field(
         default="bfloat16", metadata={"help": "Dtype of the frozen base; trained weights are fp32."}
@@ -150,6 +161,9 @@ class DistillOptions:
         check_at_least_one("tokens", self.tokens)
         if self.probe_length is not None:
             check_at_least_one("probe_length", self.probe_length)
+        check_probe_weight(self.probe_weight)
+        if not 0 < self.answer_weight < float("inf"):
+            raise ValueError(f"answer_weight must be above 0, got {self.answer_weight}")
         if not 0 <= self.probes_in_training <= 1:
             raise ValueError(f"probes_in_training must be a share from 0 to 1, got {self.probes_in_training}")
         for name in ("ranking_sequences", "ranking_probes", "eval_sequences"):

@@ -25,7 +25,7 @@ from ..training.ranking import LayerRanking, rank_layers
 from ..training.recipe import OF_THE_BASE, check_ranking
 from ..training.text import PackedTokens
 from ..training.text_check import check_teaches
-from ..training.unit_ranking import UnitRanking, rank_units
+from ..training.unit_ranking import PROBE_WEIGHT, UnitRanking, check_probe_weight, rank_units
 
 
 def order(
@@ -39,6 +39,7 @@ def order(
     length: int = 2048,
     probes: int = 24,
     probe_length: int | None = None,
+    probe_weight: float | None = None,
     ranks: int = 1,
     dtype: str = "auto",
     dry_run: bool = False,
@@ -52,8 +53,9 @@ def order(
         data: as the sources of `text.token_blocks`; of chats everything is read.
         unit: "layer" or "head"; None: what the adapter counts.
         metric: of `rank_layers` (default "kl") or `rank_units` (default "shares").
-        probes, probe_length, ranks: of heads: how many questions about texts of at most so many tokens (default: `length`), and over how
-            many ranks of tensor parallel the order shall be even.
+        probes, probe_length, probe_weight, ranks: of heads: how many questions about texts of at most so many tokens (default: `length`),
+            how much harm to their answers counts beside harm to text (default: 0.3), and over how many ranks of tensor parallel the order
+            shall be even.
 
     Raises:
         ValueError: if there is too little text, the window reads nearly all of each sequence, `adapter` is no DSLA adapter of this
@@ -77,6 +79,8 @@ def order(
             raise ValueError(f"--ranks {ranks} is of heads, and {adapter} counts layers: give --unit head, or leave it out")
         if not dry_run and not Path(adapter).is_dir():
             raise ValueError(f"{adapter} is not a folder, so the order cannot be stored in it: give a folder, or --dry-run to print only")
+        probe_weight = PROBE_WEIGHT if probe_weight is None else probe_weight
+        check_probe_weight(probe_weight)
         check_at_least_one("sequences", sequences)
         check_at_least_one("length", length)
         longest = probe_length or length
@@ -95,7 +99,7 @@ def order(
         if unit == "layer":
             ranking = rank_layers(tuned, texts, metric=metric)
         else:
-            ranking = rank_units(tuned, texts, asked, metric=metric, ranks=ranks)
+            ranking = rank_units(tuned, texts, asked, metric=metric, probe_weight=probe_weight, ranks=ranks)
         print(ranking_table(ranking))
         if not dry_run:
             _store(tuned, adapter, unit, ranking)

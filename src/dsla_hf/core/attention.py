@@ -20,6 +20,7 @@ from dsla_kernels import (
     gate_logits,
     log_decays,
     uses_triton,
+    window_attention,
 )
 
 from ..compat.attributes import is_loaded
@@ -62,6 +63,8 @@ class DualStateAttention(nn.Module):
         half_lives: initial half-lives in tokens of the history and the recency state, each from its fastest channel to its
             slowest, or one number for all channels.
         write_gate: whether a token's value decides how much of it each state takes in. The paper's layer has none.
+        states: whether there are states. Without them this is softmax attention to the window and the first tokens alone; the layer then
+            has no parameters, and `recurrent` of its state no entries.
         scale: of the scores, `K ** -0.5` when None.
         rotary_layout: one of ROTARY_LAYOUTS; channels of q and k that rotate together share a decay.
         rotary_dim: R, the channels from the first on that rotate, all when None. The others are paired with one another, behind.
@@ -86,6 +89,7 @@ class DualStateAttention(nn.Module):
         gate_lower_bound: float = -1.25,
         half_lives: tuple[float | tuple[float, float], ...] = ((64.0, 4096.0), (8.0, 256.0)),
         write_gate: bool = True,
+        states: bool = True,
         scale: float | None = None,
         rotary_layout: str = "halves",
         rotary_dim: int | None = None,
@@ -100,18 +104,21 @@ class DualStateAttention(nn.Module):
         check_rotary(rotary_layout, rotary_dim)
         if rotary_dim > key_dim:
             raise ValueError(f"rotary_dim must be at most the {key_dim} channels of a head, got {rotary_dim}")
-        check_window(window_size, sink_tokens)
+        check_window(window_size, sink_tokens, states)
         if len(half_lives) != 2:
             raise ValueError(f"half_lives must be two, of the history and the recency state, got {half_lives}")
         value_dim = key_dim if value_dim is None else value_dim
         decays = key_dim // 2  # one per rotary pair: a decay then commutes with the rotation
         self.num_heads, self.num_kv_heads, self.key_dim, self.value_dim = num_heads, num_kv_heads, key_dim, value_dim
         self.window_size, self.sink_tokens = window_size, sink_tokens if window_size else 0
-        self.gate_normalizer, self.gate_lower_bound, self.write_gate = gate_normalizer, gate_lower_bound, write_gate
+        self.states, self.write_gate = states, write_gate
+        self.gate_normalizer, self.gate_lower_bound = gate_normalizer, gate_lower_bound
         self.half_lives = tuple(half_life_range(entry) for entry in half_lives)
         self.scale = key_dim**-0.5 if scale is None else scale
         self.rotary_layout, self.rotary_dim = rotary_layout, rotary_dim
 
+        if not states:
+            return
         self.gate_down = nn.Parameter(torch.empty(num_kv_heads, value_dim, gate_rank))
         self.gate_up = nn.Parameter(torch.empty(num_kv_heads, gate_rank, 2 * decays))
         self.gate_bias = nn.Parameter(torch.empty(num_kv_heads, 2, decays))
@@ -127,6 +134,8 @@ class DualStateAttention(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        if not self.states:
+            return
         nn.init.normal_(self.gate_down, std=self.value_dim**-0.5)
         nn.init.normal_(self.gate_up, std=0.02)
         if not is_loaded(self.gate_bias):  # torch.nn.init looks itself
@@ -305,6 +314,11 @@ class DualStateAttention(nn.Module):
         return past.state_behind(k, v, total, recurrent, order)
 
     @property
+    def num_states(self) -> int:
+        """States of a head: 2, or 0 of a window alone."""
+        return 2 if self.states else 0
+
+    @property
     def reorders_keys(self) -> bool:
         """Whether `in_halves` puts channels anew."""
         return self.rotary_layout == "interleaved" or self.rotary_dim != self.key_dim
@@ -326,6 +340,11 @@ class DualStateAttention(nn.Module):
         write = (self.write_weight, self.write_bias) if self.write_gate else ()
         return gate_logits(v, self.gate_down, self.gate_up, self.gate_bias, *write, norm_eps=self.norm_eps, kv_heads=kv_heads)
 
+    def _no_states(self, k: Tensor, v: Tensor) -> Tensor:
+        """`recurrent` of a layer without states `[B, Hkv, 0, K, V]`, in the dtype of states."""
+        dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
+        return k.new_empty(k.shape[0], self.num_kv_heads, 0, k.shape[-1], v.shape[-1], dtype=dtype)
+
     @property
     def gate_options(self) -> dict[str, float]:
         """What kernels are told of the gates beside their logits."""
@@ -341,6 +360,8 @@ class DualStateAttention(nn.Module):
     ) -> Tensor:
         """The two states `[B, Hkv, 2, K, V]` after keys `[B, T, Hkv, K]` in halves and values `[B, T, Hkv, V]`; the window takes no part.
         padding_mask: `[B, T]`, True at tokens that the states take in. kv_heads: as in `forward`."""
+        if not self.states:
+            return self._no_states(k, v)
         gate_logits, write_logits = self.gate_logits(v, kv_heads)
         options: dict[str, Any] = {"padding_mask": padding_mask, "initial_state": initial_state, "kv_heads": kv_heads}
         return final_state(k, v, gate_logits, write_logits=write_logits, **options, **self.gate_options)
@@ -400,33 +421,40 @@ class DualStateAttention(nn.Module):
         unread = padding.at_end and uses_triton(q, v, quietly=True)  # kernels load no padding behind a row
         rows, k, v, valid = to_rows(mask, padding.cu_seqlens, k, v, padding.at_end, unread)
         sinks = past.sinks(k, v)
-        gate_logits, write_logits = self.gate_logits(v, past.kv_heads)
         row_counts = None if valid is None else padding.once(("counts", *of), lambda: count_tokens(valid, self.window_size))
-        o, recurrent = fused_window_attention(
-            q if rows is None else rows.gather(q),
-            k,
-            v,
-            gate_logits,
-            self.mix(),
-            self.norm_weight,
-            self.state_gain,
-            self.state_bias,
-            self.window_size,
-            write_logits=write_logits,
-            **self.gate_options,
-            scale=self.scale,
-            norm_eps=self.norm_eps,
-            padding_mask=valid,
-            row_counts=row_counts,
-            state_mask=padding.once(("taken in", *of), lambda: past.taken_in(k)),
-            sinks=sinks if self.sink_tokens else None,
-            row_start=torch.full((k.shape[0],), start, device=k.device) if isinstance(start, int) else start,
-            initial_state=None if past.state is None else past.state.recurrent,
-            output_final_state=output_state,
-            softcap=softcap,
-            sink_logits=sink_logits,
-            kv_heads=past.kv_heads,
-        )
+        options: dict[str, Any] = {
+            "scale": self.scale,
+            "padding_mask": valid,
+            "row_counts": row_counts,
+            "sinks": sinks if self.sink_tokens else None,
+            "row_start": torch.full((k.shape[0],), start, device=k.device) if isinstance(start, int) else start,
+            "softcap": softcap,
+            "sink_logits": sink_logits,
+            "kv_heads": past.kv_heads,
+        }
+        queries = q if rows is None else rows.gather(q)
+        if self.states:
+            gate_logits, write_logits = self.gate_logits(v, past.kv_heads)
+            o, recurrent = fused_window_attention(
+                queries,
+                k,
+                v,
+                gate_logits,
+                self.mix(),
+                self.norm_weight,
+                self.state_gain,
+                self.state_bias,
+                self.window_size,
+                write_logits=write_logits,
+                norm_eps=self.norm_eps,
+                state_mask=padding.once(("taken in", *of), lambda: past.taken_in(k)),
+                initial_state=None if past.state is None else past.state.recurrent,
+                output_final_state=output_state,
+                **self.gate_options,
+                **options,
+            )
+        else:
+            o, recurrent = window_attention(queries, k, v, self.window_size, **options), self._no_states(k, v) if output_state else None
         o = o[:, places:] if rows is None else rows.scatter(o, q.shape[:2])[:, places:]
         if recurrent is None:
             return o, None

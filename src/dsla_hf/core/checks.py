@@ -8,8 +8,13 @@ import math
 ROTARY_LAYOUTS = ("halves", "interleaved")
 
 
-def check_window(window_size: int, sink_tokens: int) -> None:
-    """Raises ValueError unless the window is an even number of tokens and the sinks fit into one block of it."""
+def check_window(window_size: int, sink_tokens: int, states: bool = True) -> None:
+    """Raises ValueError unless the window is an even number of tokens and the sinks fit into one block of it, or where there is nothing:
+    neither window nor states."""
+    if not isinstance(states, bool):
+        raise ValueError(f"states must be True or False, got {states!r}")
+    if not states and not window_size:
+        raise ValueError("states=False leaves a window alone, and window_size=0 none: give window_size, or leave states at True")
     if window_size < 0 or window_size % 2:
         raise ValueError(f"window_size must be an even number of tokens, or 0 for no window, got {window_size}")
     if sink_tokens < 0 or (window_size and sink_tokens > window_size // 2):

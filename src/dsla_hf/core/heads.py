@@ -98,7 +98,8 @@ def of_heads(attention: DualStateAttention, heads: Iterable[int]) -> DualStateAt
     if len(heads) == attention.num_kv_heads:
         return attention
     queries = attention.num_heads // attention.num_kv_heads
-    kv_heads = torch.tensor(heads, device=attention.mix_logits.device)
+    device = next((x.device for x in attention.parameters()), None)
+    kv_heads = torch.tensor(heads, device=device)
     query_heads = (kv_heads[:, None] * queries + torch.arange(queries, device=kv_heads.device)).flatten()
     parameters = {
         name: x.index_select(0, kv_heads if name.startswith(PER_KV_HEAD) else query_heads) for name, x in attention.named_parameters()

@@ -21,7 +21,7 @@ class DualState(NamedTuple):
     """What a layer remembers of a sequence; its size does not depend on the length.
 
     recurrent: `[B, Hkv, 2, K, V]` fp32, history and recency. With a window they hold the blocks (of W / 2 tokens) before the
-        last full one.
+        last full one. Of a window alone `[B, Hkv, 0, K, V]`.
     window_k, window_v: `[B, S + W, Hkv, K or V]`, the sinks, then the last W tokens; token j lies at slot S + j % W.
         Channels of keys, here and in `recurrent`, lie so that i and i + K/2 are a rotary pair, whatever the base's layout.
     lengths: int64 `[B]`, tokens seen per row, padding not counted.

@@ -34,20 +34,22 @@ def kernel_step(
     out: Tensor | None = None,
 ) -> tuple[Tensor, DualState]:
     """One token a row in one kernel, which writes the new state over `state`, and the output to `out` if that is given."""
-    from dsla_kernels.ops.decode import GateWeights, pure_decode, window_decode  # imports Triton
+    from dsla_kernels.ops.decode import GateWeights, pure_decode, ring_decode, window_decode  # imports Triton
 
-    write = (layer.write_weight, layer.write_bias) if layer.write_gate else (None, None)
-    gates = GateWeights(layer.gate_down, layer.gate_up, layer.gate_bias, *write)
     options: dict[str, Any] = {
-        "gate_normalizer": layer.gate_normalizer,
-        "lower_bound": layer.gate_lower_bound,
         "scale": layer.scale,
-        "norm_eps": layer.norm_eps,
         "padding_mask": padding_mask,
         "kv_heads": kv_heads,
         "state_heads": state_heads,
         "out": out,
     }
+    of_window: dict[str, Any] = {"softcap": softcap, "sink_logits": sink_logits, "advance": counts}
+    if not layer.states:
+        o = ring_decode(q, k, v, state.window_k, state.window_v, state.lengths, layer.window_size, **of_window, **options)
+        return o, state
+    write = (layer.write_weight, layer.write_bias) if layer.write_gate else (None, None)
+    gates = GateWeights(layer.gate_down, layer.gate_up, layer.gate_bias, *write)
+    options |= {"norm_eps": layer.norm_eps, **layer.gate_options}
     if not layer.window_size:
         o = pure_decode(q, k, v, state.recurrent, gates, layer.mix_logits, layer.norm_weight, **options)
         if counts:
@@ -67,9 +69,7 @@ def kernel_step(
         layer.state_gain,
         layer.state_bias,
         layer.window_size,
-        softcap=softcap,
-        sink_logits=sink_logits,
-        advance=counts,
+        **of_window,
         **options,
     )
     return o, state
@@ -107,6 +107,9 @@ def plain_step(
         log_denominator = log_denominator.logaddexp(sink_logits.to(dtype).view(layer.num_kv_heads, -1))
     weights = (scores - log_denominator[..., None]).exp().to(v.dtype)
     o_window = torch.einsum("bhrs,bshv->bhrv", weights, window_v).to(dtype)
+    if not layer.states:
+        o = o_window.flatten(1, 2)[:, None].to(q.dtype).masked_fill(~real[:, None, None, None], 0)
+        return o, DualState(state.recurrent, window_k, window_v, length + real)
     mix = layer.mix().to(dtype).unflatten(0, (layer.num_kv_heads, -1))
     o_state = torch.einsum("bhrk,hri,bhikv->bhrv", q_h.to(dtype), mix, state.recurrent)
     o = join_window_and_states(

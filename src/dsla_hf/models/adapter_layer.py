@@ -111,10 +111,12 @@ class DSLALayer(nn.Module, BaseTunerLayer):
 
     @property
     def untrained(self) -> bool:
-        """Whether the active adapter's weights in this layer are those of its start: training moves mix and norm at once."""
+        """Whether the active adapter's states in this layer are those of its start: training moves mix and norm at once."""
         if self.adapter_name is None:
             return False
         core: Any = self.dsla_core[self.adapter_name]
+        if not core.states:
+            return False
         with align_module_device(core):
             return not core.mix_logits.any() and bool((core.norm_weight == 1).all())
 
@@ -270,7 +272,7 @@ class DSLALayer(nn.Module, BaseTunerLayer):
         name = self.adapter_name
         if attention.split is not None and name is not None:  # of other heads nothing is needed any more
             core = new_dual_state_attention(self.base_layer, self.configs[name], len(attention.split.converted))
-            trained = next(attention.dsla.parameters()).requires_grad
+            trained = any(x.requires_grad for x in attention.dsla.parameters())
             core.load_state_dict(attention.converted_core().state_dict(), assign=True)
             attention.dsla = core.requires_grad_(trained)
         attention.to(dtype)

@@ -32,7 +32,8 @@ ROTARY = ("rotary_layout", "rotary_dim")
 HEADLESS = ("CAUSAL_LM", "FEATURE_EXTRACTION")
 
 # What the mathematics of a converted layer depends on: stored in hybrids, equal in adapter and hybrid.
-MATHEMATICS = ("window_size", "sink_tokens", "gate_rank", "gate_normalizer", "gate_lower_bound", "half_lives", "write_gate", *ROTARY)
+GATES = ("gate_rank", "gate_normalizer", "gate_lower_bound", "half_lives", "write_gate")
+MATHEMATICS = ("window_size", "sink_tokens", "states", *GATES, *ROTARY)
 
 
 @dataclass
@@ -80,6 +81,10 @@ class DSLAConfig(PeftConfig):
         metadata={"help": "Tokens that every token sees by softmax attention, an even number. 0: no window, as in the paper."},
     )
     sink_tokens: int = field(default=4, metadata={"help": "First tokens of a text that the window always sees beside its own."})
+    states: bool = field(
+        default=True,
+        metadata={"help": "Whether converted heads have the two states; False: a window alone, without gates."},
+    )
     gate_rank: int = field(default=16, metadata={"help": "Rank of the map from a value vector to its gates."})
     gate_normalizer: float = field(default=16.0, metadata={"help": "Divides the log-sigmoid of the gates."})
     gate_lower_bound: float = field(default=-1.25, metadata={"help": "Smallest log-decay per token, from -1.25 to below 0."})
@@ -320,6 +325,8 @@ class DSLAConfig(PeftConfig):
         """The plain dict that a hybrid checkpoint stores as `config.dsla_config`: mathematics, converted layers (and heads of others,
         where levels count heads), the base's name if it has one, no further PEFT fields."""
         mathematics = self.mathematics() | {"half_lives": [list(pair) for pair in self.half_lives]}
+        if self.states:  # as all have of which nothing is said
+            del mathematics["states"]
         name = {"base_model_name_or_path": self.base_model_name_or_path} if self.base_model_name_or_path else {}
         return {
             "format_version": self.format_version,
@@ -348,7 +355,8 @@ class DSLAConfig(PeftConfig):
         heads = unit == "head"
         known = {"format_version", "base_model_type", "converted_layers", *MATHEMATICS}
         known |= {"conversion_unit", *(["converted_heads"] if heads else [])}
-        expected = known - {*ROTARY, *([] if heads else ["conversion_unit"])}  # what follows from the base; older files mean layers
+        # What follows from the base, and what older files do not say: they mean layers, with states.
+        expected = known - {*ROTARY, "states", *([] if heads else ["conversion_unit"])}
         if missing := sorted(expected - hybrid.keys()):
             raise ValueError(
                 f"{source}: 'dsla_config' lacks {missing}. It replaces the stored one as a whole: "
@@ -384,7 +392,7 @@ class DSLAConfig(PeftConfig):
         for name in ("window_size", "sink_tokens"):
             if not is_whole(getattr(self, name)):
                 raise ValueError(f"{name} must be a number of tokens, got {getattr(self, name)!r}")
-        check_window(self.window_size, self.sink_tokens)
+        check_window(self.window_size, self.sink_tokens, self.states)
         if not isinstance(self.write_gate, bool):
             raise ValueError(f"write_gate must be True or False, got {self.write_gate!r}")
         if not is_whole(self.gate_rank) or self.gate_rank < 1:

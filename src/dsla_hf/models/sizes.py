@@ -15,7 +15,7 @@ from .decoder import decoder_layers
 def layer_bytes(model: PreTrainedModel, heads: int | None = None) -> dict[str, int]:
     """Cache bytes per row that a DSLA layer takes, and a softmax layer per token, in the model's dtype; of `heads` KV heads, all when None.
 
-    A softmax layer holds k and v of every token; a DSLA layer two fp32 states, k and v of window and sinks, and a counter.
+    A softmax layer holds k and v of every token; a DSLA layer two fp32 states (or none), k and v of window and sinks, and a counter.
     """
     core = next(module for module in model.modules() if isinstance(module, DualStateAttention))
     return core_bytes(core, core.num_kv_heads if heads is None else heads, model.dtype.itemsize)
@@ -24,7 +24,7 @@ def layer_bytes(model: PreTrainedModel, heads: int | None = None) -> dict[str, i
 def core_bytes(core: DualStateAttention, heads: int, itemsize: int) -> dict[str, int]:
     """The same of so many KV heads as `core` has, with keys and values of `itemsize` bytes a number."""
     per_token = heads * (core.key_dim + core.value_dim) * itemsize
-    states = 2 * heads * core.key_dim * core.value_dim * 4
+    states = core.num_states * heads * core.key_dim * core.value_dim * 4
     return {"softmax_bytes_per_token": per_token, "dsla_bytes": states + (core.window_size + core.sink_tokens) * per_token + 8}
 
 

@@ -28,6 +28,7 @@ from ..models.loading import (
 )
 from .engine.engine import Engine, EngineOptions
 from .http.api import ApiOptions, build_app
+from .http.connections import limited_protocol, most_connections
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class ServeOptions:
     api_key: str | None = None
     dtype: str = "auto"
     drain_seconds: float = 30.0
+    allow_origins: tuple[str, ...] = ()
     graphs: bool = True
 
 
@@ -84,7 +86,13 @@ def load_app(options: ServeOptions) -> FastAPI:
             raise ValueError(f"--max-level needs --adapter: {options.model} alone has one level")
         limit = resolve_level(options.max_level, read_adapter_config(options.adapter), base_config.num_hidden_layers)
     name = options.name or Path(options.model).name
-    api_options = ApiOptions(name, options.api_key, max_new_tokens=options.max_new_tokens, drain_seconds=options.drain_seconds)
+    api_options = ApiOptions(
+        name,
+        options.api_key,
+        max_new_tokens=options.max_new_tokens,
+        drain_seconds=options.drain_seconds,
+        allow_origins=tuple(options.allow_origins),
+    )
     tokenizer = load_tokenizer(options.model)
     model = (
         load_model(options.model, options.dtype) if options.adapter is None else load_adapter(options.model, options.adapter, options.dtype)
@@ -156,6 +164,13 @@ def serve(options: ServeOptions, host: str = "127.0.0.1", port: int = 8000) -> N
     app = load_app(options)
     if host not in ("127.0.0.1", "localhost", "::1") and options.api_key is None:
         logger.warning("serving on %s without an API key: whoever reaches this machine can use the model", host)
-    config = uvicorn.Config(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=int(options.drain_seconds) + 1)
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="info",
+        timeout_graceful_shutdown=int(options.drain_seconds) + 1,
+        http=limited_protocol(most_connections()),
+    )
     with on_interrupt(lambda: "the server has stopped, after what was running was served or its time was up"):
         DrainingServer(config, app.state.engine, options.drain_seconds).run()

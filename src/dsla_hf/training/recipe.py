@@ -33,7 +33,7 @@ from .ranking import METRICS, LayerRanking, rank_layers
 from .sharding import is_sharded, load_adapter_weights, whole_adapter
 from .text_check import check_teaches
 from .trainer import DSLATrainer, check_logits, highest_trained, trained_level
-from .unit_ranking import UNIT_METRICS, UnitRanking, rank_units
+from .unit_ranking import PROBE_WEIGHT, UNIT_METRICS, UnitRanking, check_probe_weight, rank_units
 
 METHODS = ("random", "chain")
 STAGE_SETTINGS = (
@@ -62,6 +62,7 @@ def distill(
     ranking_data: Any = None,
     ranking_metric: str | None = None,
     ranking_probes: Sequence[dict[str, torch.Tensor]] = (),
+    probe_weight: float = PROBE_WEIGHT,
     **trainer_options: Any,
 ) -> LayerRanking | UnitRanking | None:
     """Stage 1, ranking of the layers (or heads, where the plan counts those), stage 2: an adapter whose every level is trained, saved in
@@ -81,7 +82,7 @@ def distill(
             is not touched again after its turn, so that level k is part of level k + 1 bit for bit. Of layers alone.
         ranking_data: batches of `input_ids` `[B, T]` for `rank_layers` or `rank_units`; None without probes: the order stays.
         ranking_metric: of `rank_layers` (default "kl") or `rank_units` (default "shares").
-        ranking_probes: of `rank_units`, such as `probes.make_probes` gives; for a plan of heads.
+        ranking_probes, probe_weight: of `rank_units`, the probes such as `probes.make_probes` gives; for a plan of heads.
         trainer_options: passed to `DSLATrainer`, e.g. callbacks or `eval_dataset`.
 
     Raises:
@@ -100,6 +101,7 @@ def distill(
         raise ValueError(f"a chain over {levels} layers needs {levels} steps or more, got logits_steps {logits_steps}")
     config = active_config(model)
     metric = check_ranking(config.conversion_unit, method, ranking_metric, bool(ranking_probes))
+    check_probe_weight(probe_weight)
     trained_level(model, args)
     check_output(model, output)
     check_teaches(train_dataset, config.window_size, config.sink_tokens)
@@ -114,7 +116,7 @@ def distill(
     _run_stage(model, train_dataset, args, output / "alignment", {"stage": "alignment", "max_steps": alignment_steps}, trainer_options)
     ranking = None
     if ranked:
-        ranking = _ranked(model, args, output, ranking_data, ranking_probes, metric)
+        ranking = _ranked(model, args, output, ranking_data, ranking_probes, metric, probe_weight)
         tuner.set_conversion_order(ranking.order, ranking.scores)
     if method == "random":
         _run_stage(model, train_dataset, args, output / "logits", {"stage": "logits", "max_steps": logits_steps}, trainer_options)
@@ -149,7 +151,13 @@ def check_ranking(unit: str, method: str, metric: str | None, probes: bool) -> s
 
 
 def _ranked(
-    model: PeftModel, args: DSLATrainingArguments, output: Path, data: list[Any], probes: Sequence[dict[str, torch.Tensor]], metric: str
+    model: PeftModel,
+    args: DSLATrainingArguments,
+    output: Path,
+    data: list[Any],
+    probes: Sequence[dict[str, torch.Tensor]],
+    metric: str,
+    probe_weight: float,
 ) -> LayerRanking | UnitRanking:
     """The ranking, read back if it is there already."""
     heads = active_config(model).conversion_unit == "head"
@@ -161,7 +169,7 @@ def _ranked(
     say(f"ranking the {'heads' if heads else 'layers'} on {len(data)} batches{beside}")
     ranking: LayerRanking | UnitRanking
     if heads:
-        ranking = rank_units(model, data, probes, metric=metric, seed=args.seed)
+        ranking = rank_units(model, data, probes, metric=metric, probe_weight=probe_weight, seed=args.seed)
         # Gradients may differ between processes in their last digits, and the order must not.
         ranking = UnitRanking.from_dict(broadcast_object_list([ranking.to_dict()])[0])
     else:

@@ -440,7 +440,7 @@ def half_lives(model: nn.Module) -> dict[str, float]:
     """Half-life in tokens of each layer's two states, as its gate biases have it (geometric mean over heads and channels)."""
     lives = {}
     for index, layer in dsla_layers(model).items():
-        if layer.adapter_name is not None:
+        if layer.adapter_name is not None and layer.dsla_core[layer.adapter_name].states:
             means = with_whole_weights(layer.dsla_core[layer.adapter_name]).bias_half_lives().detach().log().mean((0, 2)).exp()
             for name, life in zip(("history", "recency"), means.tolist(), strict=True):
                 lives[f"half_life/{name}/layer_{index}"] = life

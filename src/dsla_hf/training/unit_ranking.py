@@ -28,19 +28,22 @@ from .switches import switched
 from .unit_batches import Batch, unit_batches
 from .unit_orders import Scores, Unit, balanced_order, entropy_scores, random_scores, single_scores
 
+PROBE_WEIGHT = 0.3  # of the KL of answers beside that of text
 UNIT_METRICS = ("shares", "single", "entropy", "random")
 
 
 @dataclass(frozen=True)
 class UnitRanking:
     """order: (layer, KV head), least harmful first. scores: what `metric` measured for each; of "shares", its share of the harm in nats,
-    from the round that placed it. tokens: read in a pass over text and probes; passes: how often these were read."""
+    from the round that placed it. tokens: read in a pass over text and probes; passes: how often these were read. probe_weight: see
+    `rank_units`; None where it is not known."""
 
     order: list[Unit]
     scores: Scores
     tokens: int
     passes: int
     metric: str = "shares"
+    probe_weight: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {
@@ -52,7 +55,7 @@ class UnitRanking:
     def from_dict(cls, content: dict[str, Any]) -> UnitRanking:
         scores = {(layer, head): score for layer, head, score in content["scores"]}
         order = [(layer, head) for layer, head in content["order"]]
-        return cls(order, scores, content["tokens"], content["passes"], content.get("metric", "shares"))
+        return cls(order, scores, content["tokens"], content["passes"], content.get("metric", "shares"), content.get("probe_weight"))
 
 
 def rank_units(
@@ -61,7 +64,7 @@ def rank_units(
     probes: Sequence[dict[str, Tensor]] = (),
     *,
     metric: str = "shares",
-    probe_weight: float = 0.3,
+    probe_weight: float = PROBE_WEIGHT,
     points: int = 4,
     first_kept: float = 0.03,
     ranks: int = 1,
@@ -83,7 +86,8 @@ def rank_units(
             "entropy": entropy in nats of the base's softmax attention at the last token of each row, mean over rows and the head's
             queries, low first, as in the DSLA paper (arXiv 2506.09316). One pass; knows nothing of the trained weights.
             "random": by chance, of `seed`; reads nothing, and needs no data.
-        probe_weight: of the KL of a probe's answer beside the KL of text, both a mean over their tokens.
+        probe_weight: of the KL of a probe's answer beside the KL of text, both a mean over their tokens: more keeps the heads that find
+            something far back, less those that all text needs.
         points: of the way from the base to the converted model at which gradients are taken, in each round.
         first_kept: share of the heads that the first round keeps; each later one keeps twice as many as are kept, to the end.
         ranks: of tensor parallel, over which every level of the order shall be even; see `unit_orders.balanced_order`.
@@ -100,6 +104,7 @@ def rank_units(
         raise ValueError(f"metric must be one of {list(UNIT_METRICS)}, got {metric!r}")
     if points < 1 or not 0 < first_kept <= 1:
         raise ValueError(f"points must be 1 or more and first_kept a share from above 0 to 1, got points={points}, first_kept={first_kept}")
+    check_probe_weight(probe_weight)
     config = active_config(model)
     balanced_order((), ranks, config.kv_heads)
     batches = unit_batches(model, data, probes, probe_weight, batch_tokens) if metric != "random" else []
@@ -130,7 +135,13 @@ def rank_units(
             parameter.requires_grad_(frozen[name])
     order = balanced_order(order, ranks, config.kv_heads)
     tokens = sum(batch.inputs["input_ids"].numel() for batch in batches)
-    return UnitRanking(order, {unit: scores[unit] for unit in order}, tokens, passes, metric)
+    return UnitRanking(order, {unit: scores[unit] for unit in order}, tokens, passes, metric, probe_weight if probes else None)
+
+
+def check_probe_weight(weight: float) -> None:
+    """Raises ValueError for a weight that is none."""
+    if not 0 <= weight < float("inf"):
+        raise ValueError(f"probe_weight must be 0 or more, got {weight}")
 
 
 def _rounds(units: int, first_kept: float) -> list[int]:

@@ -10,6 +10,6 @@ read, but for the one step in W / 2 that fills a block: that step takes the bloc
 """
 
 from . import pure, window  # noqa: F401 (register the operators)
-from .step import GateWeights, pure_decode, window_decode
+from .step import GateWeights, pure_decode, ring_decode, window_decode
 
-__all__ = ["GateWeights", "pure_decode", "window_decode"]
+__all__ = ["GateWeights", "pure_decode", "ring_decode", "window_decode"]

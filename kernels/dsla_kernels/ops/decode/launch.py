@@ -15,6 +15,7 @@ from .step import PureStep, WindowStep
 FEW_ROWS = 4  # padding among more is left out at once; to look for it first costs a single row more than it spares
 FEW_HEADS = 8  # query heads a KV head that are multiplied one by one; more go through tensor cores
 LEAST_CHANNELS = 16  # a part
+SLOTS_OF_PROGRAM = 128  # of a ring without states, at most
 
 
 class Launch(NamedTuple):
@@ -69,7 +70,7 @@ class HeadSizes(NamedTuple):
     KC: int  # of them at a time
     ROWS: int  # sums over channels that threads keep apart, see `add_products`
     PIECES: int  # of a query head, of the states
-    PARTS: int  # programs for the states
+    PARTS: int  # programs for the states; of a window alone those for the ring
     STRIDE: int  # pieces of a query head in all
     FEW: bool  # query heads, which are multiplied one by one
     GATE_PRECISION: str
@@ -112,7 +113,7 @@ class Shape(NamedTuple):
     kv_heads: int
     key_dim: int
     value_dim: int
-    decays: int
+    decays: int  # 0 of a window alone
     rank: int
     dtype: torch.dtype
     device: torch.device
@@ -133,9 +134,11 @@ def plan_window(step: WindowStep) -> Plan:
 def _shape(step: PureStep | WindowStep) -> Shape:
     q, v = step.q, step.v
     rows, _, heads, key_dim = q.shape
-    kv_heads = step.down.shape[0]
     skip = step.real is not None and rows > FEW_ROWS
-    decays, rank = step.bias.shape[-1], step.down.shape[-1]
+    if step.down is None or step.bias is None:
+        kv_heads, decays, rank = (step.k.shape[2] if step.kv_heads is None else step.kv_heads.shape[0]), 0, 0
+    else:
+        kv_heads, decays, rank = step.down.shape[0], step.bias.shape[-1], step.down.shape[-1]
     return Shape(rows, heads, kv_heads, key_dim, v.shape[-1], decays, rank, q.dtype, q.device, skip, largest_tile(q, v))
 
 
@@ -149,19 +152,19 @@ def _plan_pure(shape: Shape, wanted: Launch | None) -> Plan:
 @functools.lru_cache(maxsize=1024)
 def _plan_window(shape: Shape, window_size: int, sinks: int, wanted: Launch | None) -> Plan:
     size, slots = window_size // 2, max(16, triton.next_power_of_2(window_size))
-    launch, head = _head_sizes(shape, wanted, slots)
+    launch, head = _head_sizes(shape, wanted, slots) if shape.decays else _ring_sizes(shape, wanted, slots)
     head = head._replace(BM=max(16, head.BM))  # rows of a product of tiles
     slot_parts, least = head.STRIDE - head.PIECES, _least_columns(head.BM)
     tile = min(shape.tile, 32, max(16, triton.next_power_of_2(size)))  # seldom: rather twice than with many registers
     channels = head.G if launch.parts == 1 else head.CHANNELS
-    part = slots if launch.parts == 1 else slots // slot_parts
+    part = slots if head.PARTS == 1 else slots // slot_parts
     dot, precision = dot_type(shape.dtype)
     ring = RingSizes(
         S=sinks,
         BS=max(least, triton.next_power_of_2(sinks)),
         W=window_size,
         SLOT_PARTS=slot_parts,
-        SLOTS=window_size if launch.parts == 1 else part,
+        SLOTS=window_size if head.PARTS == 1 else part,
         BN=max(least, min(launch.slots, part)),
         BK=max(16, triton.next_power_of_2(head.K)),
         SIZE=size,
@@ -213,6 +216,19 @@ def _head_sizes(shape: Shape, wanted: Launch | None, slots: int) -> tuple[Launch
     return launch, sizes
 
 
+def _ring_sizes(shape: Shape, wanted: Launch | None, slots: int) -> tuple[Launch, HeadSizes]:
+    """Of a window alone: programs share its slots, as many as fill the card and at least one for each SLOTS_OF_PROGRAM."""
+    most = (
+        wanted.parts if wanted else max(round_to_power(processors(shape.device) / (shape.rows * shape.kv_heads)), slots // SLOTS_OF_PROGRAM)
+    )
+    parts = min(max(1, most), slots // 16)
+    launch, head = _head_sizes(shape, wanted, 0)
+    pieces = parts if parts > 1 else 0
+    overlap = parts > 1 and can_overlap(shape.device)
+    head = head._replace(CHANNELS=head.K, ROWS=1, PIECES=0, PARTS=parts, STRIDE=pieces, OVERLAP=overlap)
+    return launch._replace(parts=0 if pieces else 1, slots=32), head
+
+
 def _plan(shape: Shape, launch: Launch, head: HeadSizes, sizes: dict[str, Any], block: int) -> Plan:
     slot_parts = head.STRIDE - head.PIECES
     join = {
@@ -224,7 +240,7 @@ def _plan(shape: Shape, launch: Launch, head: HeadSizes, sizes: dict[str, Any], 
         "STRIDE": head.STRIDE,
         "SIZE": block,
         "OVERLAP": head.OVERLAP,
-        "num_warps": max(1, head.PIECES * head.BV // 4096),  # one warp adds without a barrier
+        "num_warps": max(1, max(head.PIECES, slot_parts) * head.BV // 4096),  # one warp adds without a barrier
         **overlapping(head.OVERLAP and launch.overlap),
     }
     options = sizes | {"num_warps": launch.warps, "maxnreg": launch.registers, "num_stages": 1}

@@ -75,7 +75,7 @@ def join_kernel(
     HQ,
     V: tl.constexpr,
     BV: tl.constexpr,
-    PIECES: tl.constexpr,
+    PIECES: tl.constexpr,  # 0 of a window alone
     SLOT_PARTS: tl.constexpr,
     STRIDE: tl.constexpr,
     SIZE: tl.constexpr,
@@ -91,14 +91,16 @@ def join_kernel(
     is_real = True
     if real is not None:
         is_real = tl.load(real + row) != 0
-    weight = load_rows(norm_weight, heads, one, V, values, value_ok)
-    if softmax is not None:
+    if PIECES > 0:
+        weight = load_rows(norm_weight, heads, one, V, values, value_ok)
+    if PIECES > 0 and softmax is not None:
         length = tl.load(lengths + row).to(tl.int32)
         gain, offset = tl.load(state_gain + heads), tl.load(state_bias + heads)
     if OVERLAP:
         gdc_wait()
     pieces += number * STRIDE * V
-    state_pieces = load_rows(pieces, tl.arange(0, PIECES), tl.full([PIECES], 1, tl.int1), V, values, value_ok)
+    if PIECES > 0:
+        state_pieces = load_rows(pieces, tl.arange(0, PIECES), tl.full([PIECES], 1, tl.int1), V, values, value_ok)
     if softmax is not None:
         part = tl.arange(0, SLOT_PARTS)
         window_pieces = load_rows(pieces, PIECES + part, part < SLOT_PARTS, V, values, value_ok)
@@ -107,10 +109,11 @@ def join_kernel(
         highest = tl.max(top, 0)
         share = tl.exp2(top - highest)
         denominator = tl.sum(share * denominators, 0)
-        o_window = (tl.sum(window_pieces * share[:, None], 0) / denominator)[None, :]
-        log_denominator = tl.zeros([1], tl.float32) + (highest + tl.log2(denominator)) * LN_2
-        o_state = tl.sum(state_pieces, 0)[None, :]
-        result = gated(o_state, o_window, log_denominator, length, weight, gain, offset, norm_eps, SIZE, V)
+        result = (tl.sum(window_pieces * share[:, None], 0) / denominator)[None, :]
+        if PIECES > 0:
+            log_denominator = tl.zeros([1], tl.float32) + (highest + tl.log2(denominator)) * LN_2
+            o_state = tl.sum(state_pieces, 0)[None, :]
+            result = gated(o_state, result, log_denominator, length, weight, gain, offset, norm_eps, SIZE, V)
     else:
         result = normed(tl.sum(state_pieces, 0)[None, :], weight, norm_eps, V)
     result = tl.where(is_real, result, 0.0)

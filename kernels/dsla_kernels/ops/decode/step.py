@@ -1,12 +1,12 @@
-"""A token through the layer, for callers: the weights of its gates, what each argument must be, and both forms of the layer."""
+"""A token through the layer, for callers: the weights of its gates, what each argument must be, and the forms of the layer."""
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..._ops import ops
-from ...checks import LARGEST_HEAD, check_softcap
+from ...checks import LARGEST_HEAD, SMALLEST_LOG_DECAY, check_softcap
+from ...common import as_bytes
 from ...shapes import KERNEL_DTYPES, Tables, check, check_groups, contiguous, two_tables
 
 
@@ -52,25 +52,25 @@ class PureStep(NamedTuple):
 
 
 class WindowStep(NamedTuple):
-    """The same of the operator with a window."""
+    """The same of the operator with a window. A window alone has no states, and nothing else of theirs."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    recurrent: Tensor
+    recurrent: Tensor | None
     window_k: Tensor
     window_v: Tensor
     lengths: Tensor
     real: Tensor | None  # uint8 [B], 0 for padding
-    down: Tensor
-    up: Tensor
-    bias: Tensor
+    down: Tensor | None
+    up: Tensor | None
+    bias: Tensor | None
     write_weight: Tensor | None
     write_bias: Tensor | None
-    mix_logits: Tensor
-    norm_weight: Tensor
-    state_gain: Tensor
-    state_bias: Tensor
+    mix_logits: Tensor | None
+    norm_weight: Tensor | None
+    state_gain: Tensor | None
+    state_bias: Tensor | None
     sink_logits: Tensor | None
     kv_heads: Tensor | None  # int32 [Hkv]: k and v are of all heads of a layer
     state_heads: Tensor | None  # int32 [Hkv]: of more heads in states and ring
@@ -107,11 +107,15 @@ WINDOW_LINES = PURE_LINES | {
     "state_bias": f"Hq; {KERNEL_DTYPES}",
     "sink_logits": f"Hq; {KERNEL_DTYPES}; optional",
 }
+STATES = ("recurrent", "mix_logits", "norm_weight", "state_gain", "state_bias")
+RING_LINES = {name: line for name, line in WINDOW_LINES.items() if name not in STATES and not name.startswith("gates.")}
 PURE_TABLES, WINDOW_TABLES = two_tables(PURE_LINES), two_tables(WINDOW_LINES)
 # Where states and ring have more heads than the layer.
 HELD_LINES = {"recurrent": "B held 2 K V; fp32; in place", "state_heads": "Hkv; int32; dense"}
 HELD_RING = HELD_LINES | {"window_k": "B slots held K; as q; in place", "window_v": "B slots held V; as q; in place"}
 HELD_PURE_TABLES, HELD_WINDOW_TABLES = two_tables(PURE_LINES | HELD_LINES), two_tables(WINDOW_LINES | HELD_RING)
+RING_TABLES = two_tables(RING_LINES)
+HELD_RING_TABLES = two_tables(RING_LINES | {name: line for name, line in HELD_RING.items() if name != "recurrent"})
 
 
 def window_decode(
@@ -166,17 +170,12 @@ def window_decode(
         ValueError: names the argument that does not fit, before anything is launched. Tensors that change in place must be
             contiguous.
     """
-    if window_size < 2 or window_size % 2:
-        raise ValueError(f"window_size must be an even number of tokens, got {window_size}")
-    check_softcap(softcap)
     ring = {"window_k": window_k, "window_v": window_v, "lengths": lengths}
     weights = {"mix_logits": mix_logits, "norm_weight": norm_weight, "state_gain": state_gain, "state_bias": state_bias}
     heads = {"kv_heads": kv_heads, "state_heads": state_heads, "sink_logits": sink_logits}
     token = {"q": q, "k": k, "v": v, "recurrent": recurrent, "padding_mask": padding_mask, "out": out}
     tables = WINDOW_TABLES if state_heads is None else HELD_WINDOW_TABLES
-    slots = _check(tables, gates, token | ring | weights | heads)["slots"]
-    if not window_size <= slots <= window_size + window_size // 2:
-        raise ValueError(f"window_k must have {window_size} slots and at most {window_size // 2} for sinks, got {slots}")
+    _check_window(_check(tables, gates, token | ring | weights | heads), window_size, softcap)
     real = _real(padding_mask)
     o = ops.window_decode(
         *dense_rows(q, k, v),
@@ -193,6 +192,57 @@ def window_decode(
         lower_bound,
         q.shape[-1] ** -0.5 if scale is None else scale,
         norm_eps,
+        softcap,
+        window_size,
+    )
+    if advance:
+        lengths.add_(1 if real is None else real)
+    return o if out is None else out
+
+
+def ring_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_k: Tensor,
+    window_v: Tensor,
+    lengths: Tensor,
+    window_size: int,
+    *,
+    scale: float | None = None,
+    padding_mask: Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    advance: bool = True,
+    kv_heads: Tensor | None = None,
+    state_heads: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """One token a row through the window alone: no states. Ring, sinks and lengths change in place.
+
+    Arguments, result and errors as `window_decode`, without the states.
+    """
+    ring = {"window_k": window_k, "window_v": window_v, "lengths": lengths}
+    heads = {"kv_heads": kv_heads, "state_heads": state_heads, "sink_logits": sink_logits}
+    token = {"q": q, "k": k, "v": v, "padding_mask": padding_mask, "out": out}
+    _check_window(_check(RING_TABLES if state_heads is None else HELD_RING_TABLES, None, token | ring | heads), window_size, softcap)
+    real = _real(padding_mask)
+    o = ops.window_decode(
+        *dense_rows(q, k, v),
+        None,
+        window_k,
+        window_v,
+        lengths,
+        real,
+        *(None,) * 9,
+        *contiguous(sink_logits),
+        kv_heads,
+        state_heads,
+        out,
+        1.0,
+        SMALLEST_LOG_DECAY,
+        q.shape[-1] ** -0.5 if scale is None else scale,
+        0.0,
         softcap,
         window_size,
     )
@@ -243,11 +293,8 @@ def pure_decode(
 
 
 def _real(padding_mask: Tensor | None) -> Tensor | None:
-    """Of each row whether its token is one, as every backend can load it; without a launch where the mask is bool."""
-    if padding_mask is None:
-        return None
-    mask = padding_mask[:, -1]
-    return mask.contiguous().view(torch.uint8) if mask.dtype == torch.bool else mask.to(torch.uint8).contiguous()
+    """Of each row whether its token is one, as every backend can load it."""
+    return None if padding_mask is None else as_bytes(padding_mask[:, -1])
 
 
 def has_dense_rows(x: Tensor) -> bool:
@@ -260,8 +307,20 @@ def dense_rows(*tensors: Tensor) -> list[Tensor]:
     return [x if has_dense_rows(x) else x.contiguous() for x in tensors]
 
 
-def _check(tables: Tables, gates: GateWeights, given: dict[str, Tensor | None]) -> dict[str, int]:
-    """Raises ValueError that names the argument which does not fit; the sizes of those that do."""
+def _check_window(sizes: dict[str, int], window_size: int, softcap: float | None) -> None:
+    """Raises ValueError for a window that its slots do not fit, and for what is no cap of scores."""
+    slots = sizes["slots"]
+    if window_size < 2 or window_size % 2:
+        raise ValueError(f"window_size must be an even number of tokens, got {window_size}")
+    if not window_size <= slots <= window_size + window_size // 2:
+        raise ValueError(f"window_k must have {window_size} slots and at most {window_size // 2} for sinks, got {slots}")
+    check_softcap(softcap)
+
+
+def _check(tables: Tables, gates: GateWeights | None, given: dict[str, Tensor | None]) -> dict[str, int]:
+    """Raises ValueError that names the argument which does not fit; the sizes of those that do. Without gates: of a window alone."""
+    if gates is None:
+        return _check_sizes(check(tables[int(given["kv_heads"] is not None)], given), given["out"])
     given |= {
         "gates.down": gates.down,
         "gates.up": gates.up,
@@ -272,14 +331,18 @@ def _check(tables: Tables, gates: GateWeights, given: dict[str, Tensor | None]) 
     q, decays = given["q"], gates.bias.shape[-1]
     if q is not None and q.ndim == 4 and decays not in (q.shape[-1], q.shape[-1] / 2):  # before gates.up, whose shape follows from it
         raise ValueError(f"gates.bias must have {q.shape[-1]} or {q.shape[-1] / 2:g} decays a state, got {decays}")
-    sizes = check(tables[int(given["kv_heads"] is not None)], given, gates=2 * decays)
-    out = given["out"]
+    sizes = _check_sizes(check(tables[int(given["kv_heads"] is not None)], given, gates=2 * decays), given["out"])
+    if (gates.write_weight is None) != (gates.write_bias is None):
+        raise ValueError("gates.write_weight and gates.write_bias must be given together")
+    return sizes
+
+
+def _check_sizes(sizes: dict[str, int], out: Tensor | None) -> dict[str, int]:
+    """Raises ValueError for what a table cannot say; the sizes."""
     if out is not None and not has_dense_rows(out):
         raise ValueError(f"out must have the heads of a row side by side, got strides {out.stride()}: give a slice of consecutive heads")
     key_dim, value_dim = sizes["K"], sizes["V"]
     check_groups(sizes["Hq"], sizes["Hkv"])
     if max(key_dim, value_dim) > LARGEST_HEAD:
         raise ValueError(f"the kernels take heads of up to {LARGEST_HEAD} channels, got K = {key_dim}, V = {value_dim}")
-    if (gates.write_weight is None) != (gates.write_bias is None):
-        raise ValueError("gates.write_weight and gates.write_bias must be given together")
     return sizes

@@ -1,4 +1,5 @@
-"""A token through the layer with a softmax window: window and states are read, the token goes into the ring, a block into the states."""
+"""A token through the layer with a softmax window: window and states are read, the token goes into the ring, a block into the states.
+A window alone has no states: all that is theirs is left out when the kernel is compiled."""
 
 import torch
 import triton
@@ -23,7 +24,7 @@ def _window_decode_kernel(
     q,
     k,
     v,
-    recurrent,  # fp32 [B, HELD, 2, K, V]
+    recurrent,  # fp32 [B, HELD, 2, K, V]; None of a window alone, as are all weights
     window_k,  # [B, S + W, HELD, K]
     window_v,
     lengths,  # int64 [B]
@@ -98,9 +99,10 @@ def _window_decode_kernel(
     k += row * k_row + layer_head(kv_heads, head) * K
     v += row * v_row + layer_head(kv_heads, head) * V
     o += row * o_row
-    mix_logits += head * R * 2
     held = layer_head(state_heads, head)
-    recurrent += (row * HELD + held) * 2 * K * V
+    if recurrent is not None:
+        mix_logits += head * R * 2
+        recurrent += (row * HELD + held) * 2 * K * V
     ring = window_k + (row * (S + W) * HELD + held) * K, window_v + (row * (S + W) * HELD + held) * V
     piece = 0
     if PARTS > 1:
@@ -125,23 +127,25 @@ def _window_decode_kernel(
             return
     if PARTS == 1:
         loaded = begin_window(q, k, v, ring, 0, group, columns, values, HELD, K, V, S, BS, W, BN)
-        mixes = load_mix(mix_logits, group, R, FEW)
-        queries = load_queries(q, tl.arange(0, KC), group, K, R, FEW)
-        states = load_states(recurrent, tl.arange(0, KC), values, K, V)
-        gain = tl.load(state_gain + heads, mask=group_ok, other=0.0)
-        offset = tl.load(state_bias + heads, mask=group_ok, other=0.0)
-        weight = load_rows(norm_weight, heads, group_ok, V, value, value_ok)
+        if recurrent is not None:
+            mixes = load_mix(mix_logits, group, R, FEW)
+            queries = load_queries(q, tl.arange(0, KC), group, K, R, FEW)
+            states = load_states(recurrent, tl.arange(0, KC), values, K, V)
+            gain = tl.load(state_gain + heads, mask=group_ok, other=0.0)
+            offset = tl.load(state_bias + heads, mask=group_ok, other=0.0)
+            weight = load_rows(norm_weight, heads, group_ok, V, value, value_ok)
         top, denominator, o_window = attend_window(
             loaded, ring, sink_logits, length, 0, (heads, group_ok), columns, values, scale, softcap, HELD, K, V, BM, BV, S, BS, W, SLOTS,
             BN, DOT, PRECISION,
         )  # fmt: skip
-        o_window /= denominator[:, None]
-        sums = read_states(
-            recurrent, q, mixes, queries, states, 0, group, values, scale, R, BM, K, V, BV, CHANNELS, KC, ROWS, FEW, GATE_PRECISION,
-        )  # fmt: skip
-        log_denominator = (top + tl.log2(denominator)) * LN_2
-        o_state = finished(sums, group, R, BM, BV, FEW)
-        result = gated(o_state, o_window, log_denominator, length, weight, gain, offset, norm_eps, SIZE, V)
+        result = o_window / denominator[:, None]
+        if recurrent is not None:
+            sums = read_states(
+                recurrent, q, mixes, queries, states, 0, group, values, scale, R, BM, K, V, BV, CHANNELS, KC, ROWS, FEW, GATE_PRECISION,
+            )  # fmt: skip
+            log_denominator = (top + tl.log2(denominator)) * LN_2
+            o_state = finished(sums, group, R, BM, BV, FEW)
+            result = gated(o_state, result, log_denominator, length, weight, gain, offset, norm_eps, SIZE, V)
         result = tl.where(is_real, result, 0.0)
         store_output(o, result, heads, group_ok, values, V)
         if is_real:
@@ -158,7 +162,7 @@ def _window_decode_kernel(
             tl.store(softmax + (group_number * 2 + 1) * SLOT_PARTS + number, denominator, mask=group_ok)
             if is_real & (number == 0):
                 write_token(ring, loaded[1], loaded[2], length, columns, values, HELD, K, V, S, W)
-        else:
+        elif recurrent is not None:
             part = first_channel + tl.arange(0, KC)
             mixes = load_mix(mix_logits, group, R, FEW)
             queries = load_queries(q, part, group, K, R, FEW)
@@ -169,14 +173,15 @@ def _window_decode_kernel(
             )  # fmt: skip
             store_pieces(pieces, sums, piece, group, values, R, V, ROWS, PIECES, STRIDE, FEW)
 
-    length += 1
-    if is_real & (length % SIZE == 0) & (length >= W) & (piece >= 0):
-        # The older half of the ring: tokens length - W to length - W + SIZE - 1, none of them written above by any program.
-        tl.debug_barrier()  # every thread has read the states
-        take_block(
-            recurrent, ring, length - W, down, up, bias, write_weight, write_bias, head, first_channel, values, norm_eps,
-            inverse_normalizer, bound, HELD, K, V, G, CHANNELS, RANK, BR, GC, S, W, SIZE, C, PER_BLOCK, DOT, PRECISION, GATE_PRECISION,
-        )  # fmt: skip
+    if recurrent is not None:
+        length += 1
+        if is_real & (length % SIZE == 0) & (length >= W) & (piece >= 0):
+            # The older half of the ring: tokens length - W to length - W + SIZE - 1, none of them written above by any program.
+            tl.debug_barrier()  # every thread has read the states
+            take_block(
+                recurrent, ring, length - W, down, up, bias, write_weight, write_bias, head, first_channel, values, norm_eps,
+                inverse_normalizer, bound, HELD, K, V, G, CHANNELS, RANK, BR, GC, S, W, SIZE, C, PER_BLOCK, DOT, PRECISION, GATE_PRECISION,
+            )  # fmt: skip
 
 
 CHANGED = ("recurrent", "window_k", "window_v", "out")
@@ -202,7 +207,7 @@ def _window_decode(*fields) -> Tensor:
         step.norm_eps,
         1.0 / step.gate_normalizer,
         step.lower_bound,
-        HELD=step.recurrent.shape[1],
+        HELD=step.window_k.shape[2],
         **plan.options,
     )
     if pieces is not None:

@@ -1,10 +1,20 @@
 """The layer with a softmax window in Triton, for callers: arguments are checked and made dense, then `window_forward` runs, whose gradients
 are in `window_backward`."""
 
+from typing import Any
+
 from torch import Tensor
 
 from ..._ops import ops
-from ...checks import FUSED_WINDOW, check_kernel_inputs, check_no_gradient_of_heads, check_window_inputs
+from ...checks import (
+    FUSED_WINDOW,
+    KERNEL_WINDOW_ALONE,
+    SMALLEST_LOG_DECAY,
+    check_kernel_heads,
+    check_kernel_inputs,
+    check_no_gradient_of_heads,
+    check_window_inputs,
+)
 from ...common import as_bytes, unit_stride
 from ...reference import count_tokens
 from ...shapes import contiguous
@@ -69,17 +79,11 @@ def fused_window_attention(
     sink_k, sink_v = sinks or (None, None)
     learned = (gate_logits, mix, norm_weight, state_gain, state_bias, write_logits, sink_k, sink_v, sink_logits, initial_state)
     check_no_gradient_of_heads(kv_heads, q, k, v, *learned)
-    row_length = state_length = None
-    if padding_mask is not None:
-        row_length, state_length = count_tokens(padding_mask, window_size) if row_counts is None else row_counts
     o, _, final = ops.window_forward(
-        unit_stride(q),
-        unit_stride(k),
-        unit_stride(v),
+        *map(unit_stride, (q, k, v)),
         *contiguous(*learned),
         as_bytes(state_mask),
-        row_length,
-        state_length,
+        *_counts(padding_mask, window_size, row_counts),
         row_start,
         kv_heads,
         window_size,
@@ -92,3 +96,59 @@ def fused_window_attention(
         segment_blocks,
     )
     return o, final if output_final_state else None
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: int,
+    *,
+    scale: float | None = None,
+    padding_mask: Tensor | None = None,
+    sinks: tuple[Tensor, Tensor] | None = None,
+    row_start: Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    row_counts: tuple[Tensor, Tensor] | None = None,
+    kv_heads: Tensor | None = None,
+) -> Tensor:
+    """The window alone: arguments, results and mathematics of `reference.window_attention`, dtypes and errors as above.
+
+    Differentiable in q, k, v, the sinks and their logits, unless there are kv_heads.
+    """
+    check_window_inputs(
+        q, k, v, window_size, sinks, softcap, tables=KERNEL_WINDOW_ALONE, kv_heads=kv_heads, row_start=row_start, padding_mask=padding_mask,
+        sink_logits=sink_logits,
+    )  # fmt: skip
+    check_kernel_heads(k, v)
+    sink_k, sink_v = sinks or (None, None)
+    check_no_gradient_of_heads(kv_heads, q, k, v, sink_k, sink_v, sink_logits)
+    row_length, state_length = _counts(padding_mask, window_size, row_counts)
+    options: Any = (
+        *map(unit_stride, (q, k, v)),
+        *(None,) * 6,  # gates, what mixes and joins states
+        *contiguous(sink_k, sink_v, sink_logits),
+        None,  # states before these tokens
+        None,  # and which of these they take in
+        row_length,
+        state_length,
+        row_start,
+        kv_heads,
+        window_size,
+        1.0,
+        SMALLEST_LOG_DECAY,
+        q.shape[-1] ** -0.5 if scale is None else scale,
+        0.0,
+        softcap,
+        False,
+        0,
+    )
+    return ops.window_forward(*options)[0]
+
+
+def _counts(padding_mask: Tensor | None, window_size: int, given: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+    """`count_tokens`, by who has them already; None and None where every token is real."""
+    if padding_mask is None:
+        return None, None
+    return count_tokens(padding_mask, window_size) if given is None else given

@@ -157,7 +157,7 @@ def window_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _results(inputs: WindowInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised."""
     q, k, v = inputs[:3]
-    final = (k.shape[0], inputs.gate_logits.shape[2], 2, k.shape[3], v.shape[3]) if inputs.output_final_state else (0,)
+    final = (k.shape[0], inputs.num_kv_heads, 2, k.shape[3], v.shape[3]) if inputs.output_final_state else (0,)
     return (
         new_output(q, v),
         q.new_empty(q.shape[:3], dtype=torch.float32),

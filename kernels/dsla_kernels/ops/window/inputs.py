@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import triton
 from torch import Tensor
 
-from ...common import Tiling, largest_tile, make_tiling, padded
+from ...common import Heads, Tiling, dot_type, largest_tile, make_tiling, padded
 from ..states.decays import Decayed, decay_keys
 from ..states.inputs import StateInputs
 from ..states.state_pass import state_heads, state_pass, state_tiling
@@ -16,17 +16,17 @@ class WindowInputs(NamedTuple):
 
     Shapes are those of `reference.fused_window_attention`; state_mask uint8 `[B, T]`; row_length, state_length int64 `[B]`: the real
     tokens of each row and those that the states take in; segment_blocks: blocks a segment, 0 for a choice by shape. With kv_heads there is
-    no gradient.
+    no gradient. A window alone has no gates and nothing else of the states.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
-    gate_logits: Tensor
-    mix: Tensor
-    norm_weight: Tensor
-    state_gain: Tensor
-    state_bias: Tensor
+    gate_logits: Tensor | None
+    mix: Tensor | None
+    norm_weight: Tensor | None
+    state_gain: Tensor | None
+    state_bias: Tensor | None
     write_logits: Tensor | None
     sink_k: Tensor | None
     sink_v: Tensor | None
@@ -50,8 +50,13 @@ class WindowInputs(NamedTuple):
     def differentiable(self) -> tuple[Tensor | None, ...]:
         return self[:13]
 
+    @property
+    def num_kv_heads(self) -> int:
+        return self.k.shape[2] if self.kv_heads is None else self.kv_heads.shape[0]
+
     def of_states(self, length: int) -> StateInputs:
         """What the passes over the states read of it, in the first `length` tokens."""
+        assert self.gate_logits is not None
         return StateInputs(
             self.k,
             self.v,
@@ -70,18 +75,22 @@ class WindowInputs(NamedTuple):
 class WindowLayer:
     """Shapes and launch parameters of one call."""
 
+    state_inputs: StateInputs  # these two for a layer that has states
+    state_heads: Heads
+
     def __init__(self, inputs: WindowInputs):
         q, v = inputs.q, inputs.v
         self.inputs = inputs
         self.batch, self.tokens, self.heads = q.shape[:3]
-        self.kv_heads = inputs.gate_logits.shape[2]
+        self.kv_heads = inputs.num_kv_heads
         self.size = inputs.window_size // 2
         # Blocks that another whole block follows: what the states hold at the end, and all that a query reads of them.
-        self.state_tokens = max(self.tokens // self.size - 1, 0) * self.size
-        self.state_inputs = inputs.of_states(self.state_tokens)
+        self.has_states = inputs.gate_logits is not None
+        self.state_tokens = max(self.tokens // self.size - 1, 0) * self.size if self.has_states else 0
+        if self.has_states:
+            self.state_inputs = inputs.of_states(self.state_tokens)
+            self.state_heads = state_heads(self.state_inputs)
         self.programs = self.batch * self.kv_heads
-        self.state_heads = state_heads(self.state_inputs)
-        self.value_tiles = triton.cdiv(self.state_heads.V, self.state_heads.BV)
         self.tiling = make_tiling(self.tokens, self.size, 1, q.device, largest=largest_tile(q, v))
         self.state_tiles = self.state_tokens // self.size * self.tiling.per_block  # those that decay the states
         self.first_state = 2 if inputs.initial_state is None else 0  # first block whose states can hold something
@@ -89,24 +98,24 @@ class WindowLayer:
 
     def _sizes(self) -> dict[str, Any]:
         """As the kernels name them; all but HKV are constants there."""
-        inputs, heads = self.inputs, self.state_heads
+        inputs, key_dim, value_dim = self.inputs, self.inputs.q.shape[-1], self.inputs.v.shape[-1]
         sinks = 0 if inputs.sink_k is None else inputs.sink_k.shape[1]
-        block_key = padded(heads.K)
+        block_key, (dot, precision) = padded(key_dim), dot_type(inputs.q.dtype)
         return {
             "HKV": self.kv_heads,
             "R": self.heads // self.kv_heads,
-            "K": heads.K,
-            "V": heads.V,
+            "K": key_dim,
+            "V": value_dim,
             "BK": block_key,
-            "BV": padded(heads.V),
+            "BV": padded(value_dim),
             "KC": min(block_key, 64),
             "S": sinks,
             "BS": max(16, triton.next_power_of_2(sinks)),
             "W": inputs.window_size,
             **self.tile_sizes,
             "BN": min(64, max(16, triton.next_power_of_2(self.size))),
-            "DOT": heads.DOT,
-            "PRECISION": heads.PRECISION,
+            "DOT": dot,
+            "PRECISION": precision,
         }
 
     @property
@@ -133,12 +142,12 @@ class WindowLayer:
 
     def states(self, decayed: Decayed | None, final: Tensor | None = None, every_tile: bool = False) -> Tensor | None:
         """States at block (or tile) boundaries `[B, boundaries, Hkv, 2, K, V]`, None where all are empty; the last into `final`."""
-        inputs, initial = self.state_inputs, self.inputs.initial_state
+        initial = self.inputs.initial_state
         if decayed is None:
             if final is not None:
                 final.zero_() if initial is None else final.copy_(initial)
-            return None if initial is None else initial.to(inputs.dtype)[:, None].contiguous()
-        tiling = self.state_tiling(self.state_tokens)
+            return None if initial is None else initial.to(self.state_inputs.dtype)[:, None].contiguous()
+        inputs, tiling = self.state_inputs, self.state_tiling(self.state_tokens)
         every = 1 if every_tile else tiling.per_block
         states = inputs.state_buffer(self.batch, tiling.tiles // every + 1, dtype=inputs.dtype)
         if self.inputs.row_length is not None:

@@ -76,7 +76,9 @@ def _state_key_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _key_kernel(
-    q, k, v, do, log_denominators, alphas, deltas, row_length,
+    q, k, v, do, log_denominators,
+    alphas,  # None of a window alone
+    deltas, row_length,
     dk_parts,  # what the states' gradients gave, by state, for the first `state_tiles` tiles; None without states
     dv_parts, dk, dv,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
@@ -106,14 +108,19 @@ def _key_kernel(
         do_tile = load_rows(do + (flat + r) * V, query, query_ok, HQ * V, values, value_ok).to(DOT)
         offset = flat + r + query * HQ
         log_denominator = tl.load(log_denominators + offset, mask=query_ok, other=0.0)
-        kept = 1 - tl.load(alphas + offset, mask=query_ok, other=0.0)
+        if alphas is not None:
+            kept = 1 - tl.load(alphas + offset, mask=query_ok, other=0.0)
         delta = tl.load(deltas + offset, mask=query_ok, other=0.0)
         scores = softmax_scores(tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION), scale, softcap)
         visible = in_window(tokens[:, None], query[None, :], W) & query_ok[None, :] & token_ok[:, None]
         weights = tl.where(visible, tl.exp2(scores - log_denominator[None, :] * LOG2_E), 0.0)
-        # The window's share of do goes with the weights: do itself then serves both products as it is.
-        dv_tile = tl.dot((weights * kept[None, :]).to(DOT), do_tile, acc=dv_tile, input_precision=PRECISION)
-        d_weights = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION) * kept[None, :]
+        d_weights = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
+        shares = weights
+        if alphas is not None:
+            # The window's share of do goes with the weights: do itself then serves both products as it is.
+            shares = weights * kept[None, :]
+            d_weights *= kept[None, :]
+        dv_tile = tl.dot(shares.to(DOT), do_tile, acc=dv_tile, input_precision=PRECISION)
         d_scores = weights * (d_weights - delta[None, :])
         if softcap is not None:
             d_scores *= score_slope(scores, softcap)
@@ -132,19 +139,18 @@ def _key_kernel(
 
 class StateKeyGradients(NamedTuple):
     """What keys, values and gates get through the states: parts by state `[B, T, Hkv, 2, K]` and `[..., V]`, which hold something in
-    the first tiles alone and are None without states, and the gradients of raw gates and write gates."""
+    the first tiles alone and are None without states, and the gradients of raw gates and write gates, if there are any."""
 
     dk_parts: Tensor | None
     dv_parts: Tensor | None
-    d_gate_logits: Tensor
+    d_gate_logits: Tensor | None
     d_write_logits: Tensor | None
 
 
 def state_key_gradients(layer: WindowLayer, decayed: Decayed | None, states: Tensor | None, gradients: Tensor | None) -> StateKeyGradients:
     """From the states at every tile boundary and their gradients."""
     inputs = layer.inputs
-    d_gate_logits = torch.empty_like(inputs.gate_logits)
-    d_write_logits = None if inputs.write_logits is None else torch.empty_like(inputs.write_logits)
+    d_gate_logits, d_write_logits = (None if x is None else torch.empty_like(x) for x in (inputs.gate_logits, inputs.write_logits))
     for x in (d_gate_logits, d_write_logits):
         if x is not None:
             x[:, layer.state_tokens :].zero_()

@@ -16,17 +16,19 @@ class QueryGradients(NamedTuple):
     """What the kernel writes, in its order; sums over tokens lie in a part a tile."""
 
     dq: Tensor
-    d_state_output: Tensor | None  # u `[B, T, Hq, V]`; None without states
-    alphas: Tensor  # fp32 [B, T, Hq]
+    d_state_output: Tensor | None  # u `[B, T, Hq, V]`; None where all states are empty
+    alphas: Tensor | None  # fp32 [B, T, Hq]; this and what follows of the states is None of a window alone
     deltas: Tensor  # fp32 [B, T, Hq]
-    d_norm: Tensor  # fp32 [B, tiles, Hq, V]
-    d_scalars: Tensor  # fp32 [B, tiles, Hq, 4]: mix 1, mix 2, gain, bias
+    d_norm: Tensor | None  # fp32 [B, tiles, Hq, V]
+    d_scalars: Tensor | None  # fp32 [B, tiles, Hq, 4]: mix 1, mix 2, gain, bias
     d_sink_k: Tensor | None  # fp32 [B, tiles, Hq, S, K]
     d_sink_v: Tensor | None
     d_sink_logits: Tensor | None  # fp32 [B, tiles, Hq]
 
-    def parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def parameters(self) -> tuple[Tensor | None, ...]:
         """Of mix, norm_weight, state_gain and state_bias."""
+        if self.d_scalars is None or self.d_norm is None:
+            return (None,) * 4
         scalars = self.d_scalars.sum((0, 1))
         return scalars[:, :2].clone(), self.d_norm.sum((0, 1)), scalars[:, 2].clone(), scalars[:, 3].clone()
 
@@ -126,11 +128,12 @@ def _query_kernel(
                 tl.store(d_scalars + part_offset * 4 + i, tl.sum(tl.sum(d_query * q_scaled, 1), 0))
                 dq_tile += d_query * tl.load(mix + head * 2 + i).to(tl.float32)
         store_rows(d_state_output + flat * V, tokens, written, HQ * V, values, value_ok, u)
-    tl.store(alphas + flat + tokens * HQ, alpha, mask=written)
     tl.store(deltas + flat + tokens * HQ, delta, mask=written)
-    tl.store(d_norm + part_offset * V + values, d_weight, mask=value_ok)
-    tl.store(d_scalars + part_offset * 4 + 2, d_gain)
-    tl.store(d_scalars + part_offset * 4 + 3, d_bias)
+    if alphas is not None:
+        tl.store(alphas + flat + tokens * HQ, alpha, mask=written)
+        tl.store(d_norm + part_offset * V + values, d_weight, mask=value_ok)
+        tl.store(d_scalars + part_offset * 4 + 2, d_gain)
+        tl.store(d_scalars + part_offset * 4 + 3, d_bias)
     if sink_logits is not None:
         sink_score = tl.load(sink_logits + head).to(tl.float32) - log_denominator
         tl.store(d_sink_logits + part_offset, -tl.sum(tl.where(token_ok, tl.exp(sink_score) * delta, 0.0), 0))
@@ -201,10 +204,11 @@ def _buffers(layer: WindowLayer, with_states: bool, o: Tensor, log_denominators:
     return QueryGradients(
         dq=torch.empty(q.shape, dtype=q.dtype, device=q.device),
         d_state_output=torch.empty(o.shape, dtype=layer.state_inputs.dtype, device=o.device) if with_states else None,
-        alphas=torch.empty_like(log_denominators),
+        alphas=torch.empty_like(log_denominators) if layer.has_states else None,
         deltas=torch.empty_like(log_denominators),
-        d_norm=parts(*inputs.norm_weight.shape),
-        d_scalars=parts(layer.heads, 4).zero_(),  # a tile that reads no states gives the mix nothing
+        d_norm=parts(layer.heads, layer.sizes["V"]) if layer.has_states else None,
+        # A tile that reads no states gives the mix nothing.
+        d_scalars=parts(layer.heads, 4).zero_() if layer.has_states else None,
         d_sink_k=None if inputs.sink_k is None else parts(layer.heads, inputs.sink_k.shape[1], inputs.sink_k.shape[3]),
         d_sink_v=None if inputs.sink_v is None else parts(layer.heads, inputs.sink_v.shape[1], inputs.sink_v.shape[3]),
         d_sink_logits=None if inputs.sink_logits is None else parts(layer.heads),

@@ -91,7 +91,7 @@ def window_state_gradients(layer: WindowLayer, decayed: Decayed | None, u: Tenso
     tiling = layer.state_tiling(layer.state_tokens + 1)
 
     def launch(entering, segment_decay, gradients, d_initial):
-        _state_gradient_kernel[(2 * layer.value_tiles, tiling.segments, layer.programs)](
+        _state_gradient_kernel[(2 * triton.cdiv(heads.V, heads.BV), tiling.segments, layer.programs)](
             inputs.q,
             u,
             None if decayed is None else decayed.at_middle,

@@ -6,8 +6,8 @@
     weights             every weight that a forward multiplies with, once: decoder layers as they run at this level, final norm and
                         output matrix; of the embedding only rows are read, which are not counted
     keys and values     of each KV head that is softmax attention: rows × tokens × bytes per token
-    states              of each row and the Hkv heads of a layer that are DSLA, with Z = 8 Hkv K V bytes of both fp32 states and e bytes
-                        per token of their k and v:
+    states              of each row and the Hkv heads of a layer that are DSLA, with Z = 8 Hkv K V bytes of both fp32 states (0 of a window
+                        alone) and e bytes per token of their k and v:
                         with a window  Z (1 + 4 / W) + e (W + S + 1): states and window are read; a block goes into the states
                                        every W / 2 tokens
                         without        2 Z: read and written
@@ -15,6 +15,7 @@
                         logit); and of each layer's attention, by Hq query heads that read heads of this kind
                         softmax        2 Hq (K + V) T² / 2
                         DSLA           T (Hq (n P + 4 K V) + 8 Hkv K V), P = 2 (W + 64) K, n = 2 with a window and 3 without
+                                       of a window alone T Hq 2 P
 
 A layer converted in part costs what its kept heads and its converted heads do, and its projections once.
 Launches, norms, activations and everything else that a GPU also does cost nothing here: predictions are floors, not estimates.
@@ -84,7 +85,7 @@ class Costs:
     @staticmethod
     def _token_operations(core: DualStateAttention) -> float:
         met = 2 * (core.window_size + CHUNK) * core.key_dim
-        state = core.key_dim * core.value_dim
+        state = core.key_dim * core.value_dim if core.states else 0
         products = 2 if core.window_size else 3
         return core.num_heads * (products * met + 4 * state) + 8 * core.num_kv_heads * state
 
@@ -147,7 +148,7 @@ def stored_bytes(weight: torch.Tensor) -> int:
 
 
 def _both_states(core: DualStateAttention) -> int:
-    return 2 * core.num_kv_heads * core.key_dim * core.value_dim * 4
+    return core.num_states * core.num_kv_heads * core.key_dim * core.value_dim * 4
 
 
 # --- what the machine can do ------------------------------------------------------------------------------------

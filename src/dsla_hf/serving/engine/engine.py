@@ -42,6 +42,10 @@ class Draining(RuntimeError):
     """The engine takes no more requests: it ends when the running ones have."""
 
 
+class TooLong(ValueError):
+    """A text that cannot fit."""
+
+
 class ShedForMemory(RuntimeError):
     """A request was given up because memory did not suffice."""
 
@@ -179,7 +183,7 @@ class Engine:
         """Queue a text. `listener` is called with each `Event`, first tokens, then the end.
 
         Raises:
-            ValueError: if the request can never be served: an empty prompt, ids out of range, more tokens than fit.
+            ValueError: if the request can never be served: an empty prompt, ids out of range; TooLong for more tokens than fit.
             QueueFull: if too many wait.
             Draining: if the engine takes no more.
         """
@@ -204,12 +208,12 @@ class Engine:
         if not all(0 <= token < self.vocab_size for token in prompt):
             raise ValueError(f"the prompt holds token ids that are not from 0 to {self.vocab_size - 1}")
         if len(prompt) + max_tokens > self.max_tokens:
-            raise ValueError(
+            raise TooLong(
                 f"{len(prompt)} prompt tokens and max_tokens {max_tokens} are more than the {self.max_tokens} tokens a text may have"
             )
         needed = self.memory.blocks_for(len(prompt) + max_tokens - 1, self.control.highest)
         if needed > self.memory.pool.num_blocks:
-            raise ValueError(
+            raise TooLong(
                 f"{len(prompt)} prompt tokens and max_tokens {max_tokens} need {needed} blocks of memory, there are "
                 f"{self.memory.pool.num_blocks}: ask for less, or give the server more memory for keys and values"
             )

@@ -208,7 +208,7 @@ class SlotMemory:
         core, dtype, device, slots = self.levels.cores[layer], self.levels.dtype, self.levels.device, self.num_slots
         cached = core.window_size + core.sink_tokens
         return DualState(
-            torch.zeros(slots, heads, 2, core.key_dim, core.value_dim, dtype=torch.float32, device=device),
+            torch.zeros(slots, heads, core.num_states, core.key_dim, core.value_dim, dtype=torch.float32, device=device),
             torch.zeros(slots, cached, heads, core.key_dim, dtype=dtype, device=device),
             torch.zeros(slots, cached, heads, core.value_dim, dtype=dtype, device=device),
             torch.zeros(slots, dtype=torch.long, device=device),

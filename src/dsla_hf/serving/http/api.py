@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import sys
-import threading
 import time
 import uuid
 from collections import deque
@@ -20,17 +20,20 @@ from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
 from ...inference.sampling import Sampling
-from ..engine.engine import Draining, Engine, ShedForMemory
+from ..engine.engine import Draining, Engine, TooLong
 from ..engine.request import Event, Request
 from ..engine.scheduler import QueueFull
 from ..engine.text import TextStream
+from .errors import Failed, as_failed, error_body, too_long
 from .guards import Guards
 from .metrics import Metrics
 from .page import PAGE
-from .schema import ChatBody, CompletionBody, error_body
+from .prompts import PromptReader
+from .schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, Unsupported
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +45,8 @@ SWITCH_SECONDS = 0.0005
 @dataclass(frozen=True)
 class ApiOptions:
     """name: of the model, as clients call it. api_key: None for none. max_body: bytes of a request. max_new_tokens: most that a request
-    may ask for. default_tokens: of completions that name none. drain_seconds: for running requests, when the server ends."""
+    may ask for. default_tokens: of completions that name none. drain_seconds: for running requests, when the server ends. allow_origins:
+    of web pages that may call the server, such as "https://example.org", or "*" for all."""
 
     name: str
     api_key: str | None = None
@@ -50,6 +54,7 @@ class ApiOptions:
     max_new_tokens: int = 4096
     default_tokens: int = 16
     drain_seconds: float = 30.0
+    allow_origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.api_key is not None and not self.api_key.strip():
@@ -57,25 +62,9 @@ class ApiOptions:
         for name in ("max_body", "max_new_tokens", "default_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-
-
-class Failed(Exception):
-    """An answer that is an error: its status, its body."""
-
-    def __init__(self, status: int, message: str, kind: str = "invalid_request_error", code: str | None = None, retry: int | None = None):
-        super().__init__(message)
-        self.status, self.body = status, error_body(message, kind, code)
-        self.headers = {} if retry is None else {"Retry-After": str(retry)}
-
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body, self.status, self.headers)
-
-
-def as_failed(error: Exception | None) -> Failed:
-    """What a client is told of an error of the engine."""
-    if isinstance(error, (QueueFull, Draining, ShedForMemory)):
-        return Failed(503, str(error), "overloaded_error", "overloaded", retry=10 if isinstance(error, Draining) else 1)
-    return Failed(500, "the server failed on this request; its log says why", "server_error", "internal_error")
+        for origin in self.allow_origins:
+            if not re.fullmatch(r"\*|https?://[^/\s]+", origin):
+                raise ValueError(f"an allowed origin is a scheme and a host, such as https://example.org, or *, got {origin!r}")
 
 
 class Mailbox:
@@ -214,28 +203,31 @@ class Api:
     def __init__(self, engine: Engine, tokenizer: Any, options: ApiOptions):
         self.engine, self.tokenizer, self.options = engine, tokenizer, options
         self.metrics, self.mailbox = Metrics(engine), Mailbox()
+        self.prompts = PromptReader(engine, tokenizer)
         self.started = int(time.time())
-        self._tokenizing = threading.Lock()  # tokenizers may not be shared between threads
 
     async def complete(self, body: CompletionBody, http: HttpRequest) -> Response:
         self._check_model(body.model)
-        prompt = body.prompt if isinstance(body.prompt, list) else await asyncio.to_thread(self._encode, body.prompt)
+        prompt = body.prompt if isinstance(body.prompt, list) else await self.prompts.completion(body.prompt, http)
         return await self._answer("text", prompt, body, body.max_tokens or self.options.default_tokens, http)
 
     async def chat(self, body: ChatBody, http: HttpRequest) -> Response:
         self._check_model(body.model)
-        prompt = await asyncio.to_thread(self._encode_chat, [{"role": m.role, "content": m.text} for m in body.messages])
+        prompt = await self.prompts.chat([{"role": m.role, "content": m.text} for m in body.messages], http)
         wanted = body.max_completion_tokens or body.max_tokens
         room = min(self.engine.max_tokens - len(prompt), self.options.max_new_tokens)
         return await self._answer("chat", prompt, body, wanted or max(room, 1), http)
 
     async def _answer(self, kind: str, prompt: list[int], body: Any, max_tokens: int, http: HttpRequest) -> Response:
         if max_tokens > self.options.max_new_tokens:
-            raise Failed(400, f"max_tokens {max_tokens} is more than this server's limit of {self.options.max_new_tokens}")
+            message = f"max_tokens {max_tokens} is more than this server's limit of {self.options.max_new_tokens}"
+            raise Failed(400, message, param="max_tokens")
         try:
             answer = Answer(self, kind, prompt, body, max_tokens)
+        except TooLong as error:
+            raise Failed(400, str(error), code="context_length_exceeded", param="prompt" if kind == "text" else "messages") from None
         except ValueError as error:
-            raise Failed(400, str(error)) from None
+            raise Failed(400, str(error), param="prompt" if kind == "text" else "messages") from None
         except (QueueFull, Draining) as error:
             raise as_failed(error) from None
         streams, watch = False, asyncio.create_task(answer.cancel_when_left(http))
@@ -254,29 +246,33 @@ class Api:
             if not streams:
                 self.engine.cancel(answer.request)
 
-    def models(self) -> dict[str, Any]:
-        model = {"id": self.options.name, "object": "model", "created": self.started, "owned_by": "dsla-hf"}
-        return {"object": "list", "data": [{**model, "max_model_len": self.engine.max_tokens}]}
+    async def tokenize(self, body: TokenizeBody, http: HttpRequest) -> dict[str, Any]:
+        self._check_model(body.model or self.options.name)
+        if body.prompt is not None:
+            tokens = await self.prompts.completion(body.prompt, http, body.add_special_tokens)
+        else:
+            messages = [{"role": m.role, "content": m.text} for m in body.messages or ()]
+            tokens = await self.prompts.chat(messages, http, body.add_generation_prompt)
+        return {"count": len(tokens), "max_model_len": self.engine.max_tokens, "tokens": tokens}
+
+    async def detokenize(self, body: DetokenizeBody) -> dict[str, Any]:
+        self._check_model(body.model or self.options.name)
+        if len(body.tokens) > self.engine.max_tokens:
+            raise too_long(f"{len(body.tokens):,} tokens", self.engine.max_tokens)
+        if not all(0 <= token < self.engine.vocab_size for token in body.tokens):
+            raise Failed(400, f"tokens must be ids from 0 to {self.engine.vocab_size - 1}", param="tokens")
+        return {"prompt": await self.prompts.text(body.tokens)}
+
+    def model(self, name: str | None = None) -> dict[str, Any]:
+        """What is told of the model; name: that it is asked for by."""
+        self._check_model(name or self.options.name)
+        about = {"id": self.options.name, "object": "model", "created": self.started, "owned_by": "dsla-hf"}
+        return {**about, "max_model_len": self.engine.max_tokens}
 
     def _check_model(self, name: str) -> None:
         if name != self.options.name:
-            raise Failed(404, f"there is no model {name!r} here, only {self.options.name!r}", code="model_not_found")
-
-    def _encode(self, text: str) -> list[int]:
-        try:
-            with self._tokenizing:
-                return list(self.tokenizer(text)["input_ids"])
-        except (TypeError, ValueError) as error:
-            raise Failed(400, f"the prompt cannot be tokenized: {error!r}") from None
-
-    def _encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        if getattr(self.tokenizer, "chat_template", None) is None:
-            raise Failed(400, "this model has no chat template: use /v1/completions")
-        try:
-            with self._tokenizing:
-                return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-        except Exception as error:  # templates raise what they like for roles and orders they do not know
-            raise Failed(400, f"the chat template refuses these messages: {error!r}") from None
+            message = f"there is no model {name!r} here, only {self.options.name!r}"
+            raise Failed(404, message, code="model_not_found", param="model")
 
 
 def build_app(engine: Engine, tokenizer: Any, options: ApiOptions) -> FastAPI:
@@ -289,24 +285,27 @@ def build_app(engine: Engine, tokenizer: Any, options: ApiOptions) -> FastAPI:
         engine.start()
         yield
         await asyncio.to_thread(engine.stop, timeout=options.drain_seconds)
+        api.prompts.close()
         sys.setswitchinterval(before)
 
     app = FastAPI(title="dsla serve", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.engine = engine
     api = Api(engine, tokenizer, options)
     app.add_middleware(Guards, max_body=options.max_body, api_key=options.api_key)
+    if options.allow_origins:  # around the guards: a browser asks without a key whether it may ask
+        app.add_middleware(CORSMiddleware, allow_origins=options.allow_origins, allow_methods=["*"], allow_headers=["*"])
 
     @app.exception_handler(Failed)
     async def failed(http: HttpRequest, error: Failed) -> Response:
         return error.response()
 
+    @app.exception_handler(QueueFull)
+    async def full(http: HttpRequest, error: QueueFull) -> Response:
+        return as_failed(error).response()
+
     @app.exception_handler(RequestValidationError)
     async def invalid(http: HttpRequest, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:])
-        # Escaped: a message may quote what no encoding can carry.
-        message = f"{where}: {first['msg']}".removeprefix(": ").encode("ascii", "backslashreplace").decode()
-        return JSONResponse(error_body(message, param=where.encode("ascii", "backslashreplace").decode() or None), 400)
+        return JSONResponse(error_body(*_told(error.errors()[0])), 400)
 
     @app.exception_handler(StarletteHTTPException)
     async def refused(http: HttpRequest, error: HTTPException) -> Response:
@@ -326,7 +325,19 @@ def build_app(engine: Engine, tokenizer: Any, options: ApiOptions) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return api.models()
+        return {"object": "list", "data": [api.model()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        return api.model(name)
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeBody, http: HttpRequest) -> dict[str, Any]:
+        return await api.tokenize(body, http)
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
+        return await api.detokenize(body)
 
     @app.get("/health")
     async def health() -> Response:
@@ -347,6 +358,19 @@ def build_app(engine: Engine, tokenizer: Any, options: ApiOptions) -> FastAPI:
         return HTMLResponse(PAGE)
 
     return app
+
+
+def _told(error: dict[str, Any]) -> tuple[str, str, None, str | None]:
+    """Message, kind, code and field of what is wrong with a body. Escaped: a message may quote what no encoding can carry."""
+    cause = error.get("ctx", {}).get("error")
+    if error["type"] == "json_invalid":
+        message, field = f"the body is no JSON: {cause}", None
+    else:
+        where = [str(part) for part in error["loc"][1:]]
+        field = cause.param if isinstance(cause, Unsupported) else where[0] if where else None
+        message = f"{'.'.join(where)}: {error['msg'].removeprefix('Value error, ')}".removeprefix(": ")
+    escaped = [None if text is None else text.encode("ascii", "backslashreplace").decode() for text in (message, field)]
+    return escaped[0] or "", "invalid_request_error", None, escaped[1]
 
 
 def _sent(content: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What the OpenAI-compatible routes take, and the shape of what they answer."""
+"""What the OpenAI-compatible routes take."""
 
 from __future__ import annotations
 
@@ -28,6 +28,14 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 StopString = Annotated[str, Field(min_length=1, max_length=200)]
 
 
+class Unsupported(ValueError):
+    """An option that is not there; `param` names it."""
+
+    def __init__(self, param: str):
+        super().__init__(f"{param} is not supported: leave it out")
+        self.param = param
+
+
 class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True)
     include_usage: bool = False
@@ -52,7 +60,7 @@ class _Options(BaseModel):
     def _refuse_what_is_not_there(cls, values: Any) -> Any:
         for name, neutral in UNSUPPORTED.items() if isinstance(values, dict) else ():
             if values.get(name) is not None and values[name] not in neutral:
-                raise ValueError(f"{name} is not supported: leave it out")
+                raise Unsupported(name)
         return values
 
     @property
@@ -89,5 +97,26 @@ class ChatBody(_Options):
     max_completion_tokens: int | None = Field(None, ge=1)
 
 
-def error_body(message: str, kind: str = "invalid_request_error", code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+class TokenizeBody(BaseModel):
+    """Of /tokenize: a text, or a chat as the model's template renders it."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+
+    @model_validator(mode="after")
+    def _has_one(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give prompt or messages, one of them")
+        return self
+
+
+class DetokenizeBody(BaseModel):
+    """Of /detokenize."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    model: str | None = None
+    tokens: list[int]
