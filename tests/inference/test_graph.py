@@ -127,7 +127,7 @@ def test_softmax_layers_read_the_cache_as_far_as_it_is_filled(
 ):
     """Through the kernel of softmax layers, one recording a level serves texts of every length."""
     model = adapter_model(tiny_model(base_kind), level=1)
-    options = {"input_ids": IDS, "attention_mask": MASK if padded else torch.ones_like(MASK), "max_new_tokens": 12, "do_sample": False}
+    options = {"input_ids": IDS, "attention_mask": MASK if padded else torch.ones_like(MASK), "max_new_tokens": 9, "do_sample": False}
     options["prefill_chunk_size"] = 5  # prompts that go on behind a cache
     expected = model.generate(**options, level_policy=after_six_tokens)
     model.set_level(1)
