@@ -186,12 +186,15 @@ def read_order(file: Path, unit: str, layers: int, kv_heads: int) -> list[Any]:
     return sorted(place, key=place.__getitem__)
 
 
-def ranking_text(tokenizer: Any, text: dict[str, Any], sizes: Sizes) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
-    """What units are ranked on: batches of text, and probes."""
-    short, apart = min(sizes.lengths), text["ranking"].long()
-    rows = apart[: sizes.ranking_rows * short].view(-1, short)
-    probes = make_probes(tokenizer, apart.tolist(), sizes.longest_probe, sizes.ranking_probes, shortest=sizes.shortest_probe)
-    return list(rows.split(2)), probes
+def ranking_rows(text: dict[str, Any], sizes: Sizes) -> list[torch.Tensor]:
+    """Batches of text that units are ranked on."""
+    short = min(sizes.lengths)
+    return list(text["ranking"].long()[: sizes.ranking_rows * short].view(-1, short).split(2))
+
+
+def ranking_probes(tokenizer: Any, text: dict[str, Any], sizes: Sizes) -> list[dict[str, torch.Tensor]]:
+    """Probes that heads are ranked on beside it."""
+    return make_probes(tokenizer, text["ranking"].tolist(), sizes.longest_probe, sizes.ranking_probes, shortest=sizes.shortest_probe)
 
 
 def window_of(arm: Arm, window: int, base_config: Any, itemsize: int) -> int:
@@ -236,9 +239,9 @@ def train(options: argparse.Namespace, sizes: Sizes) -> None:
     )
     ranking: dict[str, Any] = {}
     if options.order is None:
-        ranking["ranking_data"], probes = ranking_text(tokenizer, text, sizes)
+        ranking["ranking_data"] = ranking_rows(text, sizes)
         if arm.unit == "head":
-            ranking["ranking_probes"] = probes
+            ranking["ranking_probes"] = ranking_probes(tokenizer, text, sizes)
     start = time.perf_counter()
     distill(
         model,

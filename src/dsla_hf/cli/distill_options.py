@@ -16,6 +16,7 @@ from transformers.hf_argparser import string_to_bool
 
 from ..models.loading import check_at_least_one
 from ..training.arguments import DSLATrainingArguments
+from ..training.planting import check_answer_weight
 from ..training.text import SOURCES
 from ..training.unit_ranking import PROBE_WEIGHT, check_probe_weight
 
@@ -162,8 +163,7 @@ class DistillOptions:
         if self.probe_length is not None:
             check_at_least_one("probe_length", self.probe_length)
         check_probe_weight(self.probe_weight)
-        if not 0 < self.answer_weight < float("inf"):
-            raise ValueError(f"answer_weight must be above 0, got {self.answer_weight}")
+        check_answer_weight(self.answer_weight)
         if not 0 <= self.probes_in_training <= 1:
             raise ValueError(f"probes_in_training must be a share from 0 to 1, got {self.probes_in_training}")
         for name in ("ranking_sequences", "ranking_probes", "eval_sequences"):

@@ -61,6 +61,12 @@ def planted(row: Mapping[str, Any], tokenizer: Any, rng: random.Random, answer_w
     return {name: torch.tensor(filled[name], dtype=x.dtype) for name, x in columns.items()}
 
 
+def check_answer_weight(weight: float) -> None:
+    """Raises ValueError for a weight that is none."""
+    if not 0 < weight < math.inf:
+        raise ValueError(f"answer_weight must be above 0, got {weight}")
+
+
 def with_planted(rows: Any, tokenizer: Any, share: float, seed: int, answer_weight: float = 1.0) -> Any:
     """Training rows, a `share` of them `planted`: which ones and with what is a pure function of seed and place, the same in every pass.
 
@@ -72,8 +78,7 @@ def with_planted(rows: Any, tokenizer: Any, share: float, seed: int, answer_weig
     """
     if not 0 <= share <= 1:
         raise ValueError(f"the share of rows in which facts are planted must be from 0 to 1, got {share}")
-    if not 0 < answer_weight < math.inf:
-        raise ValueError(f"answer_weight must be above 0, got {answer_weight}")
+    check_answer_weight(answer_weight)
     if not share:
         return rows
 

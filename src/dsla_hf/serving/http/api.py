@@ -228,8 +228,6 @@ class Api:
             raise Failed(400, str(error), code="context_length_exceeded", param="prompt" if kind == "text" else "messages") from None
         except ValueError as error:
             raise Failed(400, str(error), param="prompt" if kind == "text" else "messages") from None
-        except (QueueFull, Draining) as error:
-            raise as_failed(error) from None
         streams, watch = False, asyncio.create_task(answer.cancel_when_left(http))
         try:
             first = await answer.next_event()
@@ -300,7 +298,8 @@ def build_app(engine: Engine, tokenizer: Any, options: ApiOptions) -> FastAPI:
         return error.response()
 
     @app.exception_handler(QueueFull)
-    async def full(http: HttpRequest, error: QueueFull) -> Response:
+    @app.exception_handler(Draining)
+    async def overloaded(http: HttpRequest, error: Exception) -> Response:
         return as_failed(error).response()
 
     @app.exception_handler(RequestValidationError)
@@ -369,8 +368,11 @@ def _told(error: dict[str, Any]) -> tuple[str, str, None, str | None]:
         where = [str(part) for part in error["loc"][1:]]
         field = cause.param if isinstance(cause, Unsupported) else where[0] if where else None
         message = f"{'.'.join(where)}: {error['msg'].removeprefix('Value error, ')}".removeprefix(": ")
-    escaped = [None if text is None else text.encode("ascii", "backslashreplace").decode() for text in (message, field)]
-    return escaped[0] or "", "invalid_request_error", None, escaped[1]
+    return _escaped(message), "invalid_request_error", None, None if field is None else _escaped(field)
+
+
+def _escaped(text: str) -> str:
+    return text.encode("ascii", "backslashreplace").decode()
 
 
 def _sent(content: dict[str, Any]) -> str:
