@@ -74,7 +74,7 @@ def main(words: list[str] | None = None) -> None:
             raise ValueError(f"{file} was measured with another {', '.join(changed)}: name another --results")
         rows = before["rows"]
     batches, probes = heads.ranking_rows(text, sizes), heads.ranking_probes(tokenizer, text, sizes)
-    tasks = heads.make_tasks(tokenizer, options.data, text, sizes, options.probes, options.seed)
+    tasks = heads.make_tasks(tokenizer, text, sizes, options.probes, options.seed)
     for order in options.orders:
         left = [kept for kept in options.kept if not any((row["order"], row["kept"]) == (order, kept) for row in rows)]
         if not left:

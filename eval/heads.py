@@ -4,6 +4,7 @@
     python eval/heads.py train MODEL DATA --cache text.pt --arm heads --out runs/heads
     python eval/heads.py measure MODEL DATA --cache text.pt --adapter runs/heads --arm heads --out heads-rows.json
     python eval/heads.py page heads-rows.json heads-window-rows.json ...        # eval/results/heads.json, page and plot
+    python eval/heads.py recipes one-way-rows.json another-way-rows.json ...    # eval/results/heads-recipes.json, for the page
 
 Arms may run as processes at the same time. An interrupted one goes on: `train` from its last checkpoint, `measure` behind its last level.
 DATA is a folder with `distill.txt.xz` (training and ranking, no document in both), `novels_val.jsonl.xz` and `wikitext2/valid.txt` (held
@@ -38,7 +39,7 @@ from dsla_hf.core.plots import figure, mark_plain, save
 from dsla_hf.core.progress import bar, say
 from dsla_hf.core.results import origin
 from dsla_hf.core.tables import markdown_table
-from dsla_hf.evaluation.long_context import BATCH_TOKENS, Task, answers_right, prepare
+from dsla_hf.evaluation.long_context import BATCH_TOKENS, Haystack, Task, answers_right, prepare, read_haystack
 from dsla_hf.inference.batching import halve_until_it_fits
 from dsla_hf.levels.table import CACHE_LENGTHS
 from dsla_hf.models.adapter import active_config
@@ -46,7 +47,7 @@ from dsla_hf.models.architectures import head_dim_of
 from dsla_hf.models.loading import device, load_adapter, load_config, load_model, load_tokenizer
 from dsla_hf.models.sizes import core_bytes, text_bytes
 from dsla_hf.training.arguments import DSLATrainingArguments
-from dsla_hf.training.planting import with_planted
+from dsla_hf.training.planting import ANSWER_WEIGHT, with_planted
 from dsla_hf.training.probes import make_probes
 from dsla_hf.training.recipe import distill
 from dsla_hf.training.text import PackedTokens, read_texts
@@ -61,6 +62,8 @@ LEARNING_RATE, GATE_FACTOR = 1e-3, 10.0
 Z = 1.96  # of intervals of 95 %
 MORE_AT_ONCE = 4  # times as many prompts as evaluations take, where they fit
 TRAINING, ORDER = "training.json", "order.json"  # beside an adapter
+RECIPES = "heads-recipes"
+WAY_COLUMNS = ("probe_weight", "answer_weight", "level_draws", "steps")  # by which recipes differ
 HOW_TRAINED = ("align_steps", "steps", "tokens_per_step", "lengths", "planted", "answer_weight", "probe_weight", "level_draws")
 HOW_TRAINED += ("learning_rate", "gate_factor", "seed")
 
@@ -124,7 +127,8 @@ def all_tokens(model: str, texts: list[str], processes: int) -> list[list[int]]:
 
 
 def make_text(model: str, data: Path, sizes: Sizes, processes: int) -> dict[str, Any]:
-    """`train` `[N, longest]`, `ranking` `[tokens]` of other documents, `wiki` and `novels` `[N, T]`, held out; what they were made with.
+    """`train` `[N, longest]`, `ranking` `[tokens]` of other documents, `wiki` and `novels` `[N, T]`, held out, `haystack` (a tensor for each
+    document); what they were made with.
 
     Raises:
         ValueError: if there is too little text.
@@ -147,6 +151,7 @@ def make_text(model: str, data: Path, sizes: Sizes, processes: int) -> dict[str,
         "ranking": torch.tensor(ranking, dtype=torch.int32),
         "wiki": torch.tensor(wiki[: min(sizes.wiki, len(wiki)) // sizes.wiki_length * sizes.wiki_length]).view(-1, sizes.wiki_length),
         "novels": held_out_blocks(data / "novels_val.jsonl.xz", tokenizer, sizes.novels_length, sizes.novels)[0],
+        "haystack": [torch.tensor(ids, dtype=torch.int32) for ids in read_haystack(tokenizer, data / "novels_val.jsonl.xz").documents],
     }
 
 
@@ -162,7 +167,7 @@ def read_text(options: argparse.Namespace, sizes: Sizes) -> dict[str, Any]:
     """
     make = partial(make_text, options.model, options.data, sizes, options.processes)
     text = make() if options.cache is None else made_once(options.cache, make)
-    if text["made_with"] != made_with(options.model, sizes):
+    if text["made_with"] != made_with(options.model, sizes) or "haystack" not in text:
         raise ValueError(f"{options.cache} was made with {text['made_with']}: name another --cache")
     return text
 
@@ -308,9 +313,9 @@ def cache_bytes(model: Any, level: int) -> dict[str, int]:
     return {f"bytes_{tokens // 1024}k": text_bytes(base, config, tokens, level) for tokens in CACHE_LENGTHS}
 
 
-def make_tasks(tokenizer: Any, data: Path, text: dict[str, Any], sizes: Sizes, probes: int, seed: int) -> dict[str, Task]:
+def make_tasks(tokenizer: Any, text: dict[str, Any], sizes: Sizes, probes: int, seed: int) -> dict[str, Task]:
     """What each level is asked, the same at all of them and in all arms."""
-    hay = data / "novels_val.jsonl.xz"
+    hay = Haystack([document.tolist() for document in text["haystack"]])
     codes = prepare(tokenizer, ["needle"], sizes.code_lengths, probes, seed, hay)
     recall = prepare(tokenizer, ["associative_recall", "variable_tracking"], [sizes.recall_length], sizes.recall_samples, seed, hay)
     texts = {"wiki": (sizes.wiki_length, text["wiki"]), "novels": (sizes.novels_length, text["novels"])}
@@ -373,7 +378,7 @@ def measure(options: argparse.Namespace, sizes: Sizes) -> None:
     if not left:
         say(f"{options.out} has all levels")
         return
-    tasks = make_tasks(tokenizer, options.data, read_text(options, sizes), sizes, options.probes, options.seed)
+    tasks = make_tasks(tokenizer, read_text(options, sizes), sizes, options.probes, options.seed)
     for kept, level in left.items():
         set_level(model, level)
         start = time.perf_counter()
@@ -477,7 +482,7 @@ def how_trained(training: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def page_text(joined: dict[str, Any], plot: str, orders: str) -> str:
+def page_text(joined: dict[str, Any], plot: str, more: str) -> str:
     rows = joined["rows"]
     return f"""# Heads, measured
 
@@ -504,7 +509,7 @@ Codes of the same prompts that the teacher alone found / that the level alone fo
 Cache of one text in MB (10^6 bytes):
 
 {bytes_table(rows)}
-{missing_text(rows)}{orders}"""
+{missing_text(rows)}{more}"""
 
 
 def missing_text(rows: list[dict[str, Any]]) -> str:
@@ -516,6 +521,43 @@ def missing_text(rows: list[dict[str, Any]]) -> str:
         if left := sorted(others - there, reverse=True):
             lines.append(f"{arm} with {', '.join(map(str, left))} kept")
     return f"\nNot measured: {'; '.join(lines)}.\n" if lines else ""
+
+
+def recipes(options: argparse.Namespace) -> None:
+    """Join files of `measure` of one arm that was trained in several ways, into heads-recipes.json."""
+    rows = []
+    for file in options.files:
+        part = json.loads(file.read_text())
+        way = {name: part["training"][name] for name in HOW_TRAINED}
+        for row in part["rows"]:
+            trained = {name: None for name in way} if row["level"] == 0 else way
+            rows.append({"arm": "teacher" if row["level"] == 0 else part["arm"], "probes": part["probes"], **trained, **row_numbers(row)})
+    rows.sort(key=lambda row: (-row["kept"], row["probes"], [row[name] or 0 for name in WAY_COLUMNS]))
+    write_results(RECIPES, rows, command_of(options), folder=options.results)
+
+
+def row_numbers(row: dict[str, Any]) -> dict[str, Any]:
+    """A measured row without what is of each prompt."""
+    return {name: value for name, value in row.items() if not name.endswith(("_found", "_interval")) and name != "arm"}
+
+
+def recipes_text(results: Path) -> str:
+    """The ways of training that `recipes` joined, nothing where it has not."""
+    file = results / f"{RECIPES}.json"
+    if not file.exists():
+        return ""
+    rows = json.loads(file.read_text())["rows"]
+    codes = [f"code_{length}" for length in code_lengths(rows[0])]
+    arms = ", ".join(sorted({row["arm"] for row in rows if row["arm"] != "teacher"}))
+    return f"""
+## Recipes
+
+{arms}, trained in several ways: weight of answers when heads are ranked, weight of answers in the loss, how many levels are drawn for a step
+of KL, and steps of it. Perplexities, shares of codes found, and by how many prompts of each length; few prompts tell only large differences
+(with 100 the interval of 95 % is up to 0.1 to both sides).
+
+{rows_table(rows, ["arm", "kept", *WAY_COLUMNS, "wiki", "novels", *codes, "associative_recall", "probes"])}
+"""
 
 
 def orders_text(results: Path) -> str:
@@ -575,7 +617,8 @@ def page(options: argparse.Namespace) -> None:
     rest = {name: value for name, value in joined.items() if name != "rows"}
     write_results("heads", joined["rows"], command_of(options), folder=options.results, **rest)
     draw(joined["rows"], options.plot)
-    write_whole(options.page, page_text(joined, options.plot.name, orders_text(options.results)))
+    more = recipes_text(options.results) + orders_text(options.results)
+    write_whole(options.page, page_text(joined, options.plot.name, more))
     say(f"written: {options.results / 'heads.json'}, {options.page}, {options.plot}")
 
 
@@ -607,12 +650,12 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     training = parts.add_parser("train", parents=[common], help="distil an arm")
     training.add_argument("--arm", choices=list(ARMS), required=True)
     training.add_argument("--out", type=Path, required=True, help="folder for the adapter")
-    training.add_argument("--align-steps", type=int, default=360)
+    training.add_argument("--align-steps", type=int, default=200)
     training.add_argument("--steps", type=int, default=700, help="of KL at random levels")
     training.add_argument("--batch", type=int, default=2, help="rows of the longest length in a step")
     training.add_argument("--window", type=int, help=f"tokens, of arms with states (default: {WINDOW})")
     training.add_argument("--probe-weight", type=float, default=PROBE_WEIGHT, help="of answers, when heads are ranked")
-    training.add_argument("--answer-weight", type=float, default=1.0, help="of answers to what was planted, in the loss")
+    training.add_argument("--answer-weight", type=float, default=ANSWER_WEIGHT, help="of answers to what was planted, in the loss")
     training.add_argument("--level-draws", type=int, default=1, help="levels drawn for a step of KL, of which the highest is trained")
     training.add_argument("--order", type=Path, help="JSON list of all [layer, head], least harmful first, in place of a ranking")
     measuring = parts.add_parser("measure", parents=[common], help="measure the levels of an arm")
@@ -627,6 +670,9 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     making.add_argument("--results", type=Path, default=RESULTS)
     making.add_argument("--page", type=Path, default=PAGE)
     making.add_argument("--plot", type=Path, default=PLOT)
+    ways = parts.add_parser("recipes", help="join files of `measure` of one arm trained in several ways")
+    ways.add_argument("files", type=Path, nargs="+")
+    ways.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(words)
     if options.part == "measure" and options.out.suffix != ".json":
         parser.error(f"--out {options.out} must end in .json")
@@ -638,8 +684,8 @@ def parse(words: list[str] | None) -> argparse.Namespace:
 def main(words: list[str] | None = None) -> None:
     options = parse(words)
     options.words = list(sys.argv[1:] if words is None else words)
-    if options.part == "page":
-        page(options)
+    if options.part in ("page", "recipes"):
+        {"page": page, "recipes": recipes}[options.part](options)
         return
     sizes = TINY if options.tiny else Sizes()
     if options.part == "text":

@@ -20,8 +20,9 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def write_results(name: str, rows: list[dict[str, Any]], command: str | None = None, folder: Path = RESULTS, **extra: Any) -> Path:
-    """Write `NAME.json` in a folder whole or not at all: command, versions, device, rows."""
-    command = command or "python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    """Write `NAME.json` in a folder whole or not at all: command (with names in place of absolute paths), versions, device, rows."""
+    named = [Path(word).name if os.path.isabs(word) else word for word in sys.argv[1:]]
+    command = command or "python " + " ".join([os.path.relpath(sys.argv[0]), *named])
     return results.write_results(folder / f"{name}.json", rows, command, **extra)
 
 

@@ -2,8 +2,9 @@
 
     python eval/benchmarks/heads.py
     python eval/benchmarks/heads.py --shapes 8B --what decode
+    python eval/benchmarks/heads.py --page
 
-writes eval/results/heads-layer.json. A layer is projections, attention of both kinds and the output projection, in bf16 and with random
+writes eval/results/heads-layer.json; `--page` measures nothing and fills docs/measured/kernels.md from it. A layer is projections, attention of both kinds and the output projection, in bf16 and with random
 weights, from hidden states to hidden states; rotary embedding is left out. Query heads lie kept ones first, converted ones behind; keys
 and values are those of all heads, of which each kind reads its own. A prompt is one text. A token of a row is decoded behind a cache of
 so many tokens; the token that fills a block of the window, one in many, is not among them. Both are timed as CALLS calls in one CUDA graph,
@@ -15,6 +16,7 @@ by their share of heads, `to_dearer` that to the one that takes longer.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -29,11 +31,14 @@ sys.path[:] = [str(REPOSITORY / "eval"), str(REPOSITORY / "kernels"), *(x for x 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from captured import in_graph  # noqa: E402
-from reporting import RESULTS, rows_table, write_results  # noqa: E402
+from reporting import RESULTS, fill_page, rows_table, write_results  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from dsla_hf.core.attention import DualState, DualStateAttention  # noqa: E402
 from dsla_kernels import append, linears, softmax_decode  # noqa: E402
+
+
+PAGE = REPOSITORY / "docs" / "measured" / "kernels.md"
 
 
 class Shape(NamedTuple):
@@ -216,6 +221,23 @@ def measure(plan: Plan, shape: str, what: str, device: torch.device) -> list[dic
     return rows
 
 
+def summary(rows: list[dict[str, Any]]) -> str:
+    """A line for each shape and size: both kinds alone, and what lies between as it runs in models, the two kinds side by side."""
+    table = []
+    for shape, what, batch, tokens in dict.fromkeys((row["shape"], row["what"], row["batch"], row["tokens"]) for row in rows):
+        found = [row for row in rows if (row["shape"], row["what"], row["batch"], row["tokens"]) == (shape, what, batch, tokens)]
+        line = {"shape": shape, "what": what, "batch": batch, "tokens": tokens}
+        alone = {row["kept"]: row["ms"] for row in found if row["kept"] in (0, row["kv_heads"])}
+        line |= {"ms, all kept": alone[max(alone)], "ms, none kept": alone[0]}
+        part = [row for row in found if row["branches"] == 2]
+        for name in ("to_mean", "to_dearer"):
+            line[name.replace("_", " ")] = " / ".join(f"{row[name]:.2f}" for row in part)
+        line["kept"] = " / ".join(str(row["kept"]) for row in part) + f" of {found[0]['kv_heads']}"
+        table.append(line)
+    columns = ["shape", "what", "batch", "tokens", "ms, all kept", "ms, none kept", "kept", "to mean", "to dearer"]
+    return rows_table(table, columns)
+
+
 @torch.inference_mode()
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -224,7 +246,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="small shapes, to see that all of it runs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of heads-layer.json")
+    parser.add_argument("--page", type=Path, nargs="?", const=PAGE, help="measure nothing; fill this page (docs/measured/kernels.md)")
     args = parser.parse_args(arguments)
+    if args.page is not None:
+        measured = json.loads((args.results / "heads-layer.json").read_text())
+        fill_page(args.page, {"heads": f"On one {measured['device']}:\n\n{summary(measured['rows'])}"})
+        return
     plan, device = TINY if args.tiny else FULL, torch.device(args.device)
     for name, given, known in (("--shapes", args.shapes, FULL.shapes), ("--what", args.what, WHAT)):
         if not set(given.split(",")) <= set(known):

@@ -35,7 +35,7 @@ def one_line_error(capsys, command):
     return error
 
 
-def run_quickstart(output, *options, length=LENGTH):
+def run_quickstart(output, *options, unit=("--unit", "layer"), length=LENGTH):
     """Run it at a small size: status, table rows, what was printed."""
     rows, printed, run = [], io.StringIO(), quickstart.run
 
@@ -45,7 +45,7 @@ def run_quickstart(output, *options, length=LENGTH):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         for name, value in (("LAYERS", LAYERS), ("LENGTH", length), ("WINDOW", WINDOW), ("run", keep_rows)):
             patch.setattr(quickstart, name, value)
-        status = main(["quickstart", "--output", str(output), "--steps", "4", *options])
+        status = main(["quickstart", "--output", str(output), "--steps", "4", *unit, *options])
     return SimpleNamespace(status=status, rows=rows, printed=printed.getvalue(), output=output)
 
 
@@ -180,7 +180,7 @@ def test_quickstart_writes_models_and_plot(finished):
         assert name in files
     assert str(finished.output / "quickstart.png") in finished.printed
     written = json.loads((finished.output / "quickstart.json").read_text())
-    assert written["rows"] == finished.rows and written["command"] == "dsla quickstart --steps 4 --seed 0" and written["versions"]["torch"]
+    assert written["rows"] == finished.rows and written["command"] == "dsla quickstart --steps 4 --seed 0 --unit layer" and written["versions"]["torch"]
 
 
 def test_plot_is_a_picture_with_something_in_it(finished):
@@ -257,7 +257,7 @@ def test_quickstart_with_other_options_in_a_used_folder(tmp_path, capsys):
 
 def test_quickstart_of_heads(tmp_path):
     """Levels that count the KV heads of all layers, the adapter saved where a quarter of them is kept, and a picture of which."""
-    found = run_quickstart(tmp_path / "output", "--unit", "head", length=192)  # tokens that questions have room in
+    found = run_quickstart(tmp_path / "output", unit=(), length=192)  # tokens that questions have room in
     heads = LAYERS * quickstart.KV_HEADS
     assert found.status == 0
     assert [(row["level"], row["kept"]) for row in found.rows] == [(level, heads - level) for level in range(heads + 1)]

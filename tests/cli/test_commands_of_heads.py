@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsla_cli import main
 from dsla_hf import DSLAConfig
-from dsla_hf.cli.distill_options import DEFAULT_UNIT, parse_options
+from dsla_hf.cli.distill import new_config
+from dsla_hf.cli.distill_options import parse_options
 from dsla_hf.cli.quickstart import train_tokenizer
 from dsla_hf.levels.table import measured_kept
 
@@ -47,9 +48,10 @@ def finished(base, tmp_path_factory):
     return output, "".join(said)
 
 
-def test_a_new_adapter_counts_what_the_constant_says(base, tmp_path):
-    options, _ = parse_options(distill(base, tmp_path)[1:])
-    assert options.unit is None and DEFAULT_UNIT in ("layer", "head")
+@pytest.mark.parametrize(("options", "unit"), [((), "head"), (("--method", "chain"), "layer"), (("--unit", "layer"), "layer")])
+def test_a_new_adapter_counts_heads_but_in_a_chain(options, unit, base, tmp_path):
+    options, _ = parse_options(distill(base, tmp_path, *options)[1:])
+    assert new_config(options, tmp_path).conversion_unit == unit
 
 
 def test_plan_and_result_speak_of_heads(finished):

@@ -24,6 +24,19 @@ def test_rows_of_both_kinds_and_of_what_lies_between(benchmark, tmp_path, capsys
             assert all(row["ms"] > 0 and row["to_dearer"] > 0 for row in rows)
 
 
+def test_the_page_has_a_line_for_each_size(benchmark, tmp_path):
+    rows = [
+        {"shape": "8B", "what": "decode", "batch": 1, "tokens": 9, "kv_heads": 8, "kept": kept, "branches": branches}
+        | {"ms": ms, "to_mean": mean, "to_dearer": dearer}
+        for kept, branches, ms, mean, dearer in ((8, 1, 2.0, 1, 1), (4, 1, 3.0, 2, 1.5), (4, 2, 1.8, 1.2, 0.9), (0, 1, 1.0, 1, 1))
+    ]
+    (tmp_path / "heads-layer.json").write_text(json.dumps({"device": "a card", "rows": rows}))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- heads -->\n<!-- end -->\n")
+    benchmark.main(["--page", str(page), "--results", str(tmp_path)])
+    assert "| 8B | decode | 1 | 9 | 2 | 1 | 4 of 8 | 1.20 | 0.90 |" in page.read_text()
+
+
 @torch.inference_mode()
 def test_a_layer_in_part_is_that_of_its_heads(benchmark):
     """A prompt whose kept and converted heads are computed apart."""

@@ -127,3 +127,11 @@ def test_what_makes_no_sense_is_refused(llama, tiny_model):
         rank_units(llama, [IDS], points=0)
     with pytest.raises(ValueError, match="needs a DSLA adapter"):
         rank_units(tiny_model("llama"), [IDS])
+
+
+def test_probes_without_weight_are_left_out(llama):
+    probe = {"input_ids": IDS, "answer_mask": torch.ones_like(IDS, dtype=torch.bool)}
+    found, expected = (rank_units(llama, [IDS], probes, probe_weight=0.0, points=2) for probes in ([probe], []))
+    assert found.scores == expected.scores and found.tokens == expected.tokens
+    with pytest.raises(ValueError, match="neither data nor probes"):
+        rank_units(llama, [], [probe], probe_weight=0.0)

@@ -70,7 +70,7 @@ def distill_job(options: DistillOptions, args: DSLATrainingArguments) -> LayerRa
 
 
 def _distill_job(options: DistillOptions, args: DSLATrainingArguments, output: Path) -> LayerRanking | UnitRanking | None:
-    config = _config_of(options, output)
+    config = new_config(options, output)
     base_config = load_config(options.model)
     check_convertible(options.model, base_config)
     heads = config.conversion_unit == "head"
@@ -138,7 +138,7 @@ def _distill_job(options: DistillOptions, args: DSLATrainingArguments, output: P
     return ranking
 
 
-def _config_of(options: DistillOptions, output: Path) -> DSLAConfig:
+def new_config(options: DistillOptions, output: Path) -> DSLAConfig:
     """That of the adapter to make, or to go on from.
 
     Raises:
@@ -148,7 +148,7 @@ def _config_of(options: DistillOptions, output: Path) -> DSLAConfig:
         raise ValueError(f"{output} is a file: give a folder to save into")
     if options.adapter is None:
         given = {name: value for name in OF_CONVERSION if (value := getattr(options, name)) is not None}
-        return DSLAConfig(**given, conversion_unit=options.unit or DEFAULT_UNIT, task_type="CAUSAL_LM")
+        return DSLAConfig(**given, conversion_unit=options.unit or DEFAULT_UNIT[options.method], task_type="CAUSAL_LM")
     config = read_adapter_config(options.adapter)
     if options.unit not in (None, config.conversion_unit):
         raise ValueError(f"{options.adapter} counts {config.conversion_unit}s: leave --unit {options.unit} out")

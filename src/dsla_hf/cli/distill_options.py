@@ -16,7 +16,7 @@ from transformers.hf_argparser import string_to_bool
 
 from ..models.loading import check_at_least_one
 from ..training.arguments import DSLATrainingArguments
-from ..training.planting import check_answer_weight
+from ..training.planting import ANSWER_WEIGHT, check_answer_weight
 from ..training.text import SOURCES
 from ..training.unit_ranking import PROBE_WEIGHT, check_probe_weight
 
@@ -84,7 +84,7 @@ DEFAULTS = {
 }
 
 
-DEFAULT_UNIT = "layer"  # of a new adapter
+DEFAULT_UNIT = {"random": "head", "chain": "layer"}  # of a new adapter, by method: a chain trains whole layers
 
 
 @dataclass
@@ -124,7 +124,7 @@ class DistillOptions:
         default=0.0, metadata={"help": "Share of the training sequences in which facts are planted that are asked for later."}
     )
     answer_weight: float = field(
-        default=1.0, metadata={"help": "Of the tokens that answer what was planted, in the loss, beside 1 of all others."}
+        default=ANSWER_WEIGHT, metadata={"help": "Of the tokens that answer what was planted, in the loss, beside 1 of all others."}
     )
     eval_sequences: int = field(
         default=8,
@@ -132,7 +132,7 @@ class DistillOptions:
     )
     unit: Literal["layer", "head"] | None = field(
         default=None,
-        metadata={"help": f"What a level counts: whole layers, or KV heads. Default: that of --adapter, for a new one '{DEFAULT_UNIT}'."},
+        metadata={"help": "What a level counts: whole layers, or KV heads. Default: that of --adapter, for a new one head (for a chain layer)."},
     )
     method: Literal["random", "chain"] = field(
         default="random", metadata={"help": "How stage 'logits' trains every level: all units at random levels, or layers in a chain."}

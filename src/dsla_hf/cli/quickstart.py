@@ -42,7 +42,7 @@ NAMES = {"layer": "layer", "head": "KV head"}
 PROMPT = "The following example shows how a function"
 
 
-def run(output: str | Path = "quickstart-output", steps: int = 400, seed: int = 0, unit: str = "layer") -> list[dict[str, Any]]:
+def run(output: str | Path = "quickstart-output", steps: int = 320, seed: int = 0, unit: str = "head") -> list[dict[str, Any]]:
     """Run the quickstart and return the rows of its table; `steps` optimizer steps for the teacher, half for each stage. `unit`: what
     levels count, layers or KV heads ("head").
 
@@ -112,7 +112,7 @@ def run(output: str | Path = "quickstart-output", steps: int = 400, seed: int = 
     if unit == "head":
         save(draw_heads(config), output / "heads.png", dpi=120)
         pictures += f"   Heads: {output / 'heads.png'}"
-    more = "" if unit == "layer" else f" --unit {unit}"
+    more = "" if unit == "head" else f" --unit {unit}"
     write_results(output / "quickstart.json", rows, f"dsla quickstart --steps {steps} --seed {seed}{more}")
     print(f"\n{table(rows)}\n")
     print(f"{pictures}   Adapter: {output / 'adapter'}   Hybrid: {output / 'hybrid'}")

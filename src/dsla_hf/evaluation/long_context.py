@@ -402,7 +402,7 @@ def prepare(
     lengths: Sequence[int] = (1024,),
     samples: int = 40,
     seed: int = 0,
-    haystack: str | Path | None = None,
+    haystack: str | Path | Haystack | None = None,
 ) -> list[Task]:
     """The data of some tasks at some lengths.
 
@@ -412,7 +412,7 @@ def prepare(
         lengths: tokens per sequence, exactly; the answers of `generate` come after them.
         samples: sequences per task and length, fewer where the text has not so many blocks.
         seed: of names, numbers and places.
-        haystack: a text file as in `read_texts`. Default: the help texts that every Python carries.
+        haystack: a text file as in `read_texts`, or what `read_haystack` gave. Default: the help texts that every Python carries.
 
     Raises:
         ValueError: for an unknown task, a length that is too short for it or too long for the text, or a number below 1.
@@ -424,7 +424,8 @@ def prepare(
         raise ValueError(f"lengths must be numbers of tokens, 2 or more, got {list(lengths)}")
     if samples < 1:
         raise ValueError(f"samples must be 1 or more, got {samples}")
-    writer, texts = Writer(tokenizer), read_haystack(tokenizer, haystack)
+    writer = Writer(tokenizer)
+    texts = haystack if isinstance(haystack, Haystack) else read_haystack(tokenizer, haystack)
     tokens = texts.tokens
     made = []
     for length in lengths:

@@ -18,6 +18,7 @@ from .probes import FAMILIES
 TOKENS_PER_FACT = 400  # of a row: one fact and its question for so many
 NEAREST = 64  # tokens of text between a fact and its question, at least, where there are as many before the question
 MOST_PLANTED = 0.5  # share of a row
+ANSWER_WEIGHT = 10.0  # that `dsla distill` takes, of tokens that predict an answer
 
 
 def planted(row: Mapping[str, Any], tokenizer: Any, rng: random.Random, answer_weight: float = 1.0) -> dict[str, Any]:

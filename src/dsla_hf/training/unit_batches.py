@@ -29,20 +29,23 @@ def unit_batches(
     model: Any, data: Iterable[Any], probes: Sequence[dict[str, Tensor]], probe_weight: float, batch_tokens: int
 ) -> list[Batch]:
     """Batches of at most `batch_tokens` tokens (or one row), whose weighted KL is the mean over the tokens of the texts, and
-    `probe_weight` times the mean over probes of the mean over the tokens that predict the answer. What has one length goes together."""
+    `probe_weight` times the mean over probes of the mean over the tokens that predict the answer. What has one length goes together, and
+    what weighs nothing is left out."""
     alike: dict[Any, list[tuple[dict[str, Tensor], Tensor]]] = defaultdict(list)
     texts = [as_inputs(batch, model.device) for batch in data]
     counted = [inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).float() for inputs in texts]
     total = sum(float(mask.sum()) for mask in counted)
     for inputs, mask in zip(texts, counted, strict=True):
         alike["text", mask.shape[1], *inputs].append((inputs, mask / total))
-    for probe in probes:
+    for probe in probes if probe_weight else ():
         inputs, answer = as_inputs(probe, model.device), probe["answer_mask"].to(model.device).float()
         predicts = torch.cat([answer[:, 1:], torch.zeros_like(answer[:, :1])], 1)
         alike["probe", answer.shape[1], *inputs].append((inputs, predicts * (probe_weight / len(probes)) / answer.sum().clamp_min(1)))
     batches = []
     for (_, length, *names), rows in alike.items():
         weights = torch.cat([weights for _, weights in rows])
+        if not weights.any():
+            continue
         keep = length - int(weights.any(0).nonzero()[0])
         batch = Batch({name: torch.cat([inputs[name] for inputs, _ in rows]) for name in names}, weights[:, -keep:], keep)
         batches += _parts(batch, batch_tokens)

@@ -28,7 +28,7 @@ from .switches import switched
 from .unit_batches import Batch, unit_batches
 from .unit_orders import Scores, Unit, balanced_order, entropy_scores, random_scores, single_scores
 
-PROBE_WEIGHT = 0.3  # of the KL of answers beside that of text
+PROBE_WEIGHT = 1.0  # of the KL of answers beside that of text
 UNIT_METRICS = ("shares", "single", "entropy", "random")
 
 
