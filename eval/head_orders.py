@@ -55,7 +55,7 @@ def main(words: list[str] | None = None) -> None:
     options.words = list(sys.argv[1:] if words is None else words)
     for order in options.orders:
         settings(order)
-    sizes = heads.TINY if options.tiny else heads.Sizes()
+    sizes = heads.sizes_of(options)
     tokenizer, text = load_tokenizer(options.model), heads.read_text(options, sizes)
     on_gpu = device() == "cuda"
     model = load_adapter(options.model, str(options.adapter), "bfloat16" if on_gpu else "float32").to(device()).eval()

@@ -3,12 +3,13 @@
     python eval/heads.py text MODEL DATA --cache text.pt                        # once; the other parts share it
     python eval/heads.py train MODEL DATA --cache text.pt --arm heads --out runs/heads
     python eval/heads.py measure MODEL DATA --cache text.pt --adapter runs/heads --arm heads --out heads-rows.json
-    python eval/heads.py page heads-rows.json heads-window-rows.json ...        # eval/results/heads.json, page and plot
+    python eval/heads.py page heads-rows.json heads-window-rows.json ...        # eval/results/heads.json, docs/measured/heads.md
     python eval/heads.py recipes one-way-rows.json another-way-rows.json ...    # eval/results/heads-recipes.json, for the page
 
 Arms may run as processes at the same time. An interrupted one goes on: `train` from its last checkpoint, `measure` behind its last level.
 DATA is a folder with `distill.txt.xz` (training and ranking, no document in both), `novels_val.jsonl.xz` and `wikitext2/valid.txt` (held
-out). `--tiny` takes sizes for a small model on a CPU.
+out). Lengths are at most the model's context, and `page --name` keeps the results of models apart. `--tiny` takes sizes for a
+small model on a CPU.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from dsla_hf.training.text import PackedTokens, read_texts
 from dsla_hf.training.unit_ranking import PROBE_WEIGHT
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGE, PLOT = DOCS / "measured" / "heads.md", DOCS / "images" / "heads-quality.png"
+NAME = "heads"
 KEPT = (45, 22, 9, 6, 3, 0)
 WINDOW, TINY_WINDOW = 384, 32  # tokens, of arms with states; those without have what the states take in tokens more
 PLANTED = 1 / 3  # of the training rows
@@ -102,8 +103,23 @@ class Sizes:
     recall_length: int = 2048
     recall_samples: int = 100  # texts
 
+    def shorter(self, factor: float) -> Sizes:
+        """All lengths so many times as long, for a model whose context is no longer."""
+        one = ("shortest_probe", "longest_probe", "wiki_length", "novels_length", "recall_length")
+        several = ("lengths", "code_lengths")
+        given: dict[str, Any] = {name: round(getattr(self, name) * factor) for name in one}
+        return dataclasses.replace(self, **given, **{name: tuple(round(x * factor) for x in getattr(self, name)) for name in several})
+
 
 TINY = Sizes((512, 1024), 4096, 2, 3, 450, 600, 1600, 512, 2, 1024, (300, 400), 1200, 2)
+
+
+def sizes_of(options: argparse.Namespace) -> Sizes:
+    """For the model; what is longer than its context is shortened."""
+    if options.tiny:
+        return TINY
+    sizes = Sizes()
+    return sizes.shorter(min(1.0, load_config(options.model).max_position_embeddings / max(sizes.lengths)))
 
 
 # --- text -------------------------------------------------------------------------------------------------------
@@ -127,8 +143,8 @@ def all_tokens(model: str, texts: list[str], processes: int) -> list[list[int]]:
 
 
 def make_text(model: str, data: Path, sizes: Sizes, processes: int) -> dict[str, Any]:
-    """`train` `[N, longest]`, `ranking` `[tokens]` of other documents, `wiki` and `novels` `[N, T]`, held out, `haystack` (a tensor for each
-    document); what they were made with.
+    """`train` `[N, longest]`, `ranking` `[tokens]` of other documents, `wiki` and `novels` `[N, T]`, held out, `haystack` (a tensor
+    for each document); what they were made with.
 
     Raises:
         ValueError: if there is too little text.
@@ -360,7 +376,7 @@ def measure(options: argparse.Namespace, sizes: Sizes) -> None:
     how = json.loads((options.adapter / TRAINING).read_text())
     if how["arm"] != options.arm:
         raise ValueError(f"{options.adapter} holds the arm {how['arm']!r}: give --arm {how['arm']}, or another --adapter")
-    about = {"arm": options.arm, "probes": options.probes, "seed": options.seed, "training": how}
+    about = {"arm": options.arm, "model": Path(options.model).name, "probes": options.probes, "seed": options.seed, "training": how}
     rows: list[dict[str, Any]] = []
     if options.out.exists():
         before = json.loads(options.out.read_text())
@@ -405,7 +421,7 @@ def join(files: Sequence[Path]) -> dict[str, Any]:
     arms = [part["arm"] for part in parts]
     if len(set(arms)) < len(arms):
         raise ValueError(f"each arm needs one file, got {arms}")
-    for name in ("versions", "probes", "seed"):
+    for name in ("model", "versions", "probes", "seed"):
         if len({json.dumps(part[name], sort_keys=True) for part in parts}) > 1:
             raise ValueError(f"files differ in {name}, so they do not compare: {[part[name] for part in parts]}")
     teachers = [row for part in parts for row in part["rows"] if row["level"] == 0]
@@ -419,7 +435,7 @@ def join(files: Sequence[Path]) -> dict[str, Any]:
         for length in code_lengths(row):
             pairs = list(zip(teacher[f"code_{length}_found"], row[f"code_{length}_found"], strict=True))
             row[f"code_{length}_lost"], row[f"code_{length}_gained"] = pairs.count(("1", "0")), pairs.count(("0", "1"))
-    shared = {name: parts[0][name] for name in ("versions", "probes", "seed")}
+    shared = {name: parts[0][name] for name in ("model", "versions", "probes", "seed")}
     shared["device"] = ", ".join(sorted({row["device"] for row in rows}))
     training = {part["arm"]: part["training"] for part in parts}
     return {**shared, "training": training, "commands": {part["arm"]: part["command"] for part in parts}, "rows": rows}
@@ -482,19 +498,20 @@ def how_trained(training: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def page_text(joined: dict[str, Any], plot: str, more: str) -> str:
-    rows = joined["rows"]
-    return f"""# Heads, measured
+def page_text(joined: dict[str, Any], name: str, more: str) -> str:
+    rows, model = joined["rows"], joined["model"]
+    return f"""# Heads, measured on {model}
 
-Made by `python eval/heads.py`, whose result is `eval/results/heads.json`: {joined["device"]}, torch {joined["versions"]["torch"]},
-transformers {joined["versions"]["transformers"]}. What levels in heads are: [levels](../levels.md#heads).
+Made by `python eval/heads.py`, whose result is `eval/results/{name}.json`: {model}, {joined["device"]},
+torch {joined["versions"]["torch"]}, transformers {joined["versions"]["transformers"]}.
+What levels in heads are: [levels](../levels.md#heads).
 
 Arms: `heads` and `layers` convert KV heads and whole layers, which then have two states beside their window; `-window` are their controls
 without states, whose windows are longer by what states take, so that a converted head has the same bytes. How they were trained:
 
 {how_trained(joined["training"])}
 
-![perplexity and codes found against KV heads kept](../images/{plot})
+![perplexity and codes found against KV heads kept](../images/{name}-quality.png)
 
 Perplexity of the teacher, and of each level as a multiple of it: WikiText-2 (validation), and held-out novels in the second half of their
 context. Codes: the share of {joined["probes"]} prompts of each length whose number `generate` gives, with an interval of 95 % (Wilson), the
@@ -530,7 +547,7 @@ def recipes(options: argparse.Namespace) -> None:
         part = json.loads(file.read_text())
         way = {name: part["training"][name] for name in HOW_TRAINED}
         for row in part["rows"]:
-            trained = {name: None for name in way} if row["level"] == 0 else way
+            trained = dict.fromkeys(way) if row["level"] == 0 else way
             rows.append({"arm": "teacher" if row["level"] == 0 else part["arm"], "probes": part["probes"], **trained, **row_numbers(row)})
     rows.sort(key=lambda row: (-row["kept"], row["probes"], [row[name] or 0 for name in WAY_COLUMNS]))
     write_results(RECIPES, rows, command_of(options), folder=options.results)
@@ -552,9 +569,9 @@ def recipes_text(results: Path) -> str:
     return f"""
 ## Recipes
 
-{arms}, trained in several ways: weight of answers when heads are ranked, weight of answers in the loss, how many levels are drawn for a step
-of KL, and steps of it. Perplexities, shares of codes found, and by how many prompts of each length; few prompts tell only large differences
-(with 100 the interval of 95 % is up to 0.1 to both sides).
+{arms}, trained in several ways: weight of answers when heads are ranked, weight of answers in the loss, how many levels are drawn for a
+step of KL, and steps of it. Perplexities, shares of codes found, and by how many prompts of each length; few prompts tell only large
+differences (with 100 the interval of 95 % is up to 0.1 to both sides).
 
 {rows_table(rows, ["arm", "kept", *WAY_COLUMNS, "wiki", "novels", *codes, "associative_recall", "probes"])}
 """
@@ -612,14 +629,15 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def page(options: argparse.Namespace) -> None:
-    """Join files of `measure` into heads.json, the page of the docs, and its plot."""
+    """Join files of `measure` into results, a page of the docs, and its plot."""
     joined = join(options.files)
     rest = {name: value for name, value in joined.items() if name != "rows"}
-    write_results("heads", joined["rows"], command_of(options), folder=options.results, **rest)
-    draw(joined["rows"], options.plot)
-    more = recipes_text(options.results) + orders_text(options.results)
-    write_whole(options.page, page_text(joined, options.plot.name, more))
-    say(f"written: {options.results / 'heads.json'}, {options.page}, {options.plot}")
+    file = write_results(options.name, joined["rows"], command_of(options), folder=options.results, **rest)
+    plot, written = options.docs / "images" / f"{options.name}-quality.png", options.docs / "measured" / f"{options.name}.md"
+    draw(joined["rows"], plot)
+    more = recipes_text(options.results) + orders_text(options.results) if options.name == NAME else ""
+    write_whole(written, page_text(joined, options.name, more))
+    say(f"written: {file}, {written}, {plot}")
 
 
 # --- command ----------------------------------------------------------------------------------------------------
@@ -668,8 +686,8 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     making = parts.add_parser("page", help="join files of `measure`")
     making.add_argument("files", type=Path, nargs="+")
     making.add_argument("--results", type=Path, default=RESULTS)
-    making.add_argument("--page", type=Path, default=PAGE)
-    making.add_argument("--plot", type=Path, default=PLOT)
+    making.add_argument("--docs", type=Path, default=DOCS)
+    making.add_argument("--name", default=NAME, help="of the result and the page (default: %(default)s)")
     ways = parts.add_parser("recipes", help="join files of `measure` of one arm trained in several ways")
     ways.add_argument("files", type=Path, nargs="+")
     ways.add_argument("--results", type=Path, default=RESULTS)
@@ -687,7 +705,7 @@ def main(words: list[str] | None = None) -> None:
     if options.part in ("page", "recipes"):
         {"page": page, "recipes": recipes}[options.part](options)
         return
-    sizes = TINY if options.tiny else Sizes()
+    sizes = sizes_of(options)
     if options.part == "text":
         text = read_text(options, sizes)
         counts = {name: text[name].numel() for name in ("train", "ranking", "wiki", "novels")}

@@ -4,13 +4,13 @@
     python eval/benchmarks/heads.py --shapes 8B --what decode
     python eval/benchmarks/heads.py --page
 
-writes eval/results/heads-layer.json; `--page` measures nothing and fills docs/measured/kernels.md from it. A layer is projections, attention of both kinds and the output projection, in bf16 and with random
-weights, from hidden states to hidden states; rotary embedding is left out. Query heads lie kept ones first, converted ones behind; keys
-and values are those of all heads, of which each kind reads its own. A prompt is one text. A token of a row is decoded behind a cache of
-so many tokens; the token that fills a block of the window, one in many, is not among them. Both are timed as CALLS calls in one CUDA graph,
-so without the host, on one stream (`branches` 1) or with the two kinds side by side (2). `launched_ms` is of a prompt whose kernels the
-host launches one by one: in a model the other parts lie between these, so it waits less. `to_mean` is the ratio to the mean of both kinds
-by their share of heads, `to_dearer` that to the one that takes longer.
+writes eval/results/heads-layer.json; `--page` measures nothing and fills docs/measured/kernels.md from it. A layer is projections,
+attention of both kinds and the output projection, in bf16 and with random weights, from hidden states to hidden states; rotary embedding is
+left out. Query heads lie kept ones first, converted ones behind; keys and values are those of all heads, of which each kind reads its own.
+A prompt is one text. A token of a row is decoded behind a cache of so many tokens; the token that fills a block of the window, one in many,
+is not among them. Both are timed as CALLS calls in one CUDA graph, so without the host, on one stream (`branches` 1) or with the two kinds
+side by side (2). `launched_ms` is of a prompt whose kernels the host launches one by one: in a model the other parts lie between these, so
+it waits less. `to_mean` is the ratio to the mean of both kinds by their share of heads, `to_dearer` that to the one that takes longer.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from torch import Tensor  # noqa: E402
 
 from dsla_hf.core.attention import DualState, DualStateAttention  # noqa: E402
 from dsla_kernels import append, linears, softmax_decode  # noqa: E402
-
 
 PAGE = REPOSITORY / "docs" / "measured" / "kernels.md"
 

@@ -180,7 +180,8 @@ def test_quickstart_writes_models_and_plot(finished):
         assert name in files
     assert str(finished.output / "quickstart.png") in finished.printed
     written = json.loads((finished.output / "quickstart.json").read_text())
-    assert written["rows"] == finished.rows and written["command"] == "dsla quickstart --steps 4 --seed 0 --unit layer" and written["versions"]["torch"]
+    assert written["rows"] == finished.rows and written["versions"]["torch"]
+    assert written["command"] == "dsla quickstart --steps 4 --seed 0 --unit layer"
 
 
 def test_plot_is_a_picture_with_something_in_it(finished):
@@ -266,5 +267,5 @@ def test_quickstart_of_heads(tmp_path):
     assert config.conversion_unit == "head" and config.level == heads - heads // 4 and len(config.order_scores) == heads
     assert f"| {config.level} | {heads // 4} (25%) |" in (found.output / "adapter" / "README.md").read_text()
     assert (found.output / "heads.png").read_bytes().startswith(b"\x89PNG") and str(found.output / "heads.png") in found.printed
-    assert json.loads((found.output / "quickstart.json").read_text())["command"] == "dsla quickstart --steps 4 --seed 0 --unit head"
+    assert json.loads((found.output / "quickstart.json").read_text())["command"] == "dsla quickstart --steps 4 --seed 0"
     assert AutoModelForCausalLM.from_pretrained(found.output / "hybrid").get_level() == config.level

@@ -203,18 +203,47 @@ def test_measured_levels_stay_and_others_come_beside(heads, trained, measured, m
 def test_the_page_has_the_figures(heads, trained, measured, tmp_path):
     pytest.importorskip("matplotlib")
     files = [str(trained / f"{arm}.json") for arm in measured]
-    where = ["--results", str(tmp_path), "--page", str(tmp_path / "heads.md"), "--plot", str(tmp_path / "plot.png")]
+    for folder in ("measured", "images"):
+        (tmp_path / folder).mkdir()
+    where = ["--results", str(tmp_path), "--docs", str(tmp_path)]
     heads.main(["page", *files, *where])
     joined = json.loads((tmp_path / "heads.json").read_text())
     assert [row["arm"] for row in joined["rows"]] == ["teacher", "heads", "heads", "layers-window", "layers-window"]
     assert {"command", "versions", "device"} <= joined.keys()
     teacher, first = joined["rows"][:2]
     assert first["wiki_ratio"] == pytest.approx(first["wiki"] / teacher["wiki"])
-    text = (tmp_path / "heads.md").read_text()
-    assert f"| heads | 3 | {first['wiki_ratio']:.3f} |" in text and "plot.png" in text and "not trained alike" not in text
+    text = (tmp_path / "measured" / "heads.md").read_text()
+    assert "measured on model" in text
+    assert (
+        f"| heads | 3 | {first['wiki_ratio']:.3f} |" in text and "(../images/heads-quality.png)" in text and "not trained alike" not in text
+    )
     assert f"{first['bytes_8k'] / 1e6:.2f}" in text
     assert str(tmp_path) not in text + json.dumps(joined)
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "images" / "heads-quality.png").read_bytes().startswith(b"\x89PNG")
+    heads.main(["page", *files, *where, "--name", "other"])
+    assert (tmp_path / "measured" / "other.md").exists() and (tmp_path / "other.json").exists()
+
+
+def test_ways_of_training_stand_beside_one_another(heads, measured, tmp_path):
+    other = json.loads(json.dumps(measured["heads"]))
+    other["training"]["answer_weight"] = 3
+    files = []
+    for name, part in (("one", measured["heads"]), ("two", other)):
+        files.append(str(tmp_path / f"{name}.json"))
+        Path(files[-1]).write_text(json.dumps(part))
+    heads.main(["recipes", *files, "--results", str(tmp_path)])
+    rows = json.loads((tmp_path / "heads-recipes.json").read_text())["rows"]
+    assert [(row["arm"], row["kept"], row["answer_weight"]) for row in rows[:4:2]] == [("teacher", 4, None), ("heads", 3, 3)]
+    assert rows[2]["wiki"] == measured["heads"]["rows"][1]["wiki"] and "code_300_found" not in rows[2]
+    text = heads.recipes_text(tmp_path)
+    assert "| heads | 3 | 1 | 3 | 1 | 2 |" in text and str(tmp_path) not in (tmp_path / "heads-recipes.json").read_text()
+    assert heads.recipes_text(tmp_path / "nothing") == ""
+
+
+def test_lengths_fit_the_context_of_the_model(heads):
+    sizes = heads.Sizes().shorter(0.5)
+    assert sizes.lengths == (1024, 4096) and sizes.code_lengths == (512, 1024, 2048, 3750) and sizes.longest_probe == 3750
+    assert sizes.ranking == heads.Sizes().ranking and heads.Sizes().shorter(1.0) == heads.Sizes()
 
 
 def test_codes_are_compared_prompt_by_prompt(heads, measured, tmp_path):

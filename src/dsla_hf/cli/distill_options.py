@@ -132,7 +132,9 @@ class DistillOptions:
     )
     unit: Literal["layer", "head"] | None = field(
         default=None,
-        metadata={"help": "What a level counts: whole layers, or KV heads. Default: that of --adapter, for a new one head (for a chain layer)."},
+        metadata={
+            "help": "What a level counts: whole layers, or KV heads. Default: that of --adapter, for a new one head (for a chain layer)."
+        },
     )
     method: Literal["random", "chain"] = field(
         default="random", metadata={"help": "How stage 'logits' trains every level: all units at random levels, or layers in a chain."}
