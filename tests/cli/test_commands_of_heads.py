@@ -151,3 +151,15 @@ def test_order_refuses_and_changes_nothing(more, words, base, finished, capsys):
     before = (finished[0] / "adapter_config.json").read_bytes()
     assert main(order(base, finished[0], *more)) == 1
     assert words in capsys.readouterr().err and (finished[0] / "adapter_config.json").read_bytes() == before
+
+
+def test_a_checkpoint_is_distilled_on_what_it_writes_itself(base, tmp_path, capsys):
+    words = [*distill(base, tmp_path / "out", "--tokens", 512, "--seed", 3), "--data", "self"]
+    words = [word for place, word in enumerate(words) if place not in (words.index("--data"), words.index("--data") + 1)]
+    assert main(words) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / "self.jsonl").read_text().splitlines()]
+    tokens = 256 + 4 * 64  # a stage's, and those kept apart
+    assert sum(row.get("tokens_of_batch", 0) for row in rows) >= tokens and all(row["text"] for row in rows)
+    assert DSLAConfig.from_pretrained(tmp_path / "out").level_metrics
+    before = (tmp_path / "out" / "self.jsonl").read_bytes()
+    assert main(words) == 0 and (tmp_path / "out" / "self.jsonl").read_bytes() == before

@@ -29,6 +29,7 @@ from ..models.loading import (
 )
 from ..training.arguments import DSLATrainingArguments
 from ..training.checkpoints import progress_so_far, told_of_full_disk
+from ..training.own_texts import write_own_texts
 from ..training.planting import with_planted
 from ..training.probes import check_fits_context, make_probes
 from ..training.ranking import LayerRanking
@@ -46,7 +47,8 @@ CHECKED_BLOCKS = 64
 LEAST_TRAINED = 10  # times as many sequences are trained on as are measured on, where there is little text
 OF_CONVERSION = ("window_size", "states")  # options of the same name in `DSLAConfig`
 NAMED_LAST = 12  # of the heads of an order
-OPTIONS_FILE = "distill.json"
+OPTIONS_FILE, OWN_FILE = "distill.json", "self.jsonl"
+OWN = "self"  # among --data: texts that the checkpoint writes itself
 # Options that do not decide the result, or are checked by what is in the folder.
 NOT_RECORDED = ("model", "data")
 BATCH = "--per_device_train_batch_size times --gradient_accumulation_steps times processes"
@@ -76,6 +78,8 @@ def _distill_job(options: DistillOptions, args: DSLATrainingArguments, output: P
     heads = config.conversion_unit == "head"
     metric = check_ranking(config.conversion_unit, options.method, options.ranking_metric, probes=False)
     tokenizer = load_tokenizer(options.model)
+    if OWN in options.data:
+        options = dataclasses.replace(options, data=[str(_own_texts(options, args, tokenizer)) if x == OWN else x for x in options.data])
     with args.main_process_first(desc="tokenizing"):
         text = _read_text(options, tokenizer)
     check_teaches(text.train, config.window_size, config.sink_tokens)
@@ -188,6 +192,17 @@ class _Text:
     ranking: list[Any]
     held_out: list[Any]
     first: list[Any]
+
+
+def _own_texts(options: DistillOptions, args: DSLATrainingArguments, tokenizer: Any) -> Path:
+    """The file of texts that the checkpoint writes, as many tokens as a run reads; the first process writes what is not there yet."""
+    path = Path(str(args.output_dir)) / OWN_FILE
+    tokens = options.tokens // 2 + (options.ranking_sequences + options.eval_sequences) * options.length
+    with args.main_process_first(desc="writing texts"):
+        if args.process_index == 0:
+            model = load_model(options.model, options.dtype).to(args.device)
+            write_own_texts(model, tokenizer, path, tokens, length=options.length, seed=args.seed)
+    return path
 
 
 def _read_text(options: DistillOptions, tokenizer: Any) -> _Text:

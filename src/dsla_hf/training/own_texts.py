@@ -1,0 +1,216 @@
+"""Training texts that a checkpoint writes itself, where no others are at hand: it is distilled on what it says.
+
+A base model goes on from the beginning of a text, or from one random token behind it (as in LLM-QAT, arXiv 2305.17888). A chat model is
+given its template up to where the user speaks, asks a question, and answers it (as in Magpie, arXiv 2406.08464).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.files import write_whole
+from ..core.progress import bar
+from ..inference.batching import halve_until_it_fits
+from ..inference.graph import GraphDecoder
+
+TOKENS_AT_ONCE = {"cuda": 262_144, "cpu": 4_096}  # of all texts of a batch
+QUESTION_TOKENS = 512  # of a chat, at most; a question that is not at its end then is dropped
+PLACE = "\x02HERE\x02"  # stands for the user's words in a template
+
+
+def write_own_texts(
+    model: Any,
+    tokenizer: Any,
+    path: str | Path,
+    tokens: int,
+    *,
+    length: int = 2048,
+    chat: bool | None = None,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Have a model write texts into a `.jsonl` file, until they have so many tokens: lines with `text`, or with `messages` of a chat.
+
+    The file is written batch by batch. One that is there already is gone on with, behind its last whole batch, and in the end is the same
+    as if it had not been interrupted. On a GPU steps are replayed from CUDA graphs.
+
+    Args:
+        model: causal LM, at the level that shall speak (0: the original).
+        tokens: of all texts together, prompts included.
+        length: tokens of a text, at most.
+        chat: whether it asks and answers in the tokenizer's chat template. None: where there is one.
+        temperature: of the draws; 1 is the model's own distribution.
+        batch: texts at once. None: by the device, fewer where its memory is too small.
+
+    Returns:
+        the path of the file.
+
+    Raises:
+        ValueError: if a number is out of range, the template does not show the user's words, a file that is there has other texts than
+            these settings give, or the model writes nothing.
+        OSError: if the file cannot be written.
+    """
+    if tokens < 1 or length < 8:
+        raise ValueError(f"tokens must be 1 or more and length 8 or more, got {tokens} and {length}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    path = Path(path)
+    chat = tokenizer.chat_template is not None if chat is None else chat
+    at_once = batch or max(1, TOKENS_AT_ONCE.get(model.device.type, TOKENS_AT_ONCE["cpu"]) // length)
+    settings = {"chat": chat, "length": length, "temperature": temperature, "seed": seed, "batch": at_once}
+    done, number = _begun(path, settings)
+    generate = _Generate(model, tokenizer, temperature)
+    write = _chats if chat else _texts
+    training = model.training
+    model.eval()
+    try:
+        with bar(total=tokens, initial=min(done, tokens), desc="writing texts", unit=" tokens", shown=progress) as shown:
+            empty = 0
+            while done < tokens:
+                with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+                    torch.manual_seed(random.Random(f"{seed}/{number}").getrandbits(63))
+                    rows = write(generate, tokenizer, at_once, length)
+                empty = 0 if rows else empty + 1
+                if empty == 3:
+                    raise ValueError("the model writes no texts: three batches were empty, so give --data other texts")
+                added = sum(row.pop("tokens") for row in rows)
+                _append(path, settings, number, added, rows)
+                shown.update(min(added, max(0, tokens - done)))
+                done, number = done + added, number + 1
+    finally:
+        model.train(training)
+    return path
+
+
+# --- the file ---------------------------------------------------------------------------------------------------
+
+
+def _begun(path: Path, settings: dict[str, Any]) -> tuple[int, int]:
+    """Tokens and batches that the file has whole; what lies behind them is cut off."""
+    if not path.exists():
+        return 0, 0
+    done, number, whole = 0, 0, 0
+    content = path.read_bytes()
+    begin = 0
+    while (end := content.find(b"\n", begin)) >= 0:
+        try:
+            row = json.loads(content[begin:end])
+        except ValueError:
+            break
+        begin = end + 1
+        if "last_of_batch" in row:
+            if row["settings"] != settings:
+                raise ValueError(f"{path} has texts written with {row['settings']}, not {settings}: name another file, or remove it")
+            done, number, whole = done + row["tokens_of_batch"], row["last_of_batch"] + 1, begin
+    if whole < len(content):
+        write_whole(path, content[:whole])
+    return done, number
+
+
+def _append(path: Path, settings: dict[str, Any], number: int, tokens: int, rows: list[dict[str, Any]]) -> None:
+    """A batch of texts; its last line says that it is whole."""
+    if not rows:
+        return
+    last = {"last_of_batch": number, "tokens_of_batch": tokens, "settings": settings}
+    rows = [*rows[:-1], {**rows[-1], **last}]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# --- what is written --------------------------------------------------------------------------------------------
+
+
+class _Generate:
+    """Draws continuations of prompts: of each its tokens, and whether it came to an end."""
+
+    def __init__(self, model: Any, tokenizer: Any, temperature: float):
+        self.decoder = GraphDecoder(model) if model.device.type == "cuda" else model
+        self.device, self.words, self.temperature = model.device, len(tokenizer), temperature
+        own = model.generation_config.eos_token_id
+        ends = [] if own is None else [own] if isinstance(own, int) else list(own)
+        self.ends = sorted({*ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+        self.pad = next((token for token in (tokenizer.pad_token_id, *self.ends) if token is not None), 0)
+
+    def __call__(self, prompts: list[list[int]], new_tokens: int) -> list[tuple[list[int], bool]]:
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[self.pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device)
+
+        def run(size: int) -> list[Tensor]:
+            return [row for part, seen in zip(ids.split(size), mask.split(size), strict=True) for row in self._draw(part, seen, new_tokens)]
+
+        rows = halve_until_it_fits(run, len(prompts), "writing texts")
+        return [self._until_the_end(row.tolist()) for row in rows]
+
+    def _draw(self, ids: Tensor, mask: Tensor, new_tokens: int) -> Tensor:
+        """As the model's own distribution has it, whatever its generation config says."""
+        plain = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+        ends = {"eos_token_id": self.ends or None, "pad_token_id": self.pad}
+        return self.decoder.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, **plain, **ends)[
+            :, ids.shape[1] :
+        ].cpu()
+
+    def _until_the_end(self, tokens: list[int]) -> tuple[list[int], bool]:
+        end = next((place for place, token in enumerate(tokens) if token in self.ends), None)
+        return (tokens, False) if end is None else (tokens[:end], True)
+
+
+def _texts(generate: _Generate, tokenizer: Any, count: int, length: int) -> list[dict[str, Any]]:
+    """Texts from their beginning; every second one from a random token."""
+    first = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, *generate.ends) if token is not None), None)
+    begun = [] if first is None else [first]
+    special = set(tokenizer.all_special_ids)
+    prompts = []
+    for place in range(count):
+        prompt = list(begun)
+        while place % 2 or not prompt:
+            token = int(torch.randint(generate.words, ()))
+            if token not in special:
+                prompt.append(token)
+                break
+        prompts.append(prompt)
+    rows = []
+    for prompt, (tokens, _) in zip(prompts, generate(prompts, length - 2), strict=True):
+        text = tokenizer.decode(prompt[len(begun) :] + tokens, skip_special_tokens=True)
+        if text.strip():
+            rows.append({"text": text, "tokens": len(prompt) + len(tokens)})
+    return rows
+
+
+def _chats(generate: _Generate, tokenizer: Any, count: int, length: int) -> list[dict[str, Any]]:
+    """Chats of a question and its answer."""
+    encode = lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # noqa: E731
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": PLACE}], tokenize=False)
+    before, found, _ = rendered.partition(PLACE)
+    if not found:
+        raise ValueError("the chat template does not show what the user writes: give --data other texts")
+    begun = encode(before)
+    room = length - len(begun) - 8
+    if room < 8:
+        raise ValueError(f"length {length} is too short for chats, whose template takes {len(begun)} tokens: take a longer one")
+    asked = generate([begun] * count, min(QUESTION_TOKENS, room // 2))
+    questions = [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens, ended in asked if ended]
+    questions = [question for question in questions if question]
+    if not questions:
+        return []
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    prompts = [encode(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)) for chat in chats]
+    rows = []
+    answers = generate(prompts, max(8, length - max(map(len, prompts))))
+    for chat, prompt, (tokens, _) in zip(chats, prompts, answers, strict=True):
+        answer = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        if answer:
+            rows.append({"messages": [*chat, {"role": "assistant", "content": answer}], "tokens": len(prompt) + len(tokens)})
+    return rows
