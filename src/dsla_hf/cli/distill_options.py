@@ -100,7 +100,7 @@ class DistillOptions:
     model: str = field(metadata={"help": "Checkpoint to convert: a hub name or a folder."})
     data: list[str] = field(
         metadata={
-            "help": f"Text: {SOURCES}; or 'self': what the checkpoint writes itself. Chats ('messages') are learnt from where the assistant writes.",
+            "help": f"Text: {SOURCES}; 'self': what the checkpoint writes. Chats ('messages') are learnt from where the assistant writes.",
             "metavar": "SOURCE",
         }
     )

@@ -156,11 +156,9 @@ class _Generate:
 
     def _draw(self, ids: Tensor, mask: Tensor, new_tokens: int) -> Tensor:
         """As the model's own distribution has it, whatever its generation config says."""
-        plain = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-        ends = {"eos_token_id": self.ends or None, "pad_token_id": self.pad}
-        return self.decoder.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, **plain, **ends)[
-            :, ids.shape[1] :
-        ].cpu()
+        plain: dict[str, Any] = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+        plain |= {"eos_token_id": self.ends or None, "pad_token_id": self.pad}
+        return self.decoder.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, **plain)[:, ids.shape[1] :].cpu()
 
     def _until_the_end(self, tokens: list[int]) -> tuple[list[int], bool]:
         end = next((place for place, token in enumerate(tokens) if token in self.ends), None)
