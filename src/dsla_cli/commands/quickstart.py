@@ -19,7 +19,7 @@ def add_to(commands: Any, name: str) -> None:
         "hybrid, generates with the level raised in mid-text, and prints what each level costs and saves.",
     )
     parser.add_argument("--output", default="quickstart-output", help="folder for models and plot (default: %(default)s)")
-    parser.add_argument("--steps", type=positive, default=320, help="optimizer steps of the small model (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=400, help="optimizer steps of the small model (default: %(default)s)")
     parser.add_argument(
         "--unit", choices=("layer", "head"), default="head", help="what levels count: layers, or KV heads (default: %(default)s)"
     )

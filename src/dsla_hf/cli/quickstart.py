@@ -42,7 +42,7 @@ NAMES = {"layer": "layer", "head": "KV head"}
 PROMPT = "The following example shows how a function"
 
 
-def run(output: str | Path = "quickstart-output", steps: int = 320, seed: int = 0, unit: str = "head") -> list[dict[str, Any]]:
+def run(output: str | Path = "quickstart-output", steps: int = 400, seed: int = 0, unit: str = "head") -> list[dict[str, Any]]:
     """Run the quickstart and return the rows of its table; `steps` optimizer steps for the teacher, half for each stage. `unit`: what
     levels count, layers or KV heads ("head").
 
