@@ -315,7 +315,7 @@ def test_example_script_is_the_command(monkeypatch, tmp_path):
 
 def distill(made, output, *more, data=None):
     arguments = ["--model", made.base, "--data", *(data or [made.text]), "--output_dir", output, "--length", 32, "--tokens", 256]
-    arguments += ["--ranking_sequences", 2, "--per_device_train_batch_size", 2, "--use_cpu", "--window_size", 8]
+    arguments += ["--ranking_sequences", 2, "--per_device_train_batch_size", 2, "--use_cpu", "--window_size", 8, "--unit", "layer"]
     return ["distill", *map(str, [*arguments, *more])]
 
 

@@ -153,6 +153,15 @@ def test_order_refuses_and_changes_nothing(more, words, base, finished, capsys):
     assert words in capsys.readouterr().err and (finished[0] / "adapter_config.json").read_bytes() == before
 
 
+def test_short_sequences_rank_heads_on_text_alone(base, tmp_path, capsys):
+    words = [word for word in distill(base, tmp_path / "out", "--tokens", 512) if word not in ("--probe_length", "400")]
+    assert main(words) == 0
+    assert "sequences of 64 tokens have no room for questions: heads are ranked on text alone" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "ranking.json").read_text())["probe_weight"] is None
+    assert main([*words, "--probe_length", "64", "--output_dir", str(tmp_path / "other")]) == 1
+    assert "have no room for" in capsys.readouterr().err
+
+
 def test_a_checkpoint_is_distilled_on_what_it_writes_itself(base, tmp_path, capsys):
     words = [*distill(base, tmp_path / "out", "--tokens", 512, "--seed", 3), "--data", "self"]
     words = [word for place, word in enumerate(words) if place not in (words.index("--data"), words.index("--data") + 1)]

@@ -57,7 +57,19 @@ def brief_answers():
 
 def command(base, output, *more, text="text.txt"):
     arguments = ["--model", base, "--data", base / text, "--output_dir", output, "--length", 32, "--tokens", 512, "--window_size", 8]
-    arguments += ["--ranking_sequences", 2, "--eval_sequences", 3, "--per_device_train_batch_size", 2, "--use_cpu", "--dtype", "float32"]
+    arguments += [
+        "--ranking_sequences",
+        2,
+        "--eval_sequences",
+        3,
+        "--per_device_train_batch_size",
+        2,
+        "--use_cpu",
+        "--dtype",
+        "float32",
+        "--unit",
+        "layer",
+    ]
     return list(map(str, [*arguments, "--save_steps", 2, *more]))
 
 

@@ -31,7 +31,7 @@ from ..training.arguments import DSLATrainingArguments
 from ..training.checkpoints import progress_so_far, told_of_full_disk
 from ..training.own_texts import write_own_texts
 from ..training.planting import with_planted
-from ..training.probes import check_fits_context, make_probes
+from ..training.probes import NoRoom, check_fits_context, make_probes
 from ..training.ranking import LayerRanking
 from ..training.recipe import STAGE_SETTINGS, check_output, check_ranking, distill
 from ..training.sharding import initial_weights
@@ -243,7 +243,7 @@ def _read_text(options: DistillOptions, tokenizer: Any) -> _Text:
 
 def _probes(options: DistillOptions, tokenizer: Any, text: _Text, base_config: Any) -> list[dict[str, Tensor]]:
     """Questions to rank heads on, in text that is not measured on: that which is kept apart for the ranking, and if they are longer than it
-    the beginning of what is trained on.
+    the beginning of what is trained on. None where sequences are too short for them, and nothing says how long they shall be.
 
     Raises:
         ValueError: if they are longer than the model's context, or than all of that text.
@@ -254,7 +254,13 @@ def _probes(options: DistillOptions, tokenizer: Any, text: _Text, base_config: A
     rows = iter(text.train)
     while len(ids) < longest and (row := next(rows, None)) is not None:
         ids += row["input_ids"].tolist()
-    return make_probes(tokenizer, ids, longest, options.ranking_probes)
+    try:
+        return make_probes(tokenizer, ids, longest, options.ranking_probes)
+    except NoRoom:
+        if options.probe_length is not None:
+            raise
+        say(f"sequences of {longest} tokens have no room for questions: heads are ranked on text alone; --probe_length takes longer ones")
+        return []
 
 
 # --- going on with other options --------------------------------------------------------------------------------

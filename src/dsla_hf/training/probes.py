@@ -57,6 +57,10 @@ def _moved(rng: random.Random) -> Parts:
 FAMILIES: dict[str, Callable[[random.Random], Parts]] = {"words": _words, "lockers": _lockers, "moved": _moved}
 
 
+class NoRoom(ValueError):
+    """A probe is too short for what it asks."""
+
+
 def make_probes(
     tokenizer: Any,
     text: Sequence[int],
@@ -80,7 +84,7 @@ def make_probes(
         families: some of `FAMILIES`; None: all.
 
     Raises:
-        ValueError: for an unknown family, or a text with fewer tokens than `longest`.
+        ValueError: for an unknown family, or a text with fewer tokens than `longest`; `NoRoom` where probes are too short for what they ask.
     """
     names = list(FAMILIES) if families is None else list(families)
     if unknown := sorted(set(names) - FAMILIES.keys()):
@@ -114,9 +118,7 @@ def _probe(tokenizer: Any, text: Sequence[int], length: int, parts: Parts, rng: 
     answer_tokens = len(answer) - len(question)
     room = length - sum(map(len, facts)) - len(answer)
     if room < 0:
-        raise ValueError(
-            f"probes of {length} tokens have no room for {length - room} tokens of facts and question: give a longer `shortest`"
-        )
+        raise NoRoom(f"probes of {length} tokens have no room for {length - room} tokens of facts and question: give a longer `shortest`")
     start = rng.randrange(len(text) - room + 1)
     places = sorted(rng.randrange(room + 1) for _ in facts)
     rng.shuffle(facts)
