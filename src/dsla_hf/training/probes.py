@@ -84,7 +84,7 @@ def make_probes(
         families: some of `FAMILIES`; None: all.
 
     Raises:
-        ValueError: for an unknown family, or a text with fewer tokens than `longest`; `NoRoom` where probes are too short for what they ask.
+        ValueError: for an unknown family, or a text with fewer tokens than `longest`; `NoRoom` for probes too short for what they ask.
     """
     names = list(FAMILIES) if families is None else list(families)
     if unknown := sorted(set(names) - FAMILIES.keys()):
