@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from .http.connections import limited_protocol, most_connections
 
 logger = logging.getLogger(__name__)
 
+EXIT_CODE = 70  # of a process whose engine cannot go on: an internal error, as sysexits.h has it
+LAST_ANSWERS_SECONDS = 5  # for answers that say so, then the process ends
 COOL_DOWN = 5.0  # seconds between two changes of the level under "load"
 
 
@@ -137,11 +140,20 @@ def policy_of(options: ServeOptions, units: int) -> Policy:
 
 
 class DrainingServer(uvicorn.Server):
-    """Answers newcomers with 503 from SIGTERM or SIGINT on, and ends when the running requests are served; at a second signal at once."""
+    """Answers newcomers with 503 from SIGTERM or SIGINT on, and ends when the running requests are served; at a second signal at once.
+
+    It ends also when the engine cannot go on, after an error that only a new process gets rid of.
+    """
 
     def __init__(self, config: uvicorn.Config, engine: Engine, drain_seconds: float):
         super().__init__(config)
         self.engine, self.drain_seconds = engine, drain_seconds
+
+    async def on_tick(self, counter: int) -> bool:
+        if self.engine.health.over.is_set():
+            self.config.timeout_graceful_shutdown = LAST_ANSWERS_SECONDS
+            self.should_exit = True
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         if self.engine.draining:
@@ -174,3 +186,6 @@ def serve(options: ServeOptions, host: str = "127.0.0.1", port: int = 8000) -> N
     )
     with on_interrupt(lambda: "the server has stopped, after what was running was served or its time was up"):
         DrainingServer(config, app.state.engine, options.drain_seconds).run()
+        if app.state.engine.health.fatal:
+            # At once: what Python and CUDA do at the end of a process would fail here, or never end.
+            os._exit(EXIT_CODE)
