@@ -57,6 +57,7 @@ setTimeout(() => {
     charts: Object.fromEntries(all(document, "figure").map(f => [text(f.querySelector("span")), {
       value: text(f.querySelector("b")), y: all(f, "text.y").map(text), x: all(f, "text.x").map(text),
       lines: all(f, "polyline").map(l => [l.className.baseVal, l.getAttribute("points")]),
+      cut: f.querySelector("b").scrollWidth > f.querySelector("b").clientWidth,
       lines_of_caption: Math.round(f.querySelector("figcaption").offsetHeight / line),
     }])),
     rows: all(document, "tr").map(r => [r.offsetHeight / line, text(r.cells[0]), text(r.cells[1]), text(r.cells[2])]),
@@ -108,6 +109,7 @@ def look(folder, *changes, width=1200):
     for chart in found["charts"].values():
         assert chart["y"][0] in ("0", "0 s", "0 %") and len(chart["y"]) >= 2, "axes begin at zero and have numbers"
         assert chart["x"] == ["5 min ago", "2.5 min", "now"] and chart["lines_of_caption"] == 1
+        assert not chart["cut"], f"{chart['value']} does not fit"
     assert not re.search(r"\de[+-]\d|NaN|undefined|null|Infinity", json.dumps({**found, "problem": ""}).replace('"problem": ""', ""))
     assert not found["wide"], "the page has to be moved sidewise"
     assert found["rows"] and all(height < 1.5 for height, *_ in found["rows"]), "a row takes more than one line"
@@ -119,8 +121,8 @@ def test_layers_under_load_on_a_wide_page(tmp_path):
     found = look(tmp_path, *looks, {"generated_tokens": 12345 + 120 * 9})
     charts = found["charts"]
     assert charts["level"]["value"] == "8 of 32 layers" and charts["level"]["y"] == ["0", "8", "16"]
-    kept = charts["keys and values kept"]
-    assert kept["value"] == "75 % of the full cache" and kept["y"] == ["0 %", "50 %", "100 %"]
+    kept = charts["KV memory kept"]
+    assert kept["value"] == "75 % of full cache" and kept["y"] == ["0 %", "50 %", "100 %"]
     assert charts["cache memory in use"]["value"] == "25 %"
     assert charts["waiting"]["value"] == "0" and charts["running"]["value"] == "3 of 32"
     assert charts["to first token"]["value"] == "1.4 s" and charts["to first token"]["y"] == ["0 s", "1 s", "2 s"]
@@ -140,7 +142,7 @@ def test_heads_and_a_wait_without_a_first_token_on_a_narrow_page(tmp_path):
     problem = "decode failed 3 times in a row: RuntimeError: broken"
     found = look(tmp_path, {**heads}, {**waiting, "problem": problem}, width=500)
     charts = found["charts"]
-    assert charts["level"]["value"] == "256 of 1,024 KV heads" and charts["keys and values kept"]["value"] == "75 % of the full cache"
+    assert charts["level"]["value"] == "256 of 1,024 KV heads" and charts["KV memory kept"]["value"] == "75 % of full cache"
     assert charts["waiting"]["value"] == "1,400, the oldest for 23 min 20 s" and charts["waiting"]["y"] == ["0", "1,000", "2,000"]
     assert charts["to first token"]["value"] == "none for 23 min 20 s" and charts["to first token"]["y"][-1].endswith("min")
     assert [name for name, _ in charts["to first token"]["lines"]] == ["", "wait"], "a wait is dashed"

@@ -634,9 +634,14 @@ class Engine:
 
     # --- sizes and times ------------------------------------------------------------------------------------------
 
+    @property
+    def bytes_per_block(self) -> int:
+        """Of keys and values."""
+        levels = self.levels
+        return 2 * self.options.block_size * levels.columns * levels.head_dim * levels.dtype.itemsize
+
     def _num_blocks(self, max_level: int) -> int:
         levels, options = self.levels, self.options
-        bytes_per_block = 2 * options.block_size * levels.columns * levels.head_dim * levels.dtype.itemsize
         room = options.kv_bytes
         if room is None and levels.device.type == "cuda":
             heads = levels.converted(levels.highest).items()
@@ -645,7 +650,7 @@ class Engine:
         room = 2**29 if room is None else room
         # More than all slots can fill is of no use.
         useful = options.slots * max(len(levels.groups), 1) * -(-self.max_tokens // options.block_size)
-        blocks = min(room // bytes_per_block, useful)
+        blocks = min(room // self.bytes_per_block, useful)
         if blocks < 1:
-            raise ValueError(f"kv_bytes {room} hold no block of {bytes_per_block} bytes: give more memory for keys and values")
+            raise ValueError(f"kv_bytes {room} hold no block of {self.bytes_per_block} bytes: give more memory for keys and values")
         return blocks

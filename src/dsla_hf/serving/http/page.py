@@ -62,7 +62,7 @@ function rate(s) {  // tokens a second, since the last look
 const charts = [
   { name: "level", read: s => s.level, kind: "count", most: s => s.max_level,
     show: (v, s) => count(v) + " of " + count(s.units) + " " + units(s) },
-  { name: "keys and values kept", read: s => s.kept / s.units, show: v => share(v) + " of the full cache", kind: "share", most: () => 1 },
+  { name: "KV memory kept", read: s => s.kept / s.units, show: v => share(v) + " of full cache", kind: "share", most: () => 1 },
   { name: "cache memory in use", read: s => 1 - s.free_blocks / s.blocks, show: share, kind: "share", most: () => 1 },
   { name: "waiting", read: s => s.waiting, kind: "count",
     show: (v, s) => count(v) + (s.oldest_wait === null ? "" : ", the oldest for " + time(s.oldest_wait)) },
@@ -86,7 +86,7 @@ function roundUp(v) {  // the least of 1, 2, 5, 10, 20, ... that is not below v
 }
 function draw(chart, s) {
   const largest = Math.max(0, ...chart.values.map(p => p.value ?? 0));
-  const top = Math.max(chart.most?.(s) ?? 0, largest > 0 ? roundUp(largest) : 0) || 1;
+  const top = (chart.most ? Math.max(chart.most(s), largest) : largest > 0 ? roundUp(largest) : 0) || 1;
   const y = v => plot.bottom - (plot.bottom - plot.top) * v / top;
   const x = i => plot.left + (plot.right - plot.left) * i / (points - 1);
   const middle = chart.kind !== "count" || top % 2 === 0 ? [top / 2] : [];
