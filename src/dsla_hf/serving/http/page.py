@@ -80,13 +80,14 @@ for (const chart of charts) {
   document.getElementById("charts").append(chart.figure);
   chart.values = [];
 }
-function roundUp(v) {  // the least of 1, 2, 5, 10, 20, ... that is not below v
+function roundUp(v, kind) {  // the least of 1, 2, 5, 10, 20, ... that is not below v; of long times in minutes
+  if (kind === "time" && v > 50) return 60 * roundUp(v / 60);
   const ten = 10 ** Math.floor(Math.log10(v));
   return [1, 2, 5, 10].map(m => m * ten).find(top => top >= v * (1 - 1e-9));
 }
 function draw(chart, s) {
   const largest = Math.max(0, ...chart.values.map(p => p.value ?? 0));
-  const top = (chart.most ? Math.max(chart.most(s), largest) : largest > 0 ? roundUp(largest) : 0) || 1;
+  const top = (chart.most ? Math.max(chart.most(s), largest) : largest > 0 ? roundUp(largest, chart.kind) : 0) || 1;
   const y = v => plot.bottom - (plot.bottom - plot.top) * v / top;
   const x = i => plot.left + (plot.right - plot.left) * i / (points - 1);
   const middle = chart.kind !== "count" || top % 2 === 0 ? [top / 2] : [];
