@@ -38,7 +38,7 @@ class Request:
 
     prompt: token ids. listener: called with each `Event`, from the engine's thread.
     tokens: generated so far. cached: tokens in the cache. slot, level: of a running text. levels: (tokens of the text, level) at the
-        start and after each change. stopped: it is cancelled because its text is whole. Times are of the engine's clock.
+        start and after each change. Times are of the engine's clock.
     """
 
     prompt: list[int]
@@ -50,13 +50,13 @@ class Request:
     tokens: list[int] = field(default_factory=list)
     cached: int = 0
     slot: int | None = None
+    stopped: bool = False  # cancelled because its text is whole
     level: int = 0
     levels: list[tuple[int, int]] = field(default_factory=list)
     first_token: float | None = None
     last_token: float = 0.0
     finished: float | None = None
     cancelled: bool = False
-    stopped: bool = False
     sampler: Sampler = field(init=False)
 
     def __post_init__(self) -> None:
