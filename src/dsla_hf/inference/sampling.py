@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,21 +13,46 @@ from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogits
 COLDEST = 1e-5  # a temperature below it would divide by next to nothing
 
 
+class Constraint(Protocol):
+    """What the tokens of one text must follow, as a grammar does."""
+
+    def mask(self) -> Tensor:
+        """Which tokens may come next: int32 `[ceil(V / 32)]` on the CPU, bit i of word w for token 32 w + i."""
+
+    def accept(self, token: int) -> None:
+        """The token that came, end-of-text tokens too."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens of a request are drawn.
 
-    temperature: 0 takes the likeliest token. top_p: draw among the likeliest tokens of this total. seed: of the draws, None for any.
-    ignore_eos: go on to `max_tokens`, whatever comes.
+    temperature: 0 takes the likeliest token. top_k: draw among so many of the likeliest, 0: all. top_p: among the likeliest of this total.
+    min_p: among those at least this share as likely as the likeliest. presence_penalty, frequency_penalty: taken from logits of tokens that
+    were generated, once and for each time. repetition_penalty: divides logits above 0 and multiplies those below of tokens of the text,
+    prompt included. logit_bias: (token, what its logit gains). min_tokens: before so many no end-of-text or stop token comes.
+    stop_token_ids: that end the text, beside the model's own. seed: of the draws, int64, None for any. ignore_eos: go on to
+    `max_tokens`, whatever comes. logprobs: tell the log-probability of each token and of so many of the likeliest ones (0: its own alone),
+    before anything here changed it. prompt_logprobs: the same of the prompt's tokens but the first.
 
     Raises:
-        ValueError: if temperature or top_p is out of range.
+        ValueError: if a value is out of range.
     """
 
     temperature: float = 0.0
+    top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
     ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):

@@ -12,13 +12,24 @@ _numbers = itertools.count(1)
 
 
 @dataclass(frozen=True)
+class Logprob:
+    """Of a token: its log-probability, and (token, log-probability) of the likeliest ones in its place."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Event:
     """What a request's listener is told: a token, or the end. The last event has a `finish` ("stop", "length", "cancelled") or an
-    `error`."""
+    `error`. logprob: of the token, where asked for. prompt_logprobs: with the first event, of the prompt's tokens but the first."""
 
     token: int | None = None
     finish: str | None = None
     error: Exception | None = None
+    logprob: Logprob | None = None
+    prompt_logprobs: tuple[Logprob, ...] | None = None
 
 
 @dataclass(eq=False)
@@ -39,6 +50,7 @@ class Request:
     tokens: list[int] = field(default_factory=list)
     cached: int = 0
     slot: int | None = None
+    stopped: bool = False  # cancelled because its text is whole
     level: int = 0
     levels: list[tuple[int, int]] = field(default_factory=list)
     first_token: float | None = None

@@ -102,10 +102,10 @@ class Answer:
             api.mailbox.put(loop, self._events, event)
 
         sampling = Sampling(
-            1.0 if body.temperature is None else body.temperature,
-            1.0 if body.top_p is None else body.top_p,
-            body.seed,
-            bool(body.ignore_eos),
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            seed=body.seed,
+            ignore_eos=bool(body.ignore_eos),
         )
         self.request: Request = api.engine.submit(prompt, max_tokens, listener, sampling)
 
@@ -134,7 +134,7 @@ class Answer:
             self.counted += 1
             piece = self.text.add(event.token)
             if self.text.stopped:
-                self.api.engine.cancel(self.request)
+                self.api.engine.cancel(self.request, stopped=True)
                 yield piece, "stop"
                 break
             yield piece, None  # also without text: clients measure by what comes
@@ -202,7 +202,7 @@ class Api:
 
     def __init__(self, engine: Engine, tokenizer: Any, options: ApiOptions):
         self.engine, self.tokenizer, self.options = engine, tokenizer, options
-        self.metrics, self.mailbox = Metrics(engine), Mailbox()
+        self.metrics, self.mailbox = Metrics(engine, options.name), Mailbox()
         self.prompts = PromptReader(engine, tokenizer)
         self.started = int(time.time())
 
@@ -340,6 +340,8 @@ def build_app(engine: Engine, tokenizer: Any, options: ApiOptions) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
+        if (reason := engine.problem) is not None:
+            return JSONResponse({"status": "unhealthy", "reason": reason}, 503)
         if engine.draining:
             return JSONResponse({"status": "draining"}, 503, {"Retry-After": "10"})
         return JSONResponse({"status": "ok"})
