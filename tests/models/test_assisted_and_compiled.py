@@ -265,11 +265,10 @@ def test_an_adapter_is_compiled_before_its_first_forward_in_one_graph_a_level(ti
             assert graphs.frame_count == count
 
 
-@pytest.mark.parametrize("window_size", WINDOWS)
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("window_size, padded, merged", [(0, False, False), (0, True, True), (8, False, True), (8, True, False)])
 def test_a_compiled_step_with_a_static_cache_equals_the_eager_text(tiny_model, adapter_model, window_size, padded, merged):
-    model = adapter_model(tiny_model("llama"), window_size=window_size, level=2)
+    base = tiny_model("llama", num_hidden_layers=2)  # compiling takes seconds a layer
+    model = adapter_model(base, conversion_order=[1, 0], window_size=window_size, level=1)
     model = model.merge_and_unload().eval() if merged else model
     ids = torch.randint(3, 97, (2, 60))
     mask = torch.ones_like(ids)
@@ -298,7 +297,7 @@ def test_a_compiled_step_with_a_static_cache_equals_the_eager_text(tiny_model, a
             )
             options = {"attention_mask": masks, "position_ids": positions[:, t : t + 1]}
             outputs.append(step(ids[:, t : t + 1], past_key_values=cache, **options).logits)
-    assert sum(isinstance(layer, StaticDSLACacheLayer) for layer in cache.layers) == 2
+    assert sum(isinstance(layer, StaticDSLACacheLayer) for layer in cache.layers) == 1
     torch.testing.assert_close(torch.cat(outputs, 1), expected, atol=2e-5, rtol=0)
     assert backend.steps <= 2, "a step was compiled again and again"
 

@@ -4,8 +4,8 @@
 
 Each process imports everything once and forks for each job of the list, so that a job takes a second or two. A job: `options` of
 `dsla distill`; `processes` that take part (default: all); `port` where they meet; `kill_at`, a path at whose appearance they are
-killed; `copy`, two folders, and `remove`, paths, what is done before. With FSDP in CONFIG it is used on the CPU, which accelerate
-would not do by itself.
+killed; `copy`, two folders, and `remove`, paths, what is done before; `printed`, a file to which what is printed is added. With FSDP in
+CONFIG it is used on the CPU, which accelerate would not do by itself.
 """
 
 import json
@@ -54,6 +54,7 @@ def supervise(job, rank):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     child = os.fork()
     if child == 0:
+        os.dup2(os.open(job["printed"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), sys.stdout.fileno())
         status = run(job, processes)
         sys.stdout.flush()
         os._exit(status)
