@@ -26,10 +26,6 @@ LONGEST = ("test_distributed",)
 # Small tensors gain nothing from threads, and workers of xdist that each start one per core slow each other down.
 torch.set_num_threads(1)
 
-# What was imported stays: a garbage collection over it would take a third of a second, and several tests ask for many.
-gc.collect()
-gc.freeze()
-
 
 def pytest_addoption(parser):
     parser.addoption("--kernels", action="store_true", help="run the kernel tests in Triton's interpreter though nothing has changed")
@@ -38,6 +34,13 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     kernel_sources.leave_out(config, items)
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    """What was imported stays: a garbage collection over it would take a third of a second, and every training asks for one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -51,7 +51,7 @@ TASKS = {
         "output_type": "generate_until",
         "doc_to_text": "query",
         "doc_to_target": "{{choices[gold]}}",
-        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 12, "do_sample": False},
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8, "do_sample": False},
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     },
 }
@@ -89,7 +89,7 @@ def made(tmp_path_factory):
     model.merge_and_unload().save_pretrained(str(folder / "hybrid"))
     tokenizer.save_pretrained(folder / "hybrid")
     (folder / "tasks").mkdir()
-    texts = [TEXT[20 * i : 20 * i + 30 + 11 * (i % 5)] for i in range(12)]  # of five lengths, for padding
+    texts = [TEXT[20 * i : 20 * i + 30 + 11 * (i % 5)] for i in range(8)]  # of five lengths, for padding
     docs = [{"query": text, "choices": ENDS, "gold": i % 3} for i, text in enumerate(texts)]
     (folder / "tasks" / "docs.jsonl").write_text("\n".join(map(json.dumps, docs)))
     source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "tasks" / "docs.jsonl")}}}

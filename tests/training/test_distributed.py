@@ -37,7 +37,7 @@ OPTIONS += ["--logging_steps", "1", "--save_steps", "2", "--report_to", "none", 
 # Half of the key-value weights fit no second process, whose parts of them are empty.
 OPTIONS += ["--hidden_weight", "0.5"]
 
-
+LAYERS = 3
 RAN = {}  # folders by config and jobs
 
 
@@ -48,7 +48,7 @@ def save_all(folder, tiny_model):
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
     for name, heads in (("base", 1), ("base-of-heads", 2)):
         torch.manual_seed(0)
-        base = tiny_model("llama", num_key_value_heads=heads)
+        base = tiny_model("llama", num_hidden_layers=LAYERS, num_key_value_heads=heads)
         base.resize_token_embeddings(len(tokenizer))
         base.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -180,7 +180,7 @@ def test_two_processes_equal_one_and_a_killed_run_goes_on_on_both(config, ran):
 
     assert_close(two, one, rtol=0, atol=1e-4)
     # The mean over processes is a whole number, that of the pure function, only if all of them drew it.
-    assert [entry["level"] for entry in logs(two, "logits")] == [draw_level(42, step, 4, 2) for step in range(4)]
+    assert [entry["level"] for entry in logs(two, "logits")] == [draw_level(42, step, LAYERS, 2) for step in range(4)]
     assert json.loads((two / "ranking.json").read_text())["order"] == json.loads((one / "ranking.json").read_text())["order"]
     assert_close(parts, two, rtol=0, atol=0)
     if alone:
@@ -209,7 +209,7 @@ def test_heads_on_two_processes_are_those_of_one(ran):
     assert_close(two, one, rtol=0, atol=1e-4)
     rankings = [json.loads((folder / "ranking.json").read_text()) for folder in (two, one)]
     assert rankings[0]["order"] == rankings[1]["order"] and rankings[0]["metric"] == "shares"
-    assert [entry["level"] for entry in logs(two, "logits")] == [draw_level(42, step, 8, 2) for step in range(4)]
+    assert [entry["level"] for entry in logs(two, "logits")] == [draw_level(42, step, 2 * LAYERS, 2) for step in range(4)]
 
 
 @pytest.mark.parametrize("config, kind", [("one_gpu.yaml", "NO"), ("ddp.yaml", "MULTI_GPU"), ("fsdp2.yaml", "FSDP")])
