@@ -347,7 +347,7 @@ def test_the_table_of_many_levels_has_a_row_for_each():
 
 
 def test_sweep_loads_once_and_writes_a_file_per_level(made, at_level, loads, tmp_path, capsys):
-    assert main(options(made, tmp_path, "--tasks", ",".join([*TASKS, "far_bigrams"]), "--limit", "12", "--batch-size", "4")) == 0
+    assert main(options(made, tmp_path, "--tasks", ",".join([*TASKS, "far_bigrams"]), "--limit", "8", "--batch-size", "4")) == 0
     output = capsys.readouterr().out
     assert loads == [made.base]
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["level-00.json", "level-02.json", "level-04.json"]
@@ -361,7 +361,7 @@ def test_sweep_loads_once_and_writes_a_file_per_level(made, at_level, loads, tmp
         assert found["tasks"]["bottles_choice"]["acc_stderr"] > 0
         assert found["higher_is_better"]["bottles_choice"]["acc"] is True
         assert found["higher_is_better"]["bottles_text"]["byte_perplexity"] is False
-        assert found["tasks"]["far_bigrams"]["loss@96[new]"] > 0 and found["samples"]["bottles_text"] == 12
+        assert found["tasks"]["far_bigrams"]["loss@96[new]"] > 0 and found["samples"]["bottles_text"] == 8
         assert {"dsla-hf", "lm-eval", "torch", "transformers", "python"} <= found["versions"].keys()
         assert found["command"].startswith("dsla eval --model ") and f"--levels {level} " in found["command"]
     header = next(line for line in output.splitlines() if line.startswith("task "))
