@@ -30,7 +30,7 @@ test: $(VENV)/.installed-dev ## run the tests (more options: PYTEST_ARGS='-k nam
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(TWO) $(PYTEST_ARGS)
 
 test-kernels: $(VENV)/.installed-dev ## run the kernels' tests in Triton's interpreter; `make test` leaves them out until something changes
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(TWO) --kernels \
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --kernels \
 		$$($(BIN)/python tests/support/kernel_sources.py --files)
 	$(BIN)/python tests/support/kernel_sources.py --record
 

@@ -21,7 +21,17 @@ from dsla_hf import DSLAConfig
 KINDS = ("llama", "qwen3")
 
 # These files come first, so that none of them is what one of two processes waits for at the end.
-LONGEST = ("test_distributed",)
+LONGEST = (
+    "test_distributed",
+    "test_architectures",
+    "test_distillation",
+    "test_generation_paths",
+    "test_engine",
+    "test_serving_http",
+    "test_tensor_parallel",
+    "test_lm_eval",
+    "test_serving_ray",
+)
 
 # Small tensors gain nothing from threads, and workers of xdist that each start one per core slow each other down.
 torch.set_num_threads(1)
