@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="module", autouse=True)
 def frozen():
-    """What was imported stays: a garbage collection over it would take a third of a second, and every training asks for one."""
+    """What was imported stays: a garbage collection over it takes a third of a second, and every training and benchmark asks for one."""
     gc.collect()
     gc.freeze()
 
