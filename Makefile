@@ -11,6 +11,8 @@ SOURCES := src kernels tests
 # Set PYTHON to choose the interpreter; otherwise the first of these that is new enough and starts.
 PYTHONS := $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
 PYTEST_ARGS ?=
+# Whole files to each process, so that what a file's tests share is made once; tests/conftest.py puts the longest first.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -25,7 +27,7 @@ quickstart: $(VENV)/.installed ## set up what is needed and run `dsla quickstart
 setup: $(VENV)/.installed-dev ## virtual environment with the package (editable) and the development tools
 
 test: $(VENV)/.installed-dev ## run the tests (more options: PYTEST_ARGS='-k name')
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(TWO) $(PYTEST_ARGS)
 
 test-kernels: $(VENV)/.installed-dev ## run the kernels' tests in Triton's interpreter; `make test` leaves them out until something changes
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --kernels \
@@ -47,7 +49,7 @@ test-upstream: ## run the tests with transformers' and peft's main branches, in 
 	$(MAKE) test VENV=.venv-upstream
 
 coverage: $(VENV)/.installed-dev ## run the tests and say which lines they reach; htmlcov/ shows them
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-report=html $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(TWO) --cov --cov-report=term --cov-report=html $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev ## ruff: rules and formatting
 	$(BIN)/python -m ruff check

@@ -73,7 +73,7 @@ def seconds(run: Any, repeats: int) -> float:
 
 def matmul_rate(device: torch.device) -> float:
     """Operations per second of a bf16 matrix product, large enough to fill the device."""
-    size = 8192 if device.type == "cuda" else 512
+    size = 8192 if device.type == "cuda" else 128
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     return 2 * size**3 / seconds(lambda: a @ b, 20)
 

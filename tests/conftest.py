@@ -20,12 +20,21 @@ from dsla_hf import DSLAConfig
 # What is tested in depth: with and without norms of queries and keys.
 KINDS = ("llama", "qwen3")
 
+# These files come first, so that none of them is what one of two processes waits for at the end.
+LONGEST = (
+    "test_distributed",
+    "test_architectures",
+    "test_distillation",
+    "test_generation_paths",
+    "test_engine",
+    "test_serving_http",
+    "test_tensor_parallel",
+    "test_lm_eval",
+    "test_serving_ray",
+)
+
 # Small tensors gain nothing from threads, and workers of xdist that each start one per core slow each other down.
 torch.set_num_threads(1)
-
-# What was imported stays: a garbage collection over it would take a third of a second, and several tests ask for many.
-gc.collect()
-gc.freeze()
 
 
 def pytest_addoption(parser):
@@ -34,6 +43,14 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     kernel_sources.leave_out(config, items)
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    """What was imported stays: a garbage collection over it takes a third of a second, and every training and benchmark asks for one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

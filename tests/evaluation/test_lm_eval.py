@@ -51,7 +51,7 @@ TASKS = {
         "output_type": "generate_until",
         "doc_to_text": "query",
         "doc_to_target": "{{choices[gold]}}",
-        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 12, "do_sample": False},
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8, "do_sample": False},
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     },
 }
@@ -89,7 +89,7 @@ def made(tmp_path_factory):
     model.merge_and_unload().save_pretrained(str(folder / "hybrid"))
     tokenizer.save_pretrained(folder / "hybrid")
     (folder / "tasks").mkdir()
-    texts = [TEXT[20 * i : 20 * i + 30 + 11 * (i % 5)] for i in range(12)]  # of five lengths, for padding
+    texts = [TEXT[20 * i : 20 * i + 30 + 11 * (i % 5)] for i in range(8)]  # of five lengths, for padding
     docs = [{"query": text, "choices": ENDS, "gold": i % 3} for i, text in enumerate(texts)]
     (folder / "tasks" / "docs.jsonl").write_text("\n".join(map(json.dumps, docs)))
     source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "tasks" / "docs.jsonl")}}}
@@ -347,7 +347,7 @@ def test_the_table_of_many_levels_has_a_row_for_each():
 
 
 def test_sweep_loads_once_and_writes_a_file_per_level(made, at_level, loads, tmp_path, capsys):
-    assert main(options(made, tmp_path, "--tasks", ",".join([*TASKS, "far_bigrams"]), "--limit", "12", "--batch-size", "4")) == 0
+    assert main(options(made, tmp_path, "--tasks", ",".join([*TASKS, "far_bigrams"]), "--limit", "8", "--batch-size", "4")) == 0
     output = capsys.readouterr().out
     assert loads == [made.base]
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["level-00.json", "level-02.json", "level-04.json"]
@@ -361,7 +361,7 @@ def test_sweep_loads_once_and_writes_a_file_per_level(made, at_level, loads, tmp
         assert found["tasks"]["bottles_choice"]["acc_stderr"] > 0
         assert found["higher_is_better"]["bottles_choice"]["acc"] is True
         assert found["higher_is_better"]["bottles_text"]["byte_perplexity"] is False
-        assert found["tasks"]["far_bigrams"]["loss@96[new]"] > 0 and found["samples"]["bottles_text"] == 12
+        assert found["tasks"]["far_bigrams"]["loss@96[new]"] > 0 and found["samples"]["bottles_text"] == 8
         assert {"dsla-hf", "lm-eval", "torch", "transformers", "python"} <= found["versions"].keys()
         assert found["command"].startswith("dsla eval --model ") and f"--levels {level} " in found["command"]
     header = next(line for line in output.splitlines() if line.startswith("task "))

@@ -1,7 +1,6 @@
 """`dsla bench`: what it measures, what it predicts, and what it does where something does not run."""
 
 import copy
-import gc
 import itertools
 import json
 from dataclasses import replace
@@ -22,13 +21,6 @@ from dsla_hf.inference.bench.models import PRESETS, networks, preset_config
 from dsla_hf.inference.bench.results import Results
 from dsla_hf.inference.graph import GraphDecoder, PlainRecording
 from dsla_hf.models.sizes import text_bytes
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_objects_to_look_through():
-    """Benchmarks collect garbage before each measurement, which takes half a second among all that earlier tests have left."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture

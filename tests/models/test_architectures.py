@@ -22,6 +22,7 @@ from dsla_hf.models.adapter import dsla_layers
 from dsla_hf.models.architectures import ARCHITECTURES, SHORT_WINDOW, SUPPORTED_BASES, projection, sliding_window_of
 
 ORDER = [2, 0, 3, 1]
+MOST = 3  # where layers take turns, of those that slide and of those that see all some are converted, and softmax layers are left
 
 
 @pytest.fixture(params=SUPPORTED_BASES)
@@ -49,7 +50,7 @@ def close(found, expected, atol=2e-4):
 
 def generate(model, ids, mask=None, **options):
     mask = torch.ones_like(ids) if mask is None else mask
-    return model.generate(input_ids=ids, attention_mask=mask, **{"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, **options})
+    return model.generate(input_ids=ids, attention_mask=mask, **{"do_sample": False, "max_new_tokens": 8, "eos_token_id": None, **options})
 
 
 def test_all_architectures_are_tested():
@@ -87,9 +88,8 @@ def test_new_layers_are_the_softmax_attention_of_the_base_inside_their_window(ba
 # --- all ways agree ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("level", [2, 4])
-def test_token_by_token_equals_the_full_forward(model, level):
-    model.set_level(level)
+def test_token_by_token_equals_the_full_forward(model):
+    model.set_level(MOST)
     ids = text()
     expected = model(ids, use_cache=False).logits
     cache = DynamicCache(config=model.config)
@@ -98,9 +98,8 @@ def test_token_by_token_equals_the_full_forward(model, level):
     close(torch.cat(pieces, 1), expected)
 
 
-@pytest.mark.parametrize("level", [2, 4])
-def test_left_padded_rows_answer_as_alone(model, level):
-    model.set_level(level)
+def test_left_padded_rows_answer_as_alone(model):
+    model.set_level(MOST)
     ids = text(2, 30)
     mask = torch.ones_like(ids)
     mask[0, :11] = 0
@@ -110,12 +109,12 @@ def test_left_padded_rows_answer_as_alone(model, level):
 
 
 def test_beams_with_a_cache_equal_beams_without(model):
-    model.set_level(3)
+    model.set_level(MOST)
     ids = text(2, 25)
     assert torch.equal(generate(model, ids, num_beams=3), generate(model, ids, num_beams=3, use_cache=False))
 
 
-@pytest.mark.parametrize("level", [0, 2, 4])
+@pytest.mark.parametrize("level", [1, 4])
 def test_static_cache_gives_the_text_of_a_dynamic_one(model, level):
     model.set_level(level)
     ids = text(2, 30)
@@ -129,18 +128,18 @@ def test_level_raised_twice_in_mid_text(model):
     ids = text(1, 20)
 
     def policy(stats):
-        return 0 if stats.tokens < 25 else 2 if stats.tokens < 31 else 4
+        return 0 if stats.tokens < 23 else 2 if stats.tokens < 28 else 4
 
-    found = generate(model, ids, level_policy=policy, max_new_tokens=20, return_dict_in_generate=True)
+    found = generate(model, ids, level_policy=policy, max_new_tokens=14, return_dict_in_generate=True)
     assert model.get_level() == 4 and all(isinstance(layer, DSLACacheLayer) for layer in found.past_key_values.layers)
     cache, out = DynamicCache(config=model.config), ids
     fresh = ids
-    for _ in range(20):
-        model.set_level(0 if out.shape[1] < 25 else 2 if out.shape[1] < 31 else 4)
+    for _ in range(14):
+        model.set_level(0 if out.shape[1] < 23 else 2 if out.shape[1] < 28 else 4)
         fresh = model(fresh, past_key_values=cache).logits[:, -1:].argmax(-1)
         out = torch.cat([out, fresh], 1)
     assert torch.equal(found.sequences, out)
-    static = generate(model, ids, level_policy=policy, max_new_tokens=20, cache_implementation="static")
+    static = generate(model, ids, level_policy=policy, max_new_tokens=14, cache_implementation="static")
     model.set_level(0)
     assert torch.equal(static, found.sequences)
 
@@ -169,10 +168,9 @@ def test_fold_of_full_attention_is_exact(model):
 # --- files ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("level", [2, 4])
-def test_hybrid_saved_and_loaded_is_bit_equal(model, level, tmp_path):
+def test_hybrid_saved_and_loaded_is_bit_equal(model, tmp_path):
     ids = text()
-    model.set_level(level)
+    model.set_level(MOST)
     expected = model(ids).logits
     hybrid = model.merge_and_unload()
     assert torch.equal(hybrid(ids).logits, expected)
@@ -262,7 +260,7 @@ def test_models_that_slide_in_every_layer(kind, tiny_model, adapter_model):
     assert torch.equal(generate(model, ids * mask, mask, cache_implementation="static"), together)
     found = generate(model, ids, level_policy=lambda stats: 2 if stats.tokens < 35 else 4)
     model.set_level(2)
-    assert found.shape == (2, 42) and torch.equal(found[:, :35], generate(model, ids)[:, :35])
+    assert found.shape == (2, 38) and torch.equal(found[:, :35], generate(model, ids)[:, :35])
 
 
 def test_memory_is_constant_in_every_architecture(model):

@@ -51,8 +51,7 @@ def model_from(tiny_model, adapter_model, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("window_size", WINDOWS)
-@pytest.mark.parametrize("level", [2, 4])
+@pytest.mark.parametrize("base_kind, window_size, level", [("llama", 0, 2), ("llama", 8, 4), ("qwen3", 0, 4), ("qwen3", 8, 2)])
 def test_prompt_lookup_gives_the_greedy_text(tiny_model, adapter_model, base_kind, window_size, level):
     model = adapter_model(tiny_model(base_kind), window_size=window_size, level=level)
     assert torch.equal(greedy(model, prompt_lookup_num_tokens=3), greedy(model))
@@ -65,15 +64,16 @@ def test_an_assistant_gives_the_greedy_text_of_adapters_and_hybrids(tiny_model, 
     near.set_level(4)
     hybrid = copy.deepcopy(adapter).merge_and_unload()
     expected = greedy(adapter, max_new_tokens=24)
-    for model in (adapter, hybrid):
-        for assistant in (near, copy.deepcopy(near).merge_and_unload(), few_guesses(tiny_model("llama")), hybrid):
-            assert torch.equal(greedy(model, max_new_tokens=24, assistant_model=assistant), expected)
+    assistants = (near, copy.deepcopy(near).merge_and_unload(), few_guesses(tiny_model("llama")), hybrid)
+    for number, assistant in enumerate(assistants):  # each helps adapters and hybrids, of one window size each
+        model = (adapter, hybrid)[(number + WINDOWS.index(window_size)) % 2]
+        assert torch.equal(greedy(model, max_new_tokens=24, assistant_model=assistant), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_assisted_text_is_the_greedy_one_wherever_generate_comes_from(tiny_model, model_from, kind):
     model, base = few_guesses(model_from(kind)), few_guesses(tiny_model("llama"))
-    expected = greedy(model, max_new_tokens=24)
+    expected = greedy(model, max_new_tokens=16)
     padded = {"input_ids": torch.cat([torch.zeros(1, 3, dtype=torch.long), PROMPT], 1)}
     padded["attention_mask"] = (padded["input_ids"] > 0).long()
     for way in (
@@ -82,10 +82,10 @@ def test_assisted_text_is_the_greedy_one_wherever_generate_comes_from(tiny_model
         {"assistant_model": base},
         {"assistant_early_exit": 3},
     ):
-        assert torch.equal(greedy(model, max_new_tokens=24, **way)[:, -24:], expected[:, -24:]), way
+        assert torch.equal(greedy(model, max_new_tokens=16, **way)[:, -16:], expected[:, -16:]), way
     assert model.config.num_hidden_layers == 4
-    text = greedy(base, max_new_tokens=24)
-    assert torch.equal(greedy(base, max_new_tokens=24, assistant_model=model), text)
+    text = greedy(base, max_new_tokens=16)
+    assert torch.equal(greedy(base, max_new_tokens=16, assistant_model=model), text)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -245,7 +245,7 @@ def test_a_static_cache_refuses_to_be_cropped(tiny_model, adapter_model):
 
 def test_an_adapter_is_compiled_before_its_first_forward_in_one_graph_a_level(tiny_model, adapter_model):
     """A copy, to which no layer's DSLA attention comes from the original. Its attentions alone: the rest of a model takes long."""
-    model = adapter_model(tiny_model("llama"), window_size=0)
+    model = adapter_model(tiny_model("llama", num_hidden_layers=2), conversion_order=[1, 0], window_size=0)
     copied, x = copy.deepcopy(model), torch.randn(1, 4, 32)
     rotary = model.get_decoder().rotary_emb(x, torch.arange(4)[None])
     torch._dynamo.reset()
@@ -258,18 +258,17 @@ def test_an_adapter_is_compiled_before_its_first_forward_in_one_graph_a_level(ti
 
     with torch.no_grad():
         compiled = torch.compile(attend, backend=graphs, fullgraph=True)
-        for level, count in ((1, 1), (4, 2), (1, 2)):
+        for level, count in ((1, 1), (2, 2), (1, 2)):
             copied.set_level(level)
             model.set_level(level)
             torch.testing.assert_close(compiled(copied, x), attend(model, x))
             assert graphs.frame_count == count
 
 
-@pytest.mark.parametrize("window_size", WINDOWS)
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("window_size, padded, merged", [(0, False, False), (0, True, True), (8, False, True), (8, True, False)])
 def test_a_compiled_step_with_a_static_cache_equals_the_eager_text(tiny_model, adapter_model, window_size, padded, merged):
-    model = adapter_model(tiny_model("llama"), window_size=window_size, level=2)
+    base = tiny_model("llama", num_hidden_layers=2)  # compiling takes seconds a layer
+    model = adapter_model(base, conversion_order=[1, 0], window_size=window_size, level=1)
     model = model.merge_and_unload().eval() if merged else model
     ids = torch.randint(3, 97, (2, 60))
     mask = torch.ones_like(ids)
@@ -298,7 +297,7 @@ def test_a_compiled_step_with_a_static_cache_equals_the_eager_text(tiny_model, a
             )
             options = {"attention_mask": masks, "position_ids": positions[:, t : t + 1]}
             outputs.append(step(ids[:, t : t + 1], past_key_values=cache, **options).logits)
-    assert sum(isinstance(layer, StaticDSLACacheLayer) for layer in cache.layers) == 2
+    assert sum(isinstance(layer, StaticDSLACacheLayer) for layer in cache.layers) == 1
     torch.testing.assert_close(torch.cat(outputs, 1), expected, atol=2e-5, rtol=0)
     assert backend.steps <= 2, "a step was compiled again and again"
 

@@ -13,10 +13,22 @@ MASK = torch.ones_like(IDS)
 MASK[0, :11] = 0
 
 
-@pytest.mark.parametrize("window_size", [0, 8])
-@pytest.mark.parametrize("level", [0, 2, 4])
-@pytest.mark.parametrize("chunk", [1, 7, 20])
-@pytest.mark.parametrize("padded", [False, True])
+# Each chunk with each window and level, with padding and without; at level 0 the base reads it.
+@pytest.mark.parametrize(
+    "window_size, level, chunk, padded",
+    [
+        (0, 0, 7, True),
+        (8, 0, 20, False),
+        (0, 2, 1, False),
+        (8, 2, 1, True),
+        (0, 2, 20, True),
+        (8, 2, 7, False),
+        (0, 4, 7, True),
+        (8, 4, 20, False),
+        (0, 4, 20, False),
+        (8, 4, 1, True),
+    ],
+)
 def test_chunks_give_the_text_of_one_forward(tiny_model, adapter_model, window_size, level, chunk, padded):
     model = adapter_model(tiny_model("llama"), window_size=window_size, level=level)
     options = {"attention_mask": MASK if padded else torch.ones_like(MASK), "max_new_tokens": 12, "do_sample": False}

@@ -134,8 +134,9 @@ def eval_loss(model, directory, data, stage):
 
 
 @pytest.fixture
-def base(base_kind, tiny_model):
-    return tiny_model(base_kind)
+def base(tiny_model):
+    """With norms of queries and keys; `llama` and `fresh` have none."""
+    return tiny_model("qwen3")
 
 
 @pytest.fixture
@@ -756,11 +757,27 @@ class Steps(TrainerCallback):
         self.steps.append((args.stage, state.global_step))
 
 
+@pytest.fixture
+def whole_run(fresh, tmp_path):
+    """`whole_run(steps=...)`: model and ranking after a distillation that nothing interrupts, which is trained once for all tests."""
+
+    def run(**options):
+        key = str(options)
+        if key not in WHOLE:
+            model = fresh()
+            WHOLE[key] = model, run_distill(model, tmp_path / "whole", **options)
+        return WHOLE[key]
+
+    return run
+
+
+WHOLE = {}
+
+
 @pytest.mark.parametrize("when", INTERRUPTIONS)
-def test_interrupted_distillation_goes_on_exactly(when, fresh, tmp_path):
+def test_interrupted_distillation_goes_on_exactly(when, fresh, whole_run, tmp_path):
     interruption, alignment_from, logits_from = INTERRUPTIONS[when]
-    whole = fresh()
-    ranking = run_distill(whole, tmp_path / "whole")
+    whole, ranking = whole_run()
     with pytest.raises(Interrupted):
         run_distill(fresh(), tmp_path / "parts", callbacks=[interruption])
     model, trained = fresh(), Steps()
@@ -771,9 +788,8 @@ def test_interrupted_distillation_goes_on_exactly(when, fresh, tmp_path):
     assert_same_adapter(model, whole)
 
 
-def test_interrupted_between_the_stages(fresh, tmp_path, monkeypatch):
-    whole = fresh()
-    ranking = run_distill(whole, tmp_path / "whole")
+def test_interrupted_between_the_stages(fresh, whole_run, tmp_path, monkeypatch):
+    whole, ranking = whole_run()
 
     def interrupt(*args, **kwargs):
         raise Interrupted
@@ -882,15 +898,14 @@ def test_chain_sees_other_text_first_in_each_link(fresh, tmp_path):
 
 
 @pytest.mark.parametrize("link, step", [(1, 1), (3, 3)])
-def test_interrupted_chain_goes_on_exactly(link, step, fresh, tmp_path):
+def test_interrupted_chain_goes_on_exactly(link, step, fresh, whole_run, tmp_path):
     class Interrupt(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if args.train_level == link and state.global_step == step:
                 raise Interrupted
 
     options = {"method": "chain", "steps": (2, 16)}
-    whole = fresh()
-    run_distill(whole, tmp_path / "whole", **options)
+    whole, _ = whole_run(**options)
     with pytest.raises(Interrupted):
         run_distill(fresh(), tmp_path / "parts", callbacks=[Interrupt()], **options)
     model, trained = fresh(), Steps()

@@ -37,19 +37,28 @@ OPTIONS += ["--logging_steps", "1", "--save_steps", "2", "--report_to", "none", 
 # Half of the key-value weights fit no second process, whose parts of them are empty.
 OPTIONS += ["--hidden_weight", "0.5"]
 
+LAYERS = 3
+RAN = {}  # folders by config and jobs
 
-@pytest.fixture
-def job(tiny_model, tmp_path):
-    """Options of a small distillation but for folder and batch."""
+
+def save_all(folder, tiny_model):
+    """Text, and bases for levels of layers and of heads, with a tokenizer."""
     texts = [" ".join(f"word{(i * j) % 23} of text" for j in range(300)) for i in range(1, 30)]
     tokenizer = train_tokenizer(texts, vocab_size=290)
-    base = tiny_model("llama", num_key_value_heads=1)
-    base.resize_token_embeddings(len(tokenizer))
-    base.save_pretrained(tmp_path / "base")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
-    tokenizer.save_pretrained(tmp_path / "base")
-    (tmp_path / "text.txt").write_text("\0".join(texts))
-    return ["--model", str(tmp_path / "base"), "--data", str(tmp_path / "text.txt"), *OPTIONS]
+    for name, heads in (("base", 1), ("base-of-heads", 2)):
+        torch.manual_seed(0)
+        base = tiny_model("llama", num_hidden_layers=LAYERS, num_key_value_heads=heads)
+        base.resize_token_embeddings(len(tokenizer))
+        base.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    (folder / "text.txt").write_text("\0".join(texts))
+
+
+def job(folder, base, name, batch):
+    """Options of a small distillation."""
+    options = ["--model", str(folder / base), "--data", str(folder / "text.txt"), *OPTIONS]
+    return {"options": [*options, "--output_dir", str(folder / name), "--per_device_train_batch_size", str(batch)]}
 
 
 def free_ports(count):
@@ -84,7 +93,6 @@ def launch(config, folder, jobs):
         timeout=400,
     )
     assert done.returncode == 0, done.stderr[-5000:]
-    return done.stdout
 
 
 def logs(output, stage):
@@ -105,45 +113,86 @@ def assert_close(found, expected, **tolerance):
         torch.testing.assert_close(found[name], weight, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
-@pytest.mark.parametrize("config", ["cpu2.yaml", "fsdp2.yaml"])
-def test_two_processes_equal_one_and_a_killed_run_goes_on_on_both(config, job, tmp_path):
+# Where parts are written and read one way in both stages, one of them is enough.
+KILLS = {"cpu2.yaml": ("alignment/checkpoint-4", "logits/checkpoint-2"), "fsdp2.yaml": ("logits/checkpoint-2",)}
+
+
+def jobs_of_layers(folder, config):
     def options(name, batch):
-        return {"options": [*job, "--output_dir", str(tmp_path / name), "--per_device_train_batch_size", str(batch)]}
+        return job(folder, "base", name, batch)
 
     def moved(name, batch):
         """Go on from a copy of the run in which the second stage has come half way."""
-        target = tmp_path / f"{name}-moved"
+        target = folder / f"{name}-moved"
         unfinished = ("adapter_config.json", "logits/adapter_config.json", "logits/checkpoint-4")
-        changes = {"copy": [str(tmp_path / name), str(target)], "remove": [str(target / path) for path in unfinished]}
+        changes = {"copy": [str(folder / name), str(target)], "remove": [str(target / path) for path in unfinished]}
         return options(target.name, batch) | changes
 
     def killed(name, batch, **more):
-        """Twice, as soon as another checkpoint begins to appear (often in the middle of writing it); then the rest."""
-        kills = [tmp_path / name / stage for stage in ("alignment/checkpoint-4", "logits/checkpoint-2")]
+        """In each stage, as soon as another checkpoint begins to appear (often in the middle of writing it); then the rest."""
+        kills = [folder / name / stage for stage in KILLS[config]]
         return [options(name, batch) | more | kill for kill in (*({"kill_at": str(path)} for path in kills), {})]
 
-    alone = config == "cpu2.yaml"  # one process is one process whatever the config says
     jobs = [options("two", 2), options("one", 4) | {"processes": 1}, *killed("parts", 2)]
-    jobs += [moved("two", 4) | {"processes": 1}, moved("one", 2), *(killed("alone", 4, processes=1) if alone else [])]
-    output = launch(config, tmp_path, jobs)
+    jobs += [moved("two", 4) | {"processes": 1}, moved("one", 2)]
+    return jobs + (killed("alone", 4, processes=1) if runs_alone(config) else [])
+
+
+def runs_alone(config):
+    """One process is one process whatever the config says."""
+    return config == "cpu2.yaml"
+
+
+def jobs_of_heads(folder, config):
+    def options(name, batch):
+        one = job(folder, "base-of-heads", name, batch)
+        own = ["--unit", "head", "--ranking_probes", "3", "--probe_length", "260", "--sequence_lengths", "32", "64"]
+        own += ["--probes_in_training", "0.5", "--eval_sequences", "0"]
+        return one | {"options": one["options"] + own}
+
+    return [options("two-of-heads", 2), options("one-of-heads", 4) | {"processes": 1}]
+
+
+@pytest.fixture
+def ran(config, tiny_model, tmp_path_factory):
+    """`ran(jobs_of_layers)`: the folder in which the jobs have run, and what they printed. Processes take longer to start than jobs
+    take, so with DDP all run in one launch."""
+
+    def run(jobs):
+        together = (jobs_of_layers, jobs_of_heads) if config == "cpu2.yaml" else (jobs,)
+        if (config, together) not in RAN:
+            RAN[config, together] = folder = tmp_path_factory.mktemp("ran")
+            save_all(folder, tiny_model)
+            launch(config, folder, [each | {"printed": str(folder / some.__name__)} for some in together for each in some(folder, config)])
+        folder = RAN[config, together]
+        return folder, (folder / jobs.__name__).read_text()
+
+    return run
+
+
+@pytest.mark.parametrize("config", ["cpu2.yaml", "fsdp2.yaml"])
+def test_two_processes_equal_one_and_a_killed_run_goes_on_on_both(config, ran):
+    folder, output = ran(jobs_of_layers)
+    alone = runs_alone(config)
     assert "processes 2" in output and "processes 1" in output
     assert output.count("DistributedType.FSDP") == (6 if config == "fsdp2.yaml" else 0)  # twice in each of three runs to the end
     # Of the two processes only the first speaks, once in each run, and of the levels at its end.
     ends = 5 + alone
     for words in ("Distilling an adapter", "Levels on 126 tokens kept apart", "Answers to "):
-        assert output.count(words) == (ends + 2 + 2 * alone if words.startswith("Distilling") else ends), words
-    two, one, parts = (tmp_path / name for name in ("two", "one", "parts"))
+        begun = ends + len(KILLS[config]) * (1 + alone)
+        assert output.count(words) == (begun if words.startswith("Distilling") else ends), words
+    two, one, parts = (folder / name for name in ("two", "one", "parts"))
 
     assert_close(two, one, rtol=0, atol=1e-4)
     # The mean over processes is a whole number, that of the pure function, only if all of them drew it.
-    assert [entry["level"] for entry in logs(two, "logits")] == [draw_level(42, step, 4, 2) for step in range(4)]
+    assert [entry["level"] for entry in logs(two, "logits")] == [draw_level(42, step, LAYERS, 2) for step in range(4)]
     assert json.loads((two / "ranking.json").read_text())["order"] == json.loads((one / "ranking.json").read_text())["order"]
     assert_close(parts, two, rtol=0, atol=0)
     if alone:
-        assert_close(tmp_path / "alone", one, rtol=0, atol=0)
+        assert_close(folder / "alone", one, rtol=0, atol=0)
     for stage in ("alignment", "logits"):
         assert logs(parts, stage) == logs(two, stage)
-        assert not alone or logs(tmp_path / "alone", stage) == logs(one, stage)
+        assert not alone or logs(folder / "alone", stage) == logs(one, stage)
 
     tables = {path: json.loads((path / "levels.json").read_text())["rows"] for path in (two, one, parts)}
     assert tables[parts] == tables[two]
@@ -154,27 +203,18 @@ def test_two_processes_equal_one_and_a_killed_run_goes_on_on_both(config, job, t
     assert load_file(two / "adapter_model.safetensors").keys() == load_file(two / "logits" / "adapter_model.safetensors").keys()
 
     # What two processes began one ends, and the other way round.
-    assert_close(tmp_path / "two-moved", two, rtol=0, atol=1e-4)
-    assert_close(tmp_path / "one-moved", one, rtol=0, atol=1e-4)
+    assert_close(folder / "two-moved", two, rtol=0, atol=1e-4)
+    assert_close(folder / "one-moved", one, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("config", ["cpu2.yaml", pytest.param("fsdp2.yaml", marks=pytest.mark.slow)])
-def test_heads_on_two_processes_are_those_of_one(config, tiny_model, job, tmp_path):
-    base = tiny_model("llama")
-    base.resize_token_embeddings(290)
-    base.save_pretrained(tmp_path / "base")
-
-    def options(name, batch):
-        own = ["--unit", "head", "--ranking_probes", "3", "--probe_length", "260", "--sequence_lengths", "32", "64"]
-        own += ["--probes_in_training", "0.5", "--eval_sequences", "0"]
-        return {"options": [*job, *own, "--output_dir", str(tmp_path / name), "--per_device_train_batch_size", str(batch)]}
-
-    launch(config, tmp_path, [options("two", 2), options("one", 4) | {"processes": 1}])
-    two, one = tmp_path / "two", tmp_path / "one"
+def test_heads_on_two_processes_are_those_of_one(ran):
+    folder, _ = ran(jobs_of_heads)
+    two, one = folder / "two-of-heads", folder / "one-of-heads"
     assert_close(two, one, rtol=0, atol=1e-4)
     rankings = [json.loads((folder / "ranking.json").read_text()) for folder in (two, one)]
     assert rankings[0]["order"] == rankings[1]["order"] and rankings[0]["metric"] == "shares"
-    assert [entry["level"] for entry in logs(two, "logits")] == [draw_level(42, step, 8, 2) for step in range(4)]
+    assert [entry["level"] for entry in logs(two, "logits")] == [draw_level(42, step, 2 * LAYERS, 2) for step in range(4)]
 
 
 @pytest.mark.parametrize("config, kind", [("one_gpu.yaml", "NO"), ("ddp.yaml", "MULTI_GPU"), ("fsdp2.yaml", "FSDP")])
