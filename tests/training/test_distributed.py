@@ -35,7 +35,7 @@ OPTIONS = [
 ]
 OPTIONS += ["--logging_steps", "1", "--save_steps", "2", "--report_to", "none", "--disable_tqdm", "True"]
 # Half of the key-value weights fit no second process, whose parts of them are empty.
-OPTIONS += ["--hidden_weight", "0.5"]
+OPTIONS += ["--hidden_weight", "0.5", "--unit", "layer"]
 
 LAYERS = 3
 RAN = {}  # folders by config and jobs
