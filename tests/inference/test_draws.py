@@ -103,9 +103,9 @@ def test_processors_come_first_and_warpers_at_the_end_are_drawn_by():
     assert all(token in row.topk(2)[1] for token, row in zip(found, logits, strict=True))
     turned_first = Sampler(LogitsProcessorList([turned, *warpers]), True, 7)(logits, ids, [4, 5, 6])
     assert torch.equal(turned_first, exactly(-logits, [Row(how, 7 + i, 4 + i) for i in range(3)]))
-    assert exactly(logits[:1], [Row(Sampling(1.0, top_p=COLDEST), 7, 4)]) == Sampler(
-        LogitsProcessorList([TopPLogitsWarper(0.0)]), True, 7
-    )(logits[:1], ids[:1], [4])
+    assert exactly(logits[:1], [Row(Sampling(1.0, top_p=COLDEST), 7, 4)]) == Sampler(LogitsProcessorList([TopPLogitsWarper(0.0)]), True, 7)(
+        logits[:1], ids[:1], [4]
+    )
 
 
 def test_without_a_seed_pytorchs_generator_gives_one():

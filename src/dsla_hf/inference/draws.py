@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
 from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from .noise import gumbel, key_of, token_ids
@@ -140,10 +139,7 @@ def exactly(scores: Tensor, rows: Sequence[Row]) -> Tensor:
 def _table(rows: Sequence[Row], order: list[int], device: torch.device) -> tuple[_Table, Tensor]:
     """Of rows, and their places `[R]`, in one copy."""
     whole = torch.tensor(
-        [
-            (number, min(row.sampling.top_k, 2**31 - 1), *key_of(row.seed, row.position))
-            for number, row in zip(order, rows, strict=True)
-        ]
+        [(number, min(row.sampling.top_k, 2**31 - 1), *key_of(row.seed, row.position)) for number, row in zip(order, rows, strict=True)]
     )
     real = torch.tensor(
         [

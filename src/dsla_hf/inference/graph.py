@@ -320,7 +320,7 @@ class GraphDecoder:
 
         seed: of the draws (`do_sample=True`), int64; text i of a batch has `seed + i`. A text's draws depend on its seed and the places of
             its tokens alone: neither on the rest of the batch nor on the device. None: one from PyTorch's generator, which
-            `torch.manual_seed` sets. Where no graphs can run, `seed` seeds that generator for the call, and draws are those of transformers.
+            `torch.manual_seed` sets. Where no graphs can run, `seed` seeds that generator for the call, whose draws are transformers'.
 
         Raises:
             ValueError: if `past_key_values` of this decoder has no room for the text, or holds all of it already; for a seed beyond int64.
