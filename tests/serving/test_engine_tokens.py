@@ -223,8 +223,7 @@ def test_log_probabilities_of_prompts(tuned, monkeypatch, record, rows_at_once, 
     monkeypatch.setattr(engine_module, "MIN_CHUNK", 5)
     engine = Engine(tuned, 2, options(chunk=16), record=record)
     wanted = [
-        (prompt, 4, Sampling(prompt_logprobs=most))
-        for prompt, most in zip([*prompts(4, 20, 50), [9]], (0, 2, None, 20, 1), strict=True)
+        (prompt, 4, Sampling(prompt_logprobs=most)) for prompt, most in zip([*prompts(4, 20, 50), [9]], (0, 2, None, 20, 1), strict=True)
     ]
     ears = serve(engine, wanted)
     for (prompt, count, sampling), ear in zip(wanted, ears, strict=True):

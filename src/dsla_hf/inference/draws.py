@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from dsla_kernels import draw as draw_in_kernels
+from dsla_kernels import draws_logits
+
 from .noise import gumbel, key_of, token_ids
 from .sampling import Sampling
 
@@ -55,7 +58,7 @@ class Sampler:
         if not self.sample:
             return scores.argmax(-1)
         rows = [Row(self.sampling, following(self.seed, number), place) for number, place in enumerate(positions)]
-        return exactly(scores.float(), rows)
+        return exactly(scores, rows)
 
 
 def following(seed: int, number: int) -> int:
@@ -103,19 +106,24 @@ def draw(scores: Tensor, rows: Sequence[Row], candidates: int = CANDIDATES) -> t
     `exactly`. Nothing is waited for.
 
     Args:
-        scores: logits fp32 `[R, V]`. rows: R of them. candidates: looked at for top_p.
+        scores: logits `[R, V]`. rows: R of them. candidates: looked at for top_p, where no kernels run.
     """
     device, vocabulary = scores.device, scores.shape[1]
-    filtered = [number for number, row in enumerate(rows) if 0 < row.sampling.top_k < vocabulary or row.sampling.top_p < 1]
-    others = [number for number, row in enumerate(rows) if not (0 < row.sampling.top_k < vocabulary or row.sampling.top_p < 1)]
-    order = [*filtered, *others]
+    sure = torch.ones(len(rows), dtype=torch.bool, device=device)
+    if draws_logits(scores):
+        table, _ = _table(rows, list(range(len(rows))), device)
+        filtered = any(_is_filtered(row.sampling, vocabulary) or row.sampling.min_p > 0 for row in rows)
+        return draw_in_kernels(scores, table.temperature, table.top_k, table.top_p, table.log_min_p, table.keys, filtered), sure
+    scores = scores.float()
+    filtered_rows = [number for number, row in enumerate(rows) if _is_filtered(row.sampling, vocabulary)]
+    others = [number for number, row in enumerate(rows) if not _is_filtered(row.sampling, vocabulary)]
+    order = [*filtered_rows, *others]
     table, places = _table([rows[number] for number in order], order, device)
-    count, mixed = len(filtered), bool(filtered and others)
-    tokens, sure = torch.empty(len(rows), dtype=torch.long, device=device), torch.ones(len(rows), dtype=torch.bool, device=device)
-    if filtered:
-        found = _among_likeliest(
-            scores[places[:count]] if mixed else scores, table.of(slice(count)), [rows[number].sampling for number in filtered], candidates
-        )
+    count, mixed = len(filtered_rows), bool(filtered_rows and others)
+    tokens = torch.empty(len(rows), dtype=torch.long, device=device)
+    if filtered_rows:
+        how = [rows[number].sampling for number in filtered_rows]
+        found = _among_likeliest(scores[places[:count]] if mixed else scores, table.of(slice(count)), how, candidates)
         if not mixed:
             return found
         tokens[places[:count]], sure[places[:count]] = found
@@ -125,6 +133,10 @@ def draw(scores: Tensor, rows: Sequence[Row], candidates: int = CANDIDATES) -> t
         at = places[some] if mixed else some
         tokens[at] = _among_all(scores[at], table.of(some), any(rows[number].sampling.min_p > 0 for number in order[some]))
     return tokens, sure
+
+
+def _is_filtered(sampling: Sampling, vocabulary: int) -> bool:
+    return 0 < sampling.top_k < vocabulary or sampling.top_p < 1
 
 
 def exactly(scores: Tensor, rows: Sequence[Row]) -> Tensor:

@@ -60,8 +60,8 @@ class NextTokens:
             places = self._sent(touched)
             if changed or len(touched) < len(requests):
                 scores = logits[places]
-            scores = scores.float()
             if changed:
+                scores = scores.float()
                 self._change(scores, [(at, requests[number]) for at, number in enumerate(touched)], masks, touched)
                 tokens[places] = scores.argmax(-1)
             if sampled:
