@@ -16,7 +16,8 @@ from dsla_hf.inference.sampling import Sampling  # noqa: E402
 from dsla_kernels.ops.sample import draw, likeliest, race  # noqa: E402
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-DTYPES = [torch.float32, torch.float16]
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")]
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=on_gpu)]
 INF = float("inf")
 
 
@@ -62,7 +63,7 @@ HOW = [
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [1, 7, 64, 321])
+@pytest.mark.parametrize("size", [1, 150])
 def test_draws_are_those_of_plain_pytorch(small_blocks, size, dtype):
     logits = (3 * torch.randn(len(HOW), size, device=DEVICE)).to(dtype)
     temperature, top_k, top_p, log_min_p, keys = given = settings(*HOW)
@@ -76,23 +77,23 @@ def test_draws_are_those_of_plain_pytorch(small_blocks, size, dtype):
     assert torch.equal(open_rows, noisy.argmax(-1))
 
 
-def test_what_is_left_comes_and_nothing_else(small_blocks):
-    """Many draws of the same logits, some equal, some impossible, one far below all others."""
-    for how in HOW[1:7]:
-        row = torch.tensor([1.0, 1.0, 0.5, -1e30, 2.0, 0.5, 0.5, 0.0, -0.0, -INF, -1.0, 0.0], device=DEVICE)
-        count = 300
-        found = draw(row.expand(count, -1).contiguous(), *settings(*[how] * count), filtered=True)
-        stays = left(row.double() / how[0], *how[1:]) & (row > -1e29)
-        assert set(found.tolist()) == set(stays.nonzero()[:, 0].tolist()), how
+@pytest.mark.parametrize("how", HOW[1:7])
+def test_the_least_that_is_left(small_blocks, how):
+    """Some logits are equal, some impossible, one is far below all others."""
+    row = torch.tensor([[1.0, 1.0, 0.5, -1e30, 2.0, 0.5, 0.5, 0.0, -0.0, -INF, -1.0, 0.0]], device=DEVICE)
+    least = likeliest.least_logits(row, *settings(how)[:-1])
+    x = row / how[0]
+    assert torch.equal(x >= least[:, None], left(x[0].double(), *how[1:])[None])
 
 
 def test_one_token_allowed_and_rows_apart():
     """Of a view whose rows lie apart; a grammar leaves one token."""
-    wide = torch.full((len(HOW), 400), -INF, device=DEVICE)
+    few = [HOW[i] for i in (0, 1, 3, 8)]
+    wide = torch.full((len(few), 400), -INF, device=DEVICE)
     wide[:, 17] = -5.0
-    assert draw(wide[:, :300], *settings(*HOW), filtered=True).tolist() == [17] * len(HOW)
+    assert draw(wide[:, :300], *settings(*few), filtered=True).tolist() == [17] * len(few)
     with pytest.raises(ValueError, match=r"\[R, V\]"):
-        draw(wide, *settings(*HOW[1:]), filtered=True)
+        draw(wide, *settings(*few[1:]), filtered=True)
 
 
 def test_the_library_draws_by_the_kernels_what_it_draws_without(small_blocks, monkeypatch):

@@ -1,7 +1,9 @@
 """The least logit that top_k, top_p and min_p leave, found by halving: no logit is sorted, and none is written."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 BLOCK, WARPS = 4096, 16  # logits that a program reads at a time
 # A search cuts a range of values into four at each reading: at first by their size, which logits of models are even in, then by their
@@ -69,7 +71,7 @@ def _largest_with(logits, size, temperature, low, top, target, MASS: tl.constexp
         high = tl.where(enough3, high, tl.where(enough2, _order(p3), tl.where(enough1, _order(p2), _order(p1))))
         high = tl.minimum(high, _order(last) + 1)
         low = tl.where(enough3, p3, tl.where(enough2, p2, tl.where(enough1, p1, low)))
-        low = tl.where(searching, tl.maximum(low, first), first)
+        low = tl.where(first <= last, tl.where(searching, tl.maximum(low, first), first), low)  # rounding may leave none
     return low
 
 
@@ -99,3 +101,18 @@ def _likeliest_kernel(logits, row_stride, temperatures, top_k, top_p, log_min_p,
         start_at = tl.maximum(tl.maximum(low, kept), top - 64.0)
         kept = tl.maximum(kept, _largest_with(logits, size, temperature, start_at, top, p * tl.sum(masses, 0), True, BLOCK))
     tl.store(least + row, tl.maximum(kept, top + tl.load(log_min_p + row)))
+
+
+def least_logits(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, log_min_p: Tensor) -> Tensor:
+    """Of each row the least logit over temperature that is left, fp32 `[R]`; arguments are those of `race.draw`."""
+    least = torch.empty(len(logits), device=logits.device)
+    _likeliest_kernel[(len(logits),)](
+        logits,
+        logits.stride(0),
+        *(x.contiguous() for x in (temperature, top_k, top_p, log_min_p)),
+        least,
+        logits.shape[1],
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+    )
+    return least

@@ -6,8 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common import on_its_device
-from . import likeliest
-from .likeliest import _likeliest_kernel, scaled
+from .likeliest import least_logits, scaled
 
 BLOCK, WARPS = 4096, 8  # logits that a program reads
 
@@ -50,8 +49,8 @@ def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, log_
 
     Args:
         logits: `[R, V]`, bf16, fp16 or fp32, of unit stride in V.
-        temperature: fp32 `[R]`, above 0. top_k: int64 `[R]`, 0 or V and more: all. top_p: fp32 `[R]`, of what top_k leaves; 1 and more: all.
-        log_min_p: fp32 `[R]`, minus infinity: all. keys: int32 `[R, 2]`, of the noise.
+        temperature: fp32 `[R]`, above 0. top_k: int64 `[R]`, 0 or V and more: all. top_p: fp32 `[R]`, of what top_k leaves, 1 and more:
+            all. log_min_p: fp32 `[R]`, minus infinity: all. keys: int32 `[R, 2]`, of the noise.
         filtered: False: top_k, top_p and log_min_p leave all, and are not looked at.
 
     Raises:
@@ -62,14 +61,12 @@ def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, log_
         raise ValueError(f"draw takes logits [R, V], settings [R] and keys [R, 2], got {list(logits.shape)} and {list(keys.shape)}")
     blocks = triton.cdiv(size, BLOCK)
     temperature, keys = temperature.contiguous(), keys.contiguous()
-    least = torch.full((rows,), float("-inf"), device=logits.device)
     scores = torch.empty(rows, blocks, device=logits.device)
     winners = torch.empty(rows, blocks, dtype=torch.int32, device=logits.device)
-    if rows and filtered:
-        settings = (x.contiguous() for x in (top_k, top_p, log_min_p))
-        _likeliest_kernel[(rows,)](
-            logits, logits.stride(0), temperature, *settings, least, size, BLOCK=likeliest.BLOCK, num_warps=likeliest.WARPS
-        )
+    if filtered and rows:
+        least = least_logits(logits, temperature, top_k, top_p, log_min_p)
+    else:
+        least = torch.full((rows,), float("-inf"), device=logits.device)
     if rows:
         _race_kernel[(rows, blocks)](
             logits, logits.stride(0), temperature, least, keys, winners, scores, size, blocks, BLOCK=BLOCK, num_warps=WARPS
