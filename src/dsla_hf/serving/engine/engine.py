@@ -326,6 +326,7 @@ class Engine:
         while the engine steps."""
         if self.levels.device.type == "cuda":
             self.memory.rehearse_folds(self.expected_levels())
+            self.next_tokens.rehearse(self.levels.dtype)
         self.runner.prepare(self.expected_levels() if levels is None else levels)
 
     def expected_levels(self) -> list[int]:

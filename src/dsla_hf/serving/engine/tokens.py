@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...inference.draws import Row, draw, exactly, sent
+from ...inference.sampling import Sampling
 from .request import Logprob, Request
 
 LOGITS_AT_ONCE = 2**23  # in fp32, of a prompt whose log-probabilities are asked for
@@ -82,6 +83,14 @@ class NextTokens:
         tokens_there = found[0].tolist()
         told = logprobs_of(found[2:], tokens_there, [request.sampling.logprobs for request in requests])
         return [NextToken(token, told[number], errors.get(number)) for number, token in enumerate(tokens_there)]
+
+    def rehearse(self, dtype: torch.dtype) -> None:
+        """Compile what draws from a model's logits of this dtype, so that the first text does not wait for it."""
+        for kind in {dtype, torch.float32}:  # as they come, and changed
+            for count in (1, 2):
+                logits = torch.zeros(count, self.vocabulary, dtype=kind, device=self.device)
+                for sampling in (Sampling(1.0), Sampling(1.0, top_k=2, top_p=0.5)):
+                    draw(logits, [Row(sampling, 0, 0)] * count)
 
     # --- what changes logits --------------------------------------------------------------------------------------
 
