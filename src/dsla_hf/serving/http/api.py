@@ -102,10 +102,10 @@ class Answer:
             api.mailbox.put(loop, self._events, event)
 
         sampling = Sampling(
-            1.0 if body.temperature is None else body.temperature,
-            1.0 if body.top_p is None else body.top_p,
-            body.seed,
-            bool(body.ignore_eos),
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            seed=body.seed,
+            ignore_eos=bool(body.ignore_eos),
         )
         self.request: Request = api.engine.submit(prompt, max_tokens, listener, sampling)
 
