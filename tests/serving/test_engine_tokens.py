@@ -6,6 +6,7 @@ from engine_texts import SMALL, Ear, alone, ask, assert_empty, options, prompts,
 
 from dsla_hf.inference.draws import Row, exactly
 from dsla_hf.inference.graph import GraphDecoder, PlainRecording
+from dsla_hf.inference.recorder import CudaRecording
 from dsla_hf.inference.sampling import Sampling
 from dsla_hf.serving.engine import engine as engine_module
 from dsla_hf.serving.engine.engine import Engine, TooLong
@@ -127,6 +128,41 @@ def test_sampled_texts_are_those_of_a_graph_decoder_with_their_seed(tuned, chang
         decoder = GraphDecoder(tuned, record=PlainRecording)
         options_of = {"max_new_tokens": tokens, "do_sample": True, "temperature": 0.8, "top_k": 0, **change, "seed": sampling.seed}
         assert ear.tokens == decoder.generate(torch.tensor([prompt]), **options_of)[0, len(prompt) :].tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_sampled_texts_on_a_gpu(tiny_model, adapter_model):
+    """In fp32, by graphs and the kernels that draw: those of a graph decoder, and with masks, penalties and log-probabilities as on a CPU."""
+    model = adapter_model(tiny_model("llama", hidden_size=64, head_dim=16))
+    ways = [
+        Sampling(0.8, seed=1),
+        Sampling(0.8, top_k=30, top_p=0.9, seed=2),
+        Sampling(1.0, min_p=0.01, seed=3, frequency_penalty=1.0, repetition_penalty=1.2, logit_bias=((5, 2.0),), logprobs=3),
+        Sampling(1.0, seed=4, min_tokens=5, prompt_logprobs=2),
+    ]
+
+    def served():
+        engine = Engine(
+            model, 2, options(block_size=16, chunk=96), eos_tokens={1}, record=CudaRecording if model.device.type == "cuda" else None
+        )
+        wanted = [(prompt, 15, sampling) for prompt, sampling in zip(prompts(4, 10, 30), ways, strict=True)]
+        return serve(engine, [*wanted, (PROMPT, 3, Sampling(1.0, seed=5), Steps({31, 63, 95}, {0, 96}, {32}))])
+
+    on_cpu = served()
+    model.cuda()
+    on_gpu = served()
+    assert [ear.tokens for ear in on_gpu] == [ear.tokens for ear in on_cpu]
+    for one, other in zip(on_gpu, on_cpu, strict=True):
+        for event, like in zip(one.events, other.events, strict=True):
+            for mine, its in ((event.logprob, like.logprob), *zip(event.prompt_logprobs or (), like.prompt_logprobs or (), strict=True)):
+                assert (mine is None) == (its is None) and (mine is None or mine.logprob == pytest.approx(its.logprob, abs=1e-3))
+    model.set_level(2)
+    prompt = on_gpu[0].request.prompt
+    found = GraphDecoder(model).generate(
+        torch.tensor([prompt], device="cuda"), max_new_tokens=15, do_sample=True, temperature=0.8, top_k=0, seed=1
+    )
+    assert on_gpu[0].tokens == found[0, len(prompt) :].tolist()
 
 
 def test_sampled_texts_follow_raises_as_a_graph_decoder_does(tuned):

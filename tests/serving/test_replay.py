@@ -116,6 +116,20 @@ def test_a_replay_against_a_server(server, trace_file, tmp_path, capsys):
     assert (out / "replay.png").stat().st_size > 1000 and "to first token, ms" in capsys.readouterr().out
 
 
+def test_requests_that_are_refused_are_counted(server, trace_file, tmp_path):
+    out = tmp_path / "out"
+    assert main(["replay", str(trace_file), "--url", server, "--out", str(out), "--vocab", "97", "--length", "10"]) == 0
+    result = json.loads((out / "replay.json").read_text())
+    assert result["summary"]["errors"] == 1 and result["requests"][3]["error"].startswith("400: ")
+
+
+def test_servers_that_do_not_answer_and_wrong_options(trace_file, tmp_path, capsys):
+    for url, words in (("http://127.0.0.1:9", "does not answer"), ("localhost:8000", "http://")):
+        assert main(["replay", str(trace_file), "--url", url, "--out", str(tmp_path)]) == 1
+        assert words in capsys.readouterr().err
+    assert main(["replay", str(tmp_path / "none.csv"), "--url", "http://x", "--out", str(tmp_path)]) == 1
+
+
 def test_tokens_are_drawn_unless_told_otherwise(trace_file, tmp_path, monkeypatch, capsys):
     """At temperature 1, each request with a seed of its own, the same every time."""
     bodies = []
@@ -143,17 +157,3 @@ def test_tokens_are_drawn_unless_told_otherwise(trace_file, tmp_path, monkeypatc
     capsys.readouterr()
     assert main(["replay", str(trace_file), "--url", "http://x", "--out", str(tmp_path), "--temperature", "0", "--top-p", "0.9"]) == 1
     assert "leave them out" in capsys.readouterr().err
-
-
-def test_requests_that_are_refused_are_counted(server, trace_file, tmp_path):
-    out = tmp_path / "out"
-    assert main(["replay", str(trace_file), "--url", server, "--out", str(out), "--vocab", "97", "--length", "10"]) == 0
-    result = json.loads((out / "replay.json").read_text())
-    assert result["summary"]["errors"] == 1 and result["requests"][3]["error"].startswith("400: ")
-
-
-def test_servers_that_do_not_answer_and_wrong_options(trace_file, tmp_path, capsys):
-    for url, words in (("http://127.0.0.1:9", "does not answer"), ("localhost:8000", "http://")):
-        assert main(["replay", str(trace_file), "--url", url, "--out", str(tmp_path)]) == 1
-        assert words in capsys.readouterr().err
-    assert main(["replay", str(tmp_path / "none.csv"), "--url", "http://x", "--out", str(tmp_path)]) == 1
