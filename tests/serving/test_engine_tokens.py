@@ -133,7 +133,7 @@ def test_sampled_texts_are_those_of_a_graph_decoder_with_their_seed(tuned, chang
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_sampled_texts_on_a_gpu(tiny_model, adapter_model):
-    """In fp32, by graphs and the kernels that draw: those of a graph decoder, and with masks, penalties and log-probabilities as on a CPU."""
+    """In fp32, by graphs and the kernels that draw: those of a graph decoder; with masks, penalties and log-probabilities as on a CPU."""
     model = adapter_model(tiny_model("llama", hidden_size=64, head_dim=16))
     ways = [
         Sampling(0.8, seed=1),
