@@ -83,7 +83,7 @@ def test_the_least_that_is_left(small_blocks, how):
     row = torch.tensor([[1.0, 1.0, 0.5, -1e30, 2.0, 0.5, 0.5, 0.0, -0.0, -INF, -1.0, 0.0]], device=DEVICE)
     least = likeliest.least_logits(row, *settings(how)[:-1])
     x = row / how[0]
-    assert torch.equal(x >= least[:, None], left(x[0].double(), *how[1:])[None])
+    assert torch.equal(row >= least[:, None], left(x[0].double(), *how[1:])[None])
 
 
 def test_one_token_allowed_and_rows_apart():

@@ -12,10 +12,9 @@ BY_SIZE = tl.constexpr(4)
 
 
 @triton.jit
-def scaled(logits, place, size, temperature):
-    """Logits over temperature, to the last bit, fp32; minus infinity outside."""
-    found = tl.load(logits + place, mask=place < size, other=float("-inf")).to(tl.float32)
-    return tl.div_rn(found, temperature + tl.zeros_like(found)) + 0.0  # -0 becomes 0
+def loaded(logits, place, size):
+    """Logits, fp32; minus infinity outside."""
+    return tl.load(logits + place, mask=place < size, other=float("-inf")).to(tl.float32) + 0.0  # -0 becomes 0
 
 
 @triton.jit
@@ -32,17 +31,17 @@ def _value(order):
 
 
 @triton.jit
-def _weight(x, top, MASS: tl.constexpr):
+def _weight(x, top, per_temperature, MASS: tl.constexpr):
     if MASS:
-        return tl.exp(x - top)
+        return tl.exp((x - top) * per_temperature)
     else:
         return tl.full(x.shape, 1.0, tl.float32)
 
 
 @triton.jit
-def _largest_with(logits, size, temperature, low, top, target, MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest value of which what is no less weighs `target` or more: a one each, or with MASS exp(x - top). What is no less than `low`
-    does, and no value is above `top`."""
+def _largest_with(logits, size, per_temperature, low, top, target, MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest value of which what is no less weighs `target` or more: a one each, or with MASS its part of the softmax, that of `top`
+    being one. What is no less than `low` does, and no value is above `top`."""
     high = _order(top) + 1  # what is looked for lies below
     number = 0
     searching = low < top
@@ -57,8 +56,8 @@ def _largest_with(logits, size, temperature, low, top, target, MASS: tl.constexp
         w1, w2, w3 = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
         least, most = tl.full([BLOCK], float("inf"), tl.float32), tl.full([BLOCK], float("-inf"), tl.float32)
         for start in range(0, size, BLOCK):
-            x = scaled(logits, start + tl.arange(0, BLOCK), size, temperature)
-            weight = _weight(x, top, MASS)
+            x = loaded(logits, start + tl.arange(0, BLOCK), size)
+            weight = _weight(x, top, per_temperature, MASS)
             w1 += tl.where(x >= p1, weight, 0.0)
             w2 += tl.where(x >= p2, weight, 0.0)
             w3 += tl.where(x >= p3, weight, 0.0)
@@ -80,31 +79,32 @@ def _likeliest_kernel(logits, row_stride, temperatures, top_k, top_p, log_min_p,
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
     temperature = tl.load(temperatures + row)
+    per_temperature = 1 / temperature
     k, p = tl.load(top_k + row), tl.load(top_p + row)
     tops, lows = tl.full([BLOCK], float("-inf"), tl.float32), tl.full([BLOCK], float("inf"), tl.float32)
     finite = tl.zeros([BLOCK], tl.int32)
     for start in range(0, size, BLOCK):
-        x = scaled(logits, start + tl.arange(0, BLOCK), size, temperature)
+        x = loaded(logits, start + tl.arange(0, BLOCK), size)
         tops = tl.maximum(tops, x)
         lows = tl.where(x > float("-inf"), tl.minimum(lows, x), lows)
         finite += (x > float("-inf")).to(tl.int32)
     top, low = tl.max(tops, 0), tl.min(lows, 0)
     kept = tl.full((), float("-inf"), tl.float32)
     if (k > 0) & (k < tl.sum(finite, 0)):
-        kept = _largest_with(logits, size, temperature, low, top, k.to(tl.float32), False, BLOCK)
+        kept = _largest_with(logits, size, per_temperature, low, top, k.to(tl.float32), False, BLOCK)
     if p < 1:
         masses = tl.zeros([BLOCK], tl.float32)
         for start in range(0, size, BLOCK):
-            x = scaled(logits, start + tl.arange(0, BLOCK), size, temperature)
-            masses += tl.where(x >= kept, tl.exp(x - top), 0.0)
+            x = loaded(logits, start + tl.arange(0, BLOCK), size)
+            masses += tl.where(x >= kept, _weight(x, top, per_temperature, True), 0.0)
         # Far below the likeliest nothing weighs anything.
-        start_at = tl.maximum(tl.maximum(low, kept), top - 64.0)
-        kept = tl.maximum(kept, _largest_with(logits, size, temperature, start_at, top, p * tl.sum(masses, 0), True, BLOCK))
-    tl.store(least + row, tl.maximum(kept, top + tl.load(log_min_p + row)))
+        start_at = tl.maximum(tl.maximum(low, kept), top - 64.0 * temperature)
+        kept = tl.maximum(kept, _largest_with(logits, size, per_temperature, start_at, top, p * tl.sum(masses, 0), True, BLOCK))
+    tl.store(least + row, tl.maximum(kept, top + temperature * tl.load(log_min_p + row)))
 
 
 def least_logits(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, log_min_p: Tensor) -> Tensor:
-    """Of each row the least logit over temperature that is left, fp32 `[R]`; arguments are those of `race.draw`."""
+    """Of each row the least logit that is left, fp32 `[R]`; arguments are those of `race.draw`."""
     least = torch.empty(len(logits), device=logits.device)
     _likeliest_kernel[(len(logits),)](
         logits,

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common import on_its_device
-from .likeliest import least_logits, scaled
+from .likeliest import least_logits, loaded
 
 BLOCK, WARPS = 4096, 8  # logits that a program reads
 
@@ -34,10 +34,11 @@ def _gumbel(tokens, first, second):
 def _race_kernel(logits, row_stride, temperatures, least, keys, winners, scores, size, blocks, BLOCK: tl.constexpr):
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     place = block * BLOCK + tl.arange(0, BLOCK)
-    x = scaled(logits + row * row_stride, place, size, tl.load(temperatures + row))
+    logit = loaded(logits + row * row_stride, place, size)
+    x = tl.div_rn(logit, tl.load(temperatures + row) + tl.zeros_like(logit))  # to the last bit, as PyTorch divides
     first = tl.load(keys + 2 * row).to(tl.uint32, bitcast=True)
     second = tl.load(keys + 2 * row + 1).to(tl.uint32, bitcast=True)
-    noisy = tl.where(x >= tl.load(least + row), x + _gumbel(place, first, second), float("-inf"))
+    noisy = tl.where(logit >= tl.load(least + row), x + _gumbel(place, first, second), float("-inf"))
     score, winner = tl.max(noisy, 0, return_indices=True)
     tl.store(scores + row * blocks + block, score)
     tl.store(winners + row * blocks + block, block * BLOCK + winner)
