@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -139,11 +140,11 @@ class NextTokens:
     def _change(self, scores: Tensor, rows: list[tuple[int, Request]], masks: dict[int, Tensor], touched: list[int]) -> None:
         """Change the logits `[N, V]` of rows, in place."""
         self._penalise(scores, [(at, request) for at, request in rows if request.sampling.penalises])
-        biased = [(at, token, gain) for at, request in rows for token, gain in request.sampling.logit_bias]
+        biased = [(at, *_bias(request.sampling.logit_bias)) for at, request in rows if request.sampling.logit_bias]
         if biased:
-            at, token, gain = zip(*biased, strict=True)
-            where = self._sent([at, token])
-            scores[where[0], where[1]] += self._sent(gain, torch.float32)
+            places = torch.cat([torch.stack([torch.full_like(tokens, at), tokens]) for at, tokens, _ in biased], 1)
+            where = sent(places, self.device)
+            scores[where[0], where[1]] += sent(torch.cat([gains for _, _, gains in biased]), self.device)
         early = [(at, token) for at, request in rows if request.constraint is None for token in self._too_early(request)]
         if early:
             where = self._sent(early)
@@ -212,6 +213,13 @@ class NextTokens:
 
     def _sent(self, values: Sequence[object], dtype: torch.dtype = torch.long) -> Tensor:
         return sent(torch.tensor(values, dtype=dtype), self.device)
+
+
+@functools.lru_cache(maxsize=256)
+def _bias(pairs: tuple[tuple[int, float], ...]) -> tuple[Tensor, Tensor]:
+    """Tokens, and what their logits gain: a long list is made into tensors once, not at every token."""
+    tokens, gains = zip(*pairs, strict=True)
+    return torch.tensor(tokens), torch.tensor(gains, dtype=torch.float32)
 
 
 def scored(logits: Tensor, tokens: Tensor, most: int) -> Tensor:
