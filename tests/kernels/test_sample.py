@@ -1,6 +1,9 @@
 """Draws by the kernels against plain PyTorch: what top_k, top_p and min_p leave, and who wins the race."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1 for Triton's interpreter", allow_module_level=True)
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 from dsla_hf.inference import draws  # noqa: E402 (after the choice of how kernels run)
 from dsla_hf.inference.noise import gumbel, token_ids  # noqa: E402
@@ -117,3 +120,26 @@ def test_the_library_draws_by_the_kernels_what_it_draws_without(small_blocks, mo
     assert torch.equal(found, expected) and sure.all() and len(calls) == 1
     one, _ = draws.draw(logits[:1], rows[:1])
     assert one[0] == expected[0] and calls[1][-1] is False
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {support!r})
+import compile_only, torch
+from dsla_kernels import draw
+
+for dtype in (torch.bfloat16, torch.float32):
+    for rows in (2, 3, 64):
+        real, whole = torch.ones(rows), torch.zeros(rows, dtype=torch.long)
+        draw(torch.zeros(rows, 128_256, dtype=dtype), real, whole, real, real, torch.zeros(rows, 2, dtype=torch.int32), True)
+print(*sorted(compile_only.compiled.items()))
+"""
+
+
+@pytest.mark.skipif(not triton.backends.backends.get("nvidia"), reason="this Triton compiles nothing for NVIDIA GPUs")
+def test_kernels_are_compiled_once_for_any_number_of_rows():
+    """For an H100, on any machine."""
+    script = SCRIPT.format(support=str(Path(__file__).parents[1] / "support"))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "('_likeliest_kernel', 2) ('_race_kernel', 2)"
