@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.responses import JSONResponse
 
 from ..engine.engine import Draining, ShedForMemory
 from ..engine.scheduler import QueueFull
+from .schema import MAX_STOPS, Unsupported
+
+# What fields are whose kinds are several: pydantic would say what the first of them is.
+GIVE = {
+    "prompt": "a text, a list of token ids, or a list of one of these",
+    "stop": f"a text of 1 to 200 characters, or a list of at most {MAX_STOPS} of them",
+    "tool_choice": '"none", "auto", "required" or {"type": "function", "function": {"name": ...}}',
+    "input": "a text, or a list of messages with role and content (text)",
+    "guided_json": "a JSON schema",
+}
 
 CLIENT_CLOSED = 499  # as nginx has it; nobody reads it but the log
 
@@ -43,10 +54,39 @@ def as_failed(error: Exception | None) -> Failed:
     return Failed(500, "the server failed on this request; its log says why", "server_error", "internal_error")
 
 
-def too_long(found: str, most: int) -> Failed:
-    """Of a prompt that cannot fit."""
+def too_long(found: str, most: int, param: str = "prompt") -> Failed:
+    """Of a prompt that cannot fit; param: the field that has it."""
     message = f"this server's longest text is {most:,} tokens, answer included, and the prompt has {found}: send less"
-    return Failed(400, message, code="context_length_exceeded", param="prompt")
+    return Failed(400, message, code="context_length_exceeded", param=param)
+
+
+def invalid(errors: Sequence[Any]) -> dict[str, Any]:
+    """What a client is told of a body that is not what the route takes; errors: pydantic's."""
+    error = errors[0]
+    cause = error.get("ctx", {}).get("error")
+    if error["type"] == "json_invalid":
+        return error_body(escaped(f"the body is no JSON: {cause}"))
+    where = [str(part) for part in error["loc"][1:]]
+    field = cause.param if isinstance(cause, Unsupported) else where[0] if where else None
+    got = _shown(error.get("input"))
+    if field in GIVE and error["type"] != "missing":
+        message = f"{field}: give {GIVE[field]}{got}"
+    elif isinstance(cause, Unsupported):
+        message = str(cause)
+    else:
+        said = str(cause) if cause is not None else error["msg"] + ("" if error["type"] == "missing" else got)
+        message = f"{'.'.join(where)}: {said}".removeprefix(": ")
+    return error_body(escaped(message), param=None if field is None else escaped(field))
+
+
+def _shown(value: Any) -> str:
+    """What came, if it is short."""
+    return f", got {str(value)[:80]!r}" if isinstance(value, str) else f", got {value}" if isinstance(value, (int, float)) else ""
+
+
+def escaped(text: str) -> str:
+    """A message may quote what no encoding can carry."""
+    return text.encode("ascii", "backslashreplace").decode()
 
 
 def client_has_left() -> Failed:
