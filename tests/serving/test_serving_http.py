@@ -196,9 +196,8 @@ BAD = [
     ({**GOOD, "prompt": []}, 400, "empty"),
     ({**GOOD, "prompt": [-1]}, 400, "0 to 96"),
     ({**GOOD, "prompt": [97]}, 400, "0 to 96"),
-    ({**GOOD, "prompt": ["a", "b"]}, 400, "prompt"),
+    ({**GOOD, "prompt": ["a", 3]}, 400, "prompt"),
     ({**GOOD, "max_tokens": -3}, 400, "max_tokens"),
-    ({**GOOD, "max_tokens": 0}, 400, "max_tokens"),
     ({**GOOD, "max_tokens": 401}, 400, "limit of 400"),
     ({**GOOD, "max_tokens": 10**30}, 400, "limit of 400"),
     ({**GOOD, "max_tokens": "3"}, 400, "max_tokens"),
@@ -206,10 +205,10 @@ BAD = [
     ({**GOOD, "temperature": -1}, 400, "temperature"),
     (json.dumps({**GOOD, "temperature": float("nan")}), 400, "temperature"),
     ({**GOOD, "top_p": 0}, 400, "top_p"),
-    ({**GOOD, "n": 2}, 400, "n is not supported"),
-    ({**GOOD, "logprobs": 3}, 400, "logprobs"),
+    ({**GOOD, "n": 0}, 400, "greater than or equal to 1, got 0"),
+    ({**GOOD, "logprobs": -1}, 400, "logprobs"),
     ({**GOOD, "stop": [""]}, 400, "stop"),
-    ({**GOOD, "stop": ["a"] * 5}, 400, "stop"),
+    ({**GOOD, "stop": ["a"] * 200}, 400, "stop"),
     ({**GOOD, "seed": 2**64}, 400, "seed"),
     ({**GOOD, "model": "gpt-\ud800"}, 404, "no model"),
     ({**GOOD, "prompt": "\ud800"}, 400, ""),
@@ -262,7 +261,7 @@ def test_other_errors(module_server):
 def test_errors_name_the_field_and_what_it_is(module_server):
     _, address = module_server
     for body, param, code, words in (
-        ({**GOOD, "prompt": "a" * 600}, "prompt", "context_length_exceeded", "600 prompt tokens"),
+        ({**GOOD, "prompt": "a" * 600}, "prompt", "context_length_exceeded", "has 600 tokens"),
         ({**GOOD, "prompt": "a" * 4000}, "prompt", "context_length_exceeded", "4,000 characters"),
         ({**GOOD, "model": "other"}, "model", "model_not_found", "no model 'other'"),
         ({**GOOD, "best_of": 7}, "best_of", None, "best_of is not supported"),

@@ -128,7 +128,7 @@ class Api:
     async def respond(self, body: ResponsesBody, http: HttpRequest) -> Response:
         return await self._chat(body.as_chat(), http, Responses(self.options.name, body), None)
 
-    async def _chat(self, body: ChatBody, http: HttpRequest, form: Format | Responses, tools: ToolFormat | None) -> Response:
+    async def _chat(self, body: ChatBody, http: HttpRequest, form: Chats | Responses, tools: ToolFormat | None) -> Response:
         self._check(body)
         self._check_count(1, body)
         grammar = asked_for(body)
@@ -143,7 +143,7 @@ class Api:
             body.chat_template_kwargs,
             form.prompt,
         )
-        wanted = self._wanted(prompt, body.limit, form.prompt, self.options.max_new_tokens)
+        wanted = self._wanted(prompt, body.limit, form.prompt, self.options.max_new_tokens, form.limit)
         constraints = await self._constraints(grammar, body.choices, body)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         decode = None if tools is None else self.tokens.decoder(tools.shown)
@@ -181,11 +181,11 @@ class Api:
             if not streams:
                 answers.cancel()
 
-    def _wanted(self, prompt: list[int], asked: int | None, param: str, default: int) -> int:
-        """How many tokens a text is to have."""
+    def _wanted(self, prompt: list[int], asked: int | None, param: str, default: int, name: str = "max_tokens") -> int:
+        """How many tokens a text is to have; name: of the field that asks."""
         most = self.options.max_new_tokens
         if asked is not None and asked > most:
-            raise Failed(400, f"max_tokens {asked} is more than this server's limit of {most}", param="max_tokens")
+            raise Failed(400, f"{name} {asked} is more than this server's limit of {most}", param=name)
         room = self.engine.max_tokens - len(prompt)
         if room < 1:
             raise too_long(f"{len(prompt):,} tokens", self.engine.max_tokens, param)

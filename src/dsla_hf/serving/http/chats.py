@@ -23,6 +23,7 @@ class Chats(Format):
     def __init__(self, model: str, body: ChatBody, tokens: TokenBytes, tools: ToolFormat | None = None):
         super().__init__(model, body, tokens)
         self.tools = tools
+        self.limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         self._readers: dict[int, CallReader] = {}
 
     def choice(self, gathered: Gathered) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse
 
 from ..engine.engine import Draining, ShedForMemory
 from ..engine.scheduler import QueueFull
-from .schema import MAX_STOPS, Unsupported
+from .schema import MAX_STOPS, Unsupported, sendable
 
 # What fields are whose kinds are several: pydantic would say what the first of them is.
 GIVE = {
@@ -24,7 +24,7 @@ CLIENT_CLOSED = 499  # as nginx has it; nobody reads it but the log
 
 
 def error_body(message: str, kind: str = "invalid_request_error", code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return {"error": {"message": sendable(message), "type": kind, "param": None if param is None else sendable(param), "code": code}}
 
 
 class Failed(Exception):
@@ -65,28 +65,23 @@ def invalid(errors: Sequence[Any]) -> dict[str, Any]:
     error = errors[0]
     cause = error.get("ctx", {}).get("error")
     if error["type"] == "json_invalid":
-        return error_body(escaped(f"the body is no JSON: {cause}"))
+        return error_body(f"the body is no JSON: {cause}")
     where = [str(part) for part in error["loc"][1:]]
     field = cause.param if isinstance(cause, Unsupported) else where[0] if where else None
     got = _shown(error.get("input"))
-    if field in GIVE and error["type"] != "missing":
-        message = f"{field}: give {GIVE[field]}{got}"
-    elif isinstance(cause, Unsupported):
+    if isinstance(cause, Unsupported):
         message = str(cause)
+    elif field in GIVE and error["type"] != "missing":
+        message = f"{field}: give {GIVE[field]}{got}"
     else:
         said = str(cause) if cause is not None else error["msg"] + ("" if error["type"] == "missing" else got)
         message = f"{'.'.join(where)}: {said}".removeprefix(": ")
-    return error_body(escaped(message), param=None if field is None else escaped(field))
+    return error_body(message, param=field)
 
 
 def _shown(value: Any) -> str:
     """What came, if it is short."""
     return f", got {str(value)[:80]!r}" if isinstance(value, str) else f", got {value}" if isinstance(value, (int, float)) else ""
-
-
-def escaped(text: str) -> str:
-    """A message may quote what no encoding can carry."""
-    return text.encode("ascii", "backslashreplace").decode()
 
 
 def client_has_left() -> Failed:

@@ -86,7 +86,7 @@ class ResponsesBody(Closed):
 class Responses:
     """What a request of /v1/responses gets."""
 
-    prompt = "input"  # the field that has it
+    prompt, limit = "input", "max_output_tokens"  # the fields that have them
 
     def __init__(self, model: str, body: ResponsesBody):
         self.body, self.model, self.created = body, model, int(time.time())

@@ -54,12 +54,17 @@ Tokens = Annotated[list[int], Field(max_length=128)]
 Real = Annotated[float, Field(allow_inf_nan=False)]
 
 
+def sendable(text: str) -> str:
+    """Messages may quote what no encoding can carry."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class Unsupported(ValueError):
     """An option that is not there; `param` names it."""
 
     def __init__(self, param: str, reason: str = "is not supported: leave it out"):
-        super().__init__(f"{param} {reason}")
-        self.param = param
+        self.param = sendable(param)
+        super().__init__(sendable(f"{param} {reason}"))
 
 
 class Closed(BaseModel):
