@@ -204,7 +204,7 @@ def test_messages_of_all_roles(engine, chat):
         ]
     )
     assert prompt_of(engine) == (
-        "system: be brief\nuser Ada: one two\nassistant: <tool_call>f [('a', 1)]</tool_call>\ntool: 3\nassistant: "
+        "system: be brief\nuser Ada: one two\nassistant: <tool_call>f [('a', 1)]</tool_call>\ntool f: 3\nassistant: "
     )
 
 

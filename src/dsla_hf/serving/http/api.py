@@ -32,6 +32,7 @@ from .forced_calls import grammar_beside_tools
 from .formats import CancellingStream, Format
 from .grammar import Grammar, Grammars, asked_for
 from .guards import Guards
+from .messages import for_template
 from .metrics import Metrics
 from .page import PAGE
 from .prompts import PromptReader
@@ -135,11 +136,11 @@ class Api:
         if tools is not None:
             grammar = grammar_beside_tools(body, tools, grammar, self.tokens)
         prompt = await self.prompts.chat(
-            [message.for_template(self.prompts.template) for message in body.messages],
+            for_template(body.messages, self.prompts.template),
             http,
             not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt,
             bool(body.continue_final_message),
-            None if tools is None else [tool.model_dump(exclude_none=True) for tool in body.tools or ()],
+            None if tools is None else [tool.for_template() for tool in body.tools or ()],
             body.chat_template_kwargs,
             form.prompt,
         )
@@ -234,8 +235,8 @@ class Api:
         if body.prompt is not None:
             tokens = await self.prompts.completion(body.prompt, http, body.add_special_tokens)
         else:
-            messages = [message.for_template(self.prompts.template) for message in body.messages or ()]
-            tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+            messages = for_template(body.messages or (), self.prompts.template)
+            tools = [tool.for_template() for tool in body.tools or ()]
             tokens = await self.prompts.chat(messages, http, body.add_generation_prompt, False, tools, body.chat_template_kwargs)
         return {"count": len(tokens), "max_model_len": self.engine.max_tokens, "tokens": tokens}
 

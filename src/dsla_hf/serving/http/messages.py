@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -84,6 +85,18 @@ class Message(BaseModel):
         return message
 
 
+def for_template(messages: Sequence[Message], roles: str) -> list[dict[str, Any]]:
+    """A chat as templates take it, see `Message.for_template`. Some want to know which tool answers: the call's id says it."""
+    called = {call.id: call.function.name for message in messages for call in message.tool_calls or ()}
+    chat = []
+    for message in messages:
+        told = message.for_template(roles)
+        if message.role == "tool" and message.tool_call_id in called:
+            told.setdefault("name", called[message.tool_call_id])
+        chat.append(told)
+    return chat
+
+
 class Function(BaseModel):
     """parameters: a JSON schema of the arguments."""
 
@@ -98,6 +111,15 @@ class Tool(BaseModel):
     model_config = ConfigDict(strict=True)
     type: Literal["function"]
     function: Function
+
+    def for_template(self) -> dict[str, Any]:
+        """As templates take it: some read what OpenAI's clients may leave out."""
+        function = self.function
+        parameters = {"type": "object", "properties": {}, **(function.parameters or {})}
+        return {
+            "type": "function",
+            "function": {"name": function.name, "description": function.description or "", "parameters": parameters},
+        }
 
 
 class NamedFunction(BaseModel):
