@@ -224,6 +224,48 @@ def test_what_templates_are_given(server, engine, chat):
     assert found["param"] == "add_generation_prompt"
 
 
+# --- streams ----------------------------------------------------------------------------------------------------------
+
+CALL = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+
+def choices_of(answers):
+    """Content, calls, reason of the end and tokens of log-probabilities by choice, of an answer or of the pieces of one."""
+    found = {}
+    for answer in answers:
+        for choice in answer["choices"]:
+            one = found.setdefault(choice["index"], {"text": "", "calls": {}, "finish": None, "tokens": []})
+            said = choice.get("message") or choice.get("delta") or {}
+            one["text"] += choice.get("text") or said.get("content") or ""
+            for number, call in enumerate(said.get("tool_calls", [])):
+                number = call.get("index", number)
+                one["calls"][number] = one["calls"].get(number, "") + call["function"].get("name", "") + call["function"]["arguments"]
+            logprobs = choice["logprobs"] or {}
+            one["tokens"] += logprobs.get("tokens", []) + [entry["token"] for entry in logprobs.get("content", [])]
+            one["finish"] = choice["finish_reason"] or one["finish"]
+    return found
+
+
+@pytest.mark.parametrize("script", ["hello", "h\u00e9\U0001f600", "", "go STO STOP on", f"so {CALL}{CALL}", '<tool_call>{"name"'])
+def test_streamed_pieces_make_the_whole_answer(server, engine, script):
+    engine.script = script
+    for route, bodies in (
+        ("completions", [{"n": 2, "logprobs": 1}, {"echo": True, "logprobs": 0, "max_tokens": 3}, {"stop": "STOP", "logprobs": 2}]),
+        (
+            "chat/completions",
+            [{"tools": TOOLS, "n": 2, "logprobs": True}, {"tools": TOOLS, "stop": ["STOP"]}, {"max_tokens": 20, "tools": TOOLS}],
+        ),
+    ):
+        asked = {"prompt": ["ab", "c"]} if route == "completions" else {"messages": [{"role": "user", "content": "hi"}]}
+        for body in bodies:
+            body = {"model": "tiny", "max_tokens": 200, **asked, **body}
+            whole = httpx.post(f"{server[1]}/v1/{route}", json=body).json()
+            lines = httpx.post(f"{server[1]}/v1/{route}", json={**body, "stream": True}).text.split("\n\n")
+            assert lines[-2:] == ["data: [DONE]", ""]
+            assert choices_of(json.loads(line.removeprefix("data: ")) for line in lines[:-2]) == choices_of([whole])
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
