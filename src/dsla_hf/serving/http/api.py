@@ -168,8 +168,8 @@ class Api:
         except TooLong as error:
             raise Failed(400, str(error), code="context_length_exceeded", param=form.prompt) from None
         except ValueError as error:
-            about_level = body.level is not None and "level" in str(error)
-            raise Failed(400, str(error), param="level" if about_level else form.prompt) from None
+            first = str(error).split(maxsplit=1)[0]  # the engine names what is wrong first
+            raise Failed(400, str(error), param=first if first in type(body).model_fields else form.prompt) from None
         streams, watch = False, asyncio.create_task(answers.cancel_when_left(http))
         try:
             begun = await answers.begin()
@@ -221,8 +221,8 @@ class Api:
             if not self._are_ids(tokens):
                 wrong = next(token for token in tokens if not self._are_ids([token]))
                 raise Failed(400, f"{name} has the token {wrong}, ids go from 0 to {self.engine.vocab_size - 1}", param=name)
-        if body.min_tokens and body.max_tokens is not None and body.min_tokens > body.max_tokens:
-            raise Failed(400, f"min_tokens {body.min_tokens} is more than max_tokens {body.max_tokens}", param="min_tokens")
+        if body.min_tokens and body.limit is not None and body.min_tokens > body.limit:
+            raise Failed(400, f"min_tokens {body.min_tokens} is more than the {body.limit} tokens asked for", param="min_tokens")
 
     def _check_count(self, prompts: int, body: Options) -> None:
         most, count = self.engine.scheduler.max_waiting, prompts * body.choices

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -150,13 +151,18 @@ class Options(Closed):
     @model_validator(mode="after")
     def _names_tokens_by_number(self) -> Options:
         for token in self.logit_bias or ():
-            if not (token.isascii() and token.isdigit() and len(token) < 10):
+            if not re.fullmatch("0|[1-9][0-9]{0,8}", token):
                 raise Unsupported("logit_bias", f"has token ids for keys, got {token[:40]!r}")
         return self
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens that are asked for, None if the request does not say."""
+        return self.max_tokens
 
     @property
     def choices(self) -> int:
