@@ -7,8 +7,9 @@ import torch
 from scripted import every_byte_tokenizer
 
 from dsla_hf.serving.http import grammar as module
-from dsla_hf.serving.http.errors import Failed
-from dsla_hf.serving.http.grammar import Grammar, Grammars
+from dsla_hf.serving.http.errors import CannotFollow, Failed, as_failed
+from dsla_hf.serving.http.grammar import Grammar, Grammars, asked_for, quoted
+from dsla_hf.serving.http.schema import CompletionBody
 
 VOCAB = 270  # more than the tokenizer has, as models have
 
@@ -47,7 +48,7 @@ def test_masks_follow_the_text_to_its_end(made):
     for _ in range(2):  # also where a text goes on to its length
         one.accept(tokenizer.eos_token_id)
         assert allowed(one, tokenizer) == "."
-    with pytest.raises(RuntimeError, match="a grammar could not be followed"):
+    with pytest.raises(CannotFollow, match="the grammar could not be followed"):
         other.accept(*tokenizer("x")["input_ids"])
 
 
@@ -64,6 +65,19 @@ def test_grammars_are_compiled_once_and_the_last_ones_kept(made, monkeypatch):
     with pytest.raises(Failed, match="field cannot be followed"):
         constraints(grammars, "regex", "(")
     assert len(grammars._compiled) == 2
+
+
+def test_what_becomes_too_complex_is_an_error_of_the_request(made):
+    tokenizer, grammars = made
+    many = [f"{number:06d}" for number in range(9000)]
+    texts = asked_for(CompletionBody(model="tiny", prompt="x", guided_choice=many))
+    (choice,) = constraints(grammars, texts.kind, texts.text)
+    choice.accept(*tokenizer("0")["input_ids"])
+    assert allowed(choice, tokenizer) == "0"  # many choices are not too complex
+    (deep,) = constraints(grammars, "lark", "start: " + " | ".join(map(quoted, many)))
+    with pytest.raises(CannotFollow) as failed:
+        deep.accept(*tokenizer("0")["input_ids"])
+    assert as_failed(failed.value).status == 400
 
 
 def test_slow_tokenizers_are_refused():

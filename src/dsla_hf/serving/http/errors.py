@@ -47,10 +47,16 @@ class Failed(Exception):
         return JSONResponse(self.body, self.status, self.headers)
 
 
+class CannotFollow(RuntimeError):
+    """A grammar became too complex while a text followed it."""
+
+
 def as_failed(error: Exception | None) -> Failed:
     """What a client is told of an error of the engine."""
     if isinstance(error, (QueueFull, Draining, ShedForMemory)):
         return Failed(503, str(error), "overloaded_error", "overloaded", retry=10 if isinstance(error, Draining) else 1)
+    if isinstance(error, CannotFollow):
+        return Failed(400, str(error))
     return Failed(500, "the server failed on this request; its log says why", "server_error", "internal_error")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from ...inference.sampling import Constraint
-from .errors import Failed
+from .errors import CannotFollow, Failed
 from .schema import Options
 
 KEPT = 64  # compiled grammars
@@ -50,7 +50,8 @@ def asked_for(body: Options) -> Grammar | None:
     if body.guided_regex is not None:
         found.append(Grammar("regex", body.guided_regex, "guided_regex"))
     if body.guided_choice is not None:
-        found.append(Grammar("lark", "start: " + " | ".join(map(quoted, body.guided_choice)), "guided_choice"))
+        choices = " | ".join(map(quoted, body.guided_choice))
+        found.append(Grammar("lark", f"start: CHOICE\nCHOICE: {choices}", "guided_choice"))
     if body.guided_grammar is not None:
         found.append(Grammar("lark", body.guided_grammar, "guided_grammar"))
     if len(found) > 1:
@@ -142,7 +143,7 @@ class GrammarConstraint(Constraint):
     """What may come next in one text; `Constraint` says how it is asked.
 
     Raises (in its methods):
-        RuntimeError: if the grammar becomes too complex, or a token comes that may not.
+        CannotFollow: if the grammar becomes too complex, or a token comes that may not.
     """
 
     def __init__(self, matcher: Any, vocab_size: int):
@@ -160,4 +161,4 @@ class GrammarConstraint(Constraint):
 
     def _check(self) -> None:
         if self.matcher.is_error():
-            raise RuntimeError(f"a grammar could not be followed: {self.matcher.get_error().strip()[:500]}")
+            raise CannotFollow(f"the grammar could not be followed: {self.matcher.get_error().strip()[:500]}")
