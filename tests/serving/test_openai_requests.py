@@ -1,6 +1,7 @@
 """What a request may ask for, by OpenAI's own client, of an engine whose texts are given."""
 
 import json
+import threading
 
 import httpx
 import openai
@@ -8,7 +9,9 @@ import pytest
 from scripted import Scripted, every_byte_tokenizer
 from server import served
 
+from dsla_hf.serving.http import completions, formats
 from dsla_hf.serving.http.api import ApiOptions, build_app
+from dsla_hf.serving.http.logprobs import completion_logprobs
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +163,21 @@ def test_echo_with_logprobs_as_lm_eval_asks(engine, complete):
     streamed = list(complete(["ab", "x"], echo=True, logprobs=1, max_tokens=1, stream=True))
     assert "".join(chunk.choices[0].text for chunk in streamed if chunk.choices[0].index == 1) == "x"
     assert complete(echo=True).choices[0].logprobs is None
+
+
+def test_logprobs_of_long_prompts_are_written_aside(server, engine, complete, monkeypatch):
+    threads = []
+    monkeypatch.setattr(
+        completions, "completion_logprobs", lambda *args: (threads.append(threading.current_thread()), completion_logprobs(*args))[1]
+    )
+    monkeypatch.setattr(formats, "MANY", 50)
+    for stream in (False, True):
+        for length in (40, 60):
+            answer = complete("a" * length, echo=True, logprobs=0, max_tokens=0, stream=stream)
+            chunks = list(answer) if stream else [answer]
+            assert [token for chunk in chunks for token in chunk.choices[0].logprobs.tokens] == ["a"] * length
+    loop = threads[0]
+    assert [thread is loop for thread in threads] == [True, False, True, True, False, True]  # streams have a last, empty piece
 
 
 def test_logprobs_of_chats(engine, chat):

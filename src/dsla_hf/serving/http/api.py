@@ -176,7 +176,7 @@ class Api:
             if body.stream and begun:
                 streams = True
                 return CancellingStream(answers, form.stream(answers))
-            return JSONResponse(await form.whole(answers))
+            return Response(await form.whole(answers), media_type="application/json")
         finally:
             watch.cancel()
             if not streams:

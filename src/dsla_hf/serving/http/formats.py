@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from starlette.responses import StreamingResponse
 
@@ -18,6 +20,9 @@ from .logprobs import Entry
 from .schema import Options
 from .token_bytes import TokenBytes
 
+MANY = 1000  # log-probabilities
+Result = TypeVar("Result")
+
 
 def sent(content: dict[str, Any], event: str | None = None) -> str:
     """A server-sent event."""
@@ -26,6 +31,16 @@ def sent(content: dict[str, Any], event: str | None = None) -> str:
 
 def new_id(kind: str) -> str:
     return f"{kind}-{uuid.uuid4().hex}"
+
+
+def as_json(content: dict[str, Any]) -> bytes:
+    """A body."""
+    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+async def aside(work: Callable[[], Result], entries: int) -> Result:
+    """Do it, where there is much to write in a thread: log-probabilities of a long prompt would hold everybody up."""
+    return await asyncio.to_thread(work) if entries > MANY else work()
 
 
 @dataclass
@@ -81,13 +96,18 @@ class Format:
         """A piece of a streamed choice."""
         raise NotImplementedError
 
-    async def whole(self, answers: Answers) -> dict[str, Any]:
+    async def whole(self, answers: Answers) -> bytes:
         """The answer in one piece."""
-        choices = []
-        for one in await gather(answers):
-            about = {"index": one.choice.index, "finish_reason": one.finish, "levels": levels_of(one.choice)}
-            choices.append({**about, **self.choice(one)})
-        return {**self.head, "object": self.whole_object, "choices": choices, "usage": answers.usage()}
+        found = await gather(answers)
+
+        def written() -> bytes:
+            choices = []
+            for one in found:
+                about = {"index": one.choice.index, "finish_reason": one.finish, "levels": levels_of(one.choice)}
+                choices.append({**about, **self.choice(one)})
+            return as_json({**self.head, "object": self.whole_object, "choices": choices, "usage": answers.usage()})
+
+        return await aside(written, sum(len(one.entries) for one in found))
 
     async def stream(self, answers: Answers) -> AsyncGenerator[str, None]:
         """Server-sent events."""
@@ -108,13 +128,17 @@ class Format:
                     about: dict[str, Any] = {"index": piece.choice.index, "finish_reason": piece.finish}
                     if piece.finish is not None:
                         about["levels"] = levels_of(piece.choice)
-                    for content in self.chunks(piece):
-                        yield chunk([{**about, **content}])
+                    written = partial(self._written, chunk, piece, about)
+                    for event in await aside(written, len(piece.entries)):
+                        yield event
             if told:
                 yield chunk([], True)
         except Failed as failed:  # the status has been sent: the error is the last event
             yield sent(failed.body)
         yield "data: [DONE]\n\n"
+
+    def _written(self, chunk: Callable[[list[dict[str, Any]]], str], piece: Piece, about: dict[str, Any]) -> list[str]:
+        return [chunk([{**about, **content}]) for content in self.chunks(piece)]
 
 
 class CancellingStream(StreamingResponse):

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .answers import Answers
 from .errors import Failed
-from .formats import gather, levels_of, sent
+from .formats import as_json, gather, levels_of, sent
 from .messages import TextPart
 from .schema import ChatBody, Closed, Real
 
@@ -93,10 +93,10 @@ class Responses:
         self.id, self.item = f"resp_{uuid.uuid4().hex}", f"msg_{uuid.uuid4().hex}"
         self._number = -1
 
-    async def whole(self, answers: Answers) -> dict[str, Any]:
+    async def whole(self, answers: Answers) -> bytes:
         """The answer in one piece."""
         (one,) = await gather(answers)
-        return self._ended(one.text, one.finish, answers)
+        return as_json(self._ended(one.text, one.finish, answers))
 
     async def stream(self, answers: Answers) -> AsyncGenerator[str, None]:
         """Events, each with its number."""
