@@ -227,7 +227,7 @@ def begin_anew(engine: Engine, policy: Policy, highest: int) -> None:
     engine.chunk = options.chunk
 
 
-def warm_up(engine: Engine, highest: int, step: int) -> None:
+def warm_up(engine: Engine, highest: int, step: int, temperature: float = 1.0) -> None:
     """Compile and record what runs will need: prompts, folds, and steps at every level that the policy can reach with any number of rows.
     To be called before the engine has its thread."""
 
@@ -235,7 +235,7 @@ def warm_up(engine: Engine, highest: int, step: int) -> None:
         begin_anew(engine, FixedLevel(level), level)
         for length in (40, 2 * engine.chunk + 3, LONG_PROMPT + 61):
             prompt = [1] * min(length, engine.max_tokens - 8)
-            engine.submit(prompt, 8, lambda event: None, Sampling(ignore_eos=True))
+            engine.submit(prompt, 8, lambda event: None, Sampling(temperature=temperature, ignore_eos=True))
         for _ in range(5):
             engine.step()
         engine.control.policy, engine.control.highest = FixedLevel(then), max(level, then)
@@ -300,7 +300,7 @@ def cut(engine: Engine, until: Future[Any]) -> None:
     engine.scheduler.max_waiting = before
 
 
-def send_directly(engine: Engine, requests: list[TracedRequest], seed: int) -> dict[str, Any]:
+def send_directly(engine: Engine, requests: list[TracedRequest], seed: int, temperature: float) -> dict[str, Any]:
     """The part of what `dsla replay` says that is needed here, of requests that are handed to the engine at their times."""
     outcomes, events = [Outcome(x.at, x.prompt, x.generated) for x in requests], queue.SimpleQueue[tuple[int, float, Event]]()
     draws = random.Random(seed)
@@ -314,7 +314,8 @@ def send_directly(engine: Engine, requests: list[TracedRequest], seed: int) -> d
             events.put((number, time.perf_counter() - start, event))
 
         try:
-            engine.submit(prompt, request.generated, listener, Sampling(ignore_eos=True))
+            sampling = Sampling(temperature=temperature, seed=seed + number, ignore_eos=True)
+            engine.submit(prompt, request.generated, listener, sampling)
         except (ValueError, QueueFull) as error:
             outcome.error, left = repr(error), left - 1
     while left:
@@ -356,6 +357,7 @@ class Measurement:
         self.setup = {
             "trace": Path(options.trace).name,
             "requests": options.requests,
+            "temperature": options.temperature,
             "seed": options.seed,
             "max_level": highest,
             **{name: getattr(engine.options, name) for name in sizes},
@@ -474,7 +476,7 @@ class Measurement:
         """What `dsla replay` says of these requests, and why they were cut short, if they were."""
         if self.url is None:
             timed = scaled(requests, speed, max_length=self.engine.max_tokens)
-            future = self.client.submit(send_directly, self.engine, timed, self.options.seed)
+            future = self.client.submit(send_directly, self.engine, timed, self.options.seed, self.options.temperature)
         else:
             path = self.folder / "trace.csv"
             write_trace(requests, path)
@@ -487,6 +489,7 @@ class Measurement:
                 max_length=self.engine.max_tokens,
                 vocab=self.engine.vocab_size,
                 seed=self.options.seed,
+                temperature=self.options.temperature,
             )
             future = self.client.submit(replay, options)
         why = None
@@ -566,6 +569,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cool-down", type=float, default=1.0, help="load: seconds between two changes")
     parser.add_argument("--step", type=int, default=16, help="load: layers of a change")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the draws; 0: the likeliest tokens")
     parser.add_argument("--quality", type=Path, default=RESULTS / "distillation.json", help="the yardstick's perplexity at every level")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of replay.json")
     parser.add_argument("--page", action="store_true", help="measure nothing; plot and docs/measured/serving.md from the rows")
@@ -622,7 +626,7 @@ def main(arguments: list[str] | None = None) -> None:
         record = CudaRecording if where.type == "cuda" and options.graphs else None
         engine = Engine(model, policy_of("load", options, None), engine_options, eos_tokens=set(), record=record)
         begin = time.perf_counter()
-        warm_up(engine, highest, options.step)
+        warm_up(engine, highest, options.step, options.temperature)
         print(f"warm-up: {time.perf_counter() - begin:.0f} s", flush=True)
         with reached(engine, client, options) as (url, sender):
             measurement = Measurement(options, engine, highest, url, sender, Path(folder))

@@ -4,6 +4,8 @@ from .checks import SMALLEST_LOG_DECAY, check_lower_bound
 from .dispatch import (
     append,
     divergence,
+    draw,
+    draws_logits,
     dual_state_attention,
     final_state,
     fused_window_attention,
@@ -32,6 +34,8 @@ __all__ = [
     "check_lower_bound",
     "count_tokens",
     "divergence",
+    "draw",
+    "draws_logits",
     "dual_state_attention",
     "dual_state_window_attention",
     "final_state",

@@ -64,6 +64,18 @@ def takes_logits(student: Tensor, teacher: Tensor) -> bool:
     return runs and all(x.dtype in (torch.bfloat16, torch.float16, torch.float32) for x in (student, teacher))
 
 
+def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, log_min_p: Tensor, keys: Tensor, filtered: bool) -> Tensor:
+    """A token for each row of logits, see `ops.sample.draw`; for logits that `draws_logits` says are taken."""
+    from .ops import sample
+
+    return sample.draw(logits, temperature, top_k, top_p, log_min_p, keys, filtered)
+
+
+def draws_logits(logits: Tensor) -> bool:
+    """Whether `draw` takes these logits `[R, V]`."""
+    return takes_logits(logits, logits) and logits.stride(1) == 1
+
+
 def kernel_path(device: torch.device | str) -> str:
     """The implementation that runs on `device`, for people to read, e.g. by `dsla env`."""
     kind = torch.device(device).type

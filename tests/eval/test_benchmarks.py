@@ -1,5 +1,6 @@
 """The CPU side of the benchmarks: floors by bytes, cases and options."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -93,3 +94,15 @@ def test_a_benchmark_starts_beside_one_that_is_called_as_a_package():
     """transformers imports a package `kernels`; in this folder lies a file of that name."""
     done = subprocess.run([sys.executable, SCRIPT.with_name("kernel_training.py"), "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_benchmark_of_draws_serves_every_case(monkeypatch, tmp_path, capsys):
+    with loaded_script("benchmarks/sampling.py") as sampling:
+        arguments = ["sampling.py", "--device", "cpu", "--rows", "2", "--vocabularies", "400", "--repeats", "1", "--results", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        sampling.main()
+        rows = json.loads((tmp_path / "sampling.json").read_text())["rows"]
+        assert [row["asked"] for row in rows] == list(sampling.CASES) and all(row["ms"] > 0 for row in rows)
+        (request,) = sampling.requests_of(sampling.CASES["all of it"], 1, 400)
+        assert request.sampling.top_k == 50 and request.constraint.mask().tolist() == [0x55555555] * 13
+    assert "| cpu | 400 | 2 | greedy |" in capsys.readouterr().out

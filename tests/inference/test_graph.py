@@ -13,7 +13,9 @@ import dsla_hf.inference.decode_attention
 import dsla_hf.inference.graph
 from dsla_hf import LevelProcessor, cache_bytes
 from dsla_hf.core.cache import StaticDSLACacheLayer, VisibleStaticLayer
+from dsla_hf.inference.draws import Row, exactly
 from dsla_hf.inference.graph import GraphDecoder, PlainRecording
+from dsla_hf.inference.sampling import Sampling
 
 IDS = torch.tensor([[5, 17, 31, 44, 9, 60, 61, 62, 3, 8, 12, 77], [9, 60, 5, 17, 31, 5, 60, 61, 62, 5, 17, 31]])
 MASK = torch.ones_like(IDS)
@@ -46,14 +48,39 @@ def test_hybrids_and_models_without_adapter(tiny_model, adapter_model, recorder)
 
 
 def test_eager_attention_and_sampling(tiny_model, adapter_model, recorder):
+    """Draws are by seed and place: what a text gets hangs neither on its row nor on padding, and a full forward explains each token."""
     model = adapter_model(tiny_model("llama"), level=2)
     model.get_base_model().set_attn_implementation("eager")
-    options = {"attention_mask": MASK, "max_new_tokens": 40, "do_sample": True, "top_k": 20, "temperature": 0.7}
+    options = {"max_new_tokens": 30, "do_sample": True, "top_k": 20, "temperature": 0.7, "pad_token_id": 0}
+    decoder = recorder.decoder_of(model)
+    found = decoder.generate(IDS, attention_mask=MASK, seed=5, **options)
+    length = IDS.shape[1]
+    for row in range(len(IDS)):
+        prompt = IDS[row : row + 1, MASK[row].bool()]
+        text = recorder.decoder_of(model).generate(prompt, seed=5 + row, **options)
+        assert torch.equal(text[0, prompt.shape[1] :], found[row, length:])
+        logits = model(text).logits[0, prompt.shape[1] - 1 : -1]
+        rows = [Row(Sampling(0.7, top_k=20), 5 + row, prompt.shape[1] + i) for i in range(len(logits))]
+        assert torch.equal(exactly(logits, rows), text[0, prompt.shape[1] :])
+
+
+def test_seeds_of_draws(tiny_model, recorder):
+    model = tiny_model("llama")
+    options = {"max_new_tokens": 12, "do_sample": True}
     decoder = recorder.decoder_of(model)
     torch.manual_seed(1)
-    expected = model.generate(IDS, **options)
+    first, other = decoder.generate(IDS, **options), decoder.generate(IDS, **options)
     torch.manual_seed(1)
-    assert torch.equal(decoder.generate(IDS, **options), expected)
+    assert torch.equal(decoder.generate(IDS, **options), first) and not torch.equal(first, other)
+    assert torch.equal(decoder.generate(IDS, seed=-(2**63), **options), decoder.generate(IDS, seed=-(2**63), **options))
+    with pytest.raises(ValueError, match="seed"):
+        decoder.generate(IDS, seed=2**63, **options)
+    # Where no graphs can run, seeds are of PyTorch's generator, for the call.
+    decoder, state = GraphDecoder(model), torch.get_rng_state()
+    found = decoder.generate(IDS, seed=3, **options)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(3)
+    assert torch.equal(model.generate(IDS, **options), found)
 
 
 def test_rows_end_where_they_end_in_generate_and_streamers_see_each_token(tiny_model, recorder):

@@ -727,7 +727,7 @@ def test_an_error_outside_the_model_ends_all_requests_and_not_the_server(tuned, 
     engine.stop()
 
 
-@pytest.mark.parametrize("sampling", [Sampling(1e-300, 1.0, 1), Sampling(1.0, 1e-300, 1), Sampling(0.0, 0.5)])
+@pytest.mark.parametrize("sampling", [Sampling(1e-300, seed=1), Sampling(1.0, top_p=1e-300, seed=1), Sampling(0.0, top_p=0.5)])
 def test_the_smallest_temperature_and_top_p_take_the_likeliest(tuned, sampling):
     engine = Engine(tuned, 1, SMALL)
     ear = Ear()

@@ -231,6 +231,27 @@ def test_a_lower_level_is_for_newcomers(heads):
     assert_empty(engine)
 
 
+def test_a_pinned_text_keeps_its_level_beside_others_that_are_raised(heads, monkeypatch):
+    monkeypatch.setattr(engine_levels, "MOST_RUNGS", 4)
+    model, level = heads(), [2]
+    engine = Engine(model, lambda stats: level[0], SMALL)
+    assert engine.pinnable == (0, 2, 4, 6, 8)
+    ears = [Ear() for _ in range(3)]
+    pins = (0, 6, None)
+    for ear, pinned in zip(ears, pins, strict=True):
+        ear.request = engine.submit([8, 9, 10], 16, ear, level=pinned)
+    for _ in range(5):
+        engine.step()
+    level[0] = 4
+    run(engine)
+    assert [ear.request.levels for ear in ears[:2]] == [[(3, 0)], [(3, 6)]] and [to for _, to in ears[2].request.levels] == [2, 4]
+    for ear in ears:
+        assert ear.tokens == alone(model, [8, 9, 10], 16, ear.request.levels[0][1], level_policy=level_policy(ear.request.levels))
+    with pytest.raises(ValueError, match="level 5 cannot be kept: this server runs at 0, 2, 4, 6, 8"):
+        engine.submit([8], 2, Ear(), level=5)
+    assert_empty(engine)
+
+
 def test_whatever_comes_each_text_is_that_of_its_own_levels(heads, monkeypatch):
     monkeypatch.setattr(engine_levels, "MOST_RUNGS", 4)
     numbers, level, model = random.Random(0), [0], heads()

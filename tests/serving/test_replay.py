@@ -2,6 +2,7 @@
 
 import json
 
+import httpx
 import pytest
 from peft import get_peft_model
 from server import byte_tokenizer, served
@@ -127,3 +128,32 @@ def test_servers_that_do_not_answer_and_wrong_options(trace_file, tmp_path, caps
         assert main(["replay", str(trace_file), "--url", url, "--out", str(tmp_path)]) == 1
         assert words in capsys.readouterr().err
     assert main(["replay", str(tmp_path / "none.csv"), "--url", "http://x", "--out", str(tmp_path)]) == 1
+
+
+def test_tokens_are_drawn_unless_told_otherwise(trace_file, tmp_path, monkeypatch, capsys):
+    """At temperature 1, each request with a seed of its own, the same every time."""
+    bodies = []
+
+    async def answer(http):
+        if http.url.path == "/v1/completions":
+            bodies.append(json.loads(http.content))
+        return httpx.Response(404, json={})
+
+    client = httpx.AsyncClient
+    monkeypatch.setattr(httpx, "AsyncClient", lambda **given: client(transport=httpx.MockTransport(answer), base_url=given["base_url"]))
+
+    def sent(*more):
+        bodies.clear()
+        assert main(["replay", str(trace_file), "--url", "http://x", "--model", "m", "--out", str(tmp_path), "--rate", "9", *more]) == 0
+        return sorted(bodies, key=lambda body: len(body["prompt"]))
+
+    first = sent()
+    assert sent() == first and [body["temperature"] for body in first] == [1.0] * 4
+    assert len({body["seed"] for body in first}) == 4 and not {"top_p", "top_k"} & set(first[0])
+    (shaped, *_) = sent("--temperature", "0.7", "--top-p", "0.9", "--top-k", "40")
+    assert (shaped["temperature"], shaped["top_p"], shaped["top_k"]) == (0.7, 0.9, 40)
+    greedy = sent("--temperature", "0")
+    assert [(body["temperature"], "seed" in body) for body in greedy] == [(0, False)] * 4
+    capsys.readouterr()
+    assert main(["replay", str(trace_file), "--url", "http://x", "--out", str(tmp_path), "--temperature", "0", "--top-p", "0.9"]) == 1
+    assert "leave them out" in capsys.readouterr().err

@@ -21,6 +21,7 @@ MODULES = (
     "test_head_counts",
     "test_window_alone",
     "test_divergence",
+    "test_sample",
     "test_gates_kernel",
     "test_few_rows",
     "test_softmax_decode",

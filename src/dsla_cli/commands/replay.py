@@ -39,7 +39,12 @@ def add_to(commands: Any, name: str) -> None:
         "--vocab", type=positive, default=1000, metavar="N", help="prompts are drawn from so many ids (default: %(default)s)"
     )
     requests.add_argument("--no-forced-lengths", action="store_false", dest="forced_lengths", help="let texts end before their length")
-    requests.add_argument("--seed", type=int, default=0, metavar="N", help="of prompts and mix (default: %(default)s)")
+    requests.add_argument("--seed", type=int, default=0, metavar="N", help="of prompts, mix and draws (default: %(default)s)")
+    requests.add_argument(
+        "--temperature", type=float, default=1.0, metavar="X", help="tokens are drawn at this; 0: the likeliest (default: %(default)s)"
+    )
+    requests.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest tokens of this total (default: all)")
+    requests.add_argument("--top-k", type=positive, metavar="N", help="draw among so many of the likeliest tokens (default: all)")
     objectives = parser.add_argument_group("objectives")
     objectives.add_argument("--slo-first", type=float, default=2.0, metavar="S", help="seconds to the first token (default: %(default)s)")
     objectives.add_argument("--slo-token", type=float, default=0.1, metavar="S", help="seconds per token (default: %(default)s)")

@@ -34,10 +34,10 @@ from ..models.base_attention import DSLAAttentionMixin
 from ..models.decoder import decoder_layers
 from ..models.level import counts_heads
 from .decode_attention import CachedTokens, attends_where_cached, can_attend_where_cached, over_cache, over_prompt
+from .draws import Sampler
 from .fusion import LONG_PROMPT
 from .recorder import CudaRecording, Record, Recorder, shown_tokens
 from .recorder import PlainRecording as PlainRecording
-from .sampling import Sampler
 
 logger = logging.get_logger(__name__)
 
@@ -213,7 +213,8 @@ def _copied(to: Any, source: Any) -> bool:
 
 
 class GraphDecoder:
-    """`generate` of a model, with the steps of decoding replayed from CUDA graphs. Same text, greedy or sampled.
+    """`generate` of a model, with the steps of decoding replayed from CUDA graphs. Greedy texts are the same; sampled ones follow the same
+    probabilities, and are those that the server draws with the same seed.
 
         decoder = GraphDecoder(model)
         out = decoder.generate(**inputs, max_new_tokens=100, level_policy="text-length")
@@ -314,18 +315,27 @@ class GraphDecoder:
 
     # --- generate -----------------------------------------------------------------------------------------------
 
-    def generate(self, input_ids: Tensor | None = None, **options: Any) -> Any:
+    def generate(self, input_ids: Tensor | None = None, *, seed: int | None = None, **options: Any) -> Any:
         """As `model.generate`, with its options and results.
 
+        seed: of the draws (`do_sample=True`), int64; text i of a batch has `seed + i`. A text's draws depend on its seed and the places of
+            its tokens alone: neither on the rest of the batch nor on the device. None: one from PyTorch's generator, which
+            `torch.manual_seed` sets. Where no graphs can run, `seed` seeds that generator for the call, whose draws are transformers'.
+
         Raises:
-            ValueError: if `past_key_values` of this decoder has no room for the text, or holds all of it already.
+            ValueError: if `past_key_values` of this decoder has no room for the text, or holds all of it already; for a seed beyond int64.
             RuntimeError: if the level is lowered within a text.
         """
+        if seed is not None and not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed must be from -2^63 to 2^63 - 1, got {seed}")
         if input_ids is not None:
             options["input_ids"] = input_ids
         if (why := self.obstacle(**options)) is not None:
             logger.warning_once(f"no CUDA graphs: {why}. generate() runs as usual")
-            return self.model.generate(**options)
+            with torch.random.fork_rng(enabled=seed is not None):
+                if seed is not None:
+                    torch.manual_seed(seed)
+                return self.model.generate(**options)
         goes_on = options.pop("past_key_values", None) is not None
         streamer = options.pop("streamer", None)  # transformers keeps it from custom loops
 
@@ -333,7 +343,7 @@ class GraphDecoder:
             model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **inputs: Any
         ) -> Any:
             mask = inputs.get("attention_mask")
-            return self._decode(input_ids, mask, logits_processor, stopping_criteria, generation_config, streamer, goes_on)
+            return self._decode(input_ids, mask, logits_processor, stopping_criteria, generation_config, streamer, goes_on, seed)
 
         with torch.no_grad(), self._attention():
             return self.model.generate(**options, custom_generate=decode)
@@ -347,6 +357,7 @@ class GraphDecoder:
         settings: Any,
         streamer: Any,
         goes_on: bool,
+        seed: int | None,
     ) -> Any:
         """The loop of transformers' sampling, around steps of ours. input_ids, mask `[B, T]`."""
         if mask is not None and bool(mask.all()):
@@ -363,9 +374,11 @@ class GraphDecoder:
         self._read(space, input_ids[:, space.read :], settings.prefill_chunk_size)
         can_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-        sampler = Sampler(logits_processor, settings.do_sample)
+        sampler = Sampler(logits_processor, settings.do_sample, seed)
+        places = space.mask[:, : space.read].sum(1).tolist()  # of the next tokens; padding does not count
         while True:
-            token = sampler(space.logits.clone(), input_ids)
+            token = sampler(space.logits.clone(), input_ids, places)
+            places = [place + 1 for place in places]
             if can_end:
                 token = torch.where(unfinished, token, padding_token(settings))
             input_ids = torch.cat([input_ids, token[:, None]], 1)

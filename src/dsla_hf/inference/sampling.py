@@ -1,16 +1,14 @@
-"""From logits to tokens: the likeliest ones, or such drawn by chance; `GraphDecoder` and the server use the same."""
+"""What may be asked of the tokens of a text: how they are drawn, and what they must follow."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper
 
-COLDEST = 1e-5  # a temperature below it would divide by next to nothing
+MOST_LOGPROBS = 20  # tokens in each place whose log-probabilities can be asked for
 
 
 class Constraint(Protocol):
@@ -35,6 +33,8 @@ class Sampling:
     `max_tokens`, whatever comes. logprobs: tell the log-probability of each token and of so many of the likeliest ones (0: its own alone),
     before anything here changed it. prompt_logprobs: the same of the prompt's tokens but the first.
 
+    Of tokens that are equally likely all are kept or none: which they are does not hang on their order.
+
     Raises:
         ValueError: if a value is out of range.
     """
@@ -55,70 +55,39 @@ class Sampling:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be from 0 to 1, got {self.min_p}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise ValueError(f"{name} must be from -2 to 2, got {getattr(self, name)}")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+        for name in ("top_k", "min_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must be from -2^63 to 2^63 - 1, got {self.seed}")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (number := getattr(self, name)) is not None and not 0 <= number <= MOST_LOGPROBS:
+                raise ValueError(f"{name} must be from 0 to {MOST_LOGPROBS}, got {number}")
+        for token, gain in self.logit_bias:
+            if not -100 <= gain <= 100:
+                raise ValueError(f"logit_bias must be from -100 to 100, got {gain} for token {token}")
+        if len({token for token, _ in self.logit_bias}) < len(self.logit_bias):
+            raise ValueError("logit_bias names a token twice: give each token one value")
 
+    @property
+    def penalises(self) -> bool:
+        """Whether logits hang on the tokens that are there."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
 
-class Likeliest(LogitsProcessor):
-    """Leaves the likeliest tokens whose total reaches `top_p`. transformers' `TopPLogitsWarper` sorts the other way round: of equally
-    likely tokens at the end it leaves others, and a seed would mean other texts than it has meant so far."""
-
-    def __init__(self, top_p: float):
-        self.top_p = top_p
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        """Logits `[B, V]`, those of all other tokens at minus infinity."""
-        ordered, order = scores.softmax(-1).sort(-1, descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= self.top_p
-        beyond[:, 0] = False  # the likeliest stays, however small top_p
-        return scores.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), float("-inf"))
-
-
-class Sampler:
-    """Chooses the next tokens.
-
-    Args:
-        processors: what changes the logits first, as `generate` has it; None: nothing.
-        sample: draw by chance; else the likeliest tokens are taken.
-        generator: of the draws, on the device of the logits; None: PyTorch's own there.
-    """
-
-    def __init__(self, processors: Callable[..., Any] | None = None, sample: bool = False, generator: torch.Generator | None = None):
-        self.processors, self.sample, self.generator = processors, sample, generator
-
-    @classmethod
-    def of(cls, sampling: Sampling) -> Sampler:
-        """For logits of one text on the CPU, so that a seed means the same on every device and in any company."""
-        if sampling.temperature == 0:
-            return cls()
-        processors = LogitsProcessorList([TemperatureLogitsWarper(float(max(sampling.temperature, COLDEST)))])
-        if sampling.top_p < 1:
-            processors.append(Likeliest(sampling.top_p))
-        generator = torch.Generator()
-        if sampling.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(sampling.seed)
-        return cls(processors, True, generator)
-
-    def __call__(self, logits: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Tokens int64 `[B]` from logits `[B, V]`; `ids` `[B, T]` are the texts so far, for processors that look at them."""
-        scores = logits if self.processors is None else self.processors(ids, logits)
-        if not self.sample:
-            return scores.argmax(-1)
-        return torch.multinomial(scores.softmax(-1), num_samples=1, generator=self.generator).squeeze(1)
-
-
-def draw(logits: Tensor, samplers: Sequence[Sampler], meanwhile: Callable[[], None] | None = None) -> list[int]:
-    """The next tokens of texts from logits `[B, V]`, each by the sampler of its row. `meanwhile` is called before the host waits."""
-    best = logits.argmax(-1)
-    if meanwhile is not None:
-        meanwhile()
-    tokens = best.tolist()
-    rows = [row for row, sampler in enumerate(samplers) if sampler.sample]
-    if rows:
-        for row, scores in zip(rows, logits[rows].float().cpu().split(1), strict=True):
-            tokens[row] = int(samplers[row](scores))
-    return tokens
+    def check_tokens(self, vocabulary: int) -> None:
+        """Raises ValueError if a token id is none of so many."""
+        for name, tokens in (("logit_bias", (token for token, _ in self.logit_bias)), ("stop_token_ids", self.stop_token_ids)):
+            for token in tokens:
+                if not 0 <= token < vocabulary:
+                    raise ValueError(f"{name} has token {token}: ids go from 0 to {vocabulary - 1}")

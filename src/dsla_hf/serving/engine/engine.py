@@ -10,15 +10,17 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...core.cache import FOLDED_AT_ONCE
 from ...inference.batching import out_of_memory
+from ...inference.draws import sent
 from ...inference.recorder import Record
-from ...inference.sampling import draw
+from ...inference.sampling import Constraint
 from ...levels.policies import FixedLevel, Load, Policy, Stats, as_policy
 from ..control import LevelControl
 from .graphs import GraphRunner
@@ -28,6 +30,7 @@ from .request import Event, Request, Sampling
 from .runner import ModelRunner
 from .scheduler import QueueFull, Scheduler
 from .slots import SlotMemory
+from .tokens import NextToken, NextTokens, logprobs_of, scored
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,7 @@ logger = logging.getLogger(__name__)
 MEASURED_SECONDS, MEASURED = 10.0, 2048
 IDLE_SECONDS = 0.25  # how often an idle engine asks for the level
 MIN_CHUNK = 16
+LOGITS_BYTES = 2**28  # of a piece of a prompt whose log-probabilities are asked for: such pieces are shorter
 CHUNK_RECOVERY_SECONDS = 60.0  # after a lack of memory, until chunks are twice as long again
 
 
@@ -160,6 +164,7 @@ class Engine:
             max_level=highest,
         )
         self.runner = ModelRunner(levels, self.memory) if record is None else GraphRunner(levels, self.memory, record, options.chunk)
+        self.next_tokens = NextTokens(options.slots, self.vocab_size, eos_tokens, levels.device)
         self.scheduler = Scheduler(options.slots, options.max_waiting)
         self.chunk = options.chunk
         self.finished: dict[str, int] = {"stop": 0, "length": 0, "cancelled": 0, "error": 0}
@@ -167,7 +172,7 @@ class Engine:
         self.tokens_at_level = [0] * (highest + 1)  # generated, by the level they were generated at
         self.first_tokens, self.token_times = (RecentMean(MEASURED_SECONDS, MEASURED) for _ in range(2))
         self._chunk_changed = 0.0
-        self._alone = True  # whether no old cohort runs: else what a token takes says nothing of the level
+        self._alone = True  # whether no cohort of another level runs: else what a token takes says nothing of the level
         self._owed = 0.0  # seconds of generation before prompts are read again
         self._untold: list[tuple[Request, Event]] = []
         self._lock = threading.Lock()
@@ -176,19 +181,33 @@ class Engine:
         self._draining = self._stopped = False
         self._thread: threading.Thread | None = None
         self._ask_for_level()  # a fixed level holds from the first request on
+        self.pinnable = tuple(self.expected_levels())  # those that calls are recorded for
 
     # --- from any thread ------------------------------------------------------------------------------------------
 
-    def submit(self, prompt: list[int], max_tokens: int, listener: Callable[[Event], None], sampling: Sampling | None = None) -> Request:
+    def submit(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        listener: Callable[[Event], None],
+        sampling: Sampling | None = None,
+        constraint: Constraint | None = None,
+        level: int | None = None,
+    ) -> Request:
         """Queue a text. `listener` is called with each `Event`, first tokens, then the end.
 
+        constraint: what its tokens must follow; it is asked and told of them on the engine's thread, and an error of it ends the request.
+        level: that the text has from its first token to its last, whatever that of the server; one of `pinnable`. None: the server's.
+
         Raises:
-            ValueError: if the request can never be served: an empty prompt, ids out of range; TooLong for more tokens than fit.
+            ValueError: if the request can never be served: an empty prompt, ids out of range, a level that is not to be had; TooLong for
+                more tokens than fit.
             QueueFull: if too many wait.
             Draining: if the engine takes no more.
         """
-        self.check(prompt, max_tokens)
-        request = Request(list(prompt), max_tokens, sampling or Sampling(), listener, self.clock())
+        sampling = sampling or Sampling()
+        self.check(prompt, max_tokens, sampling, level)
+        request = Request(list(prompt), max_tokens, sampling, listener, self.clock(), constraint, level)
         with self._lock:
             if self._draining or self._stopped:
                 raise Draining("the server is about to stop and takes no more requests")
@@ -199,8 +218,15 @@ class Engine:
             self._arrived.notify_all()
         return request
 
-    def check(self, prompt: list[int], max_tokens: int) -> None:
+    def check(self, prompt: list[int], max_tokens: int, sampling: Sampling | None = None, level: int | None = None) -> None:
         """Raises ValueError if a request can never be served."""
+        if sampling is not None:
+            sampling.check_tokens(self.vocab_size)
+            if sampling.min_tokens > max_tokens:
+                raise ValueError(f"min_tokens {sampling.min_tokens} is more than max_tokens {max_tokens}")
+        if level is not None and level not in self.pinnable:
+            levels = ", ".join(map(str, self.pinnable))
+            raise ValueError(f"level {level} cannot be kept: this server runs at {levels}; give one of these, or none")
         if not prompt:
             raise ValueError("the prompt is empty: give at least one token")
         if max_tokens < 1:
@@ -211,7 +237,7 @@ class Engine:
             raise TooLong(
                 f"{len(prompt)} prompt tokens and max_tokens {max_tokens} are more than the {self.max_tokens} tokens a text may have"
             )
-        needed = self.memory.blocks_for(len(prompt) + max_tokens - 1, self.control.highest)
+        needed = self.memory.blocks_for(len(prompt) + max_tokens - 1, self.control.highest if level is None else level)
         if needed > self.memory.pool.num_blocks:
             raise TooLong(
                 f"{len(prompt)} prompt tokens and max_tokens {max_tokens} need {needed} blocks of memory, there are "
@@ -300,6 +326,7 @@ class Engine:
         while the engine steps."""
         if self.levels.device.type == "cuda":
             self.memory.rehearse_folds(self.expected_levels())
+            self.next_tokens.rehearse(self.levels.dtype)
         self.runner.prepare(self.expected_levels() if levels is None else levels)
 
     def expected_levels(self) -> list[int]:
@@ -332,7 +359,7 @@ class Engine:
                 self.runner.wait()
                 self._owed = (self.clock() - begin) * (1 / self.options.prompt_share - 1)
         begin = self.clock()
-        self._alone = self.old_level is None
+        self._alone = all(request.level == self.control.level for request in self.scheduler.running)
         for level, requests in self.scheduler.decoding().items():
             worked = True
             self._generate(level, requests)
@@ -343,8 +370,8 @@ class Engine:
 
     @property
     def old_level(self) -> int | None:
-        """The level of the old cohort, None if all run at the same one."""
-        return next((request.level for request in self.scheduler.running if request.level != self.control.level), None)
+        """The level of the old cohort, None if all run at the same one. Texts that keep a level of their own do not count."""
+        return next((text.level for text in self.scheduler.running if text.pinned is None and text.level != self.control.level), None)
 
     def stats(self) -> Stats:
         """What the policy sees: the running texts as one batch, and what waits."""
@@ -414,9 +441,10 @@ class Engine:
             times.clear()  # of another level
 
     def _folded_together(self) -> list[list[Request]]:
-        """Running texts in groups of about the same length, of no more tokens than a fold has memory for."""
+        """Running texts that follow the level, in groups of about the same length, of no more tokens than a fold has memory for."""
         groups: list[list[Request]] = []
-        for request in sorted(self.scheduler.running, key=lambda request: -request.cached):
+        follow = (request for request in self.scheduler.running if request.pinned is None)
+        for request in sorted(follow, key=lambda request: -request.cached):
             if not groups or (len(groups[-1]) + 1) * groups[-1][0].cached > FOLDED_AT_ONCE:
                 groups.append([])
             groups[-1].append(request)
@@ -443,9 +471,9 @@ class Engine:
         waiting = self.scheduler.waiting
         while waiting and (slot := self.scheduler.free_slot()) is not None:
             request, pool = waiting[0], self.memory.pool
-            level = self.control.level
+            level = self.control.level if request.pinned is None else request.pinned
             if self.memory.blocks_for(request.most_tokens, level) > pool.free_blocks:
-                if self.scheduler.running:
+                if self.scheduler.running or request.pinned is not None:
                     return
                 level = next(
                     higher for higher in self.control.from_here() if self.memory.blocks_for(request.most_tokens, higher) <= pool.free_blocks
@@ -475,8 +503,8 @@ class Engine:
                 break
             budget -= tokens
             try:
-                logits = self.runner.prefill(request, tokens)
-                token = draw(logits[None], [request.sampler])[0] if tokens == request.unread else None
+                logits = self._read_scored(request, tokens) if request.scores_prompt else self.runner.prefill(request, tokens)
+                token = self.next_tokens(logits[None], [request])[0] if tokens == request.unread else None
             except Exception as error:
                 self._failed([request], error)
                 return True
@@ -489,16 +517,34 @@ class Engine:
     def _piece(self, request: Request, budget: int) -> int:
         """How many tokens of a prompt to read now. What comes behind whole windows is less work, so all pieces but the last end with one,
         if a chunk has any. 0: of this chunk no window is left."""
-        tokens, window = min(budget, request.unread), self.levels.window
-        if tokens == request.unread or not window or self.chunk < window or request.cached % window:
+        most, window = self.chunk, self.levels.window
+        if request.scores_prompt:
+            most = min(most, max(LOGITS_BYTES // (self.vocab_size * self.levels.dtype.itemsize), MIN_CHUNK))
+        tokens = min(budget, most, request.unread)
+        if tokens == request.unread or not window or most < window or request.cached % window:
             return tokens
         return tokens - tokens % window
+
+    def _read_scored(self, request: Request, tokens: int) -> Tensor:
+        """Read a piece of a prompt, and note how likely its tokens are; logits `[V]` after it."""
+        logits = self.runner.prefill_scored(request, tokens)
+        most, start = request.sampling.prompt_logprobs or 0, request.cached
+        request.scored = [(end, lines) for end, lines in request.scored if end <= start]  # what was read before the text began anew
+        if following := request.prompt[start + 1 : start + tokens + 1]:
+            ids = sent(torch.tensor(following), self.levels.device)
+            request.scored.append((start + tokens, scored(logits[: len(following)], ids, most)))
+        if tokens == request.unread:
+            tokens_there = request.prompt[1:]
+            lines = torch.cat([lines for _, lines in request.scored], 1).cpu() if tokens_there else torch.empty(0, 0, dtype=torch.int32)
+            found = logprobs_of(lines, tokens_there, [most] * len(tokens_there))
+            request.prompt_logprobs, request.scored = tuple(one for one in found if one is not None), []
+        return logits[-1]
 
     def _generate(self, level: int, requests: list[Request]) -> None:
         try:
             logits = self.runner.decode(level, requests)
             # A GPU is at work now: the host has time to tell, also for what listeners set off in other threads.
-            tokens = draw(logits, [request.sampler for request in requests], self._tell_all)
+            tokens = self.next_tokens(logits, requests, self._tell_all)
         except Exception as error:
             self._failed(requests, error)
             return
@@ -506,8 +552,18 @@ class Engine:
             request.cached += 1
             self._accept(request, token)
 
-    def _accept(self, request: Request, token: int) -> None:
+    def _accept(self, request: Request, drawn: NextToken) -> None:
         """A new token of a text."""
+        token, error = drawn.token, drawn.error
+        if request.constraint is not None and error is None:
+            try:
+                request.constraint.accept(token)
+            except Exception as failure:  # whatever it is, it is of this text alone
+                error = failure
+        if error is not None:
+            logger.warning("the constraint of request %d failed: %r", request.number, error)
+            self._end(request, error=error)
+            return
         now = self.clock()
         if request.first_token is None:
             request.first_token = now
@@ -515,13 +571,13 @@ class Engine:
         elif self._alone:
             self.token_times.add(now, now - request.last_token)
         request.last_token = now
-        if token in self.eos_tokens and not request.sampling.ignore_eos:
+        if token in request.sampling.stop_token_ids or (token in self.eos_tokens and not request.sampling.ignore_eos):
             self._end(request, "stop")
             return
         request.tokens.append(token)
         self.generated_tokens += 1
         self.tokens_at_level[request.level] += 1
-        self._tell(request, Event(token=token))
+        self._tell(request, Event(token=token, logprob=drawn.logprob))
         if len(request.tokens) >= request.max_tokens:
             self._end(request, "length")
 
@@ -566,6 +622,8 @@ class Engine:
 
     def _tell(self, request: Request, event: Event) -> None:
         """Note what the listener of a request is to be told."""
+        if request.prompt_logprobs is not None:
+            event, request.prompt_logprobs = replace(event, prompt_logprobs=request.prompt_logprobs), None
         self._untold.append((request, event))
 
     def _tell_all(self) -> None:

@@ -80,6 +80,11 @@ class GraphRunner(ModelRunner):
         with self.recorder.fused(prompt=True) if tokens >= LONG_PROMPT else nullcontext():
             return super().prefill(request, tokens)
 
+    @torch.no_grad()
+    def prefill_scored(self, request: Request, tokens: int) -> Tensor:
+        with self.recorder.fused(prompt=True) if tokens >= LONG_PROMPT else nullcontext():
+            return super().prefill_scored(request, tokens)
+
     def calls(self) -> dict[str, int]:
         return {"replayed": self.recorder.replayed, "plain": self.recorder.plain}
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ...inference.sampling import Sampler, Sampling
+from torch import Tensor
+
+from ...inference.sampling import Constraint, Sampling
 
 _numbers = itertools.count(1)
 
@@ -36,9 +39,12 @@ class Event:
 class Request:
     """A text in the engine; made by `Engine.submit`, changed by the engine alone.
 
-    prompt: token ids. listener: called with each `Event`, from the engine's thread.
+    prompt: token ids. listener: called with each `Event`, from the engine's thread. constraint: what its tokens must follow.
+    pinned: the level that it keeps, None: that of the engine. seed: of its draws.
     tokens: generated so far. cached: tokens in the cache. slot, level: of a running text. levels: (tokens of the text, level) at the
-        start and after each change. Times are of the engine's clock.
+        start and after each change: with the same history `generate`, or `GraphDecoder` with the same seed, gives the same text.
+    scored: of the prompt, where its log-probabilities are asked for: of each piece that was read its end and what `tokens.scored` gave.
+    prompt_logprobs: until they have been told. Times are of the engine's clock.
     """
 
     prompt: list[int]
@@ -46,6 +52,8 @@ class Request:
     sampling: Sampling
     listener: Callable[[Event], None]
     arrived: float
+    constraint: Constraint | None = None
+    pinned: int | None = None
     number: int = field(default_factory=lambda: next(_numbers))
     tokens: list[int] = field(default_factory=list)
     cached: int = 0
@@ -56,10 +64,18 @@ class Request:
     last_token: float = 0.0
     finished: float | None = None
     cancelled: bool = False
-    sampler: Sampler = field(init=False)
+    scored: list[tuple[int, Tensor]] = field(default_factory=list)
+    prompt_logprobs: tuple[Logprob, ...] | None = None
+    seed: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.sampler = Sampler.of(self.sampling)
+        seed = self.sampling.seed
+        self.seed = secrets.randbits(64) - 2**63 if seed is None else seed
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether what is read now is to be scored."""
+        return self.sampling.prompt_logprobs is not None and not self.tokens
 
     @property
     def text(self) -> list[int]:

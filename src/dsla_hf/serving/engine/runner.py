@@ -40,6 +40,14 @@ class ModelRunner:
     @torch.no_grad()
     def prefill(self, request: Request, tokens: int) -> Tensor:
         """Read the next `tokens` of a text; logits `[V]` after them."""
+        return self._read(request, tokens, 1)[-1]
+
+    @torch.no_grad()
+    def prefill_scored(self, request: Request, tokens: int) -> Tensor:
+        """As `prefill`, with logits `[tokens, V]` after each of them."""
+        return self._read(request, tokens, tokens)
+
+    def _read(self, request: Request, tokens: int, last: int) -> Tensor:
         device, cached, slot = self.levels.device, request.cached, request.slot
         assert slot is not None
         one, start = torch.ones(1, dtype=torch.bool, device=device), torch.tensor([cached], device=device)
@@ -47,7 +55,7 @@ class ModelRunner:
         rows = Rows(slice(slot, slot + 1), one, start, past, seen=cached, in_blocks=self.in_blocks)
         ids = torch.tensor([request.text[cached : cached + tokens]], device=device)
         with self._reading(request.level, rows, start + tokens, start):
-            return self._call(request.level, ids, rows, None)[0]
+            return self._logits_of(request.level, ids, rows, None, last)[0]
 
     @torch.no_grad()
     def decode(self, level: int, requests: list[Request]) -> Tensor:
@@ -101,10 +109,14 @@ class ModelRunner:
 
     def _call(self, level: int, ids: Tensor, rows: Rows, mask: Tensor | None, last: Tensor | int = 1) -> Tensor:
         """Logits `[B, V]` of the last token of each row, or of the one whose place `last` `[1]` is."""
+        return self._logits_of(level, ids, rows, mask, last)[:, -1]
+
+    def _logits_of(self, level: int, ids: Tensor, rows: Rows, mask: Tensor | None, last: Tensor | int) -> Tensor:
+        """Logits `[B, last, V]` of so many last tokens, or `[B, 1, V]`."""
         self.levels.use(level)
         positions = rows.lengths[:, None] + torch.arange(ids.shape[1], device=ids.device)
         cache = self.memory.cache(level, rows, ids.shape[1])
         output = self.levels.model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=last
         )
-        return output.logits[:, -1]
+        return output.logits

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import math
 import os
 import random
 import time
@@ -42,10 +43,17 @@ class ReplayOptions:
     vocab: int = 1000
     forced_lengths: bool = True
     seed: int = 0
+    temperature: float = 1.0
+    top_p: float | None = None
+    top_k: int | None = None
     slo_first: float = 2.0
     slo_token: float = 0.1
 
     def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
+        if self.temperature == 0 and (self.top_p is not None or self.top_k is not None):
+            raise ValueError("top_p and top_k shape draws, and temperature 0 draws none: leave them out, or give a temperature")
         if self.mix not in ("trace", "paper"):
             raise ValueError(f"mix must be 'trace' or 'paper', got {self.mix!r}")
         if not self.url.startswith(("http://", "https://")):
@@ -125,7 +133,8 @@ async def _send_all(trace: list[TracedRequest], options: ReplayOptions) -> tuple
         prompts = [_prompt(request, n, options) for n, request in enumerate(trace)]  # before the clock runs: drawing takes time
         start, looks = time.perf_counter(), list[dict[str, Any]]()
         looking = asyncio.create_task(_look_on(client, start, looks))
-        outcomes = await asyncio.gather(*(_send(client, *sent, model, start, options) for sent in zip(trace, prompts, strict=True)))
+        sent = zip(range(len(trace)), trace, prompts, strict=True)
+        outcomes = await asyncio.gather(*(_send(client, *one, model, start, options) for one in sent))
         looking.cancel()
         if looks and (last := await _look(client, start)) is not None:
             looks.append(last)
@@ -158,15 +167,24 @@ async def _look_on(client: httpx.AsyncClient, start: float, looks: list[dict[str
 
 
 def _prompt(request: TracedRequest, number: int, options: ReplayOptions) -> list[int]:
-    draws = random.Random(options.seed * 1_000_003 + number)
+    draws = random.Random(_seed(options, number))
     return [draws.randrange(options.vocab) for _ in range(request.prompt)]
 
 
+def _seed(options: ReplayOptions, number: int) -> int:
+    """Of a request's prompt and draws; one that OpenAI's interface takes."""
+    return (options.seed * 1_000_003 + number) % 2**63
+
+
 async def _send(
-    client: httpx.AsyncClient, request: TracedRequest, prompt: list[int], model: str, start: float, options: ReplayOptions
+    client: httpx.AsyncClient, number: int, request: TracedRequest, prompt: list[int], model: str, start: float, options: ReplayOptions
 ) -> Outcome:
-    body: dict[str, Any] = {"model": model, "prompt": prompt, "max_tokens": request.generated, "temperature": 0, "stream": True}
+    body: dict[str, Any] = {"model": model, "prompt": prompt, "max_tokens": request.generated, "stream": True}
+    body["temperature"] = options.temperature
     body["stream_options"] = {"include_usage": True}
+    if options.temperature:
+        shaped = {"top_p": options.top_p, "top_k": options.top_k}  # top_k is an extension: other servers need not know it
+        body |= {"seed": _seed(options, number), **{name: value for name, value in shaped.items() if value is not None}}
     if options.forced_lengths:
         body["ignore_eos"] = True
     await asyncio.sleep(max(start + request.at - time.perf_counter(), 0))

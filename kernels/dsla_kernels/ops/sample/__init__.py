@@ -1,0 +1,5 @@
+"""Draws from logits."""
+
+from .race import draw
+
+__all__ = ["draw"]
