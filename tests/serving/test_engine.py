@@ -423,7 +423,7 @@ def test_prepared_steps_are_there_when_a_text_comes(tuned, monkeypatch):
     assert recorded(engine) == (steps, {})
     calls = engine.snapshot()["calls"]
     assert calls["replayed"] > 9 and calls["plain"] == 0
-    metrics = generate_latest(Metrics(engine).registry).decode()
+    metrics = generate_latest(Metrics(engine, "m").registry).decode()
     assert f'dsla_recordable_calls_total{{how="replayed"}} {calls["replayed"]}.0' in metrics
 
 

@@ -116,6 +116,13 @@ def test_a_replay_against_a_server(server, trace_file, tmp_path, capsys):
     assert (out / "replay.png").stat().st_size > 1000 and "to first token, ms" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("end", ["/v1", "/v1/", "/"])
+def test_the_address_may_be_that_of_the_interface(server, trace_file, tmp_path, end):
+    assert main(["replay", str(trace_file), "--url", server + end, "--out", str(tmp_path / "out"), "--vocab", "97", "--requests", "1"]) == 0
+    result = json.loads((tmp_path / "out" / "replay.json").read_text())
+    assert result["summary"]["errors"] == 0 and result["level_over_time"][0]["level"] == 1, "/status is not under /v1"
+
+
 def test_requests_that_are_refused_are_counted(server, trace_file, tmp_path):
     out = tmp_path / "out"
     assert main(["replay", str(trace_file), "--url", server, "--out", str(out), "--vocab", "97", "--length", "10"]) == 0

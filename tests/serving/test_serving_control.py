@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from dsla_hf import Load, Stats
-from dsla_hf.serving.control import LevelControl
+from dsla_hf.serving.control import LevelControl, in_words
 
 QUIET = {"prompt_tokens": 10, "tokens": 20, "rows": 2, "max_level": 8, "num_layers": 8}
 
@@ -64,6 +64,19 @@ def test_changes_are_logged_with_their_reason(caplog):
         control.change(level, reason)
     assert level == 1 and "queue_depth 5 ≥ 4" in reason and "first token 1.5 s" in reason
     assert reason in caplog.text and control.changes[-1].reason == reason
+
+
+@pytest.mark.parametrize(
+    "seconds, words", [(None, "unknown"), (0.00831, "8.3 ms"), (0.25, "250 ms"), (1.42, "1.4 s"), (42.0, "42 s"), (1400.0, "23 min")]
+)
+def test_times_are_written_for_people(seconds, words):
+    assert in_words(seconds) == words
+
+
+def test_large_figures_of_a_reason_are_written_out():
+    control = LevelControl(Load(waiting_tokens=10_000), lowest=0, highest=8, clock=Clock())
+    reason = control.wanted(Stats(level=0, waiting_tokens=2_345_678, seconds_to_first_token=1400.0, **QUIET))[1]
+    assert "waiting_tokens 2,345,678 ≥ 10,000" in reason and "first token 23 min" in reason and "e+" not in reason
 
 
 def test_levels_that_there_are_not_are_an_error():

@@ -9,7 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 import torch
+from engine_texts import SMALL
 from server import byte_tokenizer
+
+from dsla_hf.serving.engine.engine import Engine
 
 if importlib.util.find_spec("ray") is None:
     pytest.skip("needs the extra 'ray': pip install 'dsla-hf[ray]'", allow_module_level=True)
@@ -21,6 +24,7 @@ with warnings.catch_warnings():
     import ray
     from ray import serve
 
+    from dsla_hf.serving import ray_app
     from dsla_hf.serving.ray_app import build
 
 
@@ -67,6 +71,17 @@ def test_two_replicas_on_one_machine(saved):
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def test_a_replica_is_unhealthy_when_only_a_new_process_helps(tiny_model, monkeypatch):
+    engine = Engine(tiny_model("llama"), 0, SMALL)
+    monkeypatch.setattr(ray_app, "_engines", [engine])
+    for _ in range(3):
+        engine.health.failed("decode", RuntimeError("broken"))
+    ray_app.Replica().check_health()  # it may recover
+    engine.health.failed("decode", RuntimeError("CUDA error: misaligned address"))
+    with pytest.raises(RuntimeError, match="misaligned address"):
+        ray_app.Replica().check_health()
 
 
 def test_wrong_arguments():

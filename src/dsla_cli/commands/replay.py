@@ -23,7 +23,7 @@ def add_to(commands: Any, name: str) -> None:
         "dsla replay trace.csv --url http://127.0.0.1:8000 --out RESULTS --rate 2 --mix paper --requests 500",
     )
     parser.add_argument("trace", metavar="TRACE.csv", help="the trace")
-    parser.add_argument("--url", required=True, help="address of the server, without /v1")
+    parser.add_argument("--url", required=True, help="address of the server, with or without /v1")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for replay.json and plots")
     parser.add_argument("--model", metavar="M", help="what the server calls its model (default: its first one)")
     parser.add_argument("--api-key", metavar="KEY", help="of the server (default: $DSLA_API_KEY, else none)")

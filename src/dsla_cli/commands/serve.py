@@ -69,6 +69,9 @@ def add_to(commands: Any, name: str) -> None:
         action="store_false",
         help="on a GPU, replay no CUDA graphs: the server starts faster and runs slower",
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check model, memory and settings, generate a token, say what would be served, and end"
+    )
     network = parser.add_argument_group("network")
     network.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
     network.add_argument("--port", type=positive, default=8000, help="(default: %(default)s)")
@@ -89,15 +92,15 @@ def add_to(commands: Any, name: str) -> None:
 def run(args: argparse.Namespace) -> None:
     model = preflight.checked(args)
     check_installed("fastapi", "uvicorn", "prometheus_client")
-    from dsla_hf.serving.command import ServeOptions, serve
+    from dsla_hf.serving.command import ServeOptions, dry_run, serve
 
     # The key also from the environment: a command line can be read by every user of a machine.
     args.api_key = args.api_key or os.environ.get("DSLA_API_KEY")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("dsla_hf").setLevel(logging.INFO)
-    others = ("command", "host", "port", "model", "gguf_file")
+    others = ("command", "host", "port", "model", "gguf_file", "dry_run")
     options = {name: value for name, value in vars(args).items() if name not in others}
-    serve(ServeOptions(model=model, **options), args.host, args.port)
+    (dry_run if args.dry_run else serve)(ServeOptions(model=model, **options), args.host, args.port)
 
 
 def kept(args: argparse.Namespace) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..core.plots import plain
 from .reading import parse_level, read_level
 
 
@@ -193,9 +194,9 @@ class Load:
 
     def why(self, stats: Stats) -> str:
         """The thresholds that are crossed, in words; empty if none is."""
-        over = [f"{name} {value:.6g} ≥ {limit:.6g}" for name, value, limit in self._figures(stats) if value >= limit]
+        over = [f"{name} {plain(value)} ≥ {plain(limit)}" for name, value, limit in self._figures(stats) if value >= limit]
         if self.free_share is not None and stats.free_share < self.free_share:
-            over.append(f"free_share {stats.free_share:.3g} < {self.free_share:.3g}")
+            over.append(f"free_share {stats.free_share:.1%} < {self.free_share:.1%}")
         return ", ".join(over)
 
     def _figures(self, stats: Stats) -> list[tuple[str, float, float]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import threading
 import time
 from dataclasses import dataclass
@@ -27,11 +29,15 @@ from ..models.loading import (
     read_adapter_config,
 )
 from .engine.engine import Engine, EngineOptions
+from .engine.request import Event
 from .http.api import ApiOptions, build_app
 from .http.connections import limited_protocol, most_connections
+from .usage import address_of, how_to_use, what_is_served
 
 logger = logging.getLogger(__name__)
 
+EXIT_CODE = 70  # of a process whose engine cannot go on: an internal error, as sysexits.h has it
+LAST_ANSWERS_SECONDS = 5  # for answers that say so, then the process ends
 COOL_DOWN = 5.0  # seconds between two changes of the level under "load"
 
 
@@ -70,7 +76,14 @@ class ServeOptions:
 
 
 def load_app(options: ServeOptions) -> FastAPI:
-    """The application for a checkpoint, with or without adapter, or a hybrid.
+    """The application for a checkpoint, with or without adapter, or a hybrid. Errors as those of `load`."""
+    engine, tokenizer, api_options = load(options)
+    engine.prepare()
+    return build_app(engine, tokenizer, api_options)
+
+
+def load(options: ServeOptions) -> tuple[Engine, Any, ApiOptions]:
+    """Engine, tokenizer and options of the application, before anything is recorded.
 
     Raises:
         ValueError: if the options contradict each other, or the adapter is not of this model.
@@ -107,9 +120,7 @@ def load_app(options: ServeOptions) -> FastAPI:
         max_level=limit,
     )
     record = CudaRecording if options.graphs and device() == "cuda" else None
-    engine = Engine(model.to(device()).eval(), policy, engine_options, record=record)
-    engine.prepare()
-    return build_app(engine, tokenizer, api_options)
+    return Engine(model.to(device()).eval(), policy, engine_options, record=record), tokenizer, api_options
 
 
 def policy_of(options: ServeOptions, units: int) -> Policy:
@@ -137,11 +148,25 @@ def policy_of(options: ServeOptions, units: int) -> Policy:
 
 
 class DrainingServer(uvicorn.Server):
-    """Answers newcomers with 503 from SIGTERM or SIGINT on, and ends when the running requests are served; at a second signal at once."""
+    """Answers newcomers with 503 from SIGTERM or SIGINT on, and ends when the running requests are served; at a second signal at once.
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, drain_seconds: float):
+    It ends also when the engine cannot go on, after an error that only a new process gets rid of.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, drain_seconds: float, greeting: str = ""):
         super().__init__(config)
-        self.engine, self.drain_seconds = engine, drain_seconds
+        self.engine, self.drain_seconds, self.greeting = engine, drain_seconds, greeting
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and self.greeting:
+            print(self.greeting, flush=True)
+
+    async def on_tick(self, counter: int) -> bool:
+        if self.engine.health.over.is_set():
+            self.config.timeout_graceful_shutdown = LAST_ANSWERS_SECONDS
+            self.should_exit = True
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         if self.engine.draining:
@@ -159,9 +184,51 @@ class DrainingServer(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
+def check_address(host: str, port: int) -> None:
+    """Raises OSError if nothing can listen there."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"cannot listen on {host}, port {port} ({reason}): give another --port or --host") from None
+
+
+def dry_run(options: ServeOptions, host: str = "127.0.0.1", port: int = 8000) -> None:
+    """Load as `serve` does, generate a token, and print what would be served. Errors as those of `load`.
+
+    Raises:
+        OSError: if nothing can listen at that address.
+        RuntimeError: if the model cannot generate.
+    """
+    check_address(host, port)
+    engine, tokenizer, api_options = load(options)
+    ends: list[Event] = []
+    engine.submit([0], 1, ends.append)
+    while engine.busy:
+        engine.step()
+    if ends[-1].error is not None:
+        raise RuntimeError("the model cannot generate a token") from ends[-1].error
+    kinds = {"chats": has_template(tokenizer), "key": api_options.api_key is not None}
+    print(what_is_served(engine, api_options.name, **kinds))
+    print(f"\nA token has been generated. Without --dry-run, {address_of(host, port)} would serve this.")
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether chats can be made prompts."""
+    return getattr(tokenizer, "chat_template", None) is not None
+
+
 def serve(options: ServeOptions, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Load and serve until a signal comes."""
-    app = load_app(options)
+    """Load and serve until a signal comes. Errors as those of `load`, and OSError if nothing can listen at that address."""
+    check_address(host, port)  # before a model is loaded for minutes
+    engine, tokenizer, api_options = load(options)
+    engine.prepare()
+    app = build_app(engine, tokenizer, api_options)
+    key = options.api_key is not None
+    greeting = how_to_use(address_of(host, port), api_options.name, chats=has_template(tokenizer), key=key)
     if host not in ("127.0.0.1", "localhost", "::1") and options.api_key is None:
         logger.warning("serving on %s without an API key: whoever reaches this machine can use the model", host)
     config = uvicorn.Config(
@@ -173,4 +240,7 @@ def serve(options: ServeOptions, host: str = "127.0.0.1", port: int = 8000) -> N
         http=limited_protocol(most_connections()),
     )
     with on_interrupt(lambda: "the server has stopped, after what was running was served or its time was up"):
-        DrainingServer(config, app.state.engine, options.drain_seconds).run()
+        DrainingServer(config, engine, options.drain_seconds, greeting).run()
+        if engine.health.fatal:
+            # At once: what Python and CUDA do at the end of a process would fail here, or never end.
+            os._exit(EXIT_CODE)

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..core.progress import duration
 from ..levels.policies import Policy, Stats
 
 logger = logging.getLogger(__name__)
@@ -110,11 +111,19 @@ class LevelControl:
     def _reason(self, stats: Stats) -> str:
         why = getattr(self.policy, "why", None)
         crossed = why(stats) if why is not None else ""
-        first = "unknown" if stats.seconds_to_first_token is None else f"{stats.seconds_to_first_token:.3g} s"
-        each = "unknown" if stats.seconds_per_token is None else f"{1000 * stats.seconds_per_token:.3g} ms"
         figures = (
             f"{stats.queue_depth} waiting, {stats.waiting_tokens} prompt tokens unread, longest prompt {stats.prompt_tokens}, "
-            f"{stats.rows} running, {stats.free_share:.0%} of blocks free, first token {first}, per token {each}"
+            f"{stats.rows} running, {stats.free_share:.0%} of blocks free, first token {in_words(stats.seconds_to_first_token)}, "
+            f"per token {in_words(stats.seconds_per_token)}"
         )
         name = getattr(self.policy, "__name__", type(self.policy).__name__)
         return f"{name}: {crossed or 'asked for it'} ({figures})"
+
+
+def in_words(seconds: float | None) -> str:
+    """A measured time for people: "8.3 ms", "1.4 s", "12 min"; "unknown" for none."""
+    if seconds is None:
+        return "unknown"
+    if seconds >= 10:
+        return duration(seconds)
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.{1 if seconds < 0.1 else 0}f} ms"

@@ -7,9 +7,23 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastapi import FastAPI
 from ray import serve
 
 from .command import ServeOptions, load_app
+from .engine.engine import Engine
+
+_engines: list[Engine] = []  # of this process, which is one replica
+
+
+class Replica:
+    """What Ray asks a replica beside its routes."""
+
+    def check_health(self) -> None:
+        """Raises RuntimeError when only a new process can serve: Ray then starts another replica."""
+        for engine in _engines:
+            if engine.health.fatal:
+                raise RuntimeError(engine.problem)
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -33,7 +47,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     options = ServeOptions(**{name: _read(str(known[name].type), value) for name, value in args.items()})
     # Ray's own limit on requests of a replica is far above the engine's queue, which answers 503.
     limit = 2 * (options.slots + options.max_waiting)
-    deployment: Any = serve.deployment(serve.ingress(lambda: load_app(options))())  # the model is loaded in each replica
+    deployment: Any = serve.deployment(serve.ingress(lambda: _app(options))(Replica))  # the model is loaded in each replica
     return deployment.options(
         name="dsla",
         num_replicas=replicas if replicas == "auto" else int(replicas),
@@ -42,6 +56,12 @@ def build(args: dict[str, Any]) -> serve.Application:
         health_check_timeout_s=60,
         graceful_shutdown_timeout_s=options.drain_seconds,
     ).bind()
+
+
+def _app(options: ServeOptions) -> FastAPI:
+    app = load_app(options)
+    _engines.append(app.state.engine)
+    return app
 
 
 def _gpus() -> int:

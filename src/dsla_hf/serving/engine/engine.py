@@ -23,7 +23,9 @@ from ...inference.recorder import Record
 from ...inference.sampling import Constraint
 from ...levels.policies import FixedLevel, Load, Policy, Stats, as_policy
 from ..control import LevelControl
+from .buckets import TOKEN_SECONDS, Buckets
 from .graphs import GraphRunner
+from .health import Health
 from .levels import Levels
 from .recent import RecentMean
 from .request import Event, Request, Sampling
@@ -167,10 +169,12 @@ class Engine:
         self.next_tokens = NextTokens(options.slots, self.vocab_size, eos_tokens, levels.device)
         self.scheduler = Scheduler(options.slots, options.max_waiting)
         self.chunk = options.chunk
+        self.health = Health()
         self.finished: dict[str, int] = {"stop": 0, "length": 0, "cancelled": 0, "error": 0}
         self.generated_tokens = self.read_tokens = 0
         self.tokens_at_level = [0] * (highest + 1)  # generated, by the level they were generated at
         self.first_tokens, self.token_times = (RecentMean(MEASURED_SECONDS, MEASURED) for _ in range(2))
+        self.token_intervals = Buckets(TOKEN_SECONDS)
         self._chunk_changed = 0.0
         self._alone = True  # whether no cohort of another level runs: else what a token takes says nothing of the level
         self._owed = 0.0  # seconds of generation before prompts are read again
@@ -244,9 +248,13 @@ class Engine:
                 f"{self.memory.pool.num_blocks}: ask for less, or give the server more memory for keys and values"
             )
 
-    def cancel(self, request: Request) -> None:
-        """Forget a request before the next token; its listener is told the end. Of no effect on one that has ended."""
+    def cancel(self, request: Request, *, stopped: bool = False) -> None:
+        """Forget a request before the next token; its listener is told the end. Of no effect on one that has ended.
+
+        stopped: its text is whole, at a string where it had to end: its end is "stop", not "cancelled".
+        """
         with self._lock:
+            request.stopped = request.stopped or (stopped and not request.cancelled)
             request.cancelled = True
             self._arrived.notify_all()
 
@@ -290,6 +298,13 @@ class Engine:
         """Whether any request is here, or its end has not been told."""
         return bool(self._inbox or self.scheduler.waiting or self.scheduler.running or self._untold)
 
+    @property
+    def problem(self) -> str | None:
+        """Why requests are not served, None while they are."""
+        if self._thread is not None and not self._thread.is_alive() and not self._stopped and not self.health.fatal:
+            return "the engine's thread has ended"
+        return self.health.problem
+
     def snapshot(self) -> dict[str, Any]:
         """Figures of this moment, for pages and metrics."""
         # Slots change in the other thread: what is counted here may be a step old.
@@ -307,6 +322,7 @@ class Engine:
             "waiting": waiting,
             "running": len(running),
             "slots": self.options.slots,
+            "oldest_wait": self._oldest_wait(),
             "waiting_tokens": sum(len(request.prompt) for request in list(self.scheduler.waiting)),
             "free_blocks": pool.free_blocks,
             "blocks": pool.num_blocks,
@@ -318,8 +334,16 @@ class Engine:
             "finished": dict(self.finished),
             "calls": self.runner.calls(),
             "draining": self._draining,
+            "problem": self.problem,
+            "failed_steps": self.health.failed_steps,
             "changes": [asdict(change) for change in list(self.control.changes)[-20:]],
         }
+
+    def _oldest_wait(self) -> float | None:
+        """Seconds that the oldest request without a first token has waited; None without such a one."""
+        here = [*list(self._inbox), *list(self.scheduler.waiting), *self.scheduler.running]
+        arrived = min((request.arrived for request in here if request.first_token is None), default=None)
+        return None if arrived is None else max(self.clock() - arrived, 0.0)
 
     def prepare(self, levels: Iterable[int] | None = None) -> None:
         """Record calls at these levels, or at those that the policy goes through, and compile what raises need, before requests come. Not
@@ -347,7 +371,7 @@ class Engine:
         self._open_inbox()
         for request in [*self.scheduler.waiting, *self.scheduler.running]:
             if request.cancelled:
-                self._end(request, "cancelled")
+                self._end(request, "stop" if request.stopped else "cancelled")
         self._ask_for_level()
         self._admit()
         decoding = self.scheduler.generates
@@ -398,19 +422,45 @@ class Engine:
         )
 
     def _serve(self) -> None:
-        while not self._stopped:
-            try:
-                worked = self.step()
-            except Exception as error:  # whatever it is, the server goes on, and nobody waits for ever
-                logger.exception("a step failed outside the model")
-                for request in [*self.scheduler.running, *self.scheduler.waiting]:
-                    self._end(request, error=error)
-                self._tell_all()
-                worked = False
-            if not worked:
-                with self._arrived:
-                    if not (self._stopped or self._inbox):
-                        self._arrived.wait(IDLE_SECONDS)
+        try:
+            while not (self._stopped or self.health.fatal):
+                self._serve_once()
+        except BaseException as error:  # the thread ends, and all know it
+            self.health.end(error)
+        if self.health.fatal:
+            self._give_up()
+
+    def _serve_once(self) -> None:
+        try:
+            worked = self.step()
+            if worked:
+                self.health.succeeded("step")
+        except Exception as error:  # whatever it is, the server goes on, and nobody waits for ever
+            logger.exception("a step failed outside the model")
+            self.health.failed("step", error)
+            if self.health.fatal:
+                return
+            for request in [*self.scheduler.running, *self.scheduler.waiting]:
+                self._end(request, error=error)
+            self._tell_all()
+            worked = False
+        if not worked:
+            with self._arrived:
+                if not (self._stopped or self._inbox):
+                    self._arrived.wait(IDLE_SECONDS)
+
+    def _give_up(self) -> None:
+        """Nothing works any more: everyone who waits is told, without a touch of the device."""
+        self.drain()
+        self._open_inbox()
+        for request in [*self.scheduler.running, *self.scheduler.waiting]:
+            if request.finished is None:
+                request.finished = self.clock()
+                self.finished["error"] += 1
+                self._tell(request, Event(error=RuntimeError(self.health.problem)))
+            self.scheduler.remove(request)
+        self._tell_all()
+        self.health.over.set()
 
     def _open_inbox(self) -> None:
         with self._lock:
@@ -508,6 +558,7 @@ class Engine:
             except Exception as error:
                 self._failed([request], error)
                 return True
+            self.health.succeeded("prefill")
             request.cached += tokens
             self.read_tokens += tokens
             if token is not None:
@@ -548,6 +599,7 @@ class Engine:
         except Exception as error:
             self._failed(requests, error)
             return
+        self.health.succeeded("decode")
         for request, token in zip(requests, tokens, strict=True):
             request.cached += 1
             self._accept(request, token)
@@ -568,8 +620,10 @@ class Engine:
         if request.first_token is None:
             request.first_token = now
             self.first_tokens.add(now, now - request.arrived)
-        elif self._alone:
-            self.token_times.add(now, now - request.last_token)
+        else:
+            self.token_intervals.add(now - request.last_token)
+            if self._alone:
+                self.token_times.add(now, now - request.last_token)
         request.last_token = now
         if token in request.sampling.stop_token_ids or (token in self.eos_tokens and not request.sampling.ignore_eos):
             self._end(request, "stop")
@@ -589,6 +643,7 @@ class Engine:
         After any error but a lack of memory they end. Without memory the newest is given up, the level rises if it can, and prompts
         are read in smaller pieces, which grow again in time.
         """
+        self.health.failed("decode" if requests[0].decoding else "prefill", error)
         if not out_of_memory(error):
             logger.error("a step with %d requests failed", len(requests), exc_info=error)
             for request in requests:
@@ -637,9 +692,14 @@ class Engine:
 
     # --- sizes and times ------------------------------------------------------------------------------------------
 
+    @property
+    def bytes_per_block(self) -> int:
+        """Of keys and values."""
+        levels = self.levels
+        return 2 * self.options.block_size * levels.columns * levels.head_dim * levels.dtype.itemsize
+
     def _num_blocks(self, max_level: int) -> int:
         levels, options = self.levels, self.options
-        bytes_per_block = 2 * options.block_size * levels.columns * levels.head_dim * levels.dtype.itemsize
         room = options.kv_bytes
         if room is None and levels.device.type == "cuda":
             heads = levels.converted(levels.highest).items()
@@ -648,7 +708,7 @@ class Engine:
         room = 2**29 if room is None else room
         # More than all slots can fill is of no use.
         useful = options.slots * max(len(levels.groups), 1) * -(-self.max_tokens // options.block_size)
-        blocks = min(room // bytes_per_block, useful)
+        blocks = min(room // self.bytes_per_block, useful)
         if blocks < 1:
-            raise ValueError(f"kv_bytes {room} hold no block of {bytes_per_block} bytes: give more memory for keys and values")
+            raise ValueError(f"kv_bytes {room} hold no block of {self.bytes_per_block} bytes: give more memory for keys and values")
         return blocks

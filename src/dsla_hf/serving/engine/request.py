@@ -58,6 +58,7 @@ class Request:
     tokens: list[int] = field(default_factory=list)
     cached: int = 0
     slot: int | None = None
+    stopped: bool = False  # cancelled because its text is whole
     level: int = 0
     levels: list[tuple[int, int]] = field(default_factory=list)
     first_token: float | None = None

@@ -106,7 +106,7 @@ class Choice:
                 self._held.append(Entry(event.token, event.logprob, self._length + len(self.text.held)))
             text += self._noted(self.text.add(event.token))
             if self.text.stopped:
-                engine.cancel(self.request)
+                engine.cancel(self.request, stopped=True)
                 self.finish = "stop"
         if self.wanted == 0 and self.finish is not None:
             self.finish = "length"

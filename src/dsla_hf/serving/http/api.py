@@ -81,7 +81,7 @@ class Api:
 
     def __init__(self, engine: Engine, tokenizer: Any, options: ApiOptions):
         self.engine, self.tokenizer, self.options = engine, tokenizer, options
-        self.metrics, self.mailbox = Metrics(engine), Mailbox()
+        self.metrics, self.mailbox = Metrics(engine, options.name), Mailbox()
         self.prompts, self.tokens = PromptReader(engine, tokenizer), TokenBytes(tokenizer)
         self.grammars = Grammars(tokenizer, engine.vocab_size, engine.eos_tokens)
         self.tools = FORMATS.get(options.tool_format) if options.tool_format != "auto" else format_of(self.prompts.template)
@@ -331,6 +331,8 @@ def build_app(engine: Engine, tokenizer: Any, options: ApiOptions) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
+        if (reason := engine.problem) is not None:
+            return JSONResponse({"status": "unhealthy", "reason": reason}, 503)
         if engine.draining:
             return JSONResponse({"status": "draining"}, 503, {"Retry-After": "10"})
         return JSONResponse({"status": "ok"})

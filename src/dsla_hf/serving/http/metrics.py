@@ -1,4 +1,7 @@
-"""The engine's figures for Prometheus."""
+"""The engine's figures for Prometheus: ours, and under vLLM's names those that vLLM has too.
+
+So dashboards and autoscalers that are made for vLLM work. Its counts and times have the label `model_name`.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,30 @@ from collections.abc import Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from ..engine.engine import Engine
 from ..engine.request import Request
 
 SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 SECONDS_PER_TOKEN = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2)
+FINISHED_REASONS = {"stop": "stop", "length": "length", "cancelled": "abort", "error": "error"}  # ours: vLLM's
 
 
 class EngineCollector(Collector):
     """Reads an engine when it is asked."""
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
+    def __init__(self, engine: Engine, model_name: str):
+        self.engine, self.model_name = engine, model_name
 
     def collect(self) -> Iterator[Any]:
         now = self.engine.snapshot()
+        yield from self._ours(now)
+        yield from self._vllms(now)
+
+    def _ours(self, now: dict[str, Any]) -> Iterator[Any]:
         units = "KV heads" if now["unit"] == "head" else "Layers"
         for name, key, what in (
             ("dsla_level", "level", f"{units} that are DSLA for new requests"),
@@ -35,6 +44,9 @@ class EngineCollector(Collector):
             ("dsla_blocks", "blocks", "Blocks for keys and values"),
         ):
             yield GaugeMetricFamily(name, what, value=now[key])
+        yield GaugeMetricFamily("dsla_oldest_wait_seconds", "Of the oldest request without a first token", value=now["oldest_wait"] or 0.0)
+        yield GaugeMetricFamily("dsla_healthy", "1 while /health answers 200, 0 while it answers 503", self._healthy(now))
+        yield CounterMetricFamily("dsla_failed_steps", "Steps of the engine that failed", value=now["failed_steps"])
         yield CounterMetricFamily("dsla_prompt_tokens", "Prompt tokens read", value=now["read_tokens"])
         generated = CounterMetricFamily("dsla_generated_tokens", "Tokens generated, by level", labels=["level"])
         for level, count in enumerate(now["tokens_at_level"]):
@@ -51,22 +63,62 @@ class EngineCollector(Collector):
             calls.add_metric([how], count)
         yield calls
 
+    def _vllms(self, now: dict[str, Any]) -> Iterator[Any]:
+        labels = [self.model_name]
+        for name, value, what in (
+            ("vllm:num_requests_running", now["running"], "Requests in slots"),
+            ("vllm:num_requests_waiting", now["waiting"], "Requests in the queue"),
+            ("vllm:kv_cache_usage_perc", 1 - now["free_blocks"] / now["blocks"], "Share of the blocks in use, from 0 to 1"),
+        ):
+            gauge = GaugeMetricFamily(name, what, labels=["model_name"])
+            gauge.add_metric(labels, value)
+            yield gauge
+        for name, value, what in (
+            ("vllm:prompt_tokens", now["read_tokens"], "Prompt tokens read"),
+            ("vllm:generation_tokens", now["generated_tokens"], "Tokens generated"),
+        ):
+            counter = CounterMetricFamily(name, what, labels=["model_name"])
+            counter.add_metric(labels, value)
+            yield counter
+        ended = CounterMetricFamily("vllm:request_success", "Requests that ended, by how", labels=["model_name", "finished_reason"])
+        for finish, count in now["finished"].items():
+            ended.add_metric([self.model_name, FINISHED_REASONS[finish]], count)
+        yield ended
+        intervals = self.engine.token_intervals
+        between = HistogramMetricFamily("vllm:inter_token_latency_seconds", "Between two tokens of a request", labels=["model_name"])
+        between.add_metric(labels, [(floatToGoString(limit), count) for limit, count in intervals.cumulated()], intervals.sum)
+        yield between
+
+    @staticmethod
+    def _healthy(now: dict[str, Any]) -> float:
+        return float(now["problem"] is None and not now["draining"])
+
 
 class Metrics:
     """A registry with the engine's figures and the times of ended requests."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, model_name: str):
         self.registry = CollectorRegistry()
-        self.registry.register(EngineCollector(engine))
-        self._first = Histogram("dsla_seconds_to_first_token", "From arrival", buckets=SECONDS, registry=self.registry)
-        self._each = Histogram("dsla_seconds_per_token", "Mean of a request", buckets=SECONDS_PER_TOKEN, registry=self.registry)
-        self._whole = Histogram("dsla_request_seconds", "From arrival to the end", buckets=SECONDS, registry=self.registry)
+        self.registry.register(EngineCollector(engine, model_name))
+
+        def times(name: str, vllms: str, what: str, buckets: tuple[float, ...]) -> tuple[Histogram, Histogram]:
+            ours = Histogram(name, what, buckets=buckets, registry=self.registry)
+            return ours, Histogram(vllms, what, ["model_name"], buckets=buckets, registry=self.registry).labels(model_name)
+
+        self._first = times("dsla_seconds_to_first_token", "vllm:time_to_first_token_seconds", "From arrival", SECONDS)
+        self._each = times("dsla_seconds_per_token", "vllm:request_time_per_output_token_seconds", "Mean of a request", SECONDS_PER_TOKEN)
+        self._whole = times("dsla_request_seconds", "vllm:e2e_request_latency_seconds", "From arrival to the end", SECONDS)
 
     def ended(self, request: Request) -> None:
         """Count a request that has ended."""
         if request.first_token is None:
             return
-        self._first.observe(request.first_token - request.arrived)
-        self._whole.observe(request.last_token - request.arrived)
+        _observe(self._first, request.first_token - request.arrived)
+        _observe(self._whole, request.last_token - request.arrived)
         if len(request.tokens) > 1:
-            self._each.observe((request.last_token - request.first_token) / (len(request.tokens) - 1))
+            _observe(self._each, (request.last_token - request.first_token) / (len(request.tokens) - 1))
+
+
+def _observe(histograms: tuple[Histogram, Histogram], value: float) -> None:
+    for histogram in histograms:
+        histogram.observe(value)

@@ -123,12 +123,17 @@ def replay(options: ReplayOptions) -> dict[str, Any]:
 # --- sending ----------------------------------------------------------------------------------------------------
 
 
+def server_of(url: str) -> str:
+    """The address of a server, for which clients of OpenAI's interface have it with /v1."""
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
 async def _send_all(trace: list[TracedRequest], options: ReplayOptions) -> tuple[list[Outcome], list[dict[str, Any]]]:
     key = options.api_key or os.environ.get("DSLA_API_KEY")
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     # Requests go out when the trace says, however many are on their way.
     limits, timeout = httpx.Limits(max_connections=None), httpx.Timeout(None, connect=30)
-    async with httpx.AsyncClient(base_url=options.url.rstrip("/"), headers=headers, limits=limits, timeout=timeout) as client:
+    async with httpx.AsyncClient(base_url=server_of(options.url), headers=headers, limits=limits, timeout=timeout) as client:
         model = options.model or await _first_model(client)
         prompts = [_prompt(request, n, options) for n, request in enumerate(trace)]  # before the clock runs: drawing takes time
         start, looks = time.perf_counter(), list[dict[str, Any]]()

@@ -1,0 +1,63 @@
+"""What `dsla serve` says: how to use the server, and what it serves with which sizes."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+from .engine.engine import Engine
+
+ANYWHERE = ("0.0.0.0", "::", "")  # hosts that are all addresses of a machine
+GIB = 2**30
+
+
+def address_of(host: str, port: int) -> str:
+    """Where a server that listens there is reached from its own machine."""
+    host = "127.0.0.1" if host in ANYWHERE else host
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def how_to_use(address: str, name: str, *, chats: bool, key: bool) -> str:
+    """Lines to copy, for curl and for the Python package openai.
+
+    Args:
+        address: without /v1. name: of the model. chats: it has a chat template. key: an API key is asked for; it is never shown.
+    """
+    asked: dict[str, object] = {"messages": [{"role": "user", "content": "Hello"}]} if chats else {"prompt": "The answer is"}
+    route, call = ("chat/completions", "chat.completions") if chats else ("completions", "completions")
+    body = json.dumps({"model": name, **asked, "max_tokens": 20})
+    arguments = ", ".join(f"{argument}={value!r}" for argument, value in {"model": name, **asked, "max_tokens": 20}.items())
+    authorization = ' -H "Authorization: Bearer $DSLA_API_KEY"' if key else ""
+    return f"""{name} is served at {address}/v1; {address} shows how it fares
+
+curl {address}/v1/{route} -H 'Content-Type: application/json'{authorization} -d {shlex.quote(body)}
+
+import os, openai
+client = openai.OpenAI(base_url="{address}/v1", api_key={'os.environ["DSLA_API_KEY"]' if key else '"none"'})
+print(client.{call}.create({arguments}).choices[0].{"message.content" if chats else "text"})
+"""
+
+
+def what_is_served(engine: Engine, name: str, *, chats: bool, key: bool) -> str:
+    """Model, levels, sizes and memory of an engine, a line each."""
+    levels, options, control, pool = engine.levels, engine.options, engine.control, engine.memory.pool
+    weights = sum(x.numel() * x.element_size() for x in levels.causal_lm.parameters())
+    units = "KV heads" if levels.unit == "head" else "layers"
+    policy = type(control.policy).__name__ if not hasattr(control.policy, "__name__") else control.policy.__name__
+    room = pool.num_blocks * engine.bytes_per_block
+
+    def at_once(level: int) -> str:
+        texts = min(pool.num_blocks // max(engine.memory.blocks_for(engine.max_tokens - 1, level), 1), options.slots)
+        return f"{texts} of that length at level {level}"
+
+    rows = {
+        "model": f"{name}: {type(levels.causal_lm).__name__}, {levels.num_layers} layers, {levels.dtype}, {weights / GIB:,.2f} GiB",
+        "device": str(levels.device),
+        "levels": f"{levels.lowest} to {control.highest} of {levels.num_units} {units}, now {control.level}, by {policy}",
+        "texts": f"{options.slots} at a time, of {engine.max_tokens:,} tokens at most; {options.max_waiting} may wait",
+        "keys and values": f"{pool.num_blocks:,} blocks of {options.block_size} tokens, {room / GIB:,.2f} GiB: "
+        + ", ".join(at_once(level) for level in dict.fromkeys((levels.lowest, control.highest))),
+        "chats": "with the tokenizer's template" if chats else "refused: the tokenizer has no chat template",
+        "API key": "asked for" if key else "none",
+    }
+    return "\n".join(f"{what:<17}{how}" for what, how in rows.items())
