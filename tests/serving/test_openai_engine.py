@@ -1,7 +1,6 @@
 """The real engine behind OpenAI's client: log-probabilities, draws, grammars and levels are the model's own; lm-eval finds what it finds
 without a server."""
 
-import inspect
 import json
 import threading
 
@@ -22,9 +21,6 @@ from dsla_hf.evaluation.lm_eval import DSLALM
 from dsla_hf.serving.engine.engine import Engine, EngineOptions
 from dsla_hf.serving.http.api import ApiOptions, build_app
 
-pytestmark = pytest.mark.skipif(
-    "constraint" not in inspect.signature(Engine.submit).parameters, reason="this engine takes neither constraints nor levels of requests"
-)
 LEVEL = 2
 PROMPT = "Hello, layer"
 SCHEMA = {
