@@ -66,11 +66,12 @@ def test_ids_are_the_tokenizers_own(made):
 def test_what_cannot_fit_is_refused_unread(made):
     reader, tokenizer = made
     assert reader.most_characters == 1000 * len("<pad>")
-    for read in (reader.completion("a" * 5001, Client()), reader.chat([{"role": "user", "content": "a" * 5001}], Client())):
+    chat = reader.chat([{"role": "user", "content": "a" * 5001}], Client())
+    for read, field in ((reader.completion("a" * 5001, Client()), "prompt"), (chat, "messages")):
         with pytest.raises(Failed, match=r"longest text is 1,000 tokens, .* has 5,001 characters: send less") as failed:
             asyncio.run(read)
         assert (failed.value.status, failed.value.body["error"]["code"]) == (400, "context_length_exceeded")
-        assert failed.value.body["error"]["param"] == "prompt"
+        assert failed.value.body["error"]["param"] == field
     assert tokenizer.read == []
 
 

@@ -1,6 +1,7 @@
 """The HTTP server: OpenAI's own client, broken requests, limits, disconnects, and an end that loses nothing."""
 
 import asyncio
+import itertools
 import json
 import random
 import signal
@@ -196,9 +197,8 @@ BAD = [
     ({**GOOD, "prompt": []}, 400, "empty"),
     ({**GOOD, "prompt": [-1]}, 400, "0 to 96"),
     ({**GOOD, "prompt": [97]}, 400, "0 to 96"),
-    ({**GOOD, "prompt": ["a", "b"]}, 400, "prompt"),
+    ({**GOOD, "prompt": ["a", 3]}, 400, "prompt"),
     ({**GOOD, "max_tokens": -3}, 400, "max_tokens"),
-    ({**GOOD, "max_tokens": 0}, 400, "max_tokens"),
     ({**GOOD, "max_tokens": 401}, 400, "limit of 400"),
     ({**GOOD, "max_tokens": 10**30}, 400, "limit of 400"),
     ({**GOOD, "max_tokens": "3"}, 400, "max_tokens"),
@@ -206,10 +206,10 @@ BAD = [
     ({**GOOD, "temperature": -1}, 400, "temperature"),
     (json.dumps({**GOOD, "temperature": float("nan")}), 400, "temperature"),
     ({**GOOD, "top_p": 0}, 400, "top_p"),
-    ({**GOOD, "n": 2}, 400, "n is not supported"),
-    ({**GOOD, "logprobs": 3}, 400, "logprobs"),
+    ({**GOOD, "n": 0}, 400, "greater than or equal to 1, got 0"),
+    ({**GOOD, "logprobs": -1}, 400, "logprobs"),
     ({**GOOD, "stop": [""]}, 400, "stop"),
-    ({**GOOD, "stop": ["a"] * 5}, 400, "stop"),
+    ({**GOOD, "stop": ["a"] * 200}, 400, "stop"),
     ({**GOOD, "seed": 2**64}, 400, "seed"),
     ({**GOOD, "model": "gpt-\ud800"}, 404, "no model"),
     ({**GOOD, "prompt": "\ud800"}, 400, ""),
@@ -262,7 +262,7 @@ def test_other_errors(module_server):
 def test_errors_name_the_field_and_what_it_is(module_server):
     _, address = module_server
     for body, param, code, words in (
-        ({**GOOD, "prompt": "a" * 600}, "prompt", "context_length_exceeded", "600 prompt tokens"),
+        ({**GOOD, "prompt": "a" * 600}, "prompt", "context_length_exceeded", "has 600 tokens"),
         ({**GOOD, "prompt": "a" * 4000}, "prompt", "context_length_exceeded", "4,000 characters"),
         ({**GOOD, "model": "other"}, "model", "model_not_found", "no model 'other'"),
         ({**GOOD, "best_of": 7}, "best_of", None, "best_of is not supported"),
@@ -345,10 +345,16 @@ def test_web_pages_may_ask_where_they_are_allowed_to(start):
         ApiOptions("tiny", allow_origins=("example.org/page",))
 
 
+# What is right or wrong by what else there is, in the request or the model.
+HANGING = {"tools", "tool_choice", "top_logprobs", "min_tokens", "level", "logit_bias", "stop_token_ids", "add_generation_prompt"}
+HANGING |= {"response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "chat_template_kwargs"}
+
+
 @pytest.mark.parametrize("mode", GenerationMode)
 def test_requests_made_from_the_schema_never_break_the_server(module_server, mode):
     """Every route, with what the server's own schema allows, and with what it does not."""
     schema, answered = schemathesis.openapi.from_url(f"{module_server[1]}/openapi.json"), {}
+    count = itertools.count()
     for operation in (found.ok() for found in schema.get_all_operations()):
         if mode is GenerationMode.NEGATIVE and not operation.body:
             continue  # nothing of it can be wrong
@@ -358,8 +364,11 @@ def test_requests_made_from_the_schema_never_break_the_server(module_server, mod
         def check(case):
             if isinstance(case.body, dict) and "model" in case.body:
                 case.body["model"] = "tiny"  # else nothing comes past it
-                if isinstance(case.body.get("max_tokens"), int):
-                    case.body["max_tokens"] = min(case.body["max_tokens"], 3)
+                for name, most in (("max_tokens", 3), ("max_completion_tokens", 3), ("max_output_tokens", 3), ("n", 2)):
+                    if isinstance(case.body.get(name), int):
+                        case.body[name] = min(case.body[name], most)
+                if next(count) % 2:  # by chance alone hardly any would fit together
+                    case.body = {name: value for name, value in case.body.items() if name not in HANGING}
             answer = case.call_and_validate(checks=[schemathesis.checks.not_a_server_error])
             answered.setdefault(operation.path, set()).add(answer.status_code)  # noqa: B023 (called at once)
 
@@ -457,7 +466,7 @@ def test_an_error_inside_a_step_is_a_500_and_the_server_goes_on(running, monkeyp
 def test_a_signal_drains_under_load(start, tuned, tokenizer):
     with start() as (server, address):
         engine = server.engine
-        body = {**GOOD, "max_tokens": 150, "temperature": 0, "ignore_eos": True}
+        body = {**GOOD, "max_tokens": 50, "temperature": 0, "ignore_eos": True}
         step = engine.runner.decode
         engine.runner.decode = lambda *args: (time.sleep(0.005), step(*args))[1]
         with ThreadPoolExecutor(8) as pool:
@@ -468,7 +477,7 @@ def test_a_signal_drains_under_load(start, tuned, tokenizer):
             late = post(address, body)
             assert late.status_code == 503 and late.headers["retry-after"] and httpx.get(f"{address}/health").status_code == 503
             texts = {answer.result().json()["choices"][0]["text"] for answer in answers}
-        assert texts == {alone(tuned, tokenizer, PROMPT, 150)}
+        assert texts == {alone(tuned, tokenizer, PROMPT, 50)}
         wait_for(lambda: server.should_exit)
 
 

@@ -21,16 +21,25 @@ def decoder(tokenizer: Any) -> Callable[[list[int]], str]:
 class TextStream:
     """Turns the tokens of one text into pieces whose join is the decoded text, up to the first stop string.
 
+    Args:
+        decode: from token ids to text; None: the tokenizer's, without special tokens.
+
     Attributes:
         stopped: whether a stop string was found; what comes after it, and itself, is left out.
     """
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()):
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = (), decode: Callable[[list[int]], str] | None = None):
         self.stop, self.stopped = stop, False
-        self._decode = decoder(tokenizer)
+        self._decode = decode or decoder(tokenizer)
+        self._beginnings = frozenset(string[:n] for string in stop for n in range(1, len(string)))
         self._tokens: list[int] = []
         self._start = self._shown = 0  # tokens from `_start` are decoded; those before `_shown` are in the text already
         self._held = ""  # may be the beginning of a stop string
+
+    @property
+    def held(self) -> str:
+        """Text that may be the beginning of a stop string, and so has not come."""
+        return self._held
 
     def add(self, token: int) -> str:
         """The text that is certain now, often empty."""
@@ -61,6 +70,6 @@ class TextStream:
             self.stopped, self._held = True, ""
             return text[: min(found)]
         longest = max((len(string) for string in self.stop), default=1) - 1
-        keep = next((n for n in range(min(longest, len(text)), 0, -1) if any(s.startswith(text[-n:]) for s in self.stop)), 0)
+        keep = next((n for n in range(min(longest, len(text)), 0, -1) if text[-n:] in self._beginnings), 0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 import sys
 import time
-import uuid
-from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,23 +18,31 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from ...inference.sampling import Sampling
+from ...inference.sampling import Constraint
 from ..engine.engine import Draining, Engine, TooLong
-from ..engine.request import Event, Request
 from ..engine.scheduler import QueueFull
 from ..engine.text import TextStream
-from .errors import Failed, as_failed, error_body, too_long
+from .answers import Answers, Choice, Mailbox
+from .chats import Chats
+from .completions import Completions
+from .errors import Failed, as_failed, error_body, invalid, too_long
+from .forced_calls import grammar_beside_tools
+from .formats import CancellingStream, Format
+from .grammar import Grammar, Grammars, asked_for
 from .guards import Guards
+from .messages import for_template
 from .metrics import Metrics
 from .page import PAGE
 from .prompts import PromptReader
-from .schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, Unsupported
+from .responses import Responses, ResponsesBody
+from .schema import ChatBody, CompletionBody, DetokenizeBody, Options, TokenizeBody
+from .token_bytes import TokenBytes
+from .tools import FORMATS, ToolFormat, format_of
 
 logger = logging.getLogger(__name__)
 
-LISTEN_SECONDS = 0.25  # how often it is asked whether a waiting client is still there
 # So long the engine's thread waits for Python at most, while this one writes answers; as Python comes, it waits ten times as long.
 SWITCH_SECONDS = 0.0005
 
@@ -46,7 +51,8 @@ SWITCH_SECONDS = 0.0005
 class ApiOptions:
     """name: of the model, as clients call it. api_key: None for none. max_body: bytes of a request. max_new_tokens: most that a request
     may ask for. default_tokens: of completions that name none. drain_seconds: for running requests, when the server ends. allow_origins:
-    of web pages that may call the server, such as "https://example.org", or "*" for all."""
+    of web pages that may call the server, such as "https://example.org", or "*" for all. tool_format: how the model writes calls of tools,
+    "hermes", "llama3" or "mistral"; "auto": what its chat template says, "none": it may not."""
 
     name: str
     api_key: str | None = None
@@ -55,6 +61,7 @@ class ApiOptions:
     default_tokens: int = 16
     drain_seconds: float = 30.0
     allow_origins: tuple[str, ...] = ()
+    tool_format: str = "auto"
 
     def __post_init__(self) -> None:
         if self.api_key is not None and not self.api_key.strip():
@@ -62,139 +69,11 @@ class ApiOptions:
         for name in ("max_body", "max_new_tokens", "default_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.tool_format not in ("auto", "none", *FORMATS):
+            raise ValueError(f"tool_format must be one of auto, none, {', '.join(FORMATS)}, got {self.tool_format!r}")
         for origin in self.allow_origins:
             if not re.fullmatch(r"\*|https?://[^/\s]+", origin):
                 raise ValueError(f"an allowed origin is a scheme and a host, such as https://example.org, or *, got {origin!r}")
-
-
-class Mailbox:
-    """Carries events from the engine's thread to the loop's: all that come until the loop has time for them are one call there."""
-
-    def __init__(self) -> None:
-        self._events: deque[tuple[asyncio.Queue[Event], Event]] = deque()
-        self._called = False
-
-    def put(self, loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Event], event: Event) -> None:
-        """To be called from the engine's thread."""
-        self._events.append((queue, event))
-        if not self._called:
-            self._called = True
-            loop.call_soon_threadsafe(self._deliver)
-
-    def _deliver(self) -> None:
-        self._called = False  # before the first is taken: what comes from now on is called for again
-        while self._events:
-            queue, event = self._events.popleft()
-            queue.put_nowait(event)
-
-
-class Answer:
-    """A request in the engine and the text that comes of it."""
-
-    def __init__(self, api: Api, kind: str, prompt: list[int], body: CompletionBody | ChatBody, max_tokens: int):
-        self.api, self.kind, self.body = api, kind, body
-        self.id, self.created = f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{uuid.uuid4().hex}", int(time.time())
-        self.text = TextStream(api.tokenizer, body.stop_strings)
-        self.counted = 0
-        loop, self._events = asyncio.get_running_loop(), asyncio.Queue[Event]()
-
-        def listener(event: Event) -> None:
-            api.mailbox.put(loop, self._events, event)
-
-        sampling = Sampling(
-            temperature=1.0 if body.temperature is None else body.temperature,
-            top_p=1.0 if body.top_p is None else body.top_p,
-            seed=body.seed,
-            ignore_eos=bool(body.ignore_eos),
-        )
-        self.request: Request = api.engine.submit(prompt, max_tokens, listener, sampling)
-
-    async def next_event(self) -> Event:
-        return await self._events.get()
-
-    async def cancel_when_left(self, http: HttpRequest) -> None:
-        """Cancel as soon as the client has gone."""
-        while not await http.is_disconnected():
-            await asyncio.sleep(LISTEN_SECONDS)
-        self.api.engine.cancel(self.request)
-
-    async def pieces(self, event: Event) -> AsyncGenerator[tuple[str, str | None], None]:
-        """(piece of the text, why it ends or None), from the first event on.
-
-        Raises:
-            Failed: for an error in the engine.
-        """
-        while True:
-            if event.error is not None or event.finish == "cancelled":
-                raise as_failed(event.error if event.error is not None else Draining("the server is about to stop"))
-            if event.finish is not None:
-                yield self.text.end(), "stop" if self.text.stopped else event.finish
-                break
-            assert event.token is not None
-            self.counted += 1
-            piece = self.text.add(event.token)
-            if self.text.stopped:
-                self.api.engine.cancel(self.request, stopped=True)
-                yield piece, "stop"
-                break
-            yield piece, None  # also without text: clients measure by what comes
-            event = await self.next_event()
-        self.api.metrics.ended(self.request)
-
-    def usage(self) -> dict[str, int]:
-        prompt = len(self.request.prompt)
-        return {"prompt_tokens": prompt, "completion_tokens": self.counted, "total_tokens": prompt + self.counted}
-
-    def whole(self, text: str, finish: str) -> dict[str, Any]:
-        """The answer in one piece."""
-        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish}
-        if self.kind == "chat":
-            choice["message"] = {"role": "assistant", "content": text}
-        else:
-            choice["text"] = text
-        return {**self._head("chat.completion"), "choices": [choice], "usage": self.usage()}
-
-    def chunk(self, text: str | None, finish: str | None) -> dict[str, Any]:
-        """A piece of a streamed answer; None for the text opens a chat's."""
-        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish}
-        if self.kind == "chat":
-            choice["delta"] = {"role": "assistant", "content": ""} if text is None else {"content": text} if text else {}
-        else:
-            choice["text"] = text
-        return {**self._head("chat.completion.chunk"), "choices": [choice]}
-
-    async def stream(self, first: Event) -> AsyncGenerator[str, None]:
-        """Server-sent events."""
-        try:
-            if self.kind == "chat":
-                yield _sent(self.chunk(None, None))
-            async with aclosing(self.pieces(first)) as pieces:
-                async for piece, finish in pieces:
-                    yield _sent(self.chunk(piece, finish))
-            if self.body.stream_options is not None and self.body.stream_options.include_usage:
-                yield _sent({**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage()})
-        except Failed as failed:  # the status has been sent: the error is the last event
-            yield _sent(failed.body)
-        yield "data: [DONE]\n\n"
-
-    def _head(self, chat: str) -> dict[str, Any]:
-        name = self.api.options.name
-        return {"id": self.id, "object": chat if self.kind == "chat" else "text_completion", "created": self.created, "model": name}
-
-
-class CancellingStream(StreamingResponse):
-    """A stream whose request is cancelled when it ends early, however that comes about."""
-
-    def __init__(self, answer: Answer, first: Event):
-        self.stream, self.answer = answer.stream(first), answer
-        super().__init__(self.stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.answer.api.engine.cancel(self.answer.request)
-            await self.stream.aclose()
 
 
 class Api:
@@ -203,54 +82,162 @@ class Api:
     def __init__(self, engine: Engine, tokenizer: Any, options: ApiOptions):
         self.engine, self.tokenizer, self.options = engine, tokenizer, options
         self.metrics, self.mailbox = Metrics(engine, options.name), Mailbox()
-        self.prompts = PromptReader(engine, tokenizer)
+        self.prompts, self.tokens = PromptReader(engine, tokenizer), TokenBytes(tokenizer)
+        self.grammars = Grammars(tokenizer, engine.vocab_size, engine.eos_tokens)
+        self.tools = FORMATS.get(options.tool_format) if options.tool_format != "auto" else format_of(self.prompts.template)
         self.started = int(time.time())
 
+    def close(self) -> None:
+        self.prompts.close()
+        self.grammars.close()
+
     async def complete(self, body: CompletionBody, http: HttpRequest) -> Response:
-        self._check_model(body.model)
-        prompt = body.prompt if isinstance(body.prompt, list) else await self.prompts.completion(body.prompt, http)
-        return await self._answer("text", prompt, body, body.max_tokens or self.options.default_tokens, http)
+        self._check(body)
+        prompts = body.prompts
+        self._check_count(len(prompts), body)
+        read: list[list[int]] = []
+        for prompt in prompts:
+            read.append(prompt if isinstance(prompt, list) else await self.prompts.completion(prompt, http, body.add_special_tokens))
+        wanted = [self._wanted(prompt, body.max_tokens, "prompt", self.options.default_tokens) for prompt in read]
+        constraints = iter(await self._constraints(asked_for(body), len(read) * body.choices, body))
+        echoes = [await self._echo(prompt, tokens) if body.echo else "" for prompt, tokens in zip(prompts, read, strict=True)]
+        logprobs: dict[str, Any] = {"logprobs": body.logprobs, "prompt_logprobs": body.logprobs if body.echo else None}
+
+        def choices() -> Iterator[Choice]:
+            for number, tokens in enumerate(read):
+                heard = body.echo and body.logprobs is not None
+                offsets = self.tokens.offsets(tokens, echoes[number]) if heard and self._are_ids(tokens) else ()
+                for copy in range(body.choices):
+                    yield Choice(
+                        number * body.choices + copy,
+                        tokens,
+                        wanted[number],
+                        body.sampling(copy, **logprobs),
+                        TextStream(self.tokenizer, body.stop_strings),
+                        next(constraints),
+                        body.level,
+                        echoes[number],
+                        offsets,
+                    )
+
+        return await self._answer(Completions(self.options.name, body, self.tokens), choices(), body, http)
 
     async def chat(self, body: ChatBody, http: HttpRequest) -> Response:
-        self._check_model(body.model)
-        prompt = await self.prompts.chat([{"role": m.role, "content": m.text} for m in body.messages], http)
-        wanted = body.max_completion_tokens or body.max_tokens
-        room = min(self.engine.max_tokens - len(prompt), self.options.max_new_tokens)
-        return await self._answer("chat", prompt, body, wanted or max(room, 1), http)
+        tools = self._tools(body)
+        return await self._chat(body, http, Chats(self.options.name, body, self.tokens, tools), tools)
 
-    async def _answer(self, kind: str, prompt: list[int], body: Any, max_tokens: int, http: HttpRequest) -> Response:
-        if max_tokens > self.options.max_new_tokens:
-            message = f"max_tokens {max_tokens} is more than this server's limit of {self.options.max_new_tokens}"
-            raise Failed(400, message, param="max_tokens")
+    async def respond(self, body: ResponsesBody, http: HttpRequest) -> Response:
+        return await self._chat(body.as_chat(), http, Responses(self.options.name, body), None)
+
+    async def _chat(self, body: ChatBody, http: HttpRequest, form: Chats | Responses, tools: ToolFormat | None) -> Response:
+        self._check(body)
+        self._check_count(1, body)
+        grammar = asked_for(body)
+        if tools is not None:
+            grammar = grammar_beside_tools(body, tools, grammar, self.tokens)
+        prompt = await self.prompts.chat(
+            for_template(body.messages, self.prompts.template),
+            http,
+            not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt,
+            bool(body.continue_final_message),
+            None if tools is None else [tool.for_template() for tool in body.tools or ()],
+            body.chat_template_kwargs,
+            form.prompt,
+        )
+        wanted = self._wanted(prompt, body.limit, form.prompt, self.options.max_new_tokens, form.limit)
+        constraints = await self._constraints(grammar, body.choices, body)
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        decode = None if tools is None else self.tokens.decoder(tools.shown)
+        choices = (
+            Choice(
+                number,
+                prompt,
+                wanted,
+                body.sampling(number, logprobs=logprobs),
+                TextStream(self.tokenizer, body.stop_strings, decode),
+                constraints[number],
+                body.level,
+            )
+            for number in range(body.choices)
+        )
+        return await self._answer(form, choices, body, http)
+
+    async def _answer(self, form: Format | Responses, choices: Iterable[Choice], body: Options, http: HttpRequest) -> Response:
         try:
-            answer = Answer(self, kind, prompt, body, max_tokens)
+            answers = Answers(self.engine, self.mailbox, self.metrics, choices)
         except TooLong as error:
-            raise Failed(400, str(error), code="context_length_exceeded", param="prompt" if kind == "text" else "messages") from None
+            raise Failed(400, str(error), code="context_length_exceeded", param=form.prompt) from None
         except ValueError as error:
-            raise Failed(400, str(error), param="prompt" if kind == "text" else "messages") from None
-        streams, watch = False, asyncio.create_task(answer.cancel_when_left(http))
+            first = str(error).split(maxsplit=1)[0]  # the engine names what is wrong first
+            raise Failed(400, str(error), param=first if first in type(body).model_fields else form.prompt) from None
+        streams, watch = False, asyncio.create_task(answers.cancel_when_left(http))
         try:
-            first = await answer.next_event()
-            if body.stream and first.error is None and first.finish != "cancelled":
+            begun = await answers.begin()
+            if body.stream and begun:
                 streams = True
-                return CancellingStream(answer, first)
-            text, finish = "", "stop"
-            async with aclosing(answer.pieces(first)) as pieces:
-                async for piece, end in pieces:
-                    text, finish = text + piece, end or finish
-            return JSONResponse(answer.whole(text, finish))
+                return CancellingStream(answers, form.stream(answers))
+            return Response(await form.whole(answers), media_type="application/json")
         finally:
             watch.cancel()
             if not streams:
-                self.engine.cancel(answer.request)
+                answers.cancel()
+
+    def _wanted(self, prompt: list[int], asked: int | None, param: str, default: int, name: str = "max_tokens") -> int:
+        """How many tokens a text is to have; name: of the field that asks."""
+        most = self.options.max_new_tokens
+        if asked is not None and asked > most:
+            raise Failed(400, f"{name} {asked} is more than this server's limit of {most}", param=name)
+        room = self.engine.max_tokens - len(prompt)
+        if room < 1:
+            raise too_long(f"{len(prompt):,} tokens", self.engine.max_tokens, param)
+        return min(default, room, most) if asked is None else asked
+
+    async def _constraints(self, grammar: Grammar | None, count: int, body: Options) -> Sequence[Constraint | None]:
+        if grammar is None:
+            return [None] * count
+        if body.min_tokens:
+            raise Failed(400, f"min_tokens cannot be kept beside {grammar.param}: leave it out", param="min_tokens")
+        return await self.grammars.constraints(grammar, count)
+
+    def _tools(self, body: ChatBody) -> ToolFormat | None:
+        """How calls are written, None where there are none to be made."""
+        if not body.tools or body.tool_choice == "none":
+            return None
+        if self.tools is None:
+            raise Failed(400, "this model's chat template knows no tools, or writes calls in a format that is not read here", param="tools")
+        return self.tools
+
+    def _are_ids(self, tokens: list[int]) -> bool:
+        return all(0 <= token < self.engine.vocab_size for token in tokens)
+
+    async def _echo(self, prompt: str | list[int], tokens: list[int]) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        return await self.prompts.text(tokens, special=False) if self._are_ids(tokens) else ""
+
+    def _check(self, body: Options) -> None:
+        self._check_model(body.model)
+        for name, tokens in body.tokens_named.items():
+            if not self._are_ids(tokens):
+                wrong = next(token for token in tokens if not self._are_ids([token]))
+                raise Failed(400, f"{name} has the token {wrong}, ids go from 0 to {self.engine.vocab_size - 1}", param=name)
+        if body.min_tokens and body.limit is not None and body.min_tokens > body.limit:
+            raise Failed(400, f"min_tokens {body.min_tokens} is more than the {body.limit} tokens asked for", param="min_tokens")
+
+    def _check_count(self, prompts: int, body: Options) -> None:
+        most, count = self.engine.scheduler.max_waiting, prompts * body.choices
+        if count > most:
+            message = f"{prompts} prompts with n {body.choices} are {count} texts, more than the {most} that may wait here"
+            raise Failed(400, message, param="prompt" if prompts > 1 else "n")
 
     async def tokenize(self, body: TokenizeBody, http: HttpRequest) -> dict[str, Any]:
         self._check_model(body.model or self.options.name)
         if body.prompt is not None:
             tokens = await self.prompts.completion(body.prompt, http, body.add_special_tokens)
         else:
-            messages = [{"role": m.role, "content": m.text} for m in body.messages or ()]
-            tokens = await self.prompts.chat(messages, http, body.add_generation_prompt)
+            messages = for_template(body.messages or (), self.prompts.template)
+            tools = [tool.for_template() for tool in body.tools or ()]
+            tokens = await self.prompts.chat(messages, http, body.add_generation_prompt, False, tools, body.chat_template_kwargs)
         return {"count": len(tokens), "max_model_len": self.engine.max_tokens, "tokens": tokens}
 
     async def detokenize(self, body: DetokenizeBody) -> dict[str, Any]:
@@ -283,7 +270,7 @@ def build_app(engine: Engine, tokenizer: Any, options: ApiOptions) -> FastAPI:
         engine.start()
         yield
         await asyncio.to_thread(engine.stop, timeout=options.drain_seconds)
-        api.prompts.close()
+        api.close()
         sys.setswitchinterval(before)
 
     app = FastAPI(title="dsla serve", lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -303,8 +290,8 @@ def build_app(engine: Engine, tokenizer: Any, options: ApiOptions) -> FastAPI:
         return as_failed(error).response()
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(http: HttpRequest, error: RequestValidationError) -> Response:
-        return JSONResponse(error_body(*_told(error.errors()[0])), 400)
+    async def unreadable(http: HttpRequest, error: RequestValidationError) -> Response:
+        return JSONResponse(invalid(error.errors()), 400)
 
     @app.exception_handler(StarletteHTTPException)
     async def refused(http: HttpRequest, error: HTTPException) -> Response:
@@ -321,6 +308,10 @@ def build_app(engine: Engine, tokenizer: Any, options: ApiOptions) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, http: HttpRequest) -> Response:
         return await api.chat(body, http)
+
+    @app.post("/v1/responses")
+    async def responses(body: ResponsesBody, http: HttpRequest) -> Response:
+        return await api.respond(body, http)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -359,23 +350,3 @@ def build_app(engine: Engine, tokenizer: Any, options: ApiOptions) -> FastAPI:
         return HTMLResponse(PAGE)
 
     return app
-
-
-def _told(error: dict[str, Any]) -> tuple[str, str, None, str | None]:
-    """Message, kind, code and field of what is wrong with a body. Escaped: a message may quote what no encoding can carry."""
-    cause = error.get("ctx", {}).get("error")
-    if error["type"] == "json_invalid":
-        message, field = f"the body is no JSON: {cause}", None
-    else:
-        where = [str(part) for part in error["loc"][1:]]
-        field = cause.param if isinstance(cause, Unsupported) else where[0] if where else None
-        message = f"{'.'.join(where)}: {error['msg'].removeprefix('Value error, ')}".removeprefix(": ")
-    return _escaped(message), "invalid_request_error", None, None if field is None else _escaped(field)
-
-
-def _escaped(text: str) -> str:
-    return text.encode("ascii", "backslashreplace").decode()
-
-
-def _sent(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content)}\n\n"

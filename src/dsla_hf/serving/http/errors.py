@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.responses import JSONResponse
 
 from ..engine.engine import Draining, ShedForMemory
 from ..engine.scheduler import QueueFull
+from .schema import MAX_STOPS, Unsupported, sendable
+
+# What fields are whose kinds are several: pydantic would say what the first of them is.
+GIVE = {
+    "prompt": "a text, a list of token ids, or a list of one of these",
+    "stop": f"a text of 1 to 200 characters, or a list of at most {MAX_STOPS} of them",
+    "tool_choice": '"none", "auto", "required" or {"type": "function", "function": {"name": ...}}',
+    "input": "a text, or a list of messages with role and content (text)",
+    "guided_json": "a JSON schema",
+}
 
 CLIENT_CLOSED = 499  # as nginx has it; nobody reads it but the log
 
 
 def error_body(message: str, kind: str = "invalid_request_error", code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return {"error": {"message": sendable(message), "type": kind, "param": None if param is None else sendable(param), "code": code}}
 
 
 class Failed(Exception):
@@ -36,17 +47,47 @@ class Failed(Exception):
         return JSONResponse(self.body, self.status, self.headers)
 
 
+class CannotFollow(RuntimeError):
+    """A grammar became too complex while a text followed it."""
+
+
 def as_failed(error: Exception | None) -> Failed:
     """What a client is told of an error of the engine."""
     if isinstance(error, (QueueFull, Draining, ShedForMemory)):
         return Failed(503, str(error), "overloaded_error", "overloaded", retry=10 if isinstance(error, Draining) else 1)
+    if isinstance(error, CannotFollow):
+        return Failed(400, str(error))
     return Failed(500, "the server failed on this request; its log says why", "server_error", "internal_error")
 
 
-def too_long(found: str, most: int) -> Failed:
-    """Of a prompt that cannot fit."""
+def too_long(found: str, most: int, param: str = "prompt") -> Failed:
+    """Of a prompt that cannot fit; param: the field that has it."""
     message = f"this server's longest text is {most:,} tokens, answer included, and the prompt has {found}: send less"
-    return Failed(400, message, code="context_length_exceeded", param="prompt")
+    return Failed(400, message, code="context_length_exceeded", param=param)
+
+
+def invalid(errors: Sequence[Any]) -> dict[str, Any]:
+    """What a client is told of a body that is not what the route takes; errors: pydantic's."""
+    error = errors[0]
+    cause = error.get("ctx", {}).get("error")
+    if error["type"] == "json_invalid":
+        return error_body(f"the body is no JSON: {cause}")
+    where = [str(part) for part in error["loc"][1:]]
+    field = cause.param if isinstance(cause, Unsupported) else where[0] if where else None
+    got = _shown(error.get("input"))
+    if isinstance(cause, Unsupported):
+        message = str(cause)
+    elif field in GIVE and error["type"] != "missing":
+        message = f"{field}: give {GIVE[field]}{got}"
+    else:
+        said = str(cause) if cause is not None else error["msg"] + ("" if error["type"] == "missing" else got)
+        message = f"{'.'.join(where)}: {said}".removeprefix(": ")
+    return error_body(message, param=field)
+
+
+def _shown(value: Any) -> str:
+    """What came, if it is short."""
+    return f", got {str(value)[:80]!r}" if isinstance(value, str) else f", got {value}" if isinstance(value, (int, float)) else ""
 
 
 def client_has_left() -> Failed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -48,22 +49,50 @@ class PromptReader:
         async with self._place():
             return await self._ids(prompt, http, special)
 
-    async def text(self, tokens: list[int]) -> str:
-        """Of tokens, special ones included."""
-        return await self._run(partial(self.tokenizer.decode, tokens))
+    async def text(self, tokens: list[int], special: bool = True) -> str:
+        """Of tokens; special: with special ones."""
+        return await self._run(partial(self.tokenizer.decode, tokens, skip_special_tokens=not special))
 
-    async def chat(self, messages: Sequence[dict[str, Any]], http: HttpRequest, answer: bool = True) -> list[int]:
-        """Of a chat, as the model's template renders it; answer: with the beginning of one."""
-        if getattr(self.tokenizer, "chat_template", None) is None:
+    async def chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        http: HttpRequest,
+        answer: bool = True,
+        continued: bool = False,
+        tools: Sequence[dict[str, Any]] | None = None,
+        variables: dict[str, Any] | None = None,
+        param: str = "messages",
+    ) -> list[int]:
+        """Of a chat, as the model's template renders it; answer: with the beginning of one; continued: the last message is one that goes
+        on. variables: of the template, beside its own. param: the field that errors name."""
+        if not self.template:
             raise Failed(400, "this model has no chat template: use /v1/completions")
-        self._check_length(sum(len(message["content"] or "") for message in messages))
+        for name in variables or ():
+            if name in self._taken:
+                raise Failed(400, f"chat_template_kwargs cannot set {name}: leave it out", param="chat_template_kwargs")
+        self._check_length(sum(len(message["content"] or "") for message in messages), param)
         async with self._place():
+            options: dict[str, Any] = {"add_generation_prompt": answer, "tokenize": False, **(variables or {})}
+            if continued:
+                options["continue_final_message"] = True
+            if tools:
+                options["tools"] = list(tools)
             try:
-                render = partial(self.tokenizer.apply_chat_template, add_generation_prompt=answer, tokenize=False)
-                text = await self._run(partial(render, list(messages)))
+                text = await self._run(partial(self.tokenizer.apply_chat_template, list(messages), **options))
             except Exception as error:  # templates raise what they like for roles and orders they do not know
-                raise Failed(400, f"the chat template refuses these messages: {error!r}", param="messages") from None
-            return await self._ids(text, http, special=False)
+                raise Failed(400, f"the chat template refuses these messages: {error!r}", param=param) from None
+            return await self._ids(text, http, special=False, param=param)
+
+    @property
+    def template(self) -> str:
+        """The text of the model's chat template, of all where it has several; empty where it has none."""
+        found = getattr(self.tokenizer, "chat_template", None)
+        return "\n".join(found.values()) if isinstance(found, dict) else found or ""
+
+    @cached_property
+    def _taken(self) -> set[str]:
+        """Names that are no variables of a template: of what renders it, and of what it is given."""
+        return {"messages", *inspect.signature(self.tokenizer.apply_chat_template).parameters}
 
     @asynccontextmanager
     async def _place(self) -> AsyncIterator[None]:
@@ -76,12 +105,12 @@ class PromptReader:
         finally:
             self.waiting -= 1
 
-    def _check_length(self, characters: int) -> None:
+    def _check_length(self, characters: int, param: str) -> None:
         if characters > self.most_characters:
-            raise too_long(f"{characters:,} characters", self.engine.max_tokens)
+            raise too_long(f"{characters:,} characters", self.engine.max_tokens, param)
 
-    async def _ids(self, text: str, http: HttpRequest, special: bool) -> list[int]:
-        self._check_length(len(text))
+    async def _ids(self, text: str, http: HttpRequest, special: bool, param: str = "prompt") -> list[int]:
+        self._check_length(len(text), param)
         most, tokens = self.engine.max_tokens, 0
         if len(text) > PIECE:
             for number, begin in enumerate(range(0, len(text), PIECE)):
@@ -90,7 +119,7 @@ class PromptReader:
                 piece = text[begin : begin + PIECE]
                 tokens += len(await self._run(partial(self._encode, piece, special=False)))
                 if tokens - number * SLACK > most:
-                    raise too_long(f"more than {most:,} tokens", most)
+                    raise too_long(f"more than {most:,} tokens", most, param)
         return await self._run(partial(self._encode, text, special))
 
     def _encode(self, text: str, special: bool) -> list[int]:
