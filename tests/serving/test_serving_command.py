@@ -16,6 +16,7 @@ from dsla_cli import main
 from dsla_hf import FixedLevel, Load, PromptLength
 from dsla_hf.serving.command import ServeOptions, load_app, policy_of
 from dsla_hf.serving.engine.engine import EngineOptions
+from dsla_hf.serving.http.tools import FORMATS
 
 
 @pytest.fixture
@@ -109,3 +110,10 @@ def test_wrong_options_say_what(saved, capsys, options, words):
     assert main(["serve", saved[0], "--adapter", saved[1], *options]) == 1
     *_, error = capsys.readouterr().err.splitlines()  # after the bar of loading, if it came so far
     assert error.startswith("dsla serve: ") and words in error
+
+
+def test_formats_of_tools_are_those_of_the_command(capsys):
+    """The command line names them without importing what reads them."""
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    assert f"--tool-format {{auto,none,{','.join(FORMATS)}}}" in " ".join(capsys.readouterr().out.split())

@@ -85,6 +85,12 @@ def add_to(commands: Any, name: str) -> None:
         help="a web page that may call the server, such as https://example.org, or * for all; may be repeated",
     )
     network.add_argument(
+        "--tool-format",
+        choices=("auto", "none", "hermes", "llama3", "mistral"),
+        default="auto",
+        help="how the model writes calls of tools; auto: what its chat template speaks of, none: it may not (default: %(default)s)",
+    )
+    network.add_argument(
         "--drain-seconds", type=float, default=30.0, metavar="S", help="for running requests at the end (default: %(default)s)"
     )
 

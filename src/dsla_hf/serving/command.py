@@ -72,6 +72,7 @@ class ServeOptions:
     dtype: str = "auto"
     drain_seconds: float = 30.0
     allow_origins: tuple[str, ...] = ()
+    tool_format: str = "auto"
     graphs: bool = True
 
 
@@ -105,6 +106,7 @@ def load(options: ServeOptions) -> tuple[Engine, Any, ApiOptions]:
         max_new_tokens=options.max_new_tokens,
         drain_seconds=options.drain_seconds,
         allow_origins=tuple(options.allow_origins),
+        tool_format=options.tool_format,
     )
     tokenizer = load_tokenizer(options.model)
     model = (
