@@ -137,9 +137,9 @@ def test_hopeless_runs_are_cut(serving, engine):
     watch = serving.Watch(engine, slo_first=0.0, late=3, deadline=60.0)
     requests = [TracedRequest(0.01 * i, 10, 50) for i in range(12)]
     with ThreadPoolExecutor(1) as sender:  # nobody steps the engine yet
-        future = sender.submit(serving.send_directly, engine, requests, 0)
+        future = sender.submit(serving.send_directly, engine, requests, 0, 1.0)
         while len(engine._inbox) < 8:
-            pass
+            assert not future.done(), future.exception()
         engine._open_inbox()
         assert watch.hopeless() == f"{len(engine.scheduler.waiting)} requests without a first token after 0 s"
         assert watch.most_waiting >= 8
