@@ -144,7 +144,12 @@ sys.exit(main(["env"]))
 
 @pytest.mark.parametrize("sent, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
 def test_signals_end_a_command_with_one_line_and_their_status(sent, status):
-    process = subprocess.Popen([sys.executable, "-c", WAITS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def as_in_a_terminal():
+        """Jobs in the background of a shell ignore Ctrl-C, and what they start does, too."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", WAITS], preexec_fn=as_in_a_terminal, **pipes)
     assert process.stdout.readline() == "running\n"
     process.send_signal(sent)
     output, error = process.communicate(timeout=30)
