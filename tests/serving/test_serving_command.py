@@ -19,15 +19,6 @@ from dsla_hf.serving.engine.engine import EngineOptions
 from dsla_hf.serving.http.tools import FORMATS
 
 
-@pytest.fixture
-def saved(tmp_path, tiny_model, adapter_model):
-    base = tiny_model("llama")
-    base.save_pretrained(tmp_path / "my-base")
-    byte_tokenizer().save_pretrained(tmp_path / "my-base")
-    adapter_model(base).save_pretrained(tmp_path / "my-adapter")
-    return str(tmp_path / "my-base"), str(tmp_path / "my-adapter")
-
-
 def test_serve_and_end(saved):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

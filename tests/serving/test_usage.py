@@ -16,15 +16,6 @@ from dsla_hf.serving.usage import address_of, how_to_use
 NAME = 'it\'s "mine"'  # has to be quoted for shells, JSON and Python
 
 
-@pytest.fixture
-def saved(tmp_path, tiny_model, adapter_model):
-    base = tiny_model("llama")
-    base.save_pretrained(tmp_path / "my-base")
-    byte_tokenizer().save_pretrained(tmp_path / "my-base")
-    adapter_model(base).save_pretrained(tmp_path / "my-adapter")
-    return str(tmp_path / "my-base"), str(tmp_path / "my-adapter")
-
-
 @pytest.mark.parametrize("chats, key", [(True, None), (False, "secret")])
 def test_the_lines_work_as_they_are_printed(tiny_model, monkeypatch, capsys, chats, key):
     engine = Engine(tiny_model("llama"), 0, EngineOptions(slots=2, block_size=8, max_tokens=128))
