@@ -158,6 +158,7 @@ def test_sampled_texts_on_a_gpu(tiny_model, adapter_model):
             for mine, its in ((event.logprob, like.logprob), *zip(event.prompt_logprobs or (), like.prompt_logprobs or (), strict=True)):
                 assert (mine is None) == (its is None) and (mine is None or mine.logprob == pytest.approx(its.logprob, abs=1e-3))
     model.set_level(2)
+    model.set_attn_implementation("sdpa")  # not that of the engine, whose cache lies in blocks
     prompt = on_gpu[0].request.prompt
     found = GraphDecoder(model).generate(
         torch.tensor([prompt], device="cuda"), max_new_tokens=15, do_sample=True, temperature=0.8, top_k=0, seed=1

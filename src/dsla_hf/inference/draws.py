@@ -163,9 +163,12 @@ def _table(rows: Sequence[Row], order: list[int], device: torch.device) -> tuple
             for row in rows
         ]
     )
-    packed = sent(torch.cat([whole.int(), real.view(torch.int32)], 1), device)
-    temperature, top_p, log_min_p = packed[:, 4:].view(torch.float32).unbind(1)
-    return _Table(packed[:, 1].long(), packed[:, 2:4], temperature, top_p, log_min_p), packed[:, 0].long()
+    # A column lies whole, as kernels read it; keys last, a pair for each row.
+    columns = torch.cat([whole[:, :2].int().t().flatten(), real.view(torch.int32).t().flatten(), whole[:, 2:].int().flatten()])
+    packed, count = sent(columns, device), len(rows)
+    places, top_k, temperature, top_p, log_min_p = packed[: 5 * count].view(5, count)
+    reals = [x.view(torch.float32) for x in (temperature, top_p, log_min_p)]
+    return _Table(top_k.long(), packed[5 * count :].view(count, 2), *reals), places.long()
 
 
 def _among_all(scores: Tensor, table: _Table, some_min_p: bool) -> Tensor:

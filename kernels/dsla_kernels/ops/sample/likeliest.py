@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 4096, 16  # logits that a program reads at a time
+BLOCK, WARPS = 8192, 32  # logits that a program reads at a time
 # A search cuts a range of values into four at each reading: at first by their size, which logits of models are even in, then by their
 # bits, of which there are 32, so that it ends however they lie.
 BY_SIZE = tl.constexpr(4)

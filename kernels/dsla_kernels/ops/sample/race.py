@@ -8,7 +8,7 @@ from torch import Tensor
 from ...common import on_its_device
 from .likeliest import least_logits, loaded
 
-BLOCK, WARPS = 4096, 8  # logits that a program reads
+BLOCK, WARPS = 1024, 4  # logits that a program reads
 
 
 @triton.jit

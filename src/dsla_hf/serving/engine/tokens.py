@@ -44,28 +44,30 @@ class NextTokens:
 
     def __call__(self, logits: Tensor, requests: Sequence[Request], meanwhile: Callable[[], None] | None = None) -> list[NextToken]:
         """One for each text from its logits `[R, V]`. `meanwhile` is called before the host waits."""
-        tokens = logits.argmax(-1)
         masks, errors = self._masks(requests)
         sampled = [number for number, request in enumerate(requests) if request.sampling.temperature > 0]
         changed = [number for number, request in enumerate(requests) if number in masks or self._changes(request)]
         touched = sorted({*sampled, *changed})
         asking = [number for number, request in enumerate(requests) if request.sampling.logprobs is not None]
         if not touched and not asking:
+            tokens = logits.argmax(-1)
             if meanwhile is not None:
                 meanwhile()
             return [NextToken(token, error=errors.get(number)) for number, token in enumerate(tokens.tolist())]
 
-        sure = torch.ones(len(requests), dtype=torch.bool, device=self.device)
         rows = [Row(requests[number].sampling, requests[number].seed, requests[number].length) for number in sampled]
-        scores = logits
-        if touched:
-            places = self._sent(touched)
-            if changed or len(touched) < len(requests):
+        scores, where = logits, None  # where: rows that are drawn, if not all are
+        if len(sampled) == len(requests) and not changed:
+            tokens, sure = draw(scores, rows)
+        else:
+            tokens, sure = logits.argmax(-1), torch.ones(len(requests), dtype=torch.bool, device=self.device)
+            if touched:
+                places = self._sent(touched)
                 scores = logits[places]
-            if changed:
-                scores = scores.float()
-                self._change(scores, [(at, requests[number]) for at, number in enumerate(touched)], masks, touched)
-                tokens[places] = scores.argmax(-1)
+                if changed:
+                    scores = scores.float()
+                    self._change(scores, [(at, requests[number]) for at, number in enumerate(touched)], masks, touched)
+                    tokens[places] = scores.argmax(-1)
             if sampled:
                 if len(sampled) < len(touched):
                     scores = scores[self._sent([at for at, number in enumerate(touched) if requests[number].sampling.temperature > 0])]
@@ -77,7 +79,8 @@ class NextTokens:
             meanwhile()
         found = whole.cpu()
         if not bool(found[1].all()):
-            tokens[where] = exactly(scores, rows)
+            again = exactly(scores, rows)
+            tokens = again if where is None else tokens.index_copy_(0, where, again)
             found = self._packed(logits, tokens, sure, requests, asking).cpu()
             for slot in counted:
                 self._counted.pop(slot)  # of other tokens
