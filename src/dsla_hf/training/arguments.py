@@ -57,6 +57,20 @@ class DSLATrainingArguments(TrainingArguments):
     hidden_weight: float = field(
         default=0.0, metadata={"help": "Stage 'logits': weight of the alignment of the hidden states after each block."}
     )
+    use_liger_kernel: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Norms, rotary embedding and activations by Liger Kernel while a stage is trained. Default: on a CUDA device, if "
+            "it is installed, for types of models that are tested with it."
+        },
+    )
+    cuda_graphs: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Record the passes of a step in CUDA graphs, where every layer runs its softmax attention and its DSLA, and switches "
+            "choose. Default: for small models and batches on one CUDA device, where that is several times as fast."
+        },
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Keep `loss_mask`, which no model takes."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule, as in transformers."})
     warmup_steps: float = field(

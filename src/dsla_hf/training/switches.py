@@ -35,12 +35,12 @@ def weighed(projection: nn.Module, weights: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def switched(model: Any, values: dict[int, Tensor]) -> Iterator[dict[int, Tensor]]:
+def switched(model: Any, values: dict[int, Tensor], gradients: bool = True) -> Iterator[dict[int, Tensor]]:
     """Within it each layer of `values` adds up the outputs of its softmax attention and of its DSLA, each KV head by its switch, `[Hkv]` or
     for each row of a batch `[B, Hkv]`: 0 is the base's, 1 the DSLA head. Other layers are the base's. Yields the switches, of which
-    gradients can be taken."""
+    gradients can be taken; without `gradients` the values themselves, which may be written over from step to step."""
     layers = dsla_layers(model)
-    switches = {index: value.detach().clone().requires_grad_() for index, value in values.items()}
+    switches = {index: value.detach().clone().requires_grad_() for index, value in values.items()} if gradients else values
     config = active_config(model)
     order, level = config.conversion_order, config.level
     heads = [(index, head) for index in sorted(values) for head in range(values[index].shape[-1])]

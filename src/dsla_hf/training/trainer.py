@@ -13,7 +13,7 @@ import os
 import random
 import shutil
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,9 @@ from ..models.decoder import decoder_layers, first_layers
 from .alignment import align_each, align_subset, align_whole, draw_heads
 from .arguments import CHECKPOINTING, DSLATrainingArguments
 from .checkpoints import is_whole, saved_stage, told_of_full_disk, what_is_kept
+from .liger import fused_by_liger, wants_liger
 from .losses import alignment_sums, kl_sums
+from .recorded import RecordedSteps, is_small, why_not_recorded
 from .sharding import (
     check_fsdp,
     is_sharded,
@@ -45,7 +47,7 @@ from .sharding import (
     whole_optimizer_state,
     with_whole_weights,
 )
-from .switches import output_projections
+from .switches import output_projections, switched
 
 NOT_FOR_THE_MODEL = ("labels", "loss_mask")
 OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"
@@ -102,10 +104,20 @@ class DSLATrainer(Trainer):
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         self._use_cache = getattr(model.config, "use_cache", None)
-        super().__init__(model=model, args=args, **kwargs)
+        self._liger = wants_liger(args.use_liger_kernel, model.get_base_model(), args.device)
+        asked, args.use_liger_kernel = args.use_liger_kernel, False  # transformers would patch the model for good
+        try:
+            super().__init__(model=model, args=args, **kwargs)
+        finally:
+            args.use_liger_kernel = asked
         self.model_accepts_loss_kwargs = False
         self._terms: dict[str, list[Tensor]] = defaultdict(list)
         self._cut_parameters: list[list[nn.Parameter]] | None = None
+        self._may_record: bool | None = None  # decided at the first step, whose batch is there
+        self._recorded: RecordedSteps | None = None
+        # While the losses of a step are recorded: of each layer [Hkv], and what lasts until its backward pass is over.
+        self._switches: dict[int, Tensor] | None = None
+        self._until_backward = ExitStack()
         self.add_callback(_NoInputGradients)
         for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):  # which would show every layer's values
             self.remove_callback(callback)
@@ -119,9 +131,13 @@ class DSLATrainer(Trainer):
         """As in transformers; `config.use_cache`, which it turns off, is the base's own and is put back."""
         config: Any = self.accelerator.unwrap_model(self.model).config
         try:
-            with told_of_full_disk(Path(str(self.args.output_dir))):
+            with ExitStack() as within:
+                within.enter_context(told_of_full_disk(Path(str(self.args.output_dir))))
+                if self._liger:
+                    within.enter_context(fused_by_liger(self.model.get_base_model(), self.args.liger_kernel_config))
                 return super().train(*args, **kwargs)
         finally:
+            self._recorded, self._may_record = None, None
             config.use_cache = self._use_cache
             self.progress.close()
 
@@ -153,7 +169,8 @@ class DSLATrainer(Trainer):
         # The level holds from the forward to the end of the backward pass, whose recomputations need it.
         level, inputs = self.step_level(), self._of_step_length(inputs)
         with self._at_level(level):
-            loss = super().training_step(model, inputs, *args, **kwargs)
+            recorded = self._recorded_step(inputs)
+            loss = super().training_step(model, inputs, *args, **kwargs) if recorded is None else recorded
             if is_sharded(self.model):
                 for parameter in self._idle_weights():  # as `_zero_of_idle_weights` does for whole ones
                     parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -164,6 +181,49 @@ class DSLATrainer(Trainer):
         if self.args.stage == "logits":
             self._terms["level"].append(torch.tensor(float(level), device=loss.device))
         return loss
+
+    def _recorded_step(self, inputs: dict[str, Any]) -> Tensor | None:
+        """The loss of a step whose passes are recorded; None where they run as they are."""
+        args: Any = self.args
+        if self._may_record is None:
+            reason = why_not_recorded(args, self.model, inputs)
+            if reason and args.cuda_graphs:
+                raise ValueError(f"cuda_graphs=True is not possible here, {reason}: leave it out")
+            self._may_record = not reason and (args.cuda_graphs or (args.cuda_graphs is None and is_small(self.model, inputs)))
+        if not self._may_record:
+            return None
+        self.model.train()
+        inputs, layers = self._prepare_inputs(inputs), self._layers_in_training()
+        if self._recorded is None:
+            heads = active_config(self.model).kv_heads
+            rows = torch.ones(len(layers), heads, device=args.device)
+            self._recorded = RecordedSteps(self.model, self._losses_by_switches(dict(zip(layers, rows, strict=True))), rows)
+        loss, terms = self._recorded(inputs, self._converted_rows(list(layers)))
+        self._may_record = self._recorded.failed is None
+        for name, term in terms.items():
+            self._terms[name].append(term)
+        return loss
+
+    def _losses_by_switches(self, switches: dict[int, Tensor]) -> Any:
+        def losses(inputs: dict[str, Any], until_backward: ExitStack) -> tuple[Tensor, dict[str, Tensor]]:
+            self._switches, self._until_backward = switches, until_backward
+            try:
+                return self._losses(self.model, inputs)
+            finally:
+                self._switches = None
+
+        return losses
+
+    def _converted_rows(self, layers: list[int]) -> Tensor:
+        """Which KV heads are converted in the current step, `[layers, Hkv]` of 1 and 0."""
+        args: Any = self.args
+        config = active_config(self.model)
+        if args.stage == "alignment":
+            drawn = self._drawn_heads(layers)
+            return torch.tensor([drawn.get(layer, [1.0] * config.kv_heads) for layer in layers])
+        if config.conversion_unit == "layer":
+            return torch.tensor([[float(layer in config.converted_layers)] * config.kv_heads for layer in layers])
+        return torch.tensor([[float(head in config.heads_of(layer)) for head in range(config.kv_heads)] for layer in layers])
 
     def step_level(self) -> int:
         """The level of the current step."""
@@ -185,6 +245,15 @@ class DSLATrainer(Trainer):
         return {name: x.reshape(-1, length) for name, x in inputs.items()}
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        loss, losses = self._losses(model, inputs)
+        if self.model.training:
+            for name, term in losses.items():
+                self._terms[name].append(term.detach())
+            loss = loss + self._zero_of_idle_weights()
+        return (loss, {}) if return_outputs else loss
+
+    def _losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is trained for, and its terms."""
         mask = _counted(inputs)
         inputs = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
         args: Any = self.args
@@ -193,21 +262,18 @@ class DSLATrainer(Trainer):
         weights = self.accelerator.reduce(torch.stack([weight.detach() for _, weight in sums.values()]), reduction="mean")
         losses = {name: total / weight for (name, (total, _)), weight in zip(sums.items(), weights, strict=True)}
         if args.stage == "alignment":
-            loss = sum(losses.values()) / len(losses)
-        else:
-            factors = {"kl": 1.0, "hidden": args.hidden_weight}
-            loss = sum(factors[name] * term for name, term in losses.items())
-        if self.model.training:
-            for name, term in losses.items():
-                self._terms[name].append(term.detach())
-            loss = loss + self._zero_of_idle_weights()
-        return (loss, {}) if return_outputs else loss
+            return sum(losses.values(), start=torch.zeros((), device=weights.device)) / len(losses), losses
+        factors = {"kl": 1.0, "hidden": args.hidden_weight}
+        return sum((factors[name] * term for name, term in losses.items()), start=torch.zeros((), device=weights.device)), losses
+
+    def _layers_in_training(self) -> dict[int, Any]:
+        """The layers that have weights which are trained; all that have weights, where none are."""
+        layers = {i: layer for i, layer in dsla_layers(self.model).items() if layer.adapter_name}
+        return {i: layer for i, layer in layers.items() if any(p.requires_grad for p in layer.parameters())} or layers
 
     def _alignment(self, model: nn.Module, inputs: dict[str, Any], mask: Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:
         base = self.accelerator.unwrap_model(model).get_base_model()
-        layers = {i: layer for i, layer in dsla_layers(base).items() if layer.adapter_name}
-        trained = {i: layer for i, layer in layers.items() if any(p.requires_grad for p in layer.parameters())}
-        chosen = trained or layers
+        chosen = self._layers_in_training()
         recompute = self.model.training and any(getattr(self.args, name, False) for name in CHECKPOINTING)
         converted = self._aligned_heads(list(chosen))
         align = align_each if getattr(self.args, "alignment_heads", None) == "each" else align_subset
@@ -249,6 +315,15 @@ class DSLATrainer(Trainer):
 
     def _aligned_heads(self, layers: list[int]) -> dict[int, Tensor]:
         """Of layers that are aligned in part, or by heads, in the current step: which KV heads are converted, `[Hkv]` of 1 and 0."""
+        if self._switches is not None:
+            subsets = self._drawn_heads(layers, whole=True)
+            return {layer: switch for layer, switch in self._switches.items() if layer in subsets}
+        drawn = self._drawn_heads(layers)
+        # On the device all at once: each copy would wait for what runs there.
+        return dict(zip(drawn, torch.tensor(list(drawn.values())).to(self.args.device), strict=True)) if drawn else {}
+
+    def _drawn_heads(self, layers: list[int], whole: bool = False) -> dict[int, list[float]]:
+        """The same as numbers. whole: with layers of which all heads were drawn in this step."""
         args: Any = self.args
         config = active_config(self.model)
         way = args.alignment_heads or ("subsets" if config.conversion_unit == "head" else "all")
@@ -258,10 +333,9 @@ class DSLATrainer(Trainer):
             heads = sorted(config.planned_heads(layer)) or every
             if way == "subsets" and self.model.training:
                 heads = list(draw_heads(args.seed, self.state.global_step, layer, heads))
-            if heads != every or way == "each":
+            if heads != every or way == "each" or (whole and way == "subsets"):
                 drawn[layer] = [float(head in heads) for head in every]
-        # On the device all at once: each copy would wait for what runs there.
-        return dict(zip(drawn, torch.tensor(list(drawn.values())).to(args.device), strict=True)) if drawn else {}
+        return drawn
 
     def _logits(self, model: nn.Module, inputs: dict[str, Any], mask: Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:
         hidden = bool(self.args.hidden_weight)
@@ -272,6 +346,8 @@ class DSLATrainer(Trainer):
         first = min((i for i, layer in dsla_layers(self.model).items() if layer.converted), default=depth)
         teacher_logits, teacher_states = teacher.logits, teacher.hidden_states[first + 1 :] if hidden else ()
         del teacher
+        if self._switches is not None:
+            self._until_backward.enter_context(switched(self.model, self._switches, gradients=False))
         student = model(**inputs, use_cache=False, output_hidden_states=hidden)
         sums = {"kl": kl_sums(student.logits, teacher_logits, mask, reuse_teacher=True)}
         if hidden:
