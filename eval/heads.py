@@ -65,6 +65,12 @@ MORE_AT_ONCE = 4  # times as many prompts as evaluations take, where they fit
 TRAINING, ORDER = "training.json", "order.json"  # beside an adapter
 RECIPES = "heads-recipes"
 WAY_COLUMNS = ("probe_weight", "answer_weight", "level_draws", "steps")  # by which recipes differ
+# By KV heads kept of SmolLM2's 90: perplexity over the teacher at most, and codes by length, at least; beside the teacher's where negative.
+WANTED: dict[int, tuple[float, dict[int, float]]] = {
+    22: (1.016, {1024: -0.03, 2048: -0.03, 4096: -0.03, 7500: -0.03}),
+    9: (1.04, {1024: 0.95, 2048: 0.95, 4096: 0.92, 7500: 0.80}),
+    3: (1.12, {2048: 0.85}),
+}
 HOW_TRAINED = ("align_steps", "steps", "tokens_per_step", "lengths", "planted", "answer_weight", "probe_weight", "level_draws")
 HOW_TRAINED += ("learning_rate", "gate_factor", "seed")
 
@@ -577,6 +583,27 @@ differences (with 100 the interval of 95 % is up to 0.1 to both sides).
 """
 
 
+def wanted_text(rows: list[dict[str, Any]]) -> str:
+    """What was wanted of few heads before anything was measured, and how far each arm of heads is above it."""
+    teacher, lines = rows[0], []
+    for row in rows:
+        if row["kept"] not in WANTED or row["level"] == 0 or ARMS[row["arm"]].unit != "head":
+            continue
+        ratio, codes = WANTED[row["kept"]]
+        wanted = {length: least if least > 0 else teacher[f"code_{length}"] + least for length, least in codes.items()}
+        above = [f"{row[f'code_{length}'] - wanted[length]:+.3f}" if length in wanted else "" for length in code_lengths(row)]
+        lines.append([row["arm"], str(row["kept"]), f"{ratio:.3f}", f"{row['wiki_ratio']:.3f}", *above])
+    head = ["arm", "kept", "WikiText-2, at most", "found", *(f"code, {length:,}" for length in code_lengths(teacher))]
+    return f"""
+## Wanted
+
+Bounds that were set before: a ratio of perplexities, and shares of codes; of these by how much each arm is above (below: minus) its bound,
+0.95, 0.95, 0.92 and 0.80 with 9 heads kept, 0.03 below the teacher with 22, and 0.85 at 2,048 tokens with 3.
+
+{markdown_table(head, lines)}
+"""
+
+
 def orders_text(results: Path) -> str:
     """The orders that `eval/head_orders.py` has measured, nothing where it has not."""
     file = results / "head-orders.json"
@@ -635,7 +662,9 @@ def page(options: argparse.Namespace) -> None:
     file = write_results(options.name, joined["rows"], command_of(options), folder=options.results, **rest)
     plot, written = options.docs / "images" / f"{options.name}-quality.png", options.docs / "measured" / f"{options.name}.md"
     draw(joined["rows"], plot)
-    more = recipes_text(options.results) + orders_text(options.results) if options.name == NAME else ""
+    more = ""
+    if options.name == NAME:
+        more = wanted_text(joined["rows"]) + recipes_text(options.results) + orders_text(options.results)
     write_whole(written, page_text(joined, options.name, more))
     say(f"written: {file}, {written}, {plot}")
 
