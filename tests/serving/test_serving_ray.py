@@ -79,6 +79,10 @@ def test_a_replica_is_unhealthy_when_only_a_new_process_helps(tiny_model, monkey
     for _ in range(3):
         engine.health.failed("decode", RuntimeError("broken"))
     ray_app.Replica().check_health()  # it may recover
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.watchdog, "seconds", 1e-9)
+        with engine.watchdog.step(), pytest.raises(RuntimeError, match="a step of the engine has not ended"):
+            ray_app.Replica().check_health()
     engine.health.failed("decode", RuntimeError("CUDA error: misaligned address"))
     with pytest.raises(RuntimeError, match="misaligned address"):
         ray_app.Replica().check_health()

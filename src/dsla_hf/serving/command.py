@@ -74,6 +74,8 @@ class ServeOptions:
     allow_origins: tuple[str, ...] = ()
     tool_format: str = "auto"
     graphs: bool = True
+    batch_invariant: bool = False
+    step_timeout: float = 120.0
 
 
 def load_app(options: ServeOptions) -> FastAPI:
@@ -120,6 +122,8 @@ def load(options: ServeOptions) -> tuple[Engine, Any, ApiOptions]:
         chunk=options.chunk,
         prompt_share=options.prompt_share,
         max_level=limit,
+        step_timeout=options.step_timeout,
+        batch_invariant=options.batch_invariant,
     )
     record = CudaRecording if options.graphs and device() == "cuda" else None
     return Engine(model.to(device()).eval(), policy, engine_options, record=record), tokenizer, api_options
