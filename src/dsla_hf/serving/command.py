@@ -32,6 +32,7 @@ from .engine.engine import Engine, EngineOptions
 from .engine.request import Event
 from .http.api import ApiOptions, build_app
 from .http.connections import limited_protocol, most_connections
+from .output import lossy_output
 from .usage import address_of, how_to_use, what_is_served
 
 logger = logging.getLogger(__name__)
@@ -228,7 +229,13 @@ def has_template(tokenizer: Any) -> bool:
 
 
 def serve(options: ServeOptions, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Load and serve until a signal comes. Errors as those of `load`, and OSError if nothing can listen at that address."""
+    """Load and serve until a signal comes, also where nothing can be printed or logged any more. Errors as those of `load`, and OSError if
+    nothing can listen at that address."""
+    with lossy_output():
+        _serve(options, host, port)
+
+
+def _serve(options: ServeOptions, host: str, port: int) -> None:
     check_address(host, port)  # before a model is loaded for minutes
     engine, tokenizer, api_options = load(options)
     engine.prepare()
