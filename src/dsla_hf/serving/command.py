@@ -186,7 +186,7 @@ class DrainingServer(uvicorn.Server):
         self.engine.drain()
         logger.info("no more requests are taken; %d are still served", len(self.engine.scheduler.running))
         deadline = time.monotonic() + self.drain_seconds
-        while self.engine.busy and time.monotonic() < deadline:
+        while self.engine.busy and self.engine.watchdog.problem is None and time.monotonic() < deadline:
             time.sleep(0.05)
         super().handle_exit(sig, frame)
 

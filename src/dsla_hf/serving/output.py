@@ -31,7 +31,7 @@ class LossyStream:
 def lossy_output() -> Iterator[None]:
     """Within it neither `print` nor logs nor progress bars fail for want of a place to write to."""
     before: tuple[Any, Any] = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (None if stream is None else LossyStream(stream) for stream in before)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = (None if stream is None else LossyStream(stream) for stream in before)
     try:
         yield
     finally:
