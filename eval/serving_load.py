@@ -63,6 +63,7 @@ NEAR = 1e-4  # of logits between two tokens, and of log-probabilities
 CHUNK = 256  # prompt tokens of a step: more than ordinary prompts of all clients have, less than long ones
 LEVEL_SECONDS = (0.3, 3.0)  # between two levels that are asked for
 LAYERS = 4
+WARM_SECONDS, SETTLE_SECONDS = 2.0, 30.0  # of requests before the load; that connections and texts have to end
 CHAT = (
     "{% for tool in tools or [] %}<tool_call> for {{ tool.function.name }}\n{% endfor %}"
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -298,23 +299,32 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def wait_until(holds: Callable[[], bool], seconds: float) -> None:
+    """Or until the time is over."""
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 def put_under_load(
     engine: Engine, url: str, options: argparse.Namespace, pool: ProcessPoolExecutor
 ) -> tuple[list[Outcome], dict[str, Any]]:
     """What came of the requests, and what was measured of this process meanwhile."""
-    begin = time.monotonic()
-    arguments = (url, options.clients, options.seconds, options.pause, options.seed, list(engine.pinnable), 2 * CHUNK)
-    future, memory, files = pool.submit(run_clients, *arguments), list[float](), open_files()
+    arguments = (list(engine.pinnable), 2 * CHUNK)
+    # Some first: what is opened once, by whatever, is no leak.
+    first = pool.submit(run_clients, url, options.clients, WARM_SECONDS, 0.0, options.seed + 1, *arguments).result()
+    wait_until(lambda: not engine.busy, SETTLE_SECONDS)
+    time.sleep(1)  # the last connections close
+    begin, memory, files = time.monotonic(), list[float](), open_files()
+    future = pool.submit(run_clients, url, options.clients, options.seconds, options.pause, options.seed, *arguments)
     with tqdm(total=round(options.seconds), unit="s", desc="load", disable=None) as bar:
         while not future.done():
             time.sleep(0.2)
             bar.update(min(round(time.monotonic() - begin), bar.total) - bar.n)
             if not memory and time.monotonic() - begin >= options.seconds / 10:
                 memory = [resident_mib()]
-    outcomes = [Outcome(**one) for one in future.result()]
-    deadline = time.monotonic() + 30
-    while (engine.busy or open_files() > files) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    outcomes = [Outcome(**one) for one in first + future.result()]
+    wait_until(lambda: not engine.busy and open_files() <= files, SETTLE_SECONDS)
     gc.collect()
     return outcomes, {
         "stuck": len(engine.scheduler.running) + len(engine.scheduler.waiting),
