@@ -288,8 +288,8 @@ self._mine
     assert set(defined_in([ast.parse("def _a():\n    self._b = _c = 1\n    other._d = 1")])) == {"_a", "_b", "_c"}
 
 
-# Two of argparse, and the documented os._exit.
-PYTHONS_OWN = {"_actions", "_format_args", "_exit"}
+# Two of argparse, and the documented os._exit and sys._current_frames.
+PYTHONS_OWN = {"_actions", "_format_args", "_exit", "_current_frames"}
 
 
 def test_names_that_are_not_public_are_touched_in_compat_alone():

@@ -175,6 +175,20 @@ def test_answers_that_end_at_a_stop_string_are_stops(server, stream):
     assert value(address, 'vllm:request_success_total{finished_reason="abort",model_name="tiny"}') == 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_in_the_last_token_is_a_stop(server, stream):
+    running, address = server
+    text = httpx.post(f"{address}/v1/completions", json={**BODY, "max_tokens": 20}).json()["choices"][0]["text"]
+    stop = text[6:8]
+    tokens = text.index(stop) + len(stop)  # each is a character
+    for asked, finish in ((tokens, "stop"), (tokens - 1, "length")):
+        before = dict(running.engine.finished)
+        body = {**BODY, "max_tokens": asked, "stop": stop, "stream": stream}
+        assert f'"{finish}"' in httpx.post(f"{address}/v1/completions", json=body).text
+        assert {name: count - before[name] for name, count in running.engine.finished.items() if count > before[name]} == {finish: 1}
+    assert not running.engine.busy and not running.engine._unsettled
+
+
 def test_a_server_ends_with_its_engine(model, monkeypatch):
     engine = Engine(model, 1, EngineOptions(slots=2, block_size=8, max_tokens=128))
     monkeypatch.setattr(engine.runner, "decode", fails(RuntimeError(ASSERT)))

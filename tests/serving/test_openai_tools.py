@@ -305,3 +305,31 @@ def test_responses_that_are_refused(hermes, body, param, words):
     answer = httpx.post(f"{hermes[2]}/v1/responses", json={"model": "tiny", "input": "hi", **body})
     found = answer.json()["error"]
     assert answer.status_code == 400 and found["param"] == param and words in found["message"]
+
+
+# --- strict tools -------------------------------------------------------------------------------------------------
+
+STRICT = [{"type": "function", "function": {**TOOLS[0]["function"], "strict": True}}, TOOLS[1]]
+WRONG = {  # as long as what is right: the script goes on in step
+    form: script.replace('"Oslo"', '"Omsk"').replace('"days": 2', '"days": 0').replace('"arguments": {}', '"arguments": {"zone": "utc"}')
+    for form, script in CALLS.items()
+}
+
+
+@pytest.mark.parametrize("special", [True, False], ids=["marks are tokens", "marks are text"])
+@pytest.mark.parametrize("form", ["hermes", "mistral"])
+def test_calls_of_strict_tools_follow_their_schemas(form, special, monkeypatch):
+    """The model is free to call none and to write before a call; those of other tools have arguments as it likes."""
+    monkeypatch.setitem(SPECIAL, form, {"hermes": ["<tool_call>", "</tool_call>"], "mistral": ["[TOOL_CALLS]"]}[form] if special else [])
+    with running(form) as (engine, client, _):
+        for text in ("Fine weather, < 3 days of it.", ""):
+            engine.script = text + WRONG[form]
+            answer = of(ask(client, tools=STRICT, max_tokens=400))
+            assert answer[0] == text and answer[2] == "tool_calls"
+            (name, weather), (other, zone) = answer[1]
+            jsonschema.validate(weather, WEATHER)
+            assert (name, weather["city"], other, zone) == ("weather", "Oslo", "now", {"zone": "utc"})
+            (name, wrong), *_ = of(ask(client, tools=TOOLS, max_tokens=400))[1]
+            assert wrong["days"] == 0, "tools that are not strict are not forced"
+        engine.script = "Nothing to call."
+        assert of(ask(client, tools=STRICT)) == ("Nothing to call.", [], "stop")

@@ -2,9 +2,13 @@
 
 import importlib.util
 import os
+import signal
 import socket
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -38,12 +42,36 @@ def saved(tmp_path, tiny_model, adapter_model):
     return str(tmp_path / "my-base"), str(tmp_path / "my-adapter"), model
 
 
-@pytest.mark.filterwarnings("ignore")  # Ray's own
-def test_two_replicas_on_one_machine(saved):
+def replicas_here():
+    """Ids of the replicas' processes, which descend from this one."""
+    parents, named = {}, []
+    for folder in Path("/proc").iterdir():
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if b"ServeReplica:default:dsla" in (folder / "cmdline").read_bytes():
+                named.append(int(folder.name))
+        except (ValueError, OSError):  # no process, or one that has ended
+            continue
+
+    def descends(process):
+        while process in parents and process != os.getpid():
+            process = parents[process]
+        return process == os.getpid()
+
+    return {process for process in named if descends(process)}
+
+
+@contextmanager
+def two_replicas(saved):
+    """Where they are reached, a function that asks them, and the text that comes."""
     base, adapter, model = saved
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    ids = byte_tokenizer()("Hello, layer", return_tensors="pt")["input_ids"]
+    model.set_level(2)
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    expected = byte_tokenizer().decode(out[0, ids.shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     ray.init(num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -55,22 +83,44 @@ def test_two_replicas_on_one_machine(saved):
             with httpx.Client(timeout=60) as client:  # a connection of its own, as other clients have
                 return client.post(f"{address}/v1/completions", json={**body, "stream": number % 2 == 1})
 
+        yield address, ask, expected
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_two_replicas_on_one_machine(saved):
+    with two_replicas(saved) as (address, ask, expected):
         with ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(ask, range(24)))
         assert all(answer.status_code == 200 for answer in answers)
-        ids = byte_tokenizer()(body["prompt"], return_tensors="pt")["input_ids"]
-        model.set_level(2)
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
-        expected = byte_tokenizer().decode(out[0, ids.shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert {answer.json()["choices"][0]["text"] for answer in answers[::2]} == {expected}
         assert all(answer.text.endswith("data: [DONE]\n\n") for answer in answers[1::2])
         status = [httpx.get(f"{address}/status").json() for _ in range(20)]
         deployment = serve.status().applications["default"].deployments["dsla"]
         assert sum(deployment.replica_states.values()) == 2
         assert max(now["generated_tokens"] for now in status) < 24 * 12, "both replicas served"
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_a_killed_replica_is_replaced(saved):
+    """By `kill -9`: meanwhile requests are answered by the other one, or told of it; then there are two again."""
+    with two_replicas(saved) as (_, ask, expected):
+        before = replicas_here()
+        assert len(before) == 2
+        os.kill(min(before), signal.SIGKILL)
+        statuses, deadline = [], time.monotonic() + 150
+        while len(replicas_here() - {min(before)}) < 2 or serve.status().applications["default"].status != "RUNNING":
+            answer = ask(0)
+            statuses.append(answer.status_code)
+            assert answer.status_code == 200 or answer.status_code >= 500, "whole, or an error that says so"
+            assert answer.status_code != 200 or answer.json()["choices"][0]["text"] == expected
+            assert time.monotonic() < deadline, "there is no other replica"
+            time.sleep(0.2)
+        assert [ask(0).status_code for _ in range(6)] == [200] * 6 and statuses.count(200) > len(statuses) / 2
 
 
 def test_a_replica_is_unhealthy_when_only_a_new_process_helps(tiny_model, monkeypatch):
@@ -79,6 +129,10 @@ def test_a_replica_is_unhealthy_when_only_a_new_process_helps(tiny_model, monkey
     for _ in range(3):
         engine.health.failed("decode", RuntimeError("broken"))
     ray_app.Replica().check_health()  # it may recover
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.watchdog, "seconds", 1e-9)
+        with engine.watchdog.step(), pytest.raises(RuntimeError, match="a step of the engine has not ended"):
+            ray_app.Replica().check_health()
     engine.health.failed("decode", RuntimeError("CUDA error: misaligned address"))
     with pytest.raises(RuntimeError, match="misaligned address"):
         ray_app.Replica().check_health()

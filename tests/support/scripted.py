@@ -47,7 +47,7 @@ class Scripted(Engine):
         super().__init__(LlamaForCausalLM(config).eval(), options=EngineOptions(**{"slots": 2, "max_tokens": 1000, **options}))
         self.tokenizer, self.script, self.asked = tokenizer, "", []
 
-    def submit(self, prompt, max_tokens, listener, sampling=None, constraint=None, level=None):
+    def submit(self, prompt, max_tokens, listener, sampling=None, constraint=None, level=None, stop_strings=False):
         self.check(prompt, max_tokens)
         if level not in (None, 0):
             raise ValueError(f"level must be 0, got {level}")

@@ -69,6 +69,18 @@ def add_to(commands: Any, name: str) -> None:
         action="store_false",
         help="on a GPU, replay no CUDA graphs: the server starts faster and runs slower",
     )
+    sizes.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="each text is equal to the bit in any company; every step then costs what one with all slots taken costs",
+    )
+    sizes.add_argument(
+        "--step-timeout",
+        type=float,
+        default=120.0,
+        metavar="S",
+        help="seconds after which a step that has not ended makes /health answer 503; 0: never (default: %(default)s)",
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="check model, memory and settings, generate a token, say what would be served, and end"
     )

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Protocol
 
 import torch
@@ -83,6 +83,7 @@ class Recorder:
         capture_seconds: what each recording took, in order.
         replayed, plain: steps that were replayed, and such that ran as they are though they had been rehearsed.
         reason: why the last recording that failed did so; None if none did.
+        preparing: whether a step is rehearsed or recorded now, which may compile what it needs.
     """
 
     def __init__(self, model: Any, record: Record = CudaRecording, *, fuse: bool = True, for_memory: str = "give smaller batches"):
@@ -91,6 +92,7 @@ class Recorder:
         self.capture_seconds: list[float] = []
         self.replayed = self.plain = 0
         self.reason: str | None = None
+        self.preparing = False
         self._fuse = fuse
         self._rehearsed: set[Hashable] = set()
         self._failures: dict[Hashable, int] = {}  # tries that failed; TRIES: there are no more
@@ -107,7 +109,8 @@ class Recorder:
         recording = self.recordings.get(key)
         if recording is None:
             if key not in self._rehearsed:
-                self._rehearse(key, step, prompt)
+                with self._prepares():
+                    self._rehearse(key, step, prompt)
                 return True
             recording = self._recorded(key, step, prompt)
         if recording is None:
@@ -193,9 +196,18 @@ class Recorder:
         finally:
             self.capture_seconds.append(time.perf_counter() - start)
 
+    @contextmanager
+    def _prepares(self) -> Iterator[None]:
+        self.preparing = True
+        try:
+            yield
+        finally:
+            self.preparing = False
+
     def _succeeds(self, key: Hashable, attempt: Callable[[Hashable, Step, bool], None], step: Step, prompt: bool) -> bool:
         try:
-            attempt(key, step, prompt)
+            with self._prepares():
+                attempt(key, step, prompt)
             return True
         except Exception as error:
             self._failed(key, error)

@@ -32,6 +32,7 @@ from .engine.engine import Engine, EngineOptions
 from .engine.request import Event
 from .http.api import ApiOptions, build_app
 from .http.connections import limited_protocol, most_connections
+from .output import lossy_output
 from .usage import address_of, how_to_use, what_is_served
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,8 @@ class ServeOptions:
     allow_origins: tuple[str, ...] = ()
     tool_format: str = "auto"
     graphs: bool = True
+    batch_invariant: bool = False
+    step_timeout: float = 120.0
 
 
 def load_app(options: ServeOptions) -> FastAPI:
@@ -120,6 +123,8 @@ def load(options: ServeOptions) -> tuple[Engine, Any, ApiOptions]:
         chunk=options.chunk,
         prompt_share=options.prompt_share,
         max_level=limit,
+        step_timeout=options.step_timeout,
+        batch_invariant=options.batch_invariant,
     )
     record = CudaRecording if options.graphs and device() == "cuda" else None
     return Engine(model.to(device()).eval(), policy, engine_options, record=record), tokenizer, api_options
@@ -181,7 +186,7 @@ class DrainingServer(uvicorn.Server):
         self.engine.drain()
         logger.info("no more requests are taken; %d are still served", len(self.engine.scheduler.running))
         deadline = time.monotonic() + self.drain_seconds
-        while self.engine.busy and time.monotonic() < deadline:
+        while self.engine.busy and self.engine.watchdog.problem is None and time.monotonic() < deadline:
             time.sleep(0.05)
         super().handle_exit(sig, frame)
 
@@ -224,7 +229,13 @@ def has_template(tokenizer: Any) -> bool:
 
 
 def serve(options: ServeOptions, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Load and serve until a signal comes. Errors as those of `load`, and OSError if nothing can listen at that address."""
+    """Load and serve until a signal comes, also where nothing can be printed or logged any more. Errors as those of `load`, and OSError if
+    nothing can listen at that address."""
+    with lossy_output():
+        _serve(options, host, port)
+
+
+def _serve(options: ServeOptions, host: str, port: int) -> None:
     check_address(host, port)  # before a model is loaded for minutes
     engine, tokenizer, api_options = load(options)
     engine.prepare()

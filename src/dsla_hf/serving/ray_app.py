@@ -20,10 +20,10 @@ class Replica:
     """What Ray asks a replica beside its routes."""
 
     def check_health(self) -> None:
-        """Raises RuntimeError when only a new process can serve: Ray then starts another replica."""
+        """Raises RuntimeError when only a new process can serve, or a step hangs: Ray then starts another replica."""
         for engine in _engines:
-            if engine.health.fatal:
-                raise RuntimeError(engine.problem)
+            if engine.health.fatal or engine.watchdog.problem is not None:
+                raise RuntimeError(engine.watchdog.problem or engine.problem)
 
 
 def build(args: dict[str, Any]) -> serve.Application:

@@ -7,6 +7,7 @@ every running text. Texts are independent of each other: each is what `generate`
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -33,6 +34,7 @@ from .runner import ModelRunner
 from .scheduler import QueueFull, Scheduler
 from .slots import SlotMemory
 from .tokens import NextToken, NextTokens, logprobs_of, scored
+from .watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,8 @@ MEASURED_SECONDS, MEASURED = 10.0, 2048
 IDLE_SECONDS = 0.25  # how often an idle engine asks for the level
 MIN_CHUNK = 16
 LOGITS_BYTES = 2**28  # of a piece of a prompt whose log-probabilities are asked for: such pieces are shorter
+# In configs of mixtures of experts: what an expert multiplies depends on which tokens come to it, and so on company.
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 CHUNK_RECOVERY_SECONDS = 60.0  # after a lack of memory, until chunks are twice as long again
 
 
@@ -70,6 +74,11 @@ class EngineOptions:
     max_level: highest level that control may choose; None: the whole plan. Where levels count heads, those in use are a ladder up to it,
         see `Levels.cut`.
     hold, busy_hold, cool_down: of `LevelControl`.
+    step_timeout: seconds after which a step that has not ended makes the engine unhealthy, what it compiles and records not counted; 0:
+        never.
+    batch_invariant: each text has the same sums in the same order in any company, so that it is equal to the bit. Every step then costs
+        what one with all slots taken costs (and gathers keys and values of `max_tokens`, where they are not read in their blocks), and a
+        prompt shares its chunk with no other.
     """
 
     slots: int = 32
@@ -84,6 +93,8 @@ class EngineOptions:
     hold: float = 1.0
     busy_hold: float = 10.0
     cool_down: float = 5.0
+    step_timeout: float = 120.0
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         for name in ("slots", "max_waiting", "block_size", "chunk"):
@@ -93,6 +104,8 @@ class EngineOptions:
             raise ValueError(f"prompt_share must be above 0 and at most 1, got {self.prompt_share}")
         if not self.prompt_patience >= 0:
             raise ValueError(f"prompt_patience must be a number of seconds, got {self.prompt_patience}")
+        if not 0 <= self.step_timeout < math.inf:
+            raise ValueError(f"step_timeout must be a number of seconds, or 0 for none, got {self.step_timeout}")
 
 
 class Engine:
@@ -165,11 +178,17 @@ class Engine:
             max_tokens=self.max_tokens,
             max_level=highest,
         )
-        self.runner = ModelRunner(levels, self.memory) if record is None else GraphRunner(levels, self.memory, record, options.chunk)
-        self.next_tokens = NextTokens(options.slots, self.vocab_size, eos_tokens, levels.device)
+        one = options.batch_invariant
+        if one and (name := next((name for name in EXPERTS if getattr(config, name, None)), None)):
+            raise ValueError(f"batch_invariant is not for mixtures of experts ({name} {getattr(config, name)}): leave it out")
+        self.runner = (
+            ModelRunner(levels, self.memory, one) if record is None else GraphRunner(levels, self.memory, record, options.chunk, one)
+        )
+        self.next_tokens = NextTokens(options.slots, self.vocab_size, eos_tokens, levels.device, one)
         self.scheduler = Scheduler(options.slots, options.max_waiting)
         self.chunk = options.chunk
         self.health = Health()
+        self.watchdog = Watchdog(options.step_timeout, lambda: self.runner.preparing, clock)
         self.finished: dict[str, int] = {"stop": 0, "length": 0, "cancelled": 0, "error": 0}
         self.generated_tokens = self.read_tokens = 0
         self.tokens_at_level = [0] * (highest + 1)  # generated, by the level they were generated at
@@ -182,6 +201,7 @@ class Engine:
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)
         self._inbox: list[Request] = []
+        self._unsettled: set[Request] = set()  # got all their tokens, and may have ended at a stop string in the last
         self._draining = self._stopped = False
         self._thread: threading.Thread | None = None
         self._ask_for_level()  # a fixed level holds from the first request on
@@ -197,11 +217,14 @@ class Engine:
         sampling: Sampling | None = None,
         constraint: Constraint | None = None,
         level: int | None = None,
+        stop_strings: bool = False,
     ) -> Request:
         """Queue a text. `listener` is called with each `Event`, first tokens, then the end.
 
         constraint: what its tokens must follow; it is asked and told of them on the engine's thread, and an error of it ends the request.
         level: that the text has from its first token to its last, whatever that of the server; one of `pinnable`. None: the server's.
+        stop_strings: the listener looks for such, and says by `cancel` when it is done. A text that got all its tokens is counted then, for
+            it may have ended at a string in the last of them.
 
         Raises:
             ValueError: if the request can never be served: an empty prompt, ids out of range, a level that is not to be had; TooLong for
@@ -211,7 +234,7 @@ class Engine:
         """
         sampling = sampling or Sampling()
         self.check(prompt, max_tokens, sampling, level)
-        request = Request(list(prompt), max_tokens, sampling, listener, self.clock(), constraint, level)
+        request = Request(list(prompt), max_tokens, sampling, listener, self.clock(), constraint, level, stop_strings)
         with self._lock:
             if self._draining or self._stopped:
                 raise Draining("the server is about to stop and takes no more requests")
@@ -249,13 +272,17 @@ class Engine:
             )
 
     def cancel(self, request: Request, *, stopped: bool = False) -> None:
-        """Forget a request before the next token; its listener is told the end. Of no effect on one that has ended.
+        """Forget a request before the next token; its listener is told the end. Of no effect on one that has ended, but for what is
+        counted, see `submit`.
 
         stopped: its text is whole, at a string where it had to end: its end is "stop", not "cancelled".
         """
         with self._lock:
             request.stopped = request.stopped or (stopped and not request.cancelled)
             request.cancelled = True
+            if request in self._unsettled:
+                self._unsettled.remove(request)
+                self.finished["stop" if request.stopped else "length"] += 1
             self._arrived.notify_all()
 
     def start(self) -> None:
@@ -264,6 +291,7 @@ class Engine:
             raise RuntimeError("the engine runs already")
         self._thread = threading.Thread(target=self._serve, name="dsla-engine", daemon=True)
         self._thread.start()
+        self.watchdog.start()
 
     def drain(self) -> None:
         """Take no more requests; those that are here are served."""
@@ -273,17 +301,27 @@ class Engine:
 
     def stop(self, *, drain: bool = True, timeout: float | None = None) -> None:
         """End the thread: with `drain` after the requests that are here (for at most `timeout` seconds), else at once, with their
-        cancellation."""
+        cancellation. A thread that hangs is left behind, and the engine is unhealthy for good."""
         self.drain()
         deadline = None if timeout is None else time.monotonic() + timeout
         while drain and self.busy and self._thread is not None and (deadline is None or time.monotonic() < deadline):
+            if self.watchdog.problem is not None:
+                break
             time.sleep(0.01)
         with self._lock:
             self._stopped = True
             self._arrived.notify_all()
         if self._thread is not None:
-            self._thread.join()
+            while self._thread.is_alive():
+                self._thread.join(0.1)
+                if (problem := self.watchdog.problem) is not None:
+                    self.health.end(RuntimeError(problem))
+                    self._give_up()
+                    break
             self._thread = None
+        self.watchdog.stop()
+        if self.health.fatal:
+            return
         self._open_inbox()
         for request in [*self.scheduler.waiting, *self.scheduler.running]:
             self._end(request, "cancelled")
@@ -303,7 +341,7 @@ class Engine:
         """Why requests are not served, None while they are."""
         if self._thread is not None and not self._thread.is_alive() and not self._stopped and not self.health.fatal:
             return "the engine's thread has ended"
-        return self.health.problem
+        return self.health.problem or self.watchdog.problem
 
     def snapshot(self) -> dict[str, Any]:
         """Figures of this moment, for pages and metrics."""
@@ -336,6 +374,7 @@ class Engine:
             "draining": self._draining,
             "problem": self.problem,
             "failed_steps": self.health.failed_steps,
+            "step_seconds": self.watchdog.elapsed,
             "changes": [asdict(change) for change in list(self.control.changes)[-20:]],
         }
 
@@ -432,7 +471,8 @@ class Engine:
 
     def _serve_once(self) -> None:
         try:
-            worked = self.step()
+            with self.watchdog.step():
+                worked = self.step()
             if worked:
                 self.health.succeeded("step")
         except Exception as error:  # whatever it is, the server goes on, and nobody waits for ever
@@ -456,7 +496,8 @@ class Engine:
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
             if request.finished is None:
                 request.finished = self.clock()
-                self.finished["error"] += 1
+                with self._lock:
+                    self.finished["error"] += 1
                 self._tell(request, Event(error=RuntimeError(self.health.problem)))
             self.scheduler.remove(request)
         self._tell_all()
@@ -495,7 +536,7 @@ class Engine:
         groups: list[list[Request]] = []
         follow = (request for request in self.scheduler.running if request.pinned is None)
         for request in sorted(follow, key=lambda request: -request.cached):
-            if not groups or (len(groups[-1]) + 1) * groups[-1][0].cached > FOLDED_AT_ONCE:
+            if not groups or self.options.batch_invariant or (len(groups[-1]) + 1) * groups[-1][0].cached > FOLDED_AT_ONCE:
                 groups.append([])
             groups[-1].append(request)
         return groups
@@ -548,8 +589,8 @@ class Engine:
         for request in self.scheduler.to_read():
             if budget == 0:
                 break
-            tokens = self._piece(request, budget)
-            if tokens == 0:
+            tokens = self._piece(request, self.chunk if self.options.batch_invariant else budget)
+            if not 0 < tokens <= budget:
                 break
             budget -= tokens
             try:
@@ -583,7 +624,7 @@ class Engine:
         request.scored = [(end, lines) for end, lines in request.scored if end <= start]  # what was read before the text began anew
         if following := request.prompt[start + 1 : start + tokens + 1]:
             ids = sent(torch.tensor(following), self.levels.device)
-            request.scored.append((start + tokens, scored(logits[: len(following)], ids, most)))
+            request.scored.append((start + tokens, scored(logits[: len(following)], ids, most, self.next_tokens.at_once)))
         if tokens == request.unread:
             tokens_there = request.prompt[1:]
             lines = torch.cat([lines for _, lines in request.scored], 1).cpu() if tokens_there else torch.empty(0, 0, dtype=torch.int32)
@@ -672,7 +713,11 @@ class Engine:
             self.memory.release(request.slot)
         self.scheduler.remove(request)
         request.finished = self.clock()
-        self.finished[finish or "error"] += 1
+        with self._lock:  # other threads count what they read
+            if finish == "length" and request.stop_strings and not request.cancelled:
+                self._unsettled.add(request)
+            else:
+                self.finished["stop" if finish == "length" and request.stopped else finish or "error"] += 1
         self._tell(request, Event(finish=finish, error=error))
 
     def _tell(self, request: Request, event: Event) -> None:

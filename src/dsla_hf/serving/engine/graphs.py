@@ -34,11 +34,11 @@ class GraphRunner(ModelRunner):
 
     Args:
         record: such as `dsla_hf.inference.recorder.CudaRecording`; `PlainRecording` for tests.
-        chunk: tokens of the largest piece.
+        chunk: tokens of the largest piece. one_shape: of `ModelRunner`.
     """
 
-    def __init__(self, levels: Levels, memory: SlotMemory, record: Record, chunk: int):
-        super().__init__(levels, memory)
+    def __init__(self, levels: Levels, memory: SlotMemory, record: Record, chunk: int, one_shape: bool = False):
+        super().__init__(levels, memory, one_shape)
         slots, device = memory.num_slots, levels.device
         # By (level, rows, past) steps, by (level, size, place) pieces of prompts.
         self.recorder = Recorder(levels.causal_lm, record, for_memory=FOR_MEMORY)
@@ -57,7 +57,7 @@ class GraphRunner(ModelRunner):
         for a length too, those of longer texts are left to their first step."""
         self.recorder.try_again()
         slots = self.memory.num_slots
-        rows = sorted({min(power_of_two(count), slots) for count in range(1, slots + 1)})
+        rows = [slots] if self.one_shape else sorted({min(power_of_two(count), slots) for count in range(1, slots + 1)})
         for level in tqdm(list(levels), desc="recording steps", unit="level", disable=None):
             for count in rows:
                 # Padding alone: it belongs to nobody, and is written nowhere.
@@ -87,6 +87,10 @@ class GraphRunner(ModelRunner):
 
     def calls(self) -> dict[str, int]:
         return {"replayed": self.recorder.replayed, "plain": self.recorder.plain}
+
+    @property
+    def preparing(self) -> bool:
+        return self.recorder.preparing
 
     def _set_piece(self, slot: int, start: int, ids: list[int]) -> None:
         self.piece[: 3 + len(ids)].copy_(torch.tensor([slot, start, len(ids), *ids]))
@@ -118,7 +122,7 @@ class GraphRunner(ModelRunner):
 
     def _run(self, level: int, ids: list[int], lengths: list[int], active: list[bool]) -> Tensor:
         rows = min(power_of_two(len(ids)), self.memory.num_slots)
-        past = 0 if self.in_blocks else shown_tokens(max(lengths))
+        past = 0 if self.in_blocks else shown_tokens(self._past(lengths))
         key = level, rows, past
         given = [*zip(ids, lengths, active, strict=True), *[(0, 0, False)] * (rows - len(ids))]
         self.inputs[:rows].copy_(torch.tensor(given, dtype=torch.long))  # in one: the host waits for every copy

@@ -41,6 +41,7 @@ class Request:
 
     prompt: token ids. listener: called with each `Event`, from the engine's thread. constraint: what its tokens must follow.
     pinned: the level that it keeps, None: that of the engine. seed: of its draws.
+    stop_strings: whether its listener looks for such, and so may find that the text ended with one.
     tokens: generated so far. cached: tokens in the cache. slot, level: of a running text. levels: (tokens of the text, level) at the
         start and after each change: with the same history `generate`, or `GraphDecoder` with the same seed, gives the same text.
     scored: of the prompt, where its log-probabilities are asked for: of each piece that was read its end and what `tokens.scored` gave.
@@ -54,6 +55,7 @@ class Request:
     arrived: float
     constraint: Constraint | None = None
     pinned: int | None = None
+    stop_strings: bool = False
     number: int = field(default_factory=lambda: next(_numbers))
     tokens: list[int] = field(default_factory=list)
     cached: int = 0

@@ -23,10 +23,14 @@ class ModelRunner:
 
     Whatever a step of decoding reads and writes beside its small inputs lies at fixed addresses (blocks, tables, states), and its
     shapes follow from the number of rows and `past` alone: `GraphRunner` records it.
+
+    Args:
+        one_shape: steps have the rows of all slots, and the longest `past`, whatever runs: the same sums in the same order for a text in
+            any company.
     """
 
-    def __init__(self, levels: Levels, memory: SlotMemory):
-        self.levels, self.memory = levels, memory
+    def __init__(self, levels: Levels, memory: SlotMemory, one_shape: bool = False):
+        self.levels, self.memory, self.one_shape = levels, memory, one_shape
         pool = memory.pool
         # Calls then read keys and values where they lie, and need no `past`.
         self.in_blocks = can_attend_where_cached(levels.causal_lm) and uses_triton(pool.keys, pool.values)
@@ -65,7 +69,7 @@ class ModelRunner:
         written where they are.
         """
         slots = [request.slot for request in requests if request.slot is not None]
-        count = max(slots) + 1
+        count = self.memory.num_slots if self.one_shape else max(slots) + 1
         ids, lengths, active = [0] * count, [0] * count, [False] * count
         for request, slot in zip(requests, slots, strict=True):
             ids[slot], lengths[slot], active[slot] = request.tokens[-1], request.cached, True
@@ -77,6 +81,11 @@ class ModelRunner:
         where none are recorded."""
         return {}
 
+    @property
+    def preparing(self) -> bool:
+        """Whether a call is compiled or recorded now."""
+        return False
+
     def wait(self) -> None:
         """Until all calls have been done."""
         if self.levels.device.type == "cuda":
@@ -85,7 +94,11 @@ class ModelRunner:
     def _run(self, level: int, ids: list[int], lengths: list[int], active: list[bool]) -> Tensor:
         device = self.levels.device
         tokens, read, takes_part = (torch.tensor(x, device=device) for x in (ids, lengths, active))
-        return self._step(level, tokens, read, takes_part, max(lengths))
+        return self._step(level, tokens, read, takes_part, self._past(lengths))
+
+    def _past(self, lengths: list[int]) -> int:
+        """Tokens before the new ones that a step is shown, where rows are not read in their blocks."""
+        return self.memory.max_tokens if self.one_shape else max(lengths)
 
     def _step(self, level: int, ids: Tensor, lengths: Tensor, active: Tensor, past: int) -> Tensor:
         """One token of every row; all inputs `[B]`, `past` at least the longest length. Reads no value on the host."""

@@ -80,7 +80,7 @@ class SlotMemory:
     """
 
     def __init__(self, levels: Levels, *, num_slots: int, num_blocks: int, block_size: int, max_tokens: int, max_level: int):
-        self.levels, self.num_slots = levels, num_slots
+        self.levels, self.num_slots, self.max_tokens = levels, num_slots, max_tokens
         self.pool = BlockPool(
             num_blocks,
             block_size,

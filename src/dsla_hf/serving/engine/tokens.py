@@ -32,10 +32,12 @@ class NextTokens:
 
     Args:
         num_slots: of texts; vocabulary: of the logits. eos_tokens: ids that end a text.
+        one_by_one: log-probabilities are summed row by row, so that their last bits do not depend on how many texts ask for them.
     """
 
-    def __init__(self, num_slots: int, vocabulary: int, eos_tokens: set[int], device: torch.device):
+    def __init__(self, num_slots: int, vocabulary: int, eos_tokens: set[int], device: torch.device, one_by_one: bool = False):
         self.num_slots, self.vocabulary, self.eos_tokens, self.device = num_slots, vocabulary, eos_tokens, device
+        self.at_once = 1 if one_by_one else LOGITS_AT_ONCE
         # [slots, V], once a text is penalised: how often it has generated each token, and whether its prompt has it.
         self._counts: Tensor | None = None
         self._prompted: Tensor | None = None
@@ -211,7 +213,7 @@ class NextTokens:
             return lines
         where, most = self._sent(asking), max(requests[number].sampling.logprobs or 0 for number in asking)
         raw = logits if len(asking) == len(requests) else logits[where]
-        mine = scored(raw, tokens[where], most)
+        mine = scored(raw, tokens[where], most, self.at_once)
         return torch.cat([lines, mine.new_zeros(len(mine), len(requests)).index_copy_(1, where, mine)])
 
     def _sent(self, values: Sequence[object], dtype: torch.dtype = torch.long) -> Tensor:
@@ -225,11 +227,11 @@ def _bias(pairs: tuple[tuple[int, float], ...]) -> tuple[Tensor, Tensor]:
     return torch.tensor(tokens), torch.tensor(gains, dtype=torch.float32)
 
 
-def scored(logits: Tensor, tokens: Tensor, most: int) -> Tensor:
+def scored(logits: Tensor, tokens: Tensor, most: int, at_once: int = LOGITS_AT_ONCE) -> Tensor:
     """Log-probabilities of tokens `[N]` by logits `[N, V]` and those of the `most` likeliest, as int32 `[1 + 2 most, N]`: the bits of that
-    of the token, ids, bits of theirs. Logits are turned into fp32 some rows at a time."""
+    of the token, ids, bits of theirs. Of `at_once` logits or a row's at a time, in fp32."""
     parts = []
-    step = max(LOGITS_AT_ONCE // logits.shape[1], 1)
+    step = max(at_once // logits.shape[1], 1)
     for start in range(0, len(logits), step):
         raw = logits[start : start + step].float()
         total = raw.logsumexp(-1, keepdim=True)

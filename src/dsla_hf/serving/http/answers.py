@@ -83,7 +83,7 @@ class Choice:
         if self.wanted == 0 or (self.wanted == 1 and self.offsets):
             # The last token decides nothing here, but clients of log-probabilities count on there being one.
             sampling = replace(sampling, ignore_eos=True)
-        more = {"constraint": self.constraint, "level": self.level}
+        more = {"constraint": self.constraint, "level": self.level, "stop_strings": bool(self.text.stop) or None}
         given: dict[str, Any] = {name: value for name, value in more.items() if value is not None}
         self.request = engine.submit(self.prompt, max(self.wanted, 1), listener, sampling, **given)
 
@@ -99,6 +99,7 @@ class Choice:
         if event.finish is not None:
             text += self._noted(self.text.end())
             self.finish = "stop" if self.text.stopped or self._ended_by_token(engine) else event.finish
+            engine.cancel(self.request, stopped=self.text.stopped)  # it has ended: now it is known how
         elif self.wanted > 0:
             assert event.token is not None
             self.counted += 1

@@ -31,6 +31,8 @@ def grammar_beside_tools(body: ChatBody, form: ToolFormat, asked: Grammar | None
     if choice == "required":
         return _exclusive(asked, calls(form, tools, several, tokens))
     if asked is None:
+        if form.marked and any(tool.function.strict for tool in tools):
+            return Grammar("lark", calls(form, tools, several, tokens, after_text=True), "tools")
         return None
     if asked.kind != "json":
         raise Failed(400, f'{asked.param} leaves no room for tools: leave one of them out, or send tool_choice "none"', param=asked.param)
@@ -38,10 +40,16 @@ def grammar_beside_tools(body: ChatBody, form: ToolFormat, asked: Grammar | None
     return Grammar("lark", f"start: answer | calls\nanswer: %json {asked.text}\n{lark}", asked.param)
 
 
-def calls(form: ToolFormat, tools: Sequence[Tool], several: bool, tokens: TokenBytes) -> str:
-    """A Lark grammar of one call of these tools, or more where `several`, in the format of a model."""
+def calls(form: ToolFormat, tools: Sequence[Tool], several: bool, tokens: TokenBytes, after_text: bool = False) -> str:
+    """A Lark grammar of one call of these tools, or more where `several`, in the format of a model.
+
+    after_text: text is free until the mark with which calls begin, and there may be none; arguments of tools that are not `strict` are any
+        object.
+    """
     named = [tool.function for tool in tools]
-    rules = [f"arguments_{number}: %json {_schema(function.parameters)}" for number, function in enumerate(named)]
+    followed = [function.parameters if function.strict or not after_text else None for function in named]
+    rules = [f"arguments_{number}: %json {_schema(parameters)}" for number, parameters in enumerate(followed)]
+    opening = "opening" if after_text else _mark(form.shown[0], tokens)
 
     def objects(before: str, between: str, after: str) -> str:
         """Rules for each tool's call, made of pieces around its name and its arguments."""
@@ -51,20 +59,25 @@ def calls(form: ToolFormat, tools: Sequence[Tool], several: bool, tokens: TokenB
         )
 
     if form.name == "hermes":
-        opening, closing = (_mark(mark, tokens) for mark in ("<tool_call>", "</tool_call>"))
+        closing = _mark("</tool_call>", tokens)
         start = 'call ("\\n" call)*' if several else "call"
         rules += [f'call: {opening} "\\n" object "\\n" {closing}', "object: " + objects(*ARGUMENTS)]
     elif form.name == "mistral" and form.lists:
-        start = f"{_mark('[TOOL_CALLS]', tokens)} " + ('"[" call (", " call)* "]"' if several else '"[" call "]"')
+        start = f"{opening} " + ('"[" call (", " call)* "]"' if several else '"[" call "]"')
         rules.append("call: " + objects(*ARGUMENTS))
     elif form.name == "mistral":
         start = "call+" if several else "call"
-        rules.append(f"call: {_mark('[TOOL_CALLS]', tokens)} object")
+        rules.append(f"call: {opening} object")
         marks = _mark("[ARGS]", tokens)
         rules.append("object: " + " | ".join(f"{quoted(f.name)} {marks} arguments_{number}" for number, f in enumerate(named)))
     else:  # Llama 3 calls one tool at a time
         start = "call"
         rules.append("call: " + objects('{"name": ', ', "parameters": ', "}"))
+    if after_text:
+        mark = _mark(form.shown[0], tokens)
+        start = f"({start})? TEXT" if form.lists or not several else "call* TEXT"
+        # A mark that is text, and no token of its own, is a lazy lexeme: it ends where the mark first comes.
+        rules += ["TEXT: /(.|\\n)*/", *([f"opening: TEXT {mark}"] if mark.startswith("<") else [f"opening[lazy]: TEXT {mark}"])]
     return "\n".join([f"start: {start}", *rules])
 
 

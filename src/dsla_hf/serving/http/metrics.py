@@ -47,6 +47,7 @@ class EngineCollector(Collector):
         yield GaugeMetricFamily("dsla_oldest_wait_seconds", "Of the oldest request without a first token", value=now["oldest_wait"] or 0.0)
         yield GaugeMetricFamily("dsla_healthy", "1 while /health answers 200, 0 while it answers 503", self._healthy(now))
         yield CounterMetricFamily("dsla_failed_steps", "Steps of the engine that failed", value=now["failed_steps"])
+        yield GaugeMetricFamily("dsla_step_seconds", "That the step which runs has taken so far; 0 between two", value=now["step_seconds"])
         yield CounterMetricFamily("dsla_prompt_tokens", "Prompt tokens read", value=now["read_tokens"])
         generated = CounterMetricFamily("dsla_generated_tokens", "Tokens generated, by level", labels=["level"])
         for level, count in enumerate(now["tokens_at_level"]):
