@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from ..core.files import write_whole
-from ..core.progress import bar
+from ..core.progress import bar, on_terminal, say
 from ..inference.batching import halve_until_it_fits
 from ..inference.graph import GraphDecoder
 
-TOKENS_AT_ONCE = {"cuda": 262_144, "cpu": 4_096}  # of all texts of a batch
+TOKENS_AT_ONCE = {"cuda": 262_144, "cpu": 16_384}  # of all texts of a batch
 QUESTION_TOKENS = 512  # of a chat, at most; a question that is not at its end then is dropped
+LINES = 10  # about progress, where no bar can be
 PLACE = "\x02HERE\x02"  # stands for the user's words in a template
 
 
@@ -69,7 +70,7 @@ def write_own_texts(
     model.eval()
     try:
         with bar(total=tokens, initial=min(done, tokens), desc="writing texts", unit=" tokens", shown=progress) as shown:
-            empty = 0
+            empty, told = 0, done
             while done < tokens:
                 with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
                     torch.manual_seed(random.Random(f"{seed}/{number}").getrandbits(63))
@@ -81,6 +82,9 @@ def write_own_texts(
                 _append(path, settings, number, added, rows)
                 shown.update(min(added, max(0, tokens - done)))
                 done, number = done + added, number + 1
+                if progress and not on_terminal() and (done - told >= tokens / LINES or done >= tokens):
+                    say(f"writing texts: {done:,} of {tokens:,} tokens")
+                    told = done
     finally:
         model.train(training)
     return path
