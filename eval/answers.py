@@ -4,9 +4,9 @@
     python eval/answers.py page heads-answers.json window-answers.json      # eval/results/answers.json, docs/measured/answers.md
 
 DATA is a folder with some of `novels_val.jsonl.xz`, `wikitext2/valid.txt`, `code_val.jsonl.xz` and `peps_val.jsonl.xz`, all held out;
-what is asked is in `asked.py`. Level 0 in float32 answers first, greedily: these answers are the reference. Level 0 in bfloat16 is
-measured against them as every level is, and is the noise floor: more agreement than that there is not. An interrupted run goes on behind
-its last level.
+what is asked is in `asked.py`. Level 0 in float32 answers first, greedily: these answers are the reference. Level 0 in the dtype of the
+levels (bfloat16, unless `--dtype` says otherwise) is measured against them as every level is, and is the noise floor: more agreement than
+that there is not. An interrupted run goes on behind its last level.
 `--tiny` takes sizes for a small model on a CPU.
 """
 

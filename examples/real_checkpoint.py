@@ -40,12 +40,13 @@ LEAST_DISK = 3 * GIB  # the package, the checkpoint, and what a training keeps
 TASKS = ("position_perplexity", "needle")
 QUESTIONS = ("What is the capital of France?", "Name three colours of the rainbow.")
 ANSWER_TOKENS = 48
+INTERRUPTED = 130  # exit status after Ctrl-C
 # Where nothing else is said. On a CPU everything is smaller, so that two cores need less than half an hour.
 ON_GPU = {"tokens": 2_000_000, "length": 2048, "lengths": [1024, 2048, 4096, 7500], "samples": 100}
-ON_CPU = {"tokens": 32_768, "length": 512, "lengths": [512, 1024], "samples": 8}
+ON_CPU = {"tokens": 24_576, "length": 512, "lengths": [512, 1024], "samples": 8}
 CPU_OPTIONS = ("--use_cpu", "--dtype", "float32", "--per_device_train_batch_size", "1", "--save_steps", "16")
 # Of the CPU's few tokens, those kept apart, and questions for the ranking.
-CPU_OPTIONS += ("--ranking_sequences", "2", "--eval_sequences", "4", "--ranking_probes", "6")
+CPU_OPTIONS += ("--ranking_sequences", "2", "--eval_sequences", "4", "--ranking_probes", "3")
 
 
 class Told(Exception):
@@ -126,7 +127,10 @@ def distil(options: argparse.Namespace, checkpoint: Path, folder: Path, *more: s
     if (folder / "levels.json").exists():
         say(f"training: already in {folder}")
         return
-    if (status := dsla(["distill", *words])) != 0:
+    status = dsla(["distill", *words])
+    if status == INTERRUPTED:
+        raise KeyboardInterrupt
+    if status != 0:
         raise Told(f"the training did not come to its end (status {status}); the same command goes on with what is kept")
 
 
@@ -296,7 +300,7 @@ def main(words: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("real_checkpoint: interrupted; the same command goes on with what is kept", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0
 
 

@@ -104,6 +104,12 @@ def test_a_finished_training_is_left(real, checkpoint, tmp_path, monkeypatch, ca
     assert "already in" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("status", "words"), [(130, "interrupted; the same command goes on"), (1, "did not come to its end (status 1)")])
+def test_a_training_that_ends_early_is_said(status, words, real, checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(real, "dsla", lambda words: status)
+    assert real.main(small(checkpoint, tmp_path)) == status and words in capsys.readouterr().err
+
+
 def told(real, capsys, tmp_path, *words):
     """Exit status 1, and one line."""
     assert real.main(["--out", str(tmp_path / "out"), *map(str, words)]) == 1
