@@ -562,6 +562,16 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     save(drawn, path)
 
 
+def put_in_nav(site: Path, written: str) -> None:
+    """Name a page in the site's navigation, behind the other measurements; the site is not built with pages that it does not name."""
+    lines = site.read_text().splitlines() if site.exists() else []
+    measured = [place for place, line in enumerate(lines) if line.strip().startswith("- measured/")]
+    if measured and not any(line.strip() == f"- {written}" for line in lines):
+        indent = lines[measured[-1]].partition("-")[0]
+        lines.insert(measured[-1] + 1, f"{indent}- {written}")
+        write_whole(site, "\n".join(lines) + "\n")
+
+
 def page(options: argparse.Namespace) -> None:
     """Join files of levels into results, a page of the docs, and its plot."""
     joined = join(options.files)
@@ -570,6 +580,7 @@ def page(options: argparse.Namespace) -> None:
     plot, written = options.docs / "images" / f"{options.name}.png", options.docs / "measured" / f"{options.name}.md"
     draw(joined["rows"], plot)
     write_whole(written, page_text(joined, options.name))
+    put_in_nav(options.docs.parent / "mkdocs.yml", f"measured/{options.name}.md")
     say(f"written: {file}, {written}, {plot}")
 
 

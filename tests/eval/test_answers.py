@@ -244,16 +244,20 @@ def test_the_page_has_the_figures(answers, folder, measured, tmp_path):
     pytest.importorskip("matplotlib")
     other = json.loads(json.dumps(measured)) | {"arm": "window"}
     (tmp_path / "window.json").write_text(json.dumps(other))
-    answers.main(["page", str(folder / "rows.json"), str(tmp_path / "window.json"), "--results", str(tmp_path), "--docs", str(tmp_path)])
+    docs, site = tmp_path / "docs", tmp_path / "mkdocs.yml"
+    site.write_text("nav:\n  - Measured:\n      - recipe.md\n      - measured/heads.md\n  - API: api.md\n")
+    for _ in range(2):
+        answers.main(["page", str(folder / "rows.json"), str(tmp_path / "window.json"), "--results", str(tmp_path), "--docs", str(docs)])
     joined = json.loads((tmp_path / "answers.json").read_text())
     assert [row["arm"] for row in joined["rows"]] == ["floor", "adapter", "adapter", "window", "window"] and "reference" not in joined
     floor, first = joined["rows"][:2]
     assert first["agreement_share_long"] == pytest.approx(first["agreement_long"] / floor["agreement_long"])
     assert floor["agreement_share_short"] == 1.0 and floor["format_lost"] == 0
-    text = (tmp_path / "measured" / "answers.md").read_text()
+    text = (docs / "measured" / "answers.md").read_text()
+    assert site.read_text().splitlines()[3:] == ["      - measured/heads.md", "      - measured/answers.md", "  - API: api.md"]
     assert f"| adapter | 3 | {first['agreement_long']:.4f} |" in text and "(../images/answers.png)" in text
     assert "| code, 400 | tracking, 400 |" in text and str(tmp_path) not in text + json.dumps(joined)
-    assert (tmp_path / "images" / "answers.png").read_bytes().startswith(b"\x89PNG")
+    assert (docs / "images" / "answers.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_is_kept_is_of_what_level_0_got_right(answers, measured, tmp_path):
