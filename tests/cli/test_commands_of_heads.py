@@ -171,7 +171,7 @@ def on_own_texts(base, output):
 def test_a_checkpoint_is_distilled_on_what_it_writes_itself(base, tmp_path, capsys):
     words = on_own_texts(base, tmp_path / "out")
     assert main(words) == 0
-    rows = [json.loads(line) for line in (tmp_path / "out" / "self.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "self.jsonl").read_bytes().splitlines()]  # text has other ends of lines
     tokens = 256 + 4 * 64  # a stage's, and those kept apart
     assert sum(row.get("tokens_of_batch", 0) for row in rows) >= tokens and all(row["text"] for row in rows)
     assert DSLAConfig.from_pretrained(tmp_path / "out").level_metrics
@@ -199,3 +199,15 @@ def test_a_folder_of_something_else_gets_no_texts(base, finished, tmp_path, caps
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"window_size": 24}))
     assert main(on_own_texts(base, tmp_path)) == 1
     assert "holds another adapter" in capsys.readouterr().err and not (tmp_path / "self.jsonl").exists()
+
+
+def test_an_adapter_goes_on_with_what_the_checkpoint_writes(base, finished, tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr("dsla_hf.models.loading.load_model", lambda *args: loaded.append(args) or load_model(*args))
+    words = on_own_texts(base, tmp_path / "out")
+    assert main([*words, "--adapter", str(finished[0])]) == 0 and len(loaded) == 1
+    (tmp_path / "other").mkdir()
+    shutil.copy(tmp_path / "out" / "self.jsonl", tmp_path / "other")
+    assert main([*on_own_texts(base, tmp_path / "other"), "--adapter", str(finished[0])]) == 0
+    written = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "other")]
+    assert written[0] == written[1]

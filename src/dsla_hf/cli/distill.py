@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from ..core.files import write_json
 from ..core.interrupts import on_interrupt
 from ..core.progress import is_first_process, quieten_libraries, say
 from ..evaluation.level_check import check_levels, store_in_adapter
-from ..models.adapter import get_level, set_level
 from ..models.configuration import DSLAConfig, unit_name
 from ..models.loading import (
     check_convertible,
@@ -81,10 +81,10 @@ def _distill_job(options: DistillOptions, args: DSLATrainingArguments, output: P
     tokenizer = load_tokenizer(options.model)
     recorded = _recorded(options, args, config, metric)
     _check_recorded(output, recorded)
-    model = None
+    base = None
     if OWN in options.data:
         path = output / OWN_FILE
-        model = _own_texts(options, args, config, tokenizer, path)
+        base = _own_texts(options, args, config, tokenizer, path)
         options = dataclasses.replace(options, data=[str(path) if source == OWN else source for source in options.data])
     with args.main_process_first(desc="tokenizing"):
         text = _read_text(options, tokenizer)
@@ -92,8 +92,7 @@ def _distill_job(options: DistillOptions, args: DSLATrainingArguments, output: P
     probes = _probes(options, tokenizer, text, base_config) if heads and text.ranking and metric != "random" else []
     train = with_planted(text.train, tokenizer, options.probes_in_training, args.seed, options.answer_weight)
 
-    if model is None:
-        model = _new_model(options, config, args.seed)
+    model = _new_model(options, config, args.seed, base)
     config = model.peft_config["default"]
     trained_level(model, args)
     config.level_metrics = None  # those of an adapter to go on from are not those of the one that is made
@@ -165,12 +164,12 @@ def new_config(options: DistillOptions, output: Path) -> DSLAConfig:
     return config
 
 
-def _new_model(options: DistillOptions, config: DSLAConfig, seed: int) -> Any:
-    """The checkpoint with the adapter to train, on the CPU."""
+def _new_model(options: DistillOptions, config: DSLAConfig, seed: int, base: Any = None) -> Any:
+    """The checkpoint with the adapter to train, on the CPU. base: the checkpoint, where it is loaded already."""
     set_seed(seed)
     if options.adapter is None:
-        return get_peft_model(load_model(options.model, options.dtype), config)
-    return load_adapter(options.model, options.adapter, options.dtype, trainable=True)
+        return get_peft_model(load_model(options.model, options.dtype) if base is None else base, config)
+    return load_adapter(options.model, options.adapter, options.dtype, trainable=True, base=base)
 
 
 def _order_text(config: DSLAConfig) -> str:
@@ -207,7 +206,7 @@ def _own_texts(options: DistillOptions, args: DSLATrainingArguments, config: DSL
     """Have the checkpoint write as many tokens into `path` as a run reads; the first process writes what is not there yet.
 
     Returns:
-        The model to train, which wrote them at level 0; None if there was nothing to write.
+        The checkpoint, without an adapter; None if there was nothing to write.
 
     Raises:
         ValueError: before anything is written, if the folder holds something else than this run.
@@ -216,15 +215,14 @@ def _own_texts(options: DistillOptions, args: DSLATrainingArguments, config: DSL
     settings = {"length": options.length, "seed": args.seed}
     if not tokens_left(path, tokens, tokenizer, args.device.type, **settings):
         return None
-    model = _new_model(options, config, args.seed)
+    model = _new_model(options, copy.deepcopy(config), args.seed)
     check_output(model, path.parent)
+    base = model.unload()  # which any decoder takes, however it is quantised
     with args.main_process_first(desc="writing texts"):
         if args.process_index == 0:
-            level = get_level(model)
-            set_level(model, 0)
-            write_own_texts(model.to(args.device), tokenizer, path, tokens, **settings)
-            set_level(model.to("cpu"), level)
-    return model
+            write_own_texts(base.to(args.device), tokenizer, path, tokens, **settings)
+            base.to("cpu")
+    return base
 
 
 def _read_text(options: DistillOptions, tokenizer: Any) -> _Text:

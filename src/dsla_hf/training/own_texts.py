@@ -83,7 +83,7 @@ def write_own_texts(
                 shown.update(min(added, max(0, tokens - done)))
                 done, number = done + added, number + 1
                 if progress and not on_terminal() and (done - told >= tokens / LINES or done >= tokens):
-                    say(f"writing texts: {done:,} of {tokens:,} tokens")
+                    say(f"writing texts: {min(done, tokens):,} of {tokens:,} tokens")
                     told = done
     finally:
         model.train(training)
