@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from asked import RULES, Asked, Counts, letter_of, make_asked
-from heads import DOCS, TRAINING, cache_bytes, codes_found, plan_of_levels, wilson
+from heads import DOCS, TRAINING, cache_bytes, codes_found, how_trained, plan_of_levels, wilson
 from reporting import RESULTS, write_results
 from torch import Tensor
 
@@ -456,6 +456,12 @@ def code_labels(row: dict[str, Any]) -> list[str]:
     return [name for name in row if name.split("_")[0] in CODE_TASKS and name.split("_")[-1].isdecimal()]
 
 
+def trained(training: dict[str, dict[str, Any] | None]) -> str:
+    """How the arms were trained that `eval/heads.py` trained."""
+    known = {arm: how for arm, how in training.items() if how}
+    return f"{how_trained(known)}\n\n" if known else ""
+
+
 def page_text(joined: dict[str, Any], name: str) -> str:
     rows, sizes, parts = joined["rows"], joined["sizes"], joined["parts"]
     lengths = f"{min(sizes['lengths']):,} to {max(sizes['lengths']):,} tokens"
@@ -467,7 +473,8 @@ Everything here is generated and then judged. Arms are adapters, `kept` the KV h
 ([levels](../levels.md#heads)). Tasks scored by the likelihood of choices are not here: where their texts fit into the window, it alone
 reads them, whatever the states do ([evaluate](../evaluate.md#texts-that-the-window-holds)).
 
-`floor` is level 0 in {joined["dtype"]} beside level 0 in float32, measured as the levels are: what rounding alone changes.
+{trained(joined["training"])}`floor` is level 0 in {joined["dtype"]} beside level 0 in float32, measured as the
+levels are: what rounding alone changes.
 
 ![agreement, formats, choices and codes against KV heads kept](../images/{name}.png)
 """

@@ -260,6 +260,15 @@ def test_the_page_has_the_figures(answers, folder, measured, tmp_path):
     assert (docs / "images" / "answers.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_page_says_how_arms_were_trained_where_that_is_known(answers, measured, monkeypatch):
+    monkeypatch.setattr(answers, "how_trained", lambda training: f"trained: {', '.join(training)}")
+    assert answers.trained({"heads": {"steps": 1}, "mine": None}) == "trained: heads\n\n" and answers.trained({"mine": None}) == ""
+    joined = {**measured, "dtype": "float32", "training": {"heads": {"steps": 1}}, "rows": measured["rows"][:1]}
+    monkeypatch.setattr(answers, "agreement_table", lambda *given: "")
+    monkeypatch.setattr(answers, "formats_table", lambda *given: "")
+    assert "trained: heads\n\n`floor` is level 0 in float32" in answers.page_text(joined, "answers")
+
+
 def test_what_is_kept_is_of_what_level_0_got_right(answers, measured, tmp_path):
     part = json.loads(json.dumps(measured))
     part["rows"][0]["choice_found"], part["rows"][1]["choice_found"] = "1101", "0110"
