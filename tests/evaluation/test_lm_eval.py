@@ -362,10 +362,24 @@ def test_sweep_loads_once_and_writes_a_file_per_level(made, at_level, loads, tmp
         assert found["higher_is_better"]["bottles_choice"]["acc"] is True
         assert found["higher_is_better"]["bottles_text"]["byte_perplexity"] is False
         assert found["tasks"]["far_bigrams"]["loss@96[new]"] > 0 and found["samples"]["bottles_text"] == 8
+        assert found["window"] == (8 if level else None) and found["longest_text"].keys() == {"bottles_choice", "bottles_text"}
         assert {"dsla-hf", "lm-eval", "torch", "transformers", "python"} <= found["versions"].keys()
         assert found["command"].startswith("dsla eval --model ") and f"--levels {level} " in found["command"]
     header = next(line for line in output.splitlines() if line.startswith("task "))
     assert header.split() == ["task", "metric", "level", "0", "level", "2", "level", "4"]
+
+
+def test_texts_that_the_window_holds_are_said(made, tmp_path, monkeypatch, capsys):
+    tasks = ["--tasks", "bottles_text,bottles_choice,bottles_generate", "--levels", "0,2"]
+    assert main(options(made, tmp_path, *tasks)) == 0
+    longest, said = result(tmp_path, 2)["longest_text"], "which alone reads it"
+    assert min(longest.values()) > 8 and said not in capsys.readouterr().out  # the window has 8 tokens
+    monkeypatch.setattr(evaluate_job, "_window", lambda network: min(longest.values()))
+    assert main(options(made, tmp_path, *tasks, "--output", tmp_path / "wide")) == 0
+    task = min(longest, key=longest.__getitem__)
+    lines = [line for line in capsys.readouterr().out.splitlines() if said in line]
+    words = f"({longest[task]:,} tokens) fits into the window ({longest[task]:,}), {said}: this says nothing of states."
+    assert lines == [f"{task}: its longest text {words}"]
 
 
 def test_what_is_there_is_not_made_again(made, loads, tmp_path, capsys):

@@ -113,6 +113,24 @@ def test_one_adapter(results, tmp_path):
     assert "```console\ndsla eval --levels 2\n```" in text and "python 3.11, torch 2.9 |" in text
 
 
+def test_a_table_says_where_the_window_holds_all_texts(results, tmp_path):
+    said = "fits into the window"
+    assert said not in page(tmp_path, results)
+    for level in (0, 2, 4):
+        file = results / f"level-{level:02d}.json"
+        more = {"longest_text": {"piqa": 120}, "window": 128 if level else None}
+        file.write_text(json.dumps(json.loads(file.read_text()) | more))
+    text = page(tmp_path, results)
+    assert text.count(said) == 1
+    assert (
+        "### piqa\n\nIts longest text (120 tokens) fits into the window (128), which alone reads it: this says nothing of states.\n\n|"
+        in text
+    )
+    file = results / "level-04.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"window": 64}))
+    assert said not in page(tmp_path, results)
+
+
 def test_beside_others_and_speed(results, tmp_path):
     rows = [{"arm": arm, "level": level, "novels": 20 + level} for arm in ("one state", "control") for level in (2, 4)]
     speed = save_rows(tmp_path / "fast.json", [{"arm": "mine", "level": level, "length": 4096, "ms": 9 - level} for level in (0, 2, 4)])

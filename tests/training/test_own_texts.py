@@ -6,7 +6,7 @@ import pytest
 import torch
 from server import byte_tokenizer
 
-from dsla_hf.training.own_texts import _begun, write_own_texts
+from dsla_hf.training.own_texts import _begun, tokens_left, write_own_texts
 from dsla_hf.training.text import token_blocks
 
 TEMPLATE = (
@@ -71,6 +71,20 @@ def test_a_finished_file_needs_no_model(model, tokenizer, tmp_path, monkeypatch)
     monkeypatch.setattr(model, "generate", None)
     before = path.read_bytes()
     assert write_own_texts(model, tokenizer, path, 100, **SMALL).read_bytes() == before
+
+
+def test_what_is_left_to_write_is_known_without_a_model(model, tokenizer, tmp_path):
+    settings = {name: value for name, value in SMALL.items() if name != "progress"}
+    path = tmp_path / "own.jsonl"
+    assert tokens_left(path, 100, tokenizer, "cpu", **settings) == 100 and not path.exists()
+    write_own_texts(model, tokenizer, path, 100, **SMALL)
+    assert tokens_left(path, 100, tokenizer, "cpu", **settings) == 0
+    with pytest.raises(ValueError, match="name another file"):
+        tokens_left(path, 100, tokenizer, "cpu", **settings | {"seed": 5})
+    assert 0 < tokens_left(path, 10_000, tokenizer, "cpu", **settings) <= 9_900
+    cut = path.read_bytes()[:-9]
+    path.write_bytes(cut)
+    assert tokens_left(path, 100, tokenizer, "cpu", **settings) > 0 and path.read_bytes() == cut
 
 
 def test_other_settings_are_refused_and_change_nothing(model, tokenizer, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from ..models.loading import (
 )
 from ..training.arguments import DSLATrainingArguments
 from ..training.checkpoints import progress_so_far, told_of_full_disk
-from ..training.own_texts import write_own_texts
+from ..training.own_texts import tokens_left, write_own_texts
 from ..training.planting import with_planted
 from ..training.probes import NoRoom, check_fits_context, make_probes
 from ..training.ranking import LayerRanking
@@ -78,19 +79,20 @@ def _distill_job(options: DistillOptions, args: DSLATrainingArguments, output: P
     heads = config.conversion_unit == "head"
     metric = check_ranking(config.conversion_unit, options.method, options.ranking_metric, probes=False)
     tokenizer = load_tokenizer(options.model)
+    recorded = _recorded(options, args, config, metric)
+    _check_recorded(output, recorded)
+    base = None
     if OWN in options.data:
-        options = dataclasses.replace(options, data=[str(_own_texts(options, args, tokenizer)) if x == OWN else x for x in options.data])
+        path = output / OWN_FILE
+        base = _own_texts(options, args, config, tokenizer, path)
+        options = dataclasses.replace(options, data=[str(path) if source == OWN else source for source in options.data])
     with args.main_process_first(desc="tokenizing"):
         text = _read_text(options, tokenizer)
     check_teaches(text.train, config.window_size, config.sink_tokens)
     probes = _probes(options, tokenizer, text, base_config) if heads and text.ranking and metric != "random" else []
     train = with_planted(text.train, tokenizer, options.probes_in_training, args.seed, options.answer_weight)
 
-    set_seed(args.seed)
-    if options.adapter is None:
-        model = get_peft_model(load_model(options.model, options.dtype), config)
-    else:
-        model = load_adapter(options.model, options.adapter, options.dtype, trainable=True)
+    model = _new_model(options, config, args.seed, base)
     config = model.peft_config["default"]
     trained_level(model, args)
     config.level_metrics = None  # those of an adapter to go on from are not those of the one that is made
@@ -103,8 +105,6 @@ def _distill_job(options: DistillOptions, args: DSLATrainingArguments, output: P
     before = initial_weights(model)
 
     steps = max(1, options.tokens // 2 // (sequences_per_step(args) * options.length))
-    recorded = _recorded(options, args, config, metric)
-    _check_recorded(output, recorded)
     check_output(model, output)
     sizes = (options.length, text.sequences, steps, len(text.ranking), len(text.held_out), [len(x["input_ids"][0]) for x in probes])
     plan = plan_text(
@@ -164,6 +164,14 @@ def new_config(options: DistillOptions, output: Path) -> DSLAConfig:
     return config
 
 
+def _new_model(options: DistillOptions, config: DSLAConfig, seed: int, base: Any = None) -> Any:
+    """The checkpoint with the adapter to train, on the CPU. base: the checkpoint, where it is loaded already."""
+    set_seed(seed)
+    if options.adapter is None:
+        return get_peft_model(load_model(options.model, options.dtype) if base is None else base, config)
+    return load_adapter(options.model, options.adapter, options.dtype, trainable=True, base=base)
+
+
 def _order_text(config: DSLAConfig) -> str:
     """The conversion order; of heads, which are many, those that are converted last."""
     order = config.conversion_order or []
@@ -194,15 +202,27 @@ class _Text:
     first: list[Any]
 
 
-def _own_texts(options: DistillOptions, args: DSLATrainingArguments, tokenizer: Any) -> Path:
-    """The file of texts that the checkpoint writes, as many tokens as a run reads; the first process writes what is not there yet."""
-    path = Path(str(args.output_dir)) / OWN_FILE
+def _own_texts(options: DistillOptions, args: DSLATrainingArguments, config: DSLAConfig, tokenizer: Any, path: Path) -> Any:
+    """Have the checkpoint write as many tokens into `path` as a run reads; the first process writes what is not there yet.
+
+    Returns:
+        The checkpoint, without an adapter; None if there was nothing to write.
+
+    Raises:
+        ValueError: before anything is written, if the folder holds something else than this run.
+    """
     tokens = options.tokens // 2 + (options.ranking_sequences + options.eval_sequences) * options.length
+    settings = {"length": options.length, "seed": args.seed}
+    if not tokens_left(path, tokens, tokenizer, args.device.type, **settings):
+        return None
+    model = _new_model(options, copy.deepcopy(config), args.seed)
+    check_output(model, path.parent)
+    base = model.unload()  # which any decoder takes, however it is quantised
     with args.main_process_first(desc="writing texts"):
         if args.process_index == 0:
-            model = load_model(options.model, options.dtype).to(args.device)
-            write_own_texts(model, tokenizer, path, tokens, length=options.length, seed=args.seed)
-    return path
+            write_own_texts(base.to(args.device), tokenizer, path, tokens, **settings)
+            base.to("cpu")
+    return base
 
 
 def _read_text(options: DistillOptions, tokenizer: Any) -> _Text:

@@ -9,7 +9,7 @@ import logging
 import os
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ..core.results import origin
 from ..core.tables import terminal_table
 from ..levels.policies import Stats
 from ..levels.table import CACHE_LENGTHS
+from ..models.adapter import active_config
 from ..models.loading import (
     check_at_least_one,
     device,
@@ -30,6 +31,7 @@ from ..models.loading import (
     read_adapter_config,
 )
 from . import long_context
+from .in_window import fits_window, text_in_window
 from .local_datasets import local_datasets
 from .tasks import FOLDER as TASKS_FOLDER
 
@@ -39,6 +41,7 @@ LENGTHS, SAMPLES = (1024,), 40
 # Resampling for the standard errors of metrics that are no means.
 BOOTSTRAP_ITERATIONS = 1000
 MOST_COLUMNS = 8  # of levels, in the table that is printed
+BY_LIKELIHOOD = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")  # kinds of lm-eval's tasks
 PACKAGES = ("dsla-hf", "torch", "transformers", "peft", "lm-eval")
 
 
@@ -120,6 +123,7 @@ def evaluate(
             start = time.perf_counter()
             measured = long_context.run_tasks(network, prepared, batch_size) | cache
             result: dict[str, Any] = {"level": level, **kept, "tasks": measured, "model": model, "adapter": adapter}
+            result |= {"window": _window(network) if level else None}
             if harness is not None:
                 size = batch_size or AUTO_BATCH.get(network.device.type, AUTO_BATCH["cpu"])
                 metrics, details = harness.run(network, size, limit, num_fewshot, _answers(output, level, plan[level]))
@@ -139,6 +143,8 @@ def evaluate(
             results[level] = result
     results = {level: results[level] for level in plan}
     print(table({level: result["tasks"] for level, result in results.items()}, {level: _kept(result) for level, result in results.items()}))
+    for line in _within_windows(results.values()):
+        print(line)
     print(f"results in {output}")
     return results
 
@@ -270,15 +276,16 @@ class _Harness:
         """Metrics by task and group, and details. `answers` is where those of the model are kept, as the beginning of a file name."""
         from lm_eval import simple_evaluate
 
+        tokenizer = load_tokenizer(self.model)
         with _quiet("lm_eval.models.huggingface"):  # it warns of a model that is loaded already
-            harness_model = self.model_class(network, tokenizer=load_tokenizer(self.model), batch_size=batch_size)
+            harness_model = self.model_class(network, tokenizer=tokenizer, batch_size=batch_size)
         with local_datasets(self.data):
             found: Any = simple_evaluate(
                 model=harness_model,
                 tasks=self.tasks,
                 num_fewshot=num_fewshot,
                 limit=limit,
-                log_samples=False,
+                log_samples=True,  # for the lengths of what was read
                 bootstrap_iters=BOOTSTRAP_ITERATIONS,
                 task_manager=self.manager,
                 use_cache=answers,
@@ -290,8 +297,23 @@ class _Harness:
             "num_fewshot": found["n-shot"],
             "higher_is_better": found.get("higher_is_better", {}),
             "samples": {task: counts["effective"] for task, counts in found.get("n-samples", {}).items()},
+            "longest_text": _longest_texts(found, tokenizer),
         }
         return {task: values for task, values in metrics.items() if values}, details
+
+
+def _longest_texts(found: dict[str, Any], tokenizer: Any) -> dict[str, int]:
+    """Tokens of the longest text of each task, and of each group of tasks, that is scored by the likelihood of what stands there."""
+    longest: dict[str, int] = {}
+    for task, samples in (found.get("samples") or {}).items():
+        if found["configs"][task].get("output_type") in BY_LIKELIHOOD:
+            asked = {"".join(x for x in arguments if isinstance(x, str)) for sample in samples for arguments in sample["arguments"]}
+            texts = tokenizer(sorted(asked), add_special_tokens=True, verbose=False)["input_ids"] if asked else []
+            longest[task] = max(map(len, texts), default=0)
+    for group, tasks in (found.get("group_subtasks") or {}).items():
+        if tasks and all(task in longest for task in tasks):
+            longest[group] = max(longest[task] for task in tasks)
+    return longest
 
 
 @contextmanager
@@ -347,6 +369,23 @@ def _heads(network: Any, adapter: str | None, level: int) -> tuple[dict[str, int
     stats = Stats(prompt_tokens=0, tokens=0, rows=1, level=level, **sizes)
     cache = {f"bytes_{tokens // 1024}k": stats.cache_bytes(level, tokens) for tokens in CACHE_LENGTHS}
     return {"kept": sizes["num_layers"] - level}, {"cache": cache}
+
+
+def _window(network: Any) -> int:
+    """Tokens that a converted layer or head sees by softmax attention."""
+    config = network.config.get_dsla_config() if network.config.model_type == "dsla" else active_config(network)
+    return config.window_size
+
+
+def _within_windows(results: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A line for each task scored by likelihood whose longest text the window holds, at every level that was measured but the original."""
+    raised = [result for result in results if result.get("window")]
+    return [
+        text_in_window(longest, result["window"], f"{task}: its")
+        for result in raised[:1]
+        for task, longest in result.get("longest_text", {}).items()
+        if all(fits_window(other.get("longest_text", {}).get(task), other["window"]) for other in raised)
+    ]
 
 
 def _kept(result: Mapping[str, Any]) -> str:

@@ -137,14 +137,14 @@ def load_model(model: str, dtype: str) -> Any:
     return network
 
 
-def load_adapter(model: str, adapter: str, dtype: str, trainable: bool = False) -> Any:
-    """A checkpoint with the adapter on it, on the CPU; `dtype` is that of the checkpoint.
+def load_adapter(model: str, adapter: str, dtype: str, trainable: bool = False, base: Any = None) -> Any:
+    """A checkpoint with the adapter on it, on the CPU; `dtype` is that of the checkpoint, `base` the checkpoint if it is loaded already.
 
     Raises:
         ValueError: if the adapter is not of this checkpoint, or a file of weights is damaged.
         OSError: if a file is missing.
     """
-    base = load_model(model, dtype)
+    base = load_model(model, dtype) if base is None else base
     try:
         return PeftModel.from_pretrained(base, adapter, is_trainable=trainable)
     except SafetensorError as error:

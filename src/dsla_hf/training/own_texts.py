@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from ..core.files import write_whole
-from ..core.progress import bar
+from ..core.progress import bar, on_terminal, say
 from ..inference.batching import halve_until_it_fits
 from ..inference.graph import GraphDecoder
 
-TOKENS_AT_ONCE = {"cuda": 262_144, "cpu": 4_096}  # of all texts of a batch
+TOKENS_AT_ONCE = {"cuda": 262_144, "cpu": 16_384}  # of all texts of a batch
 QUESTION_TOKENS = 512  # of a chat, at most; a question that is not at its end then is dropped
+LINES = 10  # about progress, where no bar can be
 PLACE = "\x02HERE\x02"  # stands for the user's words in a template
 
 
@@ -59,22 +60,17 @@ def write_own_texts(
             these settings give, or the model writes nothing.
         OSError: if the file cannot be written.
     """
-    if tokens < 1 or length < 8:
-        raise ValueError(f"tokens must be 1 or more and length 8 or more, got {tokens} and {length}")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be above 0, got {temperature}")
     path = Path(path)
-    chat = tokenizer.chat_template is not None if chat is None else chat
-    at_once = batch or max(1, TOKENS_AT_ONCE.get(model.device.type, TOKENS_AT_ONCE["cpu"]) // length)
-    settings = {"chat": chat, "length": length, "temperature": temperature, "seed": seed, "batch": at_once}
+    settings = _settings(tokenizer, model.device.type, tokens, length, chat, temperature, seed, batch)
+    at_once = settings["batch"]
     done, number = _begun(path, settings)
     generate = _Generate(model, tokenizer, temperature)
-    write = _chats if chat else _texts
+    write = _chats if settings["chat"] else _texts
     training = model.training
     model.eval()
     try:
         with bar(total=tokens, initial=min(done, tokens), desc="writing texts", unit=" tokens", shown=progress) as shown:
-            empty = 0
+            empty, told = 0, done
             while done < tokens:
                 with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
                     torch.manual_seed(random.Random(f"{seed}/{number}").getrandbits(63))
@@ -86,9 +82,51 @@ def write_own_texts(
                 _append(path, settings, number, added, rows)
                 shown.update(min(added, max(0, tokens - done)))
                 done, number = done + added, number + 1
+                if progress and not on_terminal() and (done - told >= tokens / LINES or done >= tokens):
+                    say(f"writing texts: {min(done, tokens):,} of {tokens:,} tokens")
+                    told = done
     finally:
         model.train(training)
     return path
+
+
+def tokens_left(
+    path: str | Path,
+    tokens: int,
+    tokenizer: Any,
+    device: str,
+    *,
+    length: int = 2048,
+    chat: bool | None = None,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch: int | None = None,
+) -> int:
+    """How many tokens `write_own_texts` would still write into a file: 0 where it is whole, and no model is needed. Nothing is changed.
+
+    Args:
+        device: type of the model's, "cuda" or "cpu"; the others are those of `write_own_texts`.
+
+    Raises:
+        ValueError: if a number is out of range, or the file has other texts than these settings give.
+    """
+    settings = _settings(tokenizer, device, tokens, length, chat, temperature, seed, batch)
+    path = Path(path)
+    done = _whole_batches(path, path.read_bytes(), settings)[0] if path.exists() else 0
+    return max(0, tokens - done)
+
+
+def _settings(
+    tokenizer: Any, device: str, tokens: int, length: int, chat: bool | None, temperature: float, seed: int, batch: int | None
+) -> dict[str, Any]:
+    """What texts depend on beside the model; raises ValueError for a number out of range."""
+    if tokens < 1 or length < 8:
+        raise ValueError(f"tokens must be 1 or more and length 8 or more, got {tokens} and {length}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    chat = tokenizer.chat_template is not None if chat is None else chat
+    at_once = batch or max(1, TOKENS_AT_ONCE.get(device, TOKENS_AT_ONCE["cpu"]) // length)
+    return {"chat": chat, "length": length, "temperature": temperature, "seed": seed, "batch": at_once}
 
 
 # --- the file ---------------------------------------------------------------------------------------------------
@@ -98,9 +136,16 @@ def _begun(path: Path, settings: dict[str, Any]) -> tuple[int, int]:
     """Tokens and batches that the file has whole; what lies behind them is cut off."""
     if not path.exists():
         return 0, 0
-    done, number, whole = 0, 0, 0
     content = path.read_bytes()
-    begin = 0
+    done, number, whole = _whole_batches(path, content, settings)
+    if whole < len(content):
+        write_whole(path, content[:whole])
+    return done, number
+
+
+def _whole_batches(path: Path, content: bytes, settings: dict[str, Any]) -> tuple[int, int, int]:
+    """Tokens and batches that a file's content has whole, and how many bytes they take."""
+    done, number, whole, begin = 0, 0, 0, 0
     while (end := content.find(b"\n", begin)) >= 0:
         try:
             row = json.loads(content[begin:end])
@@ -111,9 +156,7 @@ def _begun(path: Path, settings: dict[str, Any]) -> tuple[int, int]:
             if row["settings"] != settings:
                 raise ValueError(f"{path} has texts written with {row['settings']}, not {settings}: name another file, or remove it")
             done, number, whole = done + row["tokens_of_batch"], row["last_of_batch"] + 1, begin
-    if whole < len(content):
-        write_whole(path, content[:whole])
-    return done, number
+    return done, number, whole
 
 
 def _append(path: Path, settings: dict[str, Any], number: int, tokens: int, rows: list[dict[str, Any]]) -> None:

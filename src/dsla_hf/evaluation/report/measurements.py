@@ -37,6 +37,8 @@ class Measurement:
     error: float | None = None
     higher_is_better: bool | None = None  # None: not known
     kept: int | None = None  # KV heads that the level keeps; None where levels count layers
+    longest_text: int | None = None  # tokens of the task's longest text, where it is scored by likelihood
+    window: int | None = None  # tokens of the window of what is converted
 
     @property
     def place(self) -> int:
@@ -75,6 +77,7 @@ def read_measurements(given: str) -> tuple[list[Measurement], list[Source]]:
         files = [path]
     found: dict[tuple[str, int, str, str, int | None], list[tuple[float, float | None]]] = {}
     told: dict[str, dict[str, bool]] = {}
+    texts: dict[tuple[str, int, str], tuple[int | None, int | None]] = {}
     sources = []
     for file in files:
         content = _content(file)
@@ -83,6 +86,7 @@ def read_measurements(given: str) -> tuple[list[Measurement], list[Source]]:
         if "tasks" in content:
             told |= content.get("higher_is_better") or {}
             for task, metrics in content["tasks"].items():
+                texts[whose, content["level"], task] = (content.get("longest_text") or {}).get(task), content.get("window")
                 for metric, value in metrics.items():
                     if "_stderr" not in metric:
                         error = metrics.get(f"{metric}_stderr")
@@ -95,7 +99,16 @@ def read_measurements(given: str) -> tuple[list[Measurement], list[Source]]:
     for (arm, level, task, metric, kept), values in found.items():
         better = told.get(task, {}).get(metric)
         measurements.append(
-            Measurement(arm, level, task, metric, *_joined(values), _higher_is_better(metric) if better is None else better, kept)
+            Measurement(
+                arm,
+                level,
+                task,
+                metric,
+                *_joined(values),
+                _higher_is_better(metric) if better is None else better,
+                kept,
+                *texts.get((arm, level, task), (None, None)),
+            )
         )
     return measurements, sources
 

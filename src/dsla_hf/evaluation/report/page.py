@@ -11,6 +11,7 @@ from ...core.plots import png
 from ...levels.table import kept_text
 from ...models.configuration import resolve_level
 from ...models.loading import read_adapter_config
+from ..in_window import fits_window, text_in_window
 from . import published as paper
 from .blocks import Block, Command, Figure, Heading, Paragraph, Table, write_page
 from .figures import draw, panels_of, with_arrow
@@ -141,8 +142,16 @@ def _group(name: str, file: str, found: list[Measurement]) -> list[Block]:
     names = _names(found)
     for task in dict.fromkeys(m.task for m in found):
         its = [m for m in found if m.task == task]
-        blocks += [Heading(3, task), *_tables(its, arms, names)]
+        blocks += [Heading(3, task), *_in_window(its), *_tables(its, arms, names)]
     return blocks
+
+
+def _in_window(its: list[Measurement]) -> list[Block]:
+    """That the window of every arm and level holds the task's texts, if it does."""
+    raised = [m for m in its if m.level > 0]
+    if not raised or not all(fits_window(m.longest_text, m.window) for m in raised):
+        return []
+    return [Paragraph(text_in_window(max(m.longest_text or 0 for m in raised), min(m.window or 0 for m in raised)))]
 
 
 def _by_unit(found: list[Measurement]) -> list[list[Measurement]]:

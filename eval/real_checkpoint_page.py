@@ -1,0 +1,53 @@
+"""The table of docs/real_checkpoint.md, from what `make real` measured: `python eval/real_checkpoint_page.py real-checkpoint`.
+
+The folder's table.json becomes eval/results/real-checkpoint.json, its plot docs/images/real-checkpoint.png.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from reporting import RESULTS, fill_page
+
+from dsla_hf.core.files import write_json, write_whole
+from dsla_hf.core.tables import markdown_table
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+NAME = "real-checkpoint"
+
+
+def text_of(found: dict[str, Any]) -> str:
+    """Table and plot, and where they were made."""
+    rows = found["rows"]
+    codes = [name for name in rows[0] if name.startswith("code_")]
+    sizes = [name for name in rows[0] if name.startswith("bytes_")]
+    head = ["", "KV heads kept", "perplexity", "over the original's", *(f"code in {int(name[5:]):,}" for name in codes)]
+    head += [f"cache at {name[6:]} tokens, MB" for name in sizes]
+    lines = [
+        [
+            row["arm"],
+            str(row["kept"]),
+            f"{row['perplexity']:.3f}",
+            f"{row['perplexity_ratio']:.4f}",
+            *(f"{row[name]:.2f}" for name in codes),
+            *(f"{row[name] / 1e6:.2f}" for name in sizes),
+        ]
+        for row in rows
+    ]
+    where = f"{found['device']}, torch {found['versions']['torch']}, transformers {found['versions']['transformers']}"
+    what = f"`{found['command']}`: {found['trained']:,} tokens of training, {found['samples']} samples of each length."
+    return f"{markdown_table(head, lines)}\n\n![perplexity and codes against KV heads kept](images/{NAME}.png)\n\n{what} {where}."
+
+
+def main(folder: Path, results: Path = RESULTS, docs: Path = DOCS) -> None:
+    found = json.loads((folder / "table.json").read_text())
+    fill_page(docs / "real_checkpoint.md", {"real checkpoint": text_of(found)})
+    write_json(results / f"{NAME}.json", found, indent=1)
+    write_whole(docs / "images" / f"{NAME}.png", (folder / "table.png").read_bytes())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
