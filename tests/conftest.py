@@ -11,6 +11,7 @@ if not torch.cuda.is_available():  # Triton kernels then run through its interpr
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import kernel_sources
+from head_layers import ORDER
 from peft import get_peft_model
 from tiny import ARCHITECTURE_OPTIONS
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -112,6 +113,17 @@ def adapter_model(seed):
                 if "dsla_" in name:
                     parameter.add_(0.2 * torch.randn_like(parameter))
         return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def head_model(tiny_model, adapter_model):
+    """Factory of adapters over heads, far from their start: `head_model("llama", level=3)`; `base` goes to the base's config."""
+
+    def make(kind="llama", base=None, **config):
+        config = {"conversion_unit": "head", "conversion_order": ORDER, **config}
+        return adapter_model(tiny_model(kind, **(base or {})), **config)
 
     return make
 
