@@ -228,7 +228,7 @@ def test_whatever_comes_each_text_is_that_of_its_own_levels(tuned, seed):
     numbers, level = random.Random(seed), [0]
     engine = Engine(tuned, lambda stats: level[0], options(slots=6, chunk=24))
     ears, compared = [], 0
-    for _ in range(150):
+    for _ in range(100):
         if numbers.random() < 0.25:
             ears += ask(engine, [(prompts(1, 1, 50, seed=numbers.random())[0], numbers.randint(1, 25))])
         if numbers.random() < 0.15:
