@@ -24,13 +24,17 @@ KINDS = ("llama", "qwen3")
 # These files come first, so that none of them is what one of two processes waits for at the end.
 LONGEST = (
     "test_distributed",
-    "test_architectures",
-    "test_distillation",
-    "test_generation_paths",
     "test_engine",
-    "test_serving_http",
+    "test_heads_cached",
+    "test_generation_paths",
+    "test_distillation",
     "test_tensor_parallel",
+    "test_serving_http",
+    "test_architectures",
+    "test_assisted_and_compiled",
+    "test_generation_mixin",
     "test_lm_eval",
+    "test_cli",
 )
 LAST = "test_serving_ray"  # Ray leaves threads behind, beside which lm-eval's forked processes may wait for ever
 
