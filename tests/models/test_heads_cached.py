@@ -31,7 +31,7 @@ def test_every_architecture_decodes_as_it_reads(head_model, kind):
     assert_close(full(model.merge_and_unload(), ids), expected)
 
 
-# Each kind and each window at every level: with the other one of the other.
+# Every level with each kind and with each window; pairs, not their product.
 @pytest.mark.parametrize("level", MIDDLE)
 @pytest.mark.parametrize("base_kind, window_size", [("llama", 0), ("qwen3", 8)])
 def test_every_level_decodes_as_it_reads(head_model, base_kind, level, window_size):
