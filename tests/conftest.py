@@ -11,6 +11,7 @@ if not torch.cuda.is_available():  # Triton kernels then run through its interpr
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import kernel_sources
+from head_layers import ORDER
 from peft import get_peft_model
 from tiny import ARCHITECTURE_OPTIONS
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -23,13 +24,17 @@ KINDS = ("llama", "qwen3")
 # These files come first, so that none of them is what one of two processes waits for at the end.
 LONGEST = (
     "test_distributed",
-    "test_architectures",
-    "test_distillation",
-    "test_generation_paths",
     "test_engine",
-    "test_serving_http",
+    "test_heads_cached",
+    "test_generation_paths",
+    "test_distillation",
     "test_tensor_parallel",
+    "test_serving_http",
+    "test_architectures",
+    "test_assisted_and_compiled",
+    "test_generation_mixin",
     "test_lm_eval",
+    "test_cli",
 )
 LAST = "test_serving_ray"  # Ray leaves threads behind, beside which lm-eval's forked processes may wait for ever
 
@@ -112,6 +117,17 @@ def adapter_model(seed):
                 if "dsla_" in name:
                     parameter.add_(0.2 * torch.randn_like(parameter))
         return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def head_model(tiny_model, adapter_model):
+    """Factory of adapters over heads, far from their start: `head_model("llama", level=3)`; `base` goes to the base's config."""
+
+    def make(kind="llama", base=None, **config):
+        config = {"conversion_unit": "head", "conversion_order": ORDER, **config}
+        return adapter_model(tiny_model(kind, **(base or {})), **config)
 
     return make
 

@@ -43,7 +43,7 @@ def run_quickstart(output, *options, unit=("--unit", "layer"), length=LENGTH):
         rows.extend(run(*args, **kwargs))
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        for name, value in (("LAYERS", LAYERS), ("LENGTH", length), ("WINDOW", WINDOW), ("run", keep_rows)):
+        for name, value in (("LAYERS", LAYERS), ("LENGTH", length), ("WINDOW", WINDOW), ("PROBES", 3), ("run", keep_rows)):
             patch.setattr(quickstart, name, value)
         status = main(["quickstart", "--output", str(output), "--steps", "4", *unit, *options])
     return SimpleNamespace(status=status, rows=rows, printed=printed.getvalue(), output=output)

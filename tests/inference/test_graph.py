@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from captured_texts import check_captured_text
+from captured_texts import IDS, MASK, check_captured_text
 from transformers import DynamicCache, LogitsProcessor, StaticCache, StoppingCriteria
 
 import dsla_hf.inference.decode_attention
@@ -16,10 +16,6 @@ from dsla_hf.core.cache import StaticDSLACacheLayer, VisibleStaticLayer
 from dsla_hf.inference.draws import Row, exactly
 from dsla_hf.inference.graph import GraphDecoder, PlainRecording
 from dsla_hf.inference.sampling import Sampling
-
-IDS = torch.tensor([[5, 17, 31, 44, 9, 60, 61, 62, 3, 8, 12, 77], [9, 60, 5, 17, 31, 5, 60, 61, 62, 5, 17, 31]])
-MASK = torch.ones_like(IDS)
-MASK[0, :5] = 0
 
 pytestmark = pytest.mark.usefixtures("small_views")
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from captured_texts import check_captured_text
+from captured_texts import IDS, MASK, check_captured_text
 from head_layers import ORDER, assert_close, kinds
 
 from dsla_hf import LevelProcessor, cache_bytes
@@ -13,21 +13,7 @@ from dsla_hf.core.partial_cache import PartialCacheLayer
 from dsla_hf.inference.fusion import fused
 from dsla_hf.inference.graph import GraphDecoder, PlainRecording, Workspace, includes
 
-IDS = torch.tensor([[5, 17, 31, 44, 9, 60, 61, 62, 3, 8, 12, 77], [9, 60, 5, 17, 31, 5, 60, 61, 62, 5, 17, 31]])
-MASK = torch.ones_like(IDS)
-MASK[0, :5] = 0
-
 pytestmark = pytest.mark.usefixtures("small_views")
-
-
-@pytest.fixture
-def heads(tiny_model, adapter_model):
-    """Factory of adapters over heads: `heads(level=3)`, `heads("phi3", conversion_order=...)`."""
-
-    def make(kind="llama", base=None, **config):
-        return adapter_model(tiny_model(kind, **(base or {})), **{"conversion_unit": "head", "conversion_order": ORDER, **config})
-
-    return make
 
 
 def options_of(padded, tokens=30):
@@ -45,8 +31,8 @@ def options_of(padded, tokens=30):
         ("olmo2", 5, 8, False),
     ],
 )
-def test_the_text_is_that_of_generate(heads, recorder, kind, level, window_size, padded):
-    model, options = heads(kind, level=level, window_size=window_size), options_of(padded)
+def test_the_text_is_that_of_generate(head_model, recorder, kind, level, window_size, padded):
+    model, options = head_model(kind, level=level, window_size=window_size), options_of(padded)
     expected = model.generate(IDS, **options)
     decoder = recorder.decoder_of(model)
     assert decoder.obstacle(**options) is None
@@ -62,10 +48,10 @@ def rising(stats):
 
 
 @pytest.mark.parametrize("padded, keep", [(True, True), (False, False)])
-def test_heads_go_over_in_mid_text_and_the_next_text_uses_the_same_graphs(heads, recorder, padded, keep):
+def test_heads_go_over_in_mid_text_and_the_next_text_uses_the_same_graphs(head_model, recorder, padded, keep):
     """Of layers of four KV heads, so that one is converted in part at several levels, out of the order of their numbers."""
     order = [[1, 2], [1, 0], [3, 1], [0, 3], [1, 3], [0, 0], [2, 2], [1, 1]]
-    model = heads(base={"num_key_value_heads": 4}, conversion_order=order, level=0)
+    model = head_model(base={"num_key_value_heads": 4}, conversion_order=order, level=0)
     options = {**options_of(padded), "return_dict_in_generate": True}
     expected = model.generate(IDS, level_policy=rising, **options)
     decoder = recorder.decoder_of(model, keep=keep)
@@ -84,9 +70,9 @@ def test_heads_go_over_in_mid_text_and_the_next_text_uses_the_same_graphs(heads,
         assert {index: layer.num_heads for index, layer in space.softmax.items()} == {0: 2, 2: 3, 3: 3}
 
 
-def test_all_levels_share_the_memory_of_the_lowest(heads, recorder):
+def test_all_levels_share_the_memory_of_the_lowest(head_model, recorder):
     order = [[1, 2], [1, 0], [1, 3]]
-    model = heads(base={"num_key_value_heads": 4}, conversion_order=order, level=0)
+    model = head_model(base={"num_key_value_heads": 4}, conversion_order=order, level=0)
     decoder = recorder.decoder_of(model, max_length=40)
     places = []
     for level in (0, 1, 2, 3):
@@ -99,9 +85,9 @@ def test_all_levels_share_the_memory_of_the_lowest(heads, recorder):
     assert layer.kept == (1,) and layer.heads == (2, 0, 3)
 
 
-def test_a_text_that_keeps_more_heads_than_those_before_makes_room(heads, recorder):
+def test_a_text_that_keeps_more_heads_than_those_before_makes_room(head_model, recorder):
     """At lower and lower levels, and back: what was recorded over fewer heads is recorded anew, once."""
-    model = heads(base={"num_key_value_heads": 4}, conversion_order=[[1, 2], [1, 0], [1, 3], [0, 1]], level=3)
+    model = head_model(base={"num_key_value_heads": 4}, conversion_order=[[1, 2], [1, 0], [1, 3], [0, 1]], level=3)
     decoder, options = recorder.decoder_of(model), options_of(True, 12)
     texts, counts = {}, []
     for level in (3, 1, 0, 3, 1, 0):
@@ -118,9 +104,9 @@ def test_a_text_that_keeps_more_heads_than_those_before_makes_room(heads, record
     assert recorder.recorded == counts[5]
 
 
-def test_weights_that_change_are_read_by_what_was_recorded(heads, recorder):
+def test_weights_that_change_are_read_by_what_was_recorded(head_model, recorder):
     """In place, by another training, or because they are others."""
-    model = heads(level=3)
+    model = head_model(level=3)
     decoder, options = recorder.decoder_of(model), options_of(False, 12)
     decoder.generate(IDS, **options)
     recorded = recorder.recorded
@@ -142,8 +128,8 @@ def test_weights_that_change_are_read_by_what_was_recorded(heads, recorder):
     assert torch.equal(decoder.generate(IDS, **options), model.generate(IDS, **options))
 
 
-def test_a_text_goes_on_from_the_cache_that_was_returned(heads, recorder):
-    model = heads(level=1)
+def test_a_text_goes_on_from_the_cache_that_was_returned(head_model, recorder):
+    model = head_model(level=1)
     decoder = recorder.decoder_of(model, max_length=80)
 
     def run(generate):
@@ -161,8 +147,8 @@ def test_a_text_goes_on_from_the_cache_that_was_returned(heads, recorder):
         decoder.generate(input_ids=torch.cat([IDS] * 4, 1), past_key_values=cache, max_new_tokens=3, do_sample=False)
 
 
-def test_prepared_levels_need_no_recording_in_the_text(heads, recorder, monkeypatch):
-    model = heads(level=1)
+def test_prepared_levels_need_no_recording_in_the_text(head_model, recorder, monkeypatch):
+    model = head_model(level=1)
     decoder = recorder.decoder_of(model)
     decoder.prepare([0, 3, 6], max_length=40, rows=2, padded=True)
     assert model.get_level() == 1 and recorder.recorded == 3
@@ -172,8 +158,8 @@ def test_prepared_levels_need_no_recording_in_the_text(heads, recorder, monkeypa
     assert recorder.recorded == 3 and torch.equal(found, model.generate(IDS, **options))
 
 
-def test_hybrids_with_layers_in_part(heads, recorder):
-    model, options = heads(level=3), options_of(True)
+def test_hybrids_with_layers_in_part(head_model, recorder):
+    model, options = head_model(level=3), options_of(True)
     hybrid = copy.deepcopy(model).merge_and_unload().eval()
     expected = hybrid.generate(IDS, **options)
     decoder = recorder.decoder_of(hybrid)
@@ -182,15 +168,15 @@ def test_hybrids_with_layers_in_part(heads, recorder):
     assert recorder.recorded == 3
 
 
-def test_where_a_level_picks_weights_generate_runs_as_usual(heads):
-    model = heads(level=3, trained_projections=["q_proj", "k_proj", "v_proj", "o_proj"])
+def test_where_a_level_picks_weights_generate_runs_as_usual(head_model):
+    model = head_model(level=3, trained_projections=["q_proj", "k_proj", "v_proj", "o_proj"])
     decoder = GraphDecoder(model, record=PlainRecording)
     assert re.search(r"levels count heads, and the weights of layer 0 .*: k_proj is trained, too", decoder.obstacle())
     assert torch.equal(decoder.generate(IDS, **options_of(False, 5)), model.generate(IDS, **options_of(False, 5)))
 
 
-def test_kernels_read_kept_heads_as_far_as_the_cache_is_filled(heads, recorder, interpreted_kernels, monkeypatch):
-    model = heads(level=1, base={"num_hidden_layers": 2, "num_key_value_heads": 4}, conversion_order=[[1, 2], [1, 0], [0, 1], [1, 3]])
+def test_kernels_read_kept_heads_as_far_as_the_cache_is_filled(head_model, recorder, interpreted_kernels, monkeypatch):
+    model = head_model(level=1, base={"num_hidden_layers": 2, "num_key_value_heads": 4}, conversion_order=[[1, 2], [1, 0], [0, 1], [1, 3]])
     options = {"max_new_tokens": 7, "do_sample": False, "level_policy": lambda stats: 1 if stats.tokens < 15 else 3}
     decoder = recorder.decoder_of(model, max_length=40)
     found = decoder.generate(IDS[:1], **options)
@@ -199,16 +185,16 @@ def test_kernels_read_kept_heads_as_far_as_the_cache_is_filled(heads, recorder, 
     assert recorder.recorded == 2, "one a level, for every length"
 
 
-def test_a_recorded_step_never_waits_for_a_value(heads, watched_recording):
-    model, options = heads(level=5), options_of(True)
+def test_a_recorded_step_never_waits_for_a_value(head_model, watched_recording):
+    model, options = head_model(level=5), options_of(True)
     expected = model.generate(IDS, **options)
     assert torch.equal(GraphDecoder(model, record=watched_recording).generate(IDS, **options), expected)
 
 
-def test_queries_keys_and_values_of_a_layer_in_part_are_one_launch(heads, monkeypatch):
+def test_queries_keys_and_values_of_a_layer_in_part_are_one_launch(head_model, monkeypatch):
     from dsla_hf.inference import fusion
 
-    model, launches = heads(level=3), []
+    model, launches = head_model(level=3), []
     ids = IDS[:1, :1]
     with torch.no_grad():
         expected = model(ids).logits
@@ -239,7 +225,7 @@ def test_what_includes_what():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("padded", [False, True])
-def test_captured_graphs_give_the_text_of_generate(heads, padded):
-    model = heads(base={"hidden_size": 64, "head_dim": 16, "num_key_value_heads": 4}, level=0).cuda()
+def test_captured_graphs_give_the_text_of_generate(head_model, padded):
+    model = head_model(base={"hidden_size": 64, "head_dim": 16, "num_key_value_heads": 4}, level=0).cuda()
     decoder = check_captured_text(model, padded, highest=6)
     assert any(isinstance(layer, PartialCacheLayer) for layer in decoder.workspace.cache.layers)

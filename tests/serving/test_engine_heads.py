@@ -18,14 +18,9 @@ from dsla_hf.serving.engine.pool import BlockPool, OutOfBlocks
 
 
 @pytest.fixture
-def heads(tiny_model, adapter_model):
+def heads(head_model):
     """Factory of models whose levels count heads; nothing is trained, as in a server."""
-
-    def make(kind="llama", base=None, **config):
-        model = adapter_model(tiny_model(kind, **(base or {})), **{"conversion_unit": "head", "conversion_order": ORDER, **config})
-        return model.requires_grad_(False)
-
-    return make
+    return lambda *args, **config: head_model(*args, **config).requires_grad_(False)
 
 
 def level_policy(raises):

@@ -49,6 +49,19 @@ def logits_of(model, prompt, tokens, level):
         return model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].float()
 
 
+def fails_once(run, call):
+    """`run`, of which this call has no memory left."""
+    calls = []
+
+    def fails(*args):
+        calls.append(args)
+        if len(calls) == call:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(*args)
+
+    return fails
+
+
 def by_hand(model, prompt, count, sampling, level, change):
     """A text whose logits `change(logits [V], tokens)` changes first."""
     tokens = []
@@ -101,15 +114,7 @@ def test_a_text_that_begins_anew_is_penalised_as_before(tuned, monkeypatch):
     sampling = Sampling(frequency_penalty=2.0, repetition_penalty=1.3)
     (expected,) = serve(Engine(tuned, 2, SMALL), [(PROMPT, 12, sampling)])
     engine = Engine(tuned, 2, options(slots=2))
-    decode, calls = engine.runner.decode, []
-
-    def fails_once(*args):
-        calls.append(args)
-        if len(calls) == 5:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return decode(*args)
-
-    monkeypatch.setattr(engine.runner, "decode", fails_once)
+    monkeypatch.setattr(engine.runner, "decode", fails_once(engine.runner.decode, 5))
     first, second = serve(engine, [(PROMPT, 12, sampling), (PROMPT, 12, sampling)])
     assert second.error is not None and first.tokens == expected.tokens and first.request.cached > 0
 
@@ -283,15 +288,7 @@ def test_log_probabilities_of_a_prompt_that_begins_anew(tuned, monkeypatch):
     (first,) = alone(tuned, prompt, 1, 2)
     engine = Engine(tuned, 2, options(chunk=64), eos_tokens={first})
     engine._set_chunk(16)
-    read, calls = engine.runner.prefill_scored, []
-
-    def fails_once(*args):
-        calls.append(args)
-        if len(calls) == 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return read(*args)
-
-    monkeypatch.setattr(engine.runner, "prefill_scored", fails_once)
+    monkeypatch.setattr(engine.runner, "prefill_scored", fails_once(engine.runner.prefill_scored, 3))
     kept, shed = serve(engine, [(prompt, 4, Sampling(prompt_logprobs=1)), ([3], 3, Sampling())])
     if kept.error is not None:  # the newest of the step is given up: here the only one
         (kept,) = serve(engine, [(prompt, 4, Sampling(prompt_logprobs=1))])

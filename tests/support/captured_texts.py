@@ -5,6 +5,11 @@ import torch
 from dsla_hf.inference.graph import GraphDecoder
 from dsla_hf.inference.recorder import CudaRecording
 
+# Two texts, of which the first may be padded on the left.
+IDS = torch.tensor([[5, 17, 31, 44, 9, 60, 61, 62, 3, 8, 12, 77], [9, 60, 5, 17, 31, 5, 60, 61, 62, 5, 17, 31]])
+MASK = torch.ones_like(IDS)
+MASK[0, :5] = 0
+
 
 def check_captured_text(model, padded, highest, record=CudaRecording):
     """Texts that are raised twice while they are written, to level 2 and to the highest, are those of `generate`; the decoder."""

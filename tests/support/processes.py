@@ -4,8 +4,8 @@
 
 Each process imports everything once and forks for each job of the list, so that a job takes a second or two. A job: `options` of
 `dsla distill`; `processes` that take part (default: all); `port` where they meet; `kill_at`, a path at whose appearance they are
-killed; `copy`, two folders, and `remove`, paths, what is done before; `printed`, a file to which what is printed is added. With FSDP in
-CONFIG it is used on the CPU, which accelerate would not do by itself.
+killed; `copy`, two folders, and `remove`, paths, what is done before; `printed`, a file to which what is printed is added;
+`environment`, what another config tells in place of CONFIG. FSDP is used on the CPU, which accelerate would not do by itself.
 """
 
 import gc
@@ -31,6 +31,10 @@ short_answers.ANSWER_TOKENS, short_answers.SAMPLE_TOKENS, short_answers.QUESTION
 
 def run(job, processes):
     """In a forked process: take part in this job."""
+    if job.get("environment"):
+        for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
+            del os.environ[name]
+        os.environ.update(job["environment"])
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # each job has a meeting point of its own
     os.environ.update({"MASTER_PORT": str(job["port"]), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)})
     if processes == 1:

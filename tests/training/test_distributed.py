@@ -39,6 +39,7 @@ OPTIONS += ["--hidden_weight", "0.5", "--unit", "layer"]
 
 LAYERS = 3
 RAN = {}  # folders by config and jobs
+TELLS = "import json, os, pathlib, sys; pathlib.Path(sys.argv[1], os.environ['RANK']).write_text(json.dumps(dict(os.environ)))"
 
 
 def save_all(folder, tiny_model):
@@ -71,19 +72,10 @@ def free_ports(count):
     return ports
 
 
-def launch(config, folder, jobs):
-    """Run jobs (see tests/support/processes.py) through `accelerate launch` on two fresh processes."""
-    own, *ports = free_ports(len(jobs) + 1)
-    file = folder / "jobs.json"
-    file.write_text(json.dumps([job | {"port": port} for job, port in zip(jobs, ports, strict=True)]))
-    options = [
-        "--config_file",
-        str(CONFIGS / config),
-        "--main_process_port",
-        str(own),
-        str(REPOSITORY / "tests/support/processes.py"),
-        str(file),
-    ]
+def launch(config, *script):
+    """Run a script with its arguments through `accelerate launch` on two fresh processes."""
+    (port,) = free_ports(1)
+    options = ["--config_file", str(CONFIGS / config), "--main_process_port", str(port), *map(str, script)]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_", "MASTER_", "TORCH"))}
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *options],
@@ -153,18 +145,38 @@ def jobs_of_heads(folder, config):
     return [options("two-of-heads", 2), options("one-of-heads", 4) | {"processes": 1}]
 
 
+def told(config, folder):
+    """What `accelerate launch` tells both processes of a config: a script that imports nothing writes it down."""
+    (folder / "tells.py").write_text(TELLS)
+    launch(config, folder / "tells.py", folder)
+    both = [json.loads((folder / rank).read_text()) for rank in ("0", "1")]
+    first, second = ({name: value for name, value in one.items() if name.startswith(("ACCELERATE_", "FSDP_"))} for one in both)
+    assert first == second and first, "what is told differs between processes, or nothing is"
+    return first
+
+
 @pytest.fixture
 def ran(config, tiny_model, tmp_path_factory):
     """`ran(jobs_of_layers)`: the folder in which the jobs have run, and what they printed. Processes take longer to start than jobs
-    take, so with DDP all run in one launch."""
+    take, so all run in those of one launch, each with what its own config tells; those of the slow test in another."""
+    usual = (("cpu2.yaml", jobs_of_layers), ("cpu2.yaml", jobs_of_heads), ("fsdp2.yaml", jobs_of_layers))
 
     def run(jobs):
-        together = (jobs_of_layers, jobs_of_heads) if config == "cpu2.yaml" else (jobs,)
-        if (config, together) not in RAN:
-            RAN[config, together] = folder = tmp_path_factory.mktemp("ran")
-            save_all(folder, tiny_model)
-            launch(config, folder, [each | {"printed": str(folder / some.__name__)} for some in together for each in some(folder, config)])
-        folder = RAN[config, together]
+        if (config, jobs) not in RAN:
+            top, listed, environments = tmp_path_factory.mktemp("ran"), [], {}
+            together = usual if (config, jobs) in usual else ((config, jobs),)
+            for name, some in together:
+                folder = top / name
+                if name not in environments:
+                    save_all(folder, tiny_model)
+                    environments[name] = {} if name == together[0][0] else told(name, folder)
+                more = {"printed": str(folder / some.__name__), "environment": environments[name]}
+                listed += [each | more for each in some(folder, name)]
+            file = top / "jobs.json"
+            file.write_text(json.dumps([each | {"port": port} for each, port in zip(listed, free_ports(len(listed)), strict=True)]))
+            launch(together[0][0], PROCESSES, file)
+            RAN.update({pair: top / pair[0] for pair in together})
+        folder = RAN[config, jobs]
         return folder, (folder / jobs.__name__).read_text()
 
     return run
