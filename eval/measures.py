@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
+from dsla_hf.evaluation.next_tokens import next_token_losses
 from dsla_hf.training.text import read_texts
 from dsla_kernels import log_decays
 
@@ -53,9 +53,9 @@ def intervened_losses(model: Any, blocks: Tensor, scored: int, intervention: str
                 state.recurrent.copy_(state.recurrent.roll(1, 0))
             elif intervention != "none":
                 state.recurrent[:, :, {"no history": slice(0, 1), "no recency": slice(1, 2), "no states": slice(0, 2)}[intervention]] = 0
-        logits = model(input_ids=batch[:, -scored:], past_key_values=cache).logits[:, :-1]
-        losses += [F.cross_entropy(x.float(), y, reduction="none").cpu() for x, y in zip(logits, batch[:, 1 - scored :], strict=True)]
-    return torch.stack(losses)
+        logits = model(input_ids=batch[:, -scored:], past_key_values=cache).logits
+        losses.append(next_token_losses(logits, batch[:, -scored:]).cpu())
+    return torch.cat(losses)
 
 
 @torch.no_grad()
@@ -69,9 +69,8 @@ def raised_losses(model: Any, blocks: Tensor, plan: tuple[tuple[int, int], ...],
             set_level(model, level)
             parts.append(model(input_ids=batch[:, begin:end], past_key_values=cache).logits)
             begin = end
-        logits = torch.cat(parts, 1)[:, :-1]
-        losses += [F.cross_entropy(x.float(), y, reduction="none").cpu() for x, y in zip(logits, batch[:, 1:], strict=True)]
-    return torch.stack(losses)
+        losses.append(next_token_losses(torch.cat(parts, 1), batch).cpu())
+    return torch.cat(losses)
 
 
 @torch.no_grad()

@@ -106,3 +106,11 @@ def test_the_benchmark_of_draws_serves_every_case(monkeypatch, tmp_path, capsys)
         (request,) = sampling.requests_of(sampling.CASES["all of it"], 1, 400)
         assert request.sampling.top_k == 50 and request.constraint.mask().tolist() == [0x55555555] * 13
     assert "| cpu | 400 | 2 | greedy |" in capsys.readouterr().out
+
+
+def test_speed_of_training_is_measured_beside_a_plain_step(tmp_path):
+    with loaded_script("benchmarks/training_speed.py") as script:
+        script.main(f"--shape tiny --rows 1 --length 96 --steps 1 --ways eager --layers window --results {tmp_path}".split())
+    rows = json.loads((tmp_path / "training-speed.json").read_text())["rows"]
+    assert [(row["step"], row["layer"]) for row in rows] == [("plain", ""), ("alignment", "window"), ("logits", "window")]
+    assert rows[0]["of_plain"] == 1 and all(row["tokens_per_second"] == pytest.approx(96 / row["step_seconds"]) for row in rows)

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from transformers import masking_utils
+from transformers.masking_utils import create_causal_mask
 
+from dsla_hf.compat.attention_functions import masks_as_rehearsed
 from dsla_hf.inference.recorder import CudaRecording, PlainRecording
 from dsla_hf.training import recorded
 from dsla_hf.training.arguments import DSLATrainingArguments
@@ -56,9 +59,10 @@ CASES = [
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("stage", "config"), CASES)
-def test_recorded_steps_train_the_same(record, tmp_path, tiny_model, adapter_model, stage, config, masked):
+def test_recorded_steps_train_the_same(record, tmp_path, tiny_model, adapter_model, stage, config, masked, caplog):
     plain, before, expected = trained(tmp_path, tiny_model, adapter_model, False, stage, masked, **config)
     trainer, _, found = trained(tmp_path, tiny_model, adapter_model, True, stage, masked, **config)
+    assert "cannot be recorded" not in caplog.text
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=2e-3, atol=2e-5)
     assert any((value - before[name]).abs().max() > 1e-3 for name, value in expected.items())
@@ -66,3 +70,21 @@ def test_recorded_steps_train_the_same(record, tmp_path, tiny_model, adapter_mod
     assert logs[0] == pytest.approx(logs[1], rel=1e-3) and len(logs[0]) == 7
     terms = [{name for entry in x.state.log_history for name in entry} for x in (plain, trainer)]
     assert terms[0] == terms[1]
+
+
+def test_masks_are_left_out_where_a_rehearsal_had_none(tiny_model, monkeypatch):
+    config, none = tiny_model("llama").config, {}
+    rows, positions = torch.zeros(1, 6, 32), torch.arange(6)[None]
+
+    def mask(length=6):
+        given = {"inputs_embeds": rows[:, :length], "attention_mask": None, "past_key_values": None}
+        return create_causal_mask(config, **given, position_ids=positions[:, :length])
+
+    with masks_as_rehearsed(none):
+        assert mask() is None
+        # As transformers has it while a stream is captured: it cannot tell whether rows are packed.
+        monkeypatch.setattr(masking_utils, "is_tracing", lambda tensor=None: True)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert mask() is None and mask(5) is not None
+    assert mask() is not None

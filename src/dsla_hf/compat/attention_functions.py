@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["ALL_ATTENTION_FUNCTIONS", "ALL_MASK_ATTENTION_FUNCTIONS", "attention_function", "no_plain_masks"]
+__all__ = ["ALL_ATTENTION_FUNCTIONS", "ALL_MASK_ATTENTION_FUNCTIONS", "attention_function", "masks_as_rehearsed"]
 
 
 def attention_function(base_class: type, implementation: str) -> Callable[..., Any]:
@@ -18,17 +19,23 @@ def attention_function(base_class: type, implementation: str) -> Callable[..., A
 
 
 @contextmanager
-def no_plain_masks() -> Iterator[None]:
-    """Within it "sdpa" gets no mask for whole rows under plain causal attention, as without a recording: where a stream is captured
-    transformers (before 5.20 or so) makes one for them, with which no flash attention runs."""
+def masks_as_rehearsed(none: dict[tuple[int | None, ...], bool]) -> Iterator[None]:
+    """Within it "sdpa" gets no mask in a stream that is captured where it got none before. There transformers cannot look at position ids,
+    so it makes a mask in case rows are packed, with which no flash attention runs.
+
+    none: whether there was no mask, by the numbers of queries, of keys, and of a local attention; written to where nothing is captured.
+    """
     made = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 
     def mask(*args: Any, **kwargs: Any) -> Any:
-        queries, keys, local = kwargs.get("q_length"), kwargs.get("kv_length"), kwargs.get("local_size")
-        if queries is None and "cache_position" in kwargs:  # transformers 5.17
-            queries = len(kwargs["cache_position"])
-        plain = kwargs.get("attention_mask") is None and kwargs.get("allow_is_causal_skip", True) and queries == keys
-        return None if plain and queries is not None and (local is None or keys < local) else made(*args, **kwargs)
+        sizes = tuple(kwargs.get(name) for name in ("q_length", "kv_length", "local_size"))
+        captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if captured and none.get(sizes):
+            return None
+        found = made(*args, **kwargs)
+        if not captured:
+            none[sizes] = none.get(sizes, True) and found is None
+        return found
 
     ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = mask
     try:

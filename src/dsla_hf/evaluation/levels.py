@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from ..models.sizes import text_bytes, unit_sizes
 from ..training.losses import kl_loss
 from ..training.ranking import as_inputs
 from ..training.sharding import adapter_weights
+from .next_tokens import next_token_losses
 
 
 @torch.no_grad()
@@ -84,12 +84,11 @@ def evaluate_levels(
 def _measure(model: Any, inputs: dict[str, Tensor], teacher: Tensor, sums: dict[int, dict[str, float]], tick: Callable[[], Any]) -> None:
     """Add to the sums of each level what one batch gives."""
     ids, mask, real = inputs["input_ids"], inputs.get("attention_mask"), _real(inputs)
-    targets = (real[:, 1:] * real[:, :-1]).flatten().float()
+    targets = (real[:, 1:] * real[:, :-1]).float()
     for level, total in sums.items():
         set_level(model, level)
         logits = teacher if level == 0 else model(**inputs, use_cache=False).logits
-        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
-        total["loss"] += (losses * targets).sum().item()
+        total["loss"] += (next_token_losses(logits, ids) * targets).sum().item()
         if level:
             total["kl"] += kl_loss(logits, teacher, mask).item() * real.sum().item()
         tick()

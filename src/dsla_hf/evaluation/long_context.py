@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.progress import bar
 from ..inference.batching import halve_until_it_fits
 from ..training.text import read_texts
+from .next_tokens import next_token_losses
 
 FACT = "\n\nThe special number for {name} is {number}. Remember it.\n\n"
 OTHER_FACT = "\n\nThe ordinary number for {name} is {number}. Remember it.\n\n"
@@ -328,9 +328,8 @@ def token_losses(model: Any, blocks: Tensor, batch_size: int) -> Tensor:
     losses = []
     for batch in blocks.split(batch_size):
         batch = batch.to(model.device)
-        logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
-        losses += [F.cross_entropy(x.float(), y, reduction="none").cpu() for x, y in zip(logits, batch[:, 1:], strict=True)]
-    return torch.stack(losses)
+        losses.append(next_token_losses(model(input_ids=batch, use_cache=False).logits, batch).cpu())
+    return torch.cat(losses)
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------

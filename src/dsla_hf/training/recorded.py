@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compat.attention_functions import no_plain_masks
+from ..compat.attention_functions import masks_as_rehearsed
 from ..inference.recorder import CudaRecording, Record, Recorder
 from .arguments import CHECKPOINTING
 from .liger import has_experts
@@ -50,6 +50,7 @@ class RecordedSteps:
         self._flat: Tensor | None = None
         self._gradients: list[Tensor] = []
         self._inputs: dict[Any, dict[str, Tensor]] = {}
+        self._no_masks: dict[tuple[int | None, ...], bool] = {}
         self._found: dict[Any, tuple[list[str], Tensor]] = {}
 
     @property
@@ -92,7 +93,7 @@ class RecordedSteps:
                 p.grad = gradient
 
     def _pass(self, key: Any) -> None:
-        with no_plain_masks(), ExitStack() as until_backward:
+        with masks_as_rehearsed(self._no_masks), ExitStack() as until_backward:
             loss, terms = self._losses(self._inputs[key], until_backward)
             loss.backward()
         self._found[key] = list(terms), torch.stack([loss, *terms.values()]).detach()
