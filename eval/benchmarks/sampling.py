@@ -1,15 +1,18 @@
 """Times of what chooses the next tokens of many texts, by what they ask for: `NextTokens`, which the server calls once a step.
 
     python eval/benchmarks/sampling.py
+    python eval/benchmarks/sampling.py --page
 
 writes eval/results/sampling.json. On a CUDA device `ms` is what the device is busy with, from the end of the model's call to the last
 token: work that is queued behind a busy device, as in a server, where the host gets ready while the model runs; `host_ms` is what that
-takes the host, and `alone_ms` the time of a call on an idle device, tokens read. On a CPU `ms` is the time of a call.
+takes the host, and `alone_ms` the time of a call on an idle device, tokens read. On a CPU `ms` is the time of a call. `--page` measures
+nothing: it fills docs/measured/serving.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -21,13 +24,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:] = [str(REPOSITORY / "eval"), str(REPOSITORY / "kernels"), *(x for x in sys.path if Path(x).resolve() != Path(__file__).parent)]
 
 import torch  # noqa: E402
-from reporting import RESULTS, rows_table, write_results  # noqa: E402
+from reporting import RESULTS, fill_page, rows_table, write_results  # noqa: E402
 
 from dsla_hf.inference.sampling import Sampling  # noqa: E402
 from dsla_hf.serving.engine.request import Request  # noqa: E402
 from dsla_hf.serving.engine.tokens import NextTokens  # noqa: E402
 
 VOCABULARIES = (32_000, 128_256)
+PAGE = REPOSITORY / "docs" / "measured" / "serving.md"
 PROMPT = list(range(100, 356))
 BUSY = 8192  # rows and columns of the matrices whose product keeps a device busy
 
@@ -128,6 +132,14 @@ def measure(case: dict[str, Any], rows: int, vocabulary: int, device: torch.devi
     return {"ms": median(device_times), "host_ms": median(host_times), "alone_ms": median(alone)}
 
 
+def page_part(found: dict[str, Any]) -> str:
+    """A table of what was measured, and on what."""
+    rows = found["rows"]
+    about = f"{found['device']}, {rows[0]['rows']} rows, torch {found['versions']['torch']}; `{found['command']}`"
+    columns = [name for name in ("vocabulary", "asked", "ms", "host_ms", "alone_ms") if name in rows[0]]
+    return f"{about}\n\n{rows_table(rows, columns)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -136,7 +148,11 @@ def main() -> None:
     parser.add_argument("--vocabularies", type=int, nargs="+", default=VOCABULARIES)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help="default: all")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of sampling.json")
+    parser.add_argument("--page", action="store_true", help="measure nothing; fill docs/measured/serving.md")
     args = parser.parse_args()
+    if args.page:
+        fill_page(PAGE, {"sampling": page_part(json.loads((args.results / "sampling.json").read_text()))})
+        return
     device = torch.device(args.device)
     repeats = args.repeats or (50 if device.type == "cuda" else 3)
     rows = []

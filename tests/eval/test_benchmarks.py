@@ -105,6 +105,8 @@ def test_the_benchmark_of_draws_serves_every_case(monkeypatch, tmp_path, capsys)
         assert [row["asked"] for row in rows] == list(sampling.CASES) and all(row["ms"] > 0 for row in rows)
         (request,) = sampling.requests_of(sampling.CASES["all of it"], 1, 400)
         assert request.sampling.top_k == 50 and request.constraint.mask().tolist() == [0x55555555] * 13
+        page = sampling.page_part(json.loads((tmp_path / "sampling.json").read_text()))
+        assert "2 rows" in page and page.count("\n| 400 | ") == len(sampling.CASES) and "host_ms" not in page
     assert "| cpu | 400 | 2 | greedy |" in capsys.readouterr().out
 
 
