@@ -64,7 +64,6 @@ Z = 1.96  # of intervals of 95 %
 MORE_AT_ONCE = 4  # times as many prompts as evaluations take, where they fit
 TRAINING, ORDER = "training.json", "order.json"  # beside an adapter
 RECIPES = "heads-recipes"
-WAY_COLUMNS = ("probe_weight", "answer_weight", "level_draws", "steps")  # by which recipes differ
 # By KV heads kept of SmolLM2's 90: perplexity over the teacher at most, and codes by length, at least; beside the teacher's where negative.
 WANTED: dict[int, tuple[float, dict[int, float]]] = {
     22: (1.016, {1024: -0.03, 2048: -0.03, 4096: -0.03, 7500: -0.03}),
@@ -245,6 +244,7 @@ def train(options: argparse.Namespace, sizes: Sizes) -> None:
     if options.order is not None:
         layers, heads = base_config.num_hidden_layers, base_config.num_key_value_heads
         given |= {"conversion_order": read_order(options.order, arm.unit, layers, heads), "level": 0}
+    lengths = options.lengths or list(sizes.lengths)
     torch.manual_seed(options.seed)
     torch.set_float32_matmul_precision("high")
     base = load_model(options.model, "bfloat16" if on_gpu else "float32").to(device())
@@ -252,10 +252,10 @@ def train(options: argparse.Namespace, sizes: Sizes) -> None:
     args = DSLATrainingArguments(
         output_dir=str(options.out),
         per_device_train_batch_size=options.batch,
-        sequence_lengths=list(sizes.lengths),
+        sequence_lengths=lengths,
         level_draws=options.level_draws,
-        learning_rate=LEARNING_RATE,
-        gate_learning_rate_factor=GATE_FACTOR,
+        learning_rate=options.learning_rate,
+        gate_learning_rate_factor=options.gate_factor,
         logging_steps=20,
         save_steps=100,
         save_total_limit=1,
@@ -272,7 +272,7 @@ def train(options: argparse.Namespace, sizes: Sizes) -> None:
     start = time.perf_counter()
     distill(
         model,
-        with_planted(PackedTokens(text["train"]), tokenizer, PLANTED, options.seed, options.answer_weight),
+        with_planted(PackedTokens(text["train"]), tokenizer, options.planted, options.seed, options.answer_weight),
         args,
         alignment_steps=options.align_steps,
         logits_steps=options.steps,
@@ -288,13 +288,13 @@ def train(options: argparse.Namespace, sizes: Sizes) -> None:
         "align_steps": options.align_steps,
         "steps": options.steps,
         "tokens_per_step": options.batch * max(sizes.lengths),
-        "lengths": list(sizes.lengths),
-        "planted": PLANTED,
+        "lengths": lengths,
+        "planted": options.planted,
         "answer_weight": options.answer_weight,
         "probe_weight": options.probe_weight,
         "level_draws": options.level_draws,
-        "learning_rate": LEARNING_RATE,
-        "gate_factor": GATE_FACTOR,
+        "learning_rate": options.learning_rate,
+        "gate_factor": options.gate_factor,
         "seed": options.seed,
         "order": "ranked after alignment" if options.order is None else "given",
         "seconds": round(time.perf_counter() - start, 1),  # of this call
@@ -555,7 +555,7 @@ def recipes(options: argparse.Namespace) -> None:
         for row in part["rows"]:
             trained = dict.fromkeys(way) if row["level"] == 0 else way
             rows.append({"arm": "teacher" if row["level"] == 0 else part["arm"], "probes": part["probes"], **trained, **row_numbers(row)})
-    rows.sort(key=lambda row: (-row["kept"], row["probes"], [row[name] or 0 for name in WAY_COLUMNS]))
+    rows.sort(key=lambda row: (-row["kept"], row["probes"], [row[name] for name in HOW_TRAINED if row[name] is not None]))
     write_results(RECIPES, rows, command_of(options), folder=options.results)
 
 
@@ -571,15 +571,20 @@ def recipes_text(results: Path) -> str:
         return ""
     rows = json.loads(file.read_text())["rows"]
     codes = [f"code_{length}" for length in code_lengths(rows[0])]
-    arms = ", ".join(sorted({row["arm"] for row in rows if row["arm"] != "teacher"}))
+    trained = [row for row in rows if row["arm"] != "teacher"]
+    arms = ", ".join(sorted({row["arm"] for row in trained}))
+    differ = [name for name in HOW_TRAINED if len({json.dumps(row.get(name)) for row in trained}) > 1]
+    same = {name: trained[0][name] for name in HOW_TRAINED if name not in differ}
+    alike = ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in same.items())
     return f"""
 ## Recipes
 
-{arms}, trained in several ways: weight of answers when heads are ranked, weight of answers in the loss, how many levels are drawn for a
-step of KL, and steps of it. Perplexities, shares of codes found, and by how many prompts of each length; few prompts tell only large
-differences (with 100 the interval of 95 % is up to 0.1 to both sides).
+{arms}, trained in several ways.
+Alike in all: {alike}.
+Perplexities, shares of codes found, and by how many prompts of each length; few prompts
+tell only large differences (with 100 the interval of 95 % is up to 0.1 to both sides).
 
-{rows_table(rows, ["arm", "kept", *WAY_COLUMNS, "wiki", "novels", *codes, "associative_recall", "probes"])}
+{rows_table(rows, ["arm", "kept", *differ, "wiki", "novels", *codes, "associative_recall", "probes"])}
 """
 
 
@@ -704,6 +709,10 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     training.add_argument("--probe-weight", type=float, default=PROBE_WEIGHT, help="of answers, when heads are ranked")
     training.add_argument("--answer-weight", type=float, default=ANSWER_WEIGHT, help="of answers to what was planted, in the loss")
     training.add_argument("--level-draws", type=int, default=1, help="levels drawn for a step of KL, of which the highest is trained")
+    training.add_argument("--planted", type=float, default=PLANTED, help="share of the rows with facts that are asked for later")
+    training.add_argument("--lengths", type=lambda text: [int(part) for part in text.split(",")], help="of the rows of the steps, in turn")
+    training.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="of projections")
+    training.add_argument("--gate-factor", type=float, default=GATE_FACTOR, help="times it, of gates, mix and norm")
     training.add_argument("--order", type=Path, help="JSON list of all [layer, head], least harmful first, in place of a ranking")
     measuring = parts.add_parser("measure", parents=[common], help="measure the levels of an arm")
     measuring.add_argument("--arm", choices=list(ARMS), required=True)
