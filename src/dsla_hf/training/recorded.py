@@ -82,15 +82,17 @@ class RecordedSteps:
             sizes = [p.numel() for p in self._weights]
             self._flat = torch.zeros(sum(sizes), device=self._weights[0].device, dtype=self._weights[0].dtype)
             self._gradients = [x.view_as(p) for x, p in zip(self._flat.split(sizes), self._weights, strict=True)]
-        if all(p.grad is None for p in self._weights):
+        fresh = all(p.grad is None for p in self._weights)
+        if fresh:
             self._flat.zero_()
         for p, gradient in zip(self._weights, self._gradients, strict=True):
-            if p.grad is not gradient:
-                if p.grad is not None:
-                    gradient.copy_(p.grad)
-                elif any(other.grad is not None for other in self._weights):
-                    gradient.zero_()
-                p.grad = gradient
+            if p.grad is gradient:
+                continue
+            if p.grad is not None:
+                gradient.copy_(p.grad)
+            elif not fresh:
+                gradient.zero_()
+            p.grad = gradient
 
     def _pass(self, key: Any) -> None:
         with masks_as_rehearsed(self._no_masks), ExitStack() as until_backward:
