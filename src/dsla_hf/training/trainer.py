@@ -13,7 +13,8 @@ import os
 import random
 import shutil
 from collections import defaultdict
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from ..models.decoder import decoder_layers, first_layers
 from .alignment import align_each, align_subset, align_whole, draw_heads
 from .arguments import CHECKPOINTING, DSLATrainingArguments
 from .checkpoints import is_whole, saved_stage, told_of_full_disk, what_is_kept
+from .head_kl import head_kl_sums, hidden_for_logits, plain_head
 from .liger import fused_by_liger, wants_liger
 from .losses import alignment_sums, kl_sums
 from .recorded import RecordedSteps, is_small, why_not_recorded
@@ -113,6 +115,7 @@ class DSLATrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self._terms: dict[str, list[Tensor]] = defaultdict(list)
         self._cut_parameters: list[list[nn.Parameter]] | None = None
+        self._head: tuple[nn.Linear | None] | None = None
         self._may_record: bool | None = None  # decided at the first step, whose batch is there
         self._recorded: RecordedSteps | None = None
         # While the losses of a step are recorded: of each layer [Hkv], and what lasts until its backward pass is over.
@@ -338,8 +341,9 @@ class DSLATrainer(Trainer):
         return drawn
 
     def _logits(self, model: nn.Module, inputs: dict[str, Any], mask: Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:
-        hidden = bool(self.args.hidden_weight)
-        with torch.no_grad(), self._teacher(model):
+        hidden, head = bool(self.args.hidden_weight), self._plain_head(inputs)
+        outputs = nullcontext if head is None else partial(hidden_for_logits, head)
+        with torch.no_grad(), self._teacher(model), outputs():
             teacher = model(**inputs, use_cache=False, output_hidden_states=hidden)
         # Blocks below the first DSLA layer give student and teacher the same.
         depth = len(decoder_layers(self.model.get_base_model()))
@@ -348,8 +352,12 @@ class DSLATrainer(Trainer):
         del teacher
         if self._switches is not None:
             self._until_backward.enter_context(switched(self.model, self._switches, gradients=False))
-        student = model(**inputs, use_cache=False, output_hidden_states=hidden)
-        sums = {"kl": kl_sums(student.logits, teacher_logits, mask, reuse_teacher=True)}
+        with outputs():
+            student = model(**inputs, use_cache=False, output_hidden_states=hidden)
+        if head is None:
+            sums = {"kl": kl_sums(student.logits, teacher_logits, mask, reuse_teacher=True)}
+        else:
+            sums = {"kl": head_kl_sums(student.logits, teacher_logits, head, mask)}
         if hidden:
             measured = [alignment_sums(s, t, mask) for s, t in zip(student.hidden_states[first + 1 :], teacher_states, strict=True)]
             zero = sums["kl"][1].new_zeros(())
@@ -357,6 +365,17 @@ class DSLATrainer(Trainer):
             energies = torch.stack([zero + 1] * first + [energy for _, energy in measured])
             sums["hidden"] = (errors / self.accelerator.reduce(energies, reduction="mean")).sum(), zero + len(errors)
         return sums
+
+    def _plain_head(self, inputs: dict[str, Any]) -> nn.Linear | None:
+        """What makes logits of hidden states, and nothing else; None where that is not known to be so."""
+        args: Any = self.args
+        if self._head is None:  # looked for once, outside of what is recorded
+            self._head = (None,)
+            if not (is_sharded(self.model) or args.fp16 or args.bf16):
+                base = self.accelerator.unwrap_model(self.model).get_base_model()
+                with self._teacher(self.model):
+                    self._head = (plain_head(base, inputs["input_ids"][:1, :4]),)
+        return self._head[0]
 
     @torch.no_grad()
     def _stop_for(self, inputs: dict[str, Any], level: int) -> None:
