@@ -13,7 +13,7 @@ from .core.attention import DualState, DualStateAttention
 from .core.cache import DSLACacheLayer, cache_bytes
 from .core.fold import fold
 from .levels.generation import LevelProcessor, lower_level
-from .levels.policies import CacheMemory, FixedLevel, LatencyTarget, Load, PromptLength, Stats
+from .levels.policies import CacheMemory, FixedLevel, LatencyTarget, Load, PromptLength, Saving, Stats
 from .models import refusals  # noqa: F401
 from .models.adapter import DSLALayer, DSLAModel, get_level, set_level
 from .models.configuration import DSLAConfig
@@ -48,6 +48,7 @@ __all__ = [
     "LevelProcessor",
     "Load",
     "PromptLength",
+    "Saving",
     "Stats",
     "cache_bytes",
     "distill",

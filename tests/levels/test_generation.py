@@ -254,6 +254,27 @@ def test_named_policy_of_the_issue(llama):
     assert llama.get_level() == 1  # 12.5 % of four layers, rounded upwards at the half
 
 
+@pytest.mark.parametrize("states", [True, False])
+def test_texts_that_are_too_short_to_save_memory_are_the_bases(tiny_model, adapter_model, states):
+    model = adapter_model(tiny_model("llama"), states=states)
+    base = model.get_base_model()
+    sizes = model.level_sizes()
+    enough = sizes["dsla_bytes"] // sizes["softmax_bytes_per_token"]  # tokens
+    assert states or enough == 8 + 4, "a window and its sinks"
+    ids, options = text(1, enough - 4), {"max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
+    found = generate(model, ids, level_policy="saving", **options)
+    model.set_level(0)
+    expected = generate(base, ids, **options)
+    assert torch.equal(found.sequences, expected.sequences) and all(map(torch.equal, found.logits, expected.logits))
+
+    processor = LevelProcessor(model, "saving:50%")
+    long = generate(model, ids, level_policy=processor, max_new_tokens=20)
+    assert processor.history == [(enough - 4, 0), (enough + 1, 2)]
+    assert torch.equal(long, ByHand(model, lambda stats: 2 if stats.tokens > enough else 0)(ids, new=20))
+    generate(model, text(1, enough + 1), level_policy=processor, max_new_tokens=1)
+    assert processor.history[0] == (enough + 1, 2), "the prompt is read at the level"
+
+
 def test_next_request_may_be_lower_and_a_text_that_goes_on_may_not(llama):
     policy = PromptLength(((0, 1), (20, 3)))
     long, short = text(1, 30), text(1, 10)

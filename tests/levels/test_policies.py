@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from dsla_hf import CacheMemory, FixedLevel, LatencyTarget, Load, PromptLength, Stats
+from dsla_hf import CacheMemory, FixedLevel, LatencyTarget, Load, PromptLength, Saving, Stats
 from dsla_hf.levels.policies import as_policy
 
 STATS = Stats(prompt_tokens=100, tokens=120, rows=2, level=4, max_level=12, num_layers=16, softmax_bytes_per_token=512, dsla_bytes=100_000)
@@ -21,6 +21,7 @@ def test_stats_and_policies_cannot_be_changed():
         (PromptLength(), "grow"),
         (CacheMemory(1), "budget"),
         (Load(), "cool_down"),
+        (Saving(), "level"),
     ):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(record, name, 1)
@@ -29,6 +30,16 @@ def test_stats_and_policies_cannot_be_changed():
 def test_cache_bytes_by_hand():
     assert STATS.cache_bytes(0) == 2 * 16 * 120 * 512
     assert STATS.cache_bytes(5, tokens=1000) == 2 * (11 * 1000 * 512 + 5 * 100_000)
+
+
+@pytest.mark.parametrize("level, expected", [(5, 5), ("50%", 8), ("100%", 12), (99, 12)])
+def test_a_level_from_the_token_on_at_which_it_saves_memory(level, expected):
+    assert 195 * 512 < STATS.dsla_bytes < 196 * 512
+    assert [Saving(level)(stats(tokens=tokens)) for tokens in (1, 195, 196, 5000)] == [0, 0, expected, expected]
+    assert [Saving(level)(stats(tokens=tokens, ladder=(2, 4, 8, 12))) for tokens in (1, 196)] == [
+        2,
+        max(x for x in (2, 4, 8, 12) if x <= expected),
+    ]
 
 
 @pytest.mark.parametrize("level, expected", [(0, 0), (7, 7), ("25%", 4), ("50%", 8), ("100%", 12), (99, 12)])
@@ -150,13 +161,18 @@ def test_steps_that_are_none_are_refused(step):
 
 def test_policies_by_name_level_and_function():
     assert as_policy("prompt-length") == PromptLength() and as_policy("text-length") == PromptLength(grow=True)
-    assert as_policy("load") == Load()
+    assert as_policy("load") == Load() and as_policy("saving") == Saving()
+    assert (
+        as_policy("saving:50%") == Saving("50%")
+        and as_policy("saving:kept:10%") == Saving("kept:10%")
+        and as_policy("saving:3")(stats()) == 0
+    )
     assert as_policy(8) == FixedLevel(8) and as_policy("50%") == FixedLevel("50%") and as_policy("3") == FixedLevel("3")
     own = lambda stats: 1  # noqa: E731
     assert as_policy(own) is own and as_policy(PromptLength()) == PromptLength()
 
 
-@pytest.mark.parametrize("wrong", ["prompt_length", "", "-1", -1, 2.5, None, "101%"])
+@pytest.mark.parametrize("wrong", ["prompt_length", "", "-1", -1, 2.5, None, "101%", "saving:", "saving:much"])
 def test_what_is_no_policy_is_refused(wrong):
-    with pytest.raises(ValueError, match=r"level_policy must be one of \['prompt-length', 'text-length', 'load'\]"):
+    with pytest.raises(ValueError, match=r"level_policy must be one of \['prompt-length', 'text-length', 'saving', 'load'\]"):
         as_policy(wrong)

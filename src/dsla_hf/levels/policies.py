@@ -99,6 +99,21 @@ class PromptLength:
 
 
 @dataclass(frozen=True)
+class Saving:
+    """A level as soon as it saves memory, 0 before: while a text's keys and values take no more than what would take their place, it is the
+    original model's, bit for bit.
+
+    level: "100%" is the whole plan.
+    """
+
+    level: int | str = "100%"
+
+    def __call__(self, stats: Stats) -> int:
+        saves = stats.tokens * stats.softmax_bytes_per_token > stats.dsla_bytes
+        return _levels(self.level, stats) if saves else stats.at_most(0)
+
+
+@dataclass(frozen=True)
 class CacheMemory:
     """The lowest level whose cache fits a budget, with room for some more tokens; the highest if none does.
 
@@ -212,11 +227,17 @@ class Load:
         return below and (self.free_share is None or stats.free_share >= min(2 * self.free_share, 1.0))
 
 
-NAMED: dict[str, Callable[[], Policy]] = {"prompt-length": PromptLength, "text-length": lambda: PromptLength(grow=True), "load": Load}
+NAMED: dict[str, Callable[[], Policy]] = {
+    "prompt-length": PromptLength,
+    "text-length": lambda: PromptLength(grow=True),
+    "saving": Saving,
+    "load": Load,
+}
 
 
 def as_policy(policy: Any) -> Policy:
-    """A policy from its name (`"prompt-length"`, `"text-length"`, `"load"`), from a level (`8`, `"50%"`), or itself.
+    """A policy from its name (`"prompt-length"`, `"text-length"`, `"saving"`, `"saving:50%"`, `"load"`), from a level (`8`, `"50%"`), or
+    itself.
 
     Raises:
         ValueError: for a name that is none.
@@ -225,10 +246,13 @@ def as_policy(policy: Any) -> Policy:
         return policy
     if isinstance(policy, str) and policy in NAMED:
         return NAMED[policy]()
+    saving = isinstance(policy, str) and policy.startswith("saving:")
+    level = policy.removeprefix("saving:") if saving else policy
     try:
-        read_level(policy)
+        read_level(level)
     except ValueError:
         raise ValueError(
-            f"level_policy must be one of {list(NAMED)}, a level such as 8 or '50%', or a function from Stats to a level, got {policy!r}"
+            f"level_policy must be one of {list(NAMED)}, 'saving:50%', a level such as 8 or '50%', or a function from Stats to a level, "
+            f"got {policy!r}"
         ) from None
-    return FixedLevel(policy)
+    return Saving(level) if saving else FixedLevel(level)
