@@ -23,6 +23,8 @@ from .liger import has_experts
 # Weights times tokens of a step, up to which the host is what a step waits for: at 0.1 s of a GPU, and 0.25 s of launches for 30 layers.
 SMALL = 1e13
 
+PLAIN = {"input_ids", "labels", "loss_mask"}  # of batches whose rows are whole texts, for all that a recording can tell
+
 RECORD: Record = CudaRecording  # tests put another in its place
 
 # The loss of a batch and its terms by name; the stack is closed behind the backward pass.
@@ -106,6 +108,11 @@ def is_small(model: nn.Module, inputs: dict[str, Any]) -> bool:
     return sum(p.numel() for p in model.parameters()) * inputs["input_ids"].numel() < SMALL
 
 
+def is_plain(inputs: dict[str, Any]) -> bool:
+    """Whether a batch has nothing that says where in its rows texts are: a recording could not look at it."""
+    return set(inputs) <= PLAIN
+
+
 def why_not_recorded(args: Any, model: Any, inputs: dict[str, Any]) -> str | None:
     """Why steps of this training cannot be recorded, in words; None where they can."""
     base = model.get_base_model()
@@ -117,7 +124,7 @@ def why_not_recorded(args: Any, model: Any, inputs: dict[str, Any]) -> str | Non
         "activations are computed again in the backward pass": any(getattr(args, name, False) for name in CHECKPOINTING),
         "hidden states are compared (hidden_weight)": args.hidden_weight,
         "all steps have one level (train_level)": args.stage == "logits" and args.train_level is not None,
-        "batches have an attention_mask": "attention_mask" in inputs,
+        f"batches have {', '.join(sorted(set(inputs) - PLAIN))}": not is_plain(inputs),
         "blocks are mixtures of experts": has_experts(base.config),
         "the base is quantised": getattr(base, "hf_quantizer", None) is not None,
     }

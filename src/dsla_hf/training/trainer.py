@@ -37,7 +37,7 @@ from .checkpoints import is_whole, saved_stage, told_of_full_disk, what_is_kept
 from .head_kl import head_kl_sums, hidden_for_logits, plain_head
 from .liger import fused_by_liger, wants_liger
 from .losses import alignment_sums, kl_sums
-from .recorded import RecordedSteps, is_small, why_not_recorded
+from .recorded import RecordedSteps, is_plain, is_small, why_not_recorded
 from .sharding import (
     check_fsdp,
     is_sharded,
@@ -115,6 +115,7 @@ class DSLATrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self._terms: dict[str, list[Tensor]] = defaultdict(list)
         self._cut_parameters: list[list[nn.Parameter]] | None = None
+        self._grouped: torch.optim.Optimizer | None = None
         self._head: tuple[nn.Linear | None] | None = None
         self._may_record: bool | None = None  # decided at the first step, whose batch is there
         self._recorded: RecordedSteps | None = None
@@ -147,6 +148,10 @@ class DSLATrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As in transformers, with a learning rate of their own for gates, mix and norm."""
         optimizer = super().create_optimizer(*args, **kwargs)
+        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        if inner is self._grouped:  # by an earlier `train`
+            return optimizer
+        self._grouped = inner
         cores = {id(p) for layer in dsla_layers(self.model).values() for p in layer.dsla_core.parameters()}
         factor: float = self.args.gate_learning_rate_factor
         for group in list(optimizer.param_groups):
@@ -193,7 +198,7 @@ class DSLATrainer(Trainer):
             if reason and args.cuda_graphs:
                 raise ValueError(f"cuda_graphs=True is not possible here, {reason}: leave it out")
             self._may_record = not reason and (args.cuda_graphs or (args.cuda_graphs is None and is_small(self.model, inputs)))
-        if not self._may_record:
+        if not self._may_record or not is_plain(inputs):
             return None
         self.model.train()
         inputs, layers = self._prepare_inputs(inputs), self._layers_in_training()
