@@ -112,35 +112,29 @@ class NextTokens:
 
     def _masks(self, requests: Sequence[Request]) -> tuple[dict[int, Tensor], dict[int, Exception]]:
         """Of the rows that have a constraint what it allows, int32 `[ceil(V / 32)]`; or what it failed with."""
-        masks, errors = dict[int, Tensor](), dict[int, Exception]()
+        found, errors = dict[int, Tensor](), dict[int, Exception]()
         for number, request in enumerate(requests):
             if request.constraint is None:
                 continue
             try:
-                masks[number] = self._allowed(request.constraint.mask(), self._too_early(request))
+                found[number] = checked(request.constraint.mask())
             except Exception as error:  # whatever it is, it is of this text alone
                 errors[number] = error
-        return masks, errors
-
-    def _allowed(self, mask: Tensor, too_early: list[int]) -> Tensor:
-        """A mask of just the vocabulary, without ends that come too early; with them, where nothing else may come.
-
-        Raises:
-            ValueError: for something else than a mask, and one that allows nothing.
-        """
-        if not isinstance(mask, Tensor) or mask.dtype != torch.int32 or mask.ndim != 1:
-            raise ValueError("a constraint's mask must be an int32 tensor with 32 tokens a word")
-        words = torch.zeros(-(-self.vocabulary // 32), dtype=torch.int32)  # words that are not there allow nothing
-        words[: len(mask)] = mask[: len(words)]
+        if not found:
+            return found, errors
+        # All rows at once: an operation for each would take the host longer than the constraints themselves.
+        words = torch.zeros(len(found), -(-self.vocabulary // 32), dtype=torch.int32)  # words that are not there allow nothing
+        for row, mask in zip(words, found.values(), strict=True):
+            row[: len(mask)] = mask[: len(row)]
         if self.vocabulary % 32:
-            words[-1] &= (1 << self.vocabulary % 32) - 1
-        if not words.any():
-            raise ValueError("the constraint allows no token here")
-        later = words.clone()
-        for token in too_early:
-            bit = 1 << token % 32
-            later[token // 32] &= ~(bit - (bit >> 31 << 32))
-        return later if later.any() else words
+            words[:, -1] &= (1 << self.vocabulary % 32) - 1
+        masks = dict[int, Tensor]()
+        for number, row, some in zip(found, words, words.any(1).tolist(), strict=True):
+            if some:
+                masks[number] = _later(row, self._too_early(requests[number]))
+            else:
+                errors[number] = ValueError("the constraint allows no token here")
+        return masks, errors
 
     def _change(self, scores: Tensor, rows: list[tuple[int, Request]], masks: dict[int, Tensor], touched: list[int]) -> None:
         """Change the logits `[N, V]` of rows, in place."""
@@ -218,6 +212,28 @@ class NextTokens:
 
     def _sent(self, values: Sequence[object], dtype: torch.dtype = torch.long) -> Tensor:
         return sent(torch.tensor(values, dtype=dtype), self.device)
+
+
+def checked(mask: object) -> Tensor:
+    """A constraint's mask.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype != torch.int32 or mask.ndim != 1:
+        raise ValueError("a constraint's mask must be an int32 tensor with 32 tokens a word")
+    return mask
+
+
+def _later(words: Tensor, too_early: list[int]) -> Tensor:
+    """A mask without ends that come too early; with them, where nothing else may come."""
+    if not too_early:
+        return words
+    later = words.clone()
+    for token in too_early:
+        bit = 1 << token % 32
+        later[token // 32] &= ~(bit - (bit >> 31 << 32))
+    return later if later.any() else words
 
 
 @functools.lru_cache(maxsize=256)
