@@ -11,8 +11,8 @@ each answer reports:
 
 - greedy texts are those of `generate`, sampled ones those of `GraphDecoder` with their seed, those of clients that left begin so;
 - constrained answers and arguments of calls follow their schema; log-probabilities are those of a forward pass, within 1e-4;
-- every answer has status 200 and an end, all blocks are free, no request is left, open files are as before, and memory is as after a tenth
-  of the time.
+- every answer has status 200 and an end, all blocks are free, no request is left, open files are as before but for a few that
+  the process opened for itself, and memory is as after a tenth of the time.
 
 A text that parts where two tokens are nearer than 1e-4 counts as a near tie. The history of one whose level rose while its prompt was being
 read does not say after which token: it is undetermined, unless it is the text of the new level. What was found goes to
@@ -64,6 +64,7 @@ CHUNK = 256  # prompt tokens of a step: more than ordinary prompts of all client
 LEVEL_SECONDS = (0.3, 3.0)  # between two levels that are asked for
 LAYERS = 4
 WARM_SECONDS, SETTLE_SECONDS = 2.0, 30.0  # of requests before the load; that connections and texts have to end
+FILES_MORE = 4  # that libraries may open at any time; what clients leave behind would be a file for each
 CHAT = (
     "{% for tool in tools or [] %}<tool_call> for {{ tool.function.name }}\n{% endfor %}"
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -324,7 +325,7 @@ def put_under_load(
             if not memory and time.monotonic() - begin >= options.seconds / 10:
                 memory = [resident_mib()]
     outcomes = [Outcome(**one) for one in first + future.result()]
-    wait_until(lambda: not engine.busy and open_files() <= files, SETTLE_SECONDS)
+    wait_until(lambda: not engine.busy and open_files() <= files + FILES_MORE, SETTLE_SECONDS)
     gc.collect()
     return outcomes, {
         "stuck": len(engine.scheduler.running) + len(engine.scheduler.waiting),
@@ -350,7 +351,8 @@ def faults_of(found: dict[str, Any], growth: float) -> list[str]:
         f"{found['failed_steps']} steps failed": found["failed_steps"] == 0,
         f"memory went from {found['memory_mib'][0]:.0f} to {found['memory_mib'][-1]:.0f} MiB": found["memory_mib"][-1]
         <= found["memory_mib"][0] + growth,
-        f"open files went from {found['open_files'][0]} to {found['open_files'][-1]}": found["open_files"][-1] <= found["open_files"][0],
+        f"open files went from {found['open_files'][0]} to {found['open_files'][-1]}": found["open_files"][-1]
+        <= found["open_files"][0] + FILES_MORE,
         "the level did not change": found["level_changes"] > 1,
     }
     return [what for what, holds in checks.items() if not holds]

@@ -80,7 +80,7 @@ def test_what_is_left_behind_is_found(script):
         "health": 200,
         "failed_steps": 0,
         "memory_mib": [100, 120],
-        "open_files": [9, 9],
+        "open_files": [9, 13],
         "level_changes": 5,
     }
     assert script.faults_of(good, 64) == []
@@ -90,7 +90,7 @@ def test_what_is_left_behind_is_found(script):
         {"health": 503},
         {"failed_steps": 2},
         {"memory_mib": [100, 170]},
-        {"open_files": [9, 10]},
+        {"open_files": [9, 14]},
         {"level_changes": 0},
     ):
         assert len(script.faults_of({**good, **change}, 64)) == 1, change
