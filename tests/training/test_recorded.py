@@ -131,6 +131,7 @@ def test_what_cannot_be_recorded_is_said(record, tmp_path, tiny_model, adapter_m
         ({"gradient_accumulation_steps": 2}, "gradients are accumulated over several batches"),
         ({"train_level": 2}, "all steps have one level"),
         ({"hidden_weight": 1.0}, "hidden states are compared"),
+        ({"torch_compile": True}, "the model is compiled"),
     ):
         with pytest.raises(ValueError, match=f"cuda_graphs=True is not possible here, {words}"):
             trained(tmp_path, tiny_model, adapter_model, True, "logits", steps=1, options=options)

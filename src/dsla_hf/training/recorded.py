@@ -121,6 +121,7 @@ def why_not_recorded(args: Any, model: Any, inputs: dict[str, Any]) -> str | Non
         "several processes train": args.world_size > 1,
         "gradients are accumulated over several batches": args.gradient_accumulation_steps > 1,
         "autocast is on (fp16, bf16)": args.fp16 or args.bf16,
+        "the model is compiled (torch_compile)": args.torch_compile,
         "activations are computed again in the backward pass": any(getattr(args, name, False) for name in CHECKPOINTING),
         "hidden states are compared (hidden_weight)": args.hidden_weight,
         "all steps have one level (train_level)": args.stage == "logits" and args.train_level is not None,
