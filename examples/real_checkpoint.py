@@ -250,6 +250,8 @@ def run(options: argparse.Namespace) -> None:
     draw(rows, out / "table.png")
     say("4/4  A short chat")
     chat(options, checkpoint, out / "adapter", ["0", *(f"kept:{number}" for number in options.kept[-2:])])
+    saving = f"generate(..., level_policy='saving:kept:{options.kept[-1]}')"
+    print(f"\nAnswers as short as these stay the original's, for no more memory, with {saving}.")
     print(f"\n{table(rows)}\n")
     print(f"Plot: {out / 'table.png'}   Adapter: {out / 'adapter'}   Checkpoint: {checkpoint}")
     print(f"Done in {duration(time.perf_counter() - start)}.")
