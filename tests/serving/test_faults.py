@@ -187,6 +187,19 @@ def test_six_bodies_of_four_mebibytes_hold_up_nobody(server):
     wait_for(lambda: resident_mib() < before + 100)
 
 
+def test_a_list_of_millions_of_which_the_last_is_wrong_holds_up_nobody(server):
+    _, _, address = server
+    sent = '{"model": "tiny", "prompt": [' + "1," * (2**21 - 100) + '"a"]}'
+    answers, headers = [], {"Content-Type": "application/json"}
+    sender = threading.Thread(
+        target=lambda: answers.append(httpx.post(f"{address}/v1/completions", content=sent, headers=headers, timeout=100))
+    )
+    sender.start()
+    check_answers_soon(address)
+    sender.join(100)
+    assert answers[0].status_code == 400 and answers[0].json()["error"]["param"] == "prompt"
+
+
 # --- processes ------------------------------------------------------------------------------------------------------
 
 
@@ -244,7 +257,7 @@ def test_a_full_disk_for_logs_stops_nothing(saved, port):
         address = f"http://127.0.0.1:{port}"
         for _ in range(3):
             assert httpx.post(f"{address}/v1/completions", json=GOOD).status_code == 200
-        assert httpx.post(f"{address}/v1/completions", content=b"{").status_code == 400
+        assert httpx.post(f"{address}/v1/completions", content=b"{", headers={"Content-Type": "application/json"}).status_code == 400
         assert httpx.get(f"{address}/health").status_code == 200
         process.send_signal(signal.SIGTERM)
         process.wait(30)

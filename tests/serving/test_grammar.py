@@ -1,6 +1,8 @@
 """Grammars as constraints of texts: which tokens may come, what ends them, what is kept."""
 
 import asyncio
+import json
+import os
 
 import pytest
 import torch
@@ -78,6 +80,49 @@ def test_what_becomes_too_complex_is_an_error_of_the_request(made):
     with pytest.raises(CannotFollow) as failed:
         deep.accept(*tokenizer("0")["input_ids"])
     assert as_failed(failed.value).status == 400
+
+
+def chain(form, count, end):
+    """Lines of which each names the next."""
+    return [*(form.format(number, number + 1) for number in range(count)), end.format(count)]
+
+
+CHAINS = {
+    "rules": ("lark", "\n".join(["start: r0", *chain("r{}:r{}", 9000, 'r{}:"a"')])),
+    "nested rules": ("lark", "\n".join(["start: r0", *chain("r{}:" + "(" * 25 + "r{}" + ")" * 25, 2000, 'r{}:"a"')])),
+    "schemas": (
+        "json",
+        json.dumps({"$ref": "#/$defs/0", "$defs": {**{str(n): {"$ref": f"#/$defs/{n + 1}"} for n in range(3500)}, "3500": {}}}),
+    ),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("which", CHAINS)
+def test_long_chains_do_not_end_the_process(which):
+    """In a process of its own, which a stack that is too small would end."""
+    kind, text = CHAINS[which]
+    assert 2**16 < len(text) <= module.LONGEST
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            tokenizer = every_byte_tokenizer()
+            (one,) = constraints(Grammars(tokenizer, VOCAB, {tokenizer.eos_token_id}), kind, text)
+            code = 0 if kind == "json" or allowed(one, tokenizer) == "a" else 1
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_choices_may_have_any_characters(made):
+    tokenizer, grammars = made
+    text = "".join(map(chr, range(1, 0x180))) + "\u2028\uffff😀"
+    grammar = asked_for(CompletionBody(model="tiny", prompt="x", guided_choice=[text]))
+    (one,) = constraints(grammars, grammar.kind, grammar.text)
+    for token in tokenizer(text)["input_ids"]:
+        one.accept(token)
+    assert allowed(one, tokenizer) == "."
 
 
 def test_slow_tokenizers_are_refused():

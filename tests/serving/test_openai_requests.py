@@ -6,12 +6,15 @@ import threading
 import httpx
 import openai
 import pytest
+from pydantic import ValidationError
 from scripted import Scripted, every_byte_tokenizer
 from server import served
 
 from dsla_hf.serving.http import completions, formats
 from dsla_hf.serving.http.api import ApiOptions, build_app
 from dsla_hf.serving.http.logprobs import completion_logprobs
+from dsla_hf.serving.http.responses import ResponsesBody
+from dsla_hf.serving.http.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +44,13 @@ def chat(server):
     return lambda messages=({"role": "user", "content": "hi"},), **options: create(model="tiny", messages=list(messages), **options)
 
 
+NESTED = json.loads('{"a":' * 150 + "{}" + "}" * 150)
+
+
 def error(server, route, **body):
-    answer = httpx.post(f"{server[1]}/v1/{route}", json={"model": "tiny", **body})
+    # Not by httpx's own JSON, which has no halves of surrogate pairs.
+    content = json.dumps({"model": "tiny", **body})
+    answer = httpx.post(f"{server[1]}/v1/{route}", content=content, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400, answer.text
     return answer.json()["error"]
 
@@ -318,6 +326,9 @@ def test_harmless_names_are_taken(engine, complete, chat):
         ({"min_tokens": 5, "max_tokens": 3}, "min_tokens", "min_tokens 5 is more than the 3 tokens asked for"),
         ({"max_tokens": 601}, "max_tokens", "max_tokens 601 is more than this server's limit of 600"),
         ({"temperature": 3}, "temperature", "less than or equal to 2, got 3"),
+        ({"prompt": "ab\ud800"}, "prompt", "\\ud800 is half of a surrogate pair"),
+        ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias", "at most 1024 tokens can have one, got 1025"),
+        ({"guided_json": NESTED}, "guided_json", "nested more than 100 deep"),
     ],
 )
 def test_completions_that_are_refused(server, engine, change, param, words):
@@ -331,6 +342,15 @@ def test_completions_that_are_refused(server, engine, change, param, words):
         ({"messages": [{"role": "user", "content": "a" * 1000}]}, "messages", "the prompt has 1,018 tokens"),
         ({"messages": [{"role": "user", "content": "a" * 100_000}]}, "messages", "100,000 characters"),
         ({"messages": [{"role": "user"}]}, "messages", "needs a content"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "half of a surrogate pair"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages",
+            "messages.0.content: give a text, or a list of parts",
+        ),
+        ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs", "cannot set self"),
+        ({"chat_template_kwargs": {"x": NESTED}}, "chat_template_kwargs", "nested more than 100 deep"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": NESTED}}}, "response_format", "nested more than 100 deep"),
         ({"top_logprobs": 3}, "top_logprobs", "needs logprobs: true"),
         ({"tool_choice": "required"}, "tool_choice", "needs tools"),
         ({"functions": [{"name": "f"}]}, "functions", "functions is not supported"),
@@ -346,6 +366,36 @@ def test_completions_that_are_refused(server, engine, change, param, words):
 def test_chats_that_are_refused(server, engine, change, param, words):
     found = error(server, "chat/completions", **{"messages": [{"role": "user", "content": "hi"}], **change})
     assert found["param"] == param and words in found["message"] and "Value error" not in found["message"]
+
+
+WRONG = [1] * 1000
+
+
+@pytest.mark.parametrize(
+    "kind, body",
+    [
+        (CompletionBody, {"prompt": [*WRONG, "a"]}),
+        (CompletionBody, {"prompt": [WRONG, ["a"] * 1000]}),
+        (CompletionBody, {"prompt": "a", "guided_choice": WRONG}),
+        (CompletionBody, {"prompt": "a", "stop": WRONG}),
+        (CompletionBody, {"prompt": "a", "stop_token_ids": ["a"] * 1000}),
+        (CompletionBody, {"prompt": "a", "logit_bias": {str(token): "a" for token in range(2000)}}),
+        (ChatBody, {"messages": WRONG}),
+        (ChatBody, {"messages": [{}] * 1000}),
+        (ChatBody, {"messages": [{"role": "user", "content": WRONG}]}),
+        (ChatBody, {"messages": [{"role": "assistant", "tool_calls": WRONG}]}),
+        (ChatBody, {"messages": [{"role": "user", "content": "a"}], "tools": WRONG}),
+        (ResponsesBody, {"input": WRONG}),
+        (ResponsesBody, {"input": [{"role": "user", "content": WRONG}]}),
+        (TokenizeBody, {"messages": WRONG}),
+        (DetokenizeBody, {"tokens": ["a"] * 1000}),
+    ],
+)
+def test_of_many_wrong_items_the_first_is_told(kind, body):
+    """An error for each of them would be minutes of work and gigabytes for a body of four mebibytes."""
+    with pytest.raises(ValidationError) as refused:
+        kind.model_validate({"model": "tiny", **body})
+    assert refused.value.error_count() < 10
 
 
 def test_a_message_that_no_encoding_can_carry(server):

@@ -243,6 +243,16 @@ def test_without_llguidance_the_answer_says_what_to_install(monkeypatch):
         assert ask(client).choices
 
 
+def test_calls_may_have_halves_of_surrogate_pairs(hermes):
+    """JSON can escape them, and so a model may."""
+    engine, client, _ = hermes
+    engine.script = '<tool_call>{"name": "\\ud800", "arguments": {"a": "\\udc00"}}</tool_call>'
+    for stream in (False, True):
+        answer = ask(client, tools=TOOLS, stream=stream)
+        found = joined(answer) if stream else of(answer)
+        assert found == (found[0], [("\ud800", {"a": "\udc00"})], "tool_calls")
+
+
 # --- /v1/responses ------------------------------------------------------------------------------------------------------
 
 
@@ -261,7 +271,10 @@ def test_responses_whole(hermes):
     cut = client.responses.create(model="tiny", input=messages, max_output_tokens=2)
     assert engine.tokenizer.decode(engine.asked[-1][0].prompt) == "user: one\nassistant: two\nsystem: three\nassistant: "
     assert (cut.output_text, cut.status, cut.incomplete_details.reason) == ("we", "incomplete", "max_output_tokens")
+    assert client.responses.create(model="tiny", input="hi", metadata={"of": "mine"}).metadata == {"of": "mine"}
     engine.script = '{"name": "Rome", "people": 3}'
+    parsed = client.responses.parse(model="tiny", input="hi", text_format=City)
+    assert (parsed.text.format.name, parsed.text.format.strict) == ("City", True)
     assert client.responses.parse(model="tiny", input="hi", text_format=City).output_parsed == City(name="Rome", people=3)
 
 
@@ -299,6 +312,10 @@ def test_responses_as_events(hermes):
         ({"beams": 1}, "beams", "not known here"),
         ({"max_output_tokens": 0}, "max_output_tokens", "got 0"),
         ({"max_output_tokens": 700}, "max_output_tokens", "max_output_tokens 700"),
+        ({"input": "a" * 3900, "max_output_tokens": 300}, "input", "prompt tokens and max_output_tokens 300 are more than"),
+        ({"text": {"verbosity": "low"}}, "text", "text.verbosity"),
+        ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text", 'give schema with the type "json_schema"'),
+        ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "nothing"}}}}, "text", "text cannot be followed"),
     ],
 )
 def test_responses_that_are_refused(hermes, body, param, words):

@@ -44,6 +44,9 @@ def test_serve_and_end(saved):
         answer = httpx.post(f"{address}/v1/completions", json=body, headers={"Authorization": "Bearer secret"})
         assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 4
         assert httpx.get(f"{address}/status").json()["level"] == 2
+        upgrade = {"Upgrade": "websocket", "Connection": "Upgrade"}  # to what is not there: the request is answered as it is
+        for path in ("health", "v1/completions"):
+            assert httpx.get(f"{address}/{path}", headers=upgrade, timeout=5).status_code in (200, 401)
         process.send_signal(signal.SIGTERM)
         output = process.communicate(timeout=30)[0]
     finally:

@@ -258,7 +258,7 @@ def test_other_errors(module_server):
         for _ in range(100):
             yield b"[" * 1000
 
-    assert httpx.post(f"{address}/v1/completions", content=endless()).status_code == 413
+    assert post(address, endless()).status_code == 413
     assert httpx.get(f"{address}/v1/completions").status_code == 405
     assert httpx.get(f"{address}/nothing").json()["error"]["message"] == "Not Found"
     bad = {"model": "tiny", "messages": [{"role": "bad", "content": "x"}]}
@@ -281,6 +281,15 @@ def test_errors_name_the_field_and_what_it_is(module_server):
         error = post(address, body).json()["error"]
         assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
         assert words in error["message"] and "Value error" not in error["message"]
+    for body, words in (
+        (b"", "the body is empty: send JSON"),
+        (b"[1]", "the body must be a JSON object"),
+        (b'{"model": "\xff"}', "the body is no UTF-8 (byte 11)"),
+        (b"[" * 10_000, "nested too deep"),
+        (b'{"seed": ' + b"1" * 5000 + b"}", "4300 digits"),
+    ):
+        answer = post(address, body)
+        assert answer.status_code == 400 and words in answer.json()["error"]["message"]
     broken = post(address, b'{"model": ').json()["error"]
     assert broken["message"].startswith("the body is no JSON") and broken["param"] is None
 
@@ -327,6 +336,7 @@ def test_head_answers_without_a_body(module_server, path):
 @pytest.mark.parametrize(
     "headers, words",
     [
+        ({}, "a body without a type is not taken: send Content-Type: application/json"),
         ({"content-type": "text/plain"}, "a body of the type text/plain is not taken"),
         ({"content-type": "application/x-www-form-urlencoded"}, "Content-Type: application/json"),
         ({"content-type": "application/json", "content-encoding": "gzip"}, "Content-Encoding gzip is not taken"),

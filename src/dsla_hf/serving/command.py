@@ -251,6 +251,7 @@ def _serve(options: ServeOptions, host: str, port: int) -> None:
         log_level="info",
         timeout_graceful_shutdown=int(options.drain_seconds) + 1,
         http=limited_protocol(most_connections()),
+        ws="none",  # else who asks for a WebSocket gets no answer
     )
     with on_interrupt(lambda: "the server has stopped, after what was running was served or its time was up"):
         DrainingServer(config, engine, options.drain_seconds, greeting).run()

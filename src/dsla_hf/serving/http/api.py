@@ -27,7 +27,7 @@ from ..engine.text import TextStream
 from .answers import Answers, Choice, Mailbox
 from .chats import Chats
 from .completions import Completions
-from .errors import Failed, as_failed, error_body, invalid, too_long
+from .errors import Failed, as_failed, error_body, invalid, too_long, unreadable
 from .forced_calls import grammar_beside_tools
 from .formats import CancellingStream, Format
 from .grammar import Grammar, Grammars, asked_for
@@ -132,7 +132,7 @@ class Api:
     async def _chat(self, body: ChatBody, http: HttpRequest, form: Chats | Responses, tools: ToolFormat | None) -> Response:
         self._check(body)
         self._check_count(1, body)
-        grammar = asked_for(body)
+        grammar = asked_for(body, form.schema)
         if tools is not None:
             grammar = grammar_beside_tools(body, tools, grammar, self.tokens)
         prompt = await self.prompts.chat(
@@ -166,7 +166,8 @@ class Api:
         try:
             answers = Answers(self.engine, self.mailbox, self.metrics, choices)
         except TooLong as error:
-            raise Failed(400, str(error), code="context_length_exceeded", param=form.prompt) from None
+            told = str(error).replace("max_tokens", form.limit)
+            raise Failed(400, told, code="context_length_exceeded", param=form.prompt) from None
         except ValueError as error:
             first = str(error).split(maxsplit=1)[0]  # the engine names what is wrong first
             raise Failed(400, str(error), param=first if first in type(body).model_fields else form.prompt) from None
@@ -290,12 +291,13 @@ def build_app(engine: Engine, tokenizer: Any, options: ApiOptions) -> FastAPI:
         return as_failed(error).response()
 
     @app.exception_handler(RequestValidationError)
-    async def unreadable(http: HttpRequest, error: RequestValidationError) -> Response:
+    async def invalid_body(http: HttpRequest, error: RequestValidationError) -> Response:
         return JSONResponse(invalid(error.errors()), 400)
 
     @app.exception_handler(StarletteHTTPException)
     async def refused(http: HttpRequest, error: HTTPException) -> Response:
-        return JSONResponse(error_body(str(error.detail)), error.status_code, error.headers)
+        told = unreadable(error.__cause__) if error.status_code == 400 and error.__cause__ is not None else str(error.detail)
+        return JSONResponse(error_body(told), error.status_code, error.headers)
 
     @app.exception_handler(Exception)
     async def broken(http: HttpRequest, error: Exception) -> Response:

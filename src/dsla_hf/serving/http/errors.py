@@ -17,6 +17,7 @@ GIVE = {
     "stop": f"a text of 1 to 200 characters, or a list of at most {MAX_STOPS} of them",
     "tool_choice": '"none", "auto", "required" or {"type": "function", "function": {"name": ...}}',
     "input": "a text, or a list of messages with role and content (text)",
+    "content": "a text, or a list of parts of the type text",
     "guided_json": "a JSON schema",
 }
 
@@ -73,16 +74,28 @@ def invalid(errors: Sequence[Any]) -> dict[str, Any]:
     if error["type"] == "json_invalid":
         return error_body(f"the body is no JSON: {cause}")
     where = [str(part) for part in error["loc"][1:]]
+    if not where and cause is None:
+        return error_body("the body is empty: send JSON" if error["type"] == "missing" else "the body must be a JSON object")
     field = cause.param if isinstance(cause, Unsupported) else where[0] if where else None
+    several = next((number for number, name in enumerate(where) if name in GIVE), None)
     got = _shown(error.get("input"))
     if isinstance(cause, Unsupported):
         message = str(cause)
-    elif field in GIVE and error["type"] != "missing":
-        message = f"{field}: give {GIVE[field]}{got}"
+    elif several is not None and cause is None and error["type"] != "missing":
+        message = f"{'.'.join(where[: several + 1])}: give {GIVE[where[several]]}{got}"
     else:
         said = str(cause) if cause is not None else error["msg"] + ("" if error["type"] == "missing" else got)
         message = f"{'.'.join(where)}: {said}".removeprefix(": ")
     return error_body(message, param=field)
+
+
+def unreadable(error: BaseException | None) -> str:
+    """Of a body that no JSON can be read from, for another reason than its syntax."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"the body is no {error.encoding.upper()} (byte {error.start}): send JSON in UTF-8"
+    if isinstance(error, RecursionError):
+        return "the body cannot be read: its objects and lists are nested too deep, send fewer levels"
+    return f"the body cannot be read: {str(error).partition(':')[0]}"  # what follows is advice for programs
 
 
 def _shown(value: Any) -> str:

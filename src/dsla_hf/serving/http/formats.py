@@ -34,8 +34,8 @@ def new_id(kind: str) -> str:
 
 
 def as_json(content: dict[str, Any]) -> bytes:
-    """A body."""
-    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    """A body. Half of a surrogate pair, which a model may write in the JSON of a call, has no encoding: it is escaped, as JSON can."""
+    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
 
 
 async def aside(work: Callable[[], Result], entries: int) -> Result:
@@ -78,7 +78,7 @@ class Format:
     """Of a route whose answers have choices."""
 
     kind, whole_object, chunk_object = "", "", ""
-    prompt = "prompt"  # the field that has it
+    prompt, limit, schema = "prompt", "max_tokens", "response_format"  # the fields that have them
 
     def __init__(self, model: str, body: Options, tokens: TokenBytes):
         self.body, self.tokens = body, tokens

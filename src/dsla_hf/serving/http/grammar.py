@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,9 @@ from .schema import Options
 
 KEPT = 64  # compiled grammars
 LONGEST = 2**17  # characters of one
+# llguidance compiles a chain of rules, or of references between schemas, by calls within calls: the longest that fits into LONGEST
+# characters needs a stack of more than 64 MiB, and where it ends the process does, too. Memory is taken as far as it is used.
+STACK_BYTES = 2**28
 MAKERS = {"json": "grammar_from_json_schema", "regex": "grammar_from_regex", "lark": "grammar_from_lark"}  # of llguidance
 MISSING = "this server cannot hold answers to a grammar: pip install llguidance (it comes with dsla-hf[serve]), and start it again"
 
@@ -34,8 +38,8 @@ class Grammar:
     param: str
 
 
-def asked_for(body: Options) -> Grammar | None:
-    """The grammar of a request, None for none.
+def asked_for(body: Options, schema: str = "response_format") -> Grammar | None:
+    """The grammar of a request, None for none; schema: the field that has its format.
 
     Raises:
         Failed: if it names several, or a schema that is none.
@@ -43,8 +47,8 @@ def asked_for(body: Options) -> Grammar | None:
     found: list[Grammar] = []
     form = body.response_format
     if form is not None and form.type != "text":
-        schema = {"type": "object"} if form.json_schema is None else form.json_schema.json_schema
-        found.append(Grammar("json", json.dumps(schema), "response_format"))
+        wanted = {"type": "object"} if form.json_schema is None else form.json_schema.json_schema
+        found.append(Grammar("json", json.dumps(wanted), schema))
     if body.guided_json is not None:
         found.append(Grammar("json", _schema(body.guided_json), "guided_json"))
     if body.guided_regex is not None:
@@ -62,7 +66,7 @@ def asked_for(body: Options) -> Grammar | None:
 
 def quoted(text: str) -> str:
     """A text in a Lark grammar."""
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # the one that JSON leaves as it is and Lark does not take
 
 
 def _schema(given: dict[str, Any] | str) -> str:
@@ -86,7 +90,7 @@ class Grammars:
     def __init__(self, tokenizer: Any, vocab_size: int, eos_tokens: set[int]):
         self.tokenizer, self.vocab_size, self.eos_tokens = tokenizer, vocab_size, eos_tokens
         self._compiled: OrderedDict[tuple[str, str], Any] = OrderedDict()
-        self._thread = ThreadPoolExecutor(1, "grammar")
+        self._thread = _deep_thread("grammar")
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -137,6 +141,17 @@ class Grammars:
         if len(self._compiled) > KEPT:
             self._compiled.popitem(last=False)
         return matcher
+
+
+def _deep_thread(name: str) -> ThreadPoolExecutor:
+    """One thread, with `STACK_BYTES` of stack."""
+    before = threading.stack_size(STACK_BYTES)
+    try:
+        thread = ThreadPoolExecutor(1, name)
+        thread.submit(int).result()  # it begins with the first work
+    finally:
+        threading.stack_size(before)
+    return thread
 
 
 class GrammarConstraint(Constraint):

@@ -42,7 +42,7 @@ class Guards:
             return
         length = headers.get(b"content-length", b"0")
         too_large = length.isdigit() and int(length) > self.max_body
-        body = b""
+        body = bytearray()  # may come a byte at a time
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 more = scope["method"] in WITH_BODY and not too_large
@@ -54,13 +54,14 @@ class Guards:
                     too_large = len(body) > self.max_body
                     more = message.get("more_body", False) and not too_large
         except TimeoutError:
-            await JSONResponse(error_body(f"the body did not come within {BODY_SECONDS:.0f} s"), 408)(scope, receive, send)
+            refusal = error_body(f"the body did not come within {BODY_SECONDS:.0f} s")
+            await JSONResponse(refusal, 408, {"Connection": "close"})(scope, receive, send)
             return
         if too_large:
             refusal = error_body(f"the body is larger than {self.max_body} bytes: send less")
             await JSONResponse(refusal, 413, {"Connection": "close"})(scope, receive, send)
             return
-        waiting: list[Any] = [{"type": "http.request", "body": body, "more_body": False}]
+        waiting: list[Any] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def replay() -> Any:
             return waiting.pop() if waiting else await receive()
@@ -76,7 +77,9 @@ def _refused(headers: dict[bytes, bytes]) -> str | None:
     """Why a body of this kind is not taken, None where it is: JSON, as it is."""
     kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower().decode("latin-1")
     packed = headers.get(b"content-encoding", b"identity").strip().lower().decode("latin-1")
-    if kind not in ("", "application/json"):
+    if not kind:
+        return "a body without a type is not taken: send Content-Type: application/json"
+    if kind != "application/json":
         return f"a body of the type {kind} is not taken: send Content-Type: application/json"
     if packed not in ("", "identity"):
         return f"a body in Content-Encoding {packed} is not taken: send it as it is"

@@ -4,9 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+DEEPEST = 100  # dicts and lists within each other, of what is written as JSON again; llguidance follows 128
+
+Item = TypeVar("Item")
+Long = Annotated[
+    list[Item], Field(fail_fast=True)
+]  # a list of any length: its first wrong item is the error, for millions take minutes and gigabytes
+
+
+def _shallow(value: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError for what cannot be written as JSON again."""
+    level: list[Any] = [value]
+    for _ in range(DEEPEST):
+        inner = [within for one in level for within in (one.values() if isinstance(one, dict) else one)]
+        level = [one for one in inner if isinstance(one, (dict, list))]
+        if not level:
+            return value
+    raise ValueError(f"objects and lists are nested more than {DEEPEST} deep: send fewer levels")
+
+
+Json = Annotated[dict[str, Any], AfterValidator(_shallow)]
 
 
 class TextPart(BaseModel):
@@ -15,7 +36,7 @@ class TextPart(BaseModel):
     text: str
 
 
-Content = str | list[TextPart] | None
+Content = str | Long[TextPart] | None
 
 
 def text_of(content: Content) -> str:
@@ -60,7 +81,7 @@ class Message(BaseModel):
     role: str = Field(min_length=1, max_length=64)
     content: Content = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Long[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
 
@@ -103,7 +124,7 @@ class Function(BaseModel):
     model_config = ConfigDict(strict=True)
     name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Json | None = None
     strict: bool | None = None
 
 

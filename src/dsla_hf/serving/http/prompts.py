@@ -92,7 +92,7 @@ class PromptReader:
     @cached_property
     def _taken(self) -> set[str]:
         """Names that are no variables of a template: of what renders it, and of what it is given."""
-        return {"messages", *inspect.signature(self.tokenizer.apply_chat_template).parameters}
+        return {"self", "messages", *inspect.signature(self.tokenizer.apply_chat_template).parameters}
 
     @asynccontextmanager
     async def _place(self) -> AsyncIterator[None]:
@@ -111,22 +111,33 @@ class PromptReader:
 
     async def _ids(self, text: str, http: HttpRequest, special: bool, param: str = "prompt") -> list[int]:
         self._check_length(len(text), param)
+        _check_characters(text, param)
         most, tokens = self.engine.max_tokens, 0
         if len(text) > PIECE:
             for number, begin in enumerate(range(0, len(text), PIECE)):
                 if await http.is_disconnected():
                     raise client_has_left()
                 piece = text[begin : begin + PIECE]
-                tokens += len(await self._run(partial(self._encode, piece, special=False)))
+                tokens += len(await self._run(partial(self._encode, piece, False, param)))
                 if tokens - number * SLACK > most:
                     raise too_long(f"more than {most:,} tokens", most, param)
-        return await self._run(partial(self._encode, text, special))
+        return await self._run(partial(self._encode, text, special, param))
 
-    def _encode(self, text: str, special: bool) -> list[int]:
+    def _encode(self, text: str, special: bool, param: str) -> list[int]:
         try:
             return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
         except (TypeError, ValueError) as error:
-            raise Failed(400, f"the prompt cannot be tokenized: {error!r}", param="prompt") from None
+            raise Failed(400, f"the prompt cannot be tokenized: {error!r}", param=param) from None
 
     async def _run(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def _check_characters(text: str, param: str) -> None:
+    """Raises Failed for halves of surrogate pairs, which JSON can carry and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start].encode("utf-8", "backslashreplace").decode()
+        message = f"{param}: {half} is half of a surrogate pair, and no character: send whole ones"
+        raise Failed(400, message, param=param) from None

@@ -8,12 +8,12 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .answers import Answers
 from .errors import Failed
 from .formats import as_json, gather, levels_of, sent
-from .messages import TextPart
+from .messages import Json, Long, TextPart
 from .schema import ChatBody, Closed, Real
 
 
@@ -21,7 +21,7 @@ class InputMessage(BaseModel):
     model_config = ConfigDict(strict=True)
     type: Literal["message"] = "message"
     role: str = Field(min_length=1, max_length=64)
-    content: str | list[TextPart]
+    content: str | Long[TextPart]
 
 
 class TextFormat(BaseModel):
@@ -29,12 +29,24 @@ class TextFormat(BaseModel):
 
     model_config = ConfigDict(strict=True)
     type: Literal["text", "json_object", "json_schema"] = "text"
-    json_schema: dict[str, Any] | None = Field(None, alias="schema")
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+    json_schema: Json | None = Field(None, alias="schema")
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> TextFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError('give schema with the type "json_schema"')
+        return self
 
 
 class TextOptions(BaseModel):
-    model_config = ConfigDict(strict=True)
+    """verbosity: what says nothing of it."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
     format: TextFormat | None = None
+    verbosity: Literal["medium"] | None = None
 
 
 class ResponsesBody(Closed):
@@ -57,7 +69,7 @@ class ResponsesBody(Closed):
         "truncation": ("disabled",),
     }
     model: str
-    input: str | Annotated[list[InputMessage], Field(min_length=1)]
+    input: str | Annotated[Long[InputMessage], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     temperature: Real | None = Field(None, ge=0, le=2)
@@ -65,6 +77,7 @@ class ResponsesBody(Closed):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     level: int | None = Field(None, ge=0)
     text: TextOptions | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     stream: bool | None = None
 
     def as_chat(self) -> ChatBody:
@@ -86,7 +99,7 @@ class ResponsesBody(Closed):
 class Responses:
     """What a request of /v1/responses gets."""
 
-    prompt, limit = "input", "max_output_tokens"  # the fields that have them
+    prompt, limit, schema = "input", "max_output_tokens", "text"  # the fields that have them
 
     def __init__(self, model: str, body: ResponsesBody):
         self.body, self.model, self.created = body, model, int(time.time())
@@ -159,7 +172,7 @@ class Responses:
             "incomplete_details": None,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
-            "metadata": {},
+            "metadata": body.metadata or {},
             "model": self.model,
             "output": [],
             "parallel_tool_calls": True,

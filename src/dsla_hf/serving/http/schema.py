@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ...inference.sampling import Sampling
-from .messages import Message, NamedTool, ToolChoice, Tools
+from .messages import Json, Long, Message, NamedTool, ToolChoice, Tools
 
 # Options that would change the answer and are not there; these values of them, and null, change nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -50,9 +50,20 @@ HARMLESS = frozenset(
 )
 MAX_CHOICES = 16
 MAX_STOPS = 128
+MAX_BIASES = 1024
 StopString = Annotated[str, Field(min_length=1, max_length=200)]
 Tokens = Annotated[list[int], Field(max_length=128)]
 Real = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _few(biases: Any) -> Any:
+    """Before they are looked at one by one."""
+    if isinstance(biases, dict) and len(biases) > MAX_BIASES:
+        raise ValueError(f"at most {MAX_BIASES} tokens can have one, got {len(biases)}")
+    return biases
+
+
+Biases = Annotated[dict[str, Annotated[Real, Field(ge=-100, le=100)]], BeforeValidator(_few)]
 
 
 def sendable(text: str) -> str:
@@ -102,7 +113,7 @@ class StreamOptions(BaseModel):
 class JsonSchema(BaseModel):
     model_config = ConfigDict(strict=True, populate_by_name=True)
     name: str = "answer"
-    json_schema: dict[str, Any] = Field({}, alias="schema")
+    json_schema: Json = Field({}, alias="schema")
 
 
 class ResponseFormat(BaseModel):
@@ -132,7 +143,7 @@ class Options(Closed):
     presence_penalty: Real | None = Field(None, ge=-2, le=2)
     frequency_penalty: Real | None = Field(None, ge=-2, le=2)
     repetition_penalty: Real | None = Field(None, gt=0, le=100)
-    logit_bias: dict[str, Annotated[Real, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
+    logit_bias: Biases | None = None
     min_tokens: int | None = Field(None, ge=0)
     stop_token_ids: Tokens | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
@@ -143,9 +154,9 @@ class Options(Closed):
     ignore_eos: bool | None = None
     level: int | None = Field(None, ge=0)
     response_format: ResponseFormat | None = None
-    guided_json: dict[str, Any] | str | None = None
+    guided_json: Json | str | None = None
     guided_regex: str | None = Field(None, min_length=1)
-    guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
+    guided_choice: Annotated[Long[str], Field(min_length=1)] | None = None
     guided_grammar: str | None = Field(None, min_length=1)
 
     @model_validator(mode="after")
@@ -196,7 +207,7 @@ class Options(Closed):
 class CompletionBody(Options):
     """Of /v1/completions: a prompt as text or token ids, or several. add_special_tokens: those that the tokenizer puts around a text."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | Long[int] | Long[str] | Long[Long[int]]
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
     add_special_tokens: bool = True
@@ -211,14 +222,14 @@ class CompletionBody(Options):
 class ChatBody(Options):
     """Of /v1/chat/completions. Extensions, as in vLLM: chat_template_kwargs, continue_final_message, add_generation_prompt."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Long[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=0)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Json | None = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
 
@@ -247,9 +258,9 @@ class TokenizeBody(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: Annotated[Long[Message], Field(min_length=1)] | None = None
     tools: Tools | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Json | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
 
@@ -265,4 +276,4 @@ class DetokenizeBody(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore")
     model: str | None = None
-    tokens: list[int]
+    tokens: Long[int]
