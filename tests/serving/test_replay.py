@@ -99,7 +99,7 @@ def test_summary():
     assert summary["errors"] == 1 and summary["slo"] == {"first_token": 5 / 11, "per_token": 10 / 11, "both": 5 / 11}
     assert summary["first_token"] == pytest.approx({"mean": 0.55, "p50": 0.55, "p95": 0.955, "p99": 0.991})
     assert summary["per_token"]["mean"] == pytest.approx(0.1) and summary["seconds"] == pytest.approx(11.4)
-    assert "1 errors" in table(summary)
+    assert "1 errors\n  1 of them: 500\n" in table(summary)
     alone = summarize(outcomes[2:3], 1, 1)["first_token"]
     assert alone == pytest.approx(dict.fromkeys(alone, 0.3)), "of one request every percentile is its own time"
     assert summarize([Outcome(0.0, 1, 1, error="x")], 1, 1)["slo"]["both"] == 0

@@ -111,3 +111,23 @@ def test_formats_of_tools_are_those_of_the_command(capsys):
     with pytest.raises(SystemExit):
         main(["serve", "--help"])
     assert f"--tool-format {{auto,none,{','.join(FORMATS)}}}" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--port", "99999"], "give a --port up to 65535"),
+        (["--api-key", ""], "the api key is empty"),
+        (["--api-key", " "], "the api key is empty"),
+    ],
+)
+def test_options_that_would_serve_something_else_are_refused(saved, options, words, capsys, monkeypatch):
+    monkeypatch.delenv("DSLA_API_KEY", raising=False)
+    assert main(["serve", saved[0], "--adapter", saved[1], "--dry-run", *options]) != 0
+    assert words in capsys.readouterr().err
+
+
+def test_an_empty_key_of_the_environment_is_refused(saved, capsys, monkeypatch):
+    monkeypatch.setenv("DSLA_API_KEY", "")
+    assert main(["serve", saved[0], "--adapter", saved[1], "--dry-run"]) != 0
+    assert "the api key is empty" in capsys.readouterr().err

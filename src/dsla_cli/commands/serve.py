@@ -113,7 +113,8 @@ def run(args: argparse.Namespace) -> None:
     from dsla_hf.serving.command import ServeOptions, dry_run, serve
 
     # The key also from the environment: a command line can be read by every user of a machine.
-    args.api_key = args.api_key or os.environ.get("DSLA_API_KEY")
+    if args.api_key is None:  # an empty one is refused: who gives it wants a key
+        args.api_key = os.environ.get("DSLA_API_KEY")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("dsla_hf").setLevel(logging.INFO)
     others = ("command", "host", "port", "model", "gguf_file", "dry_run")

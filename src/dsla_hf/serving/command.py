@@ -193,6 +193,8 @@ class DrainingServer(uvicorn.Server):
 
 def check_address(host: str, port: int) -> None:
     """Raises OSError if nothing can listen there."""
+    if port > 65535:  # the resolver would take its last sixteen bits
+        raise OSError(f"cannot listen on port {port}: give a --port up to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         with socket.socket(family, kind, protocol) as probe:

@@ -9,6 +9,7 @@ import math
 import os
 import random
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -23,6 +24,7 @@ from .trace import TracedRequest, drawn_to_mix, read_trace, scaled
 
 LOOK_SECONDS = 1.0  # how often the level is looked up
 PERCENTILES = (50, 95, 99)
+MOST_REASONS = 3  # of requests that failed, the commonest
 TIMES = {"latency": "s", "first_token": "s", "per_token": "s", "latency_per_token": "s"}
 
 
@@ -247,6 +249,7 @@ def summarize(outcomes: list[Outcome], slo_first: float, slo_token: float) -> di
     answered = [outcome for outcome in outcomes if outcome.error is None]
     seconds = max((outcome.sent + (outcome.latency or 0) for outcome in outcomes), default=0.0)
     summary: dict[str, Any] = {"requests": len(outcomes), "errors": len(outcomes) - len(answered), "seconds": seconds}
+    summary["reasons"] = dict(Counter(outcome.error for outcome in outcomes if outcome.error is not None).most_common(MOST_REASONS))
     for name in TIMES:
         values = [value for outcome in answered if (value := getattr(outcome, name)) is not None]
         if values:
@@ -283,6 +286,7 @@ def table(summary: dict[str, Any]) -> str:
         if name in summary:
             lines.append(f"{what + ', ms':<22}" + "".join(f"{1000 * value:>10.1f}" for value in summary[name].values()))
     lines.append(f"{summary['requests']} requests in {summary['seconds']:.1f} s, {summary['errors']} errors")
+    lines += [f"  {count} of them: {reason}" for reason, count in summary["reasons"].items()]
     slo = summary["slo"]
     lines.append(f"within objectives: first token {slo['first_token']:.1%}, per token {slo['per_token']:.1%}, both {slo['both']:.1%}")
     if "requests_per_second" in summary:
