@@ -72,6 +72,7 @@ WANTED: dict[int, tuple[float, dict[int, float]]] = {
 }
 HOW_TRAINED = ("align_steps", "steps", "tokens_per_step", "lengths", "planted", "answer_weight", "probe_weight", "level_draws")
 HOW_TRAINED += ("learning_rate", "gate_factor", "seed")
+NEWER = {"highest_share": 0.0, "even_share": 0.0, "state_bias": 0.0}  # settings that older results do not name, which had these
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,9 @@ def train(options: argparse.Namespace, sizes: Sizes) -> None:
     arm, text = ARMS[options.arm], read_text(options, sizes)
     base_config, tokenizer = load_config(options.model), load_tokenizer(options.model)
     on_gpu = device() == "cuda"
-    window = options.window or (TINY_WINDOW if options.tiny else WINDOW)
+    window = options.window
+    if window is None:
+        window = TINY_WINDOW if options.tiny else WINDOW
     given: dict[str, Any] = {"window_size": window_of(arm, window, base_config, 2 if on_gpu else 4), "states": arm.states}
     if options.order is not None:
         layers, heads = base_config.num_hidden_layers, base_config.num_key_value_heads
@@ -249,11 +252,17 @@ def train(options: argparse.Namespace, sizes: Sizes) -> None:
     torch.set_float32_matmul_precision("high")
     base = load_model(options.model, "bfloat16" if on_gpu else "float32").to(device())
     model = get_peft_model(base, DSLAConfig(conversion_unit=arm.unit, task_type="CAUSAL_LM", **given))
+    if options.state_bias:
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "state_bias" in name:
+                    weight.fill_(options.state_bias)
     args = DSLATrainingArguments(
         output_dir=str(options.out),
         per_device_train_batch_size=options.batch,
         sequence_lengths=lengths,
         level_draws=options.level_draws,
+        highest_share=options.highest_share,
         learning_rate=options.learning_rate,
         gate_learning_rate_factor=options.gate_factor,
         logging_steps=20,
@@ -272,7 +281,7 @@ def train(options: argparse.Namespace, sizes: Sizes) -> None:
     start = time.perf_counter()
     distill(
         model,
-        with_planted(PackedTokens(text["train"]), tokenizer, options.planted, options.seed, options.answer_weight),
+        with_planted(PackedTokens(text["train"]), tokenizer, options.planted, options.seed, options.answer_weight, options.even_share),
         args,
         alignment_steps=options.align_steps,
         logits_steps=options.steps,
@@ -293,6 +302,9 @@ def train(options: argparse.Namespace, sizes: Sizes) -> None:
         "answer_weight": options.answer_weight,
         "probe_weight": options.probe_weight,
         "level_draws": options.level_draws,
+        "highest_share": options.highest_share,
+        "even_share": options.even_share,
+        "state_bias": options.state_bias,
         "learning_rate": options.learning_rate,
         "gate_factor": options.gate_factor,
         "seed": options.seed,
@@ -305,6 +317,11 @@ def train(options: argparse.Namespace, sizes: Sizes) -> None:
 
 
 # --- measuring --------------------------------------------------------------------------------------------------
+
+
+def way_of(training: dict[str, Any]) -> dict[str, Any]:
+    """How an arm was trained: what makes ways of training differ."""
+    return {name: training[name] for name in HOW_TRAINED} | {name: training.get(name, old) for name, old in NEWER.items()}
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
@@ -485,7 +502,7 @@ def how_trained(training: dict[str, dict[str, Any]]) -> str:
     """A sentence for each way of training, and whether it was one."""
     ways: dict[str, list[str]] = {}
     for arm, how in training.items():
-        ways.setdefault(json.dumps({name: how[name] for name in HOW_TRAINED}), []).append(arm)
+        ways.setdefault(json.dumps(way_of(how)), []).append(arm)
     lines = []
     for way, arms in ways.items():
         how = json.loads(way)
@@ -551,11 +568,12 @@ def recipes(options: argparse.Namespace) -> None:
     rows = []
     for file in options.files:
         part = json.loads(file.read_text())
-        way = {name: part["training"][name] for name in HOW_TRAINED}
+        way = {**way_of(part["training"]), "window": part["training"]["window"]}
         for row in part["rows"]:
             trained = dict.fromkeys(way) if row["level"] == 0 else way
             rows.append({"arm": "teacher" if row["level"] == 0 else part["arm"], "probes": part["probes"], **trained, **row_numbers(row)})
-    rows.sort(key=lambda row: (-row["kept"], row["probes"], [row[name] for name in HOW_TRAINED if row[name] is not None]))
+    names = (*HOW_TRAINED, *NEWER)
+    rows.sort(key=lambda row: (-row["kept"], row["probes"], [row[name] for name in names if row[name] is not None]))
     write_results(RECIPES, rows, command_of(options), folder=options.results)
 
 
@@ -573,8 +591,11 @@ def recipes_text(results: Path) -> str:
     codes = [f"code_{length}" for length in code_lengths(rows[0])]
     trained = [row for row in rows if row["arm"] != "teacher"]
     arms = ", ".join(sorted({row["arm"] for row in trained}))
-    differ = [name for name in HOW_TRAINED if len({json.dumps(row.get(name)) for row in trained}) > 1]
-    same = {name: trained[0][name] for name in HOW_TRAINED if name not in differ}
+    for row in trained:
+        row |= {name: row.get(name, old) for name, old in NEWER.items()}
+    names = [name for name in (*HOW_TRAINED, *NEWER, "window") if any(name in row for row in trained)]
+    differ = [name for name in names if len({json.dumps(row.get(name)) for row in trained}) > 1]
+    same = {name: trained[0].get(name) for name in names if name not in differ}
     alike = ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in same.items())
     return f"""
 ## Recipes
@@ -713,6 +734,9 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     training.add_argument("--lengths", type=lambda text: [int(part) for part in text.split(",")], help="of the rows of the steps, in turn")
     training.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="of projections")
     training.add_argument("--gate-factor", type=float, default=GATE_FACTOR, help="times it, of gates, mix and norm")
+    training.add_argument("--highest-share", type=float, default=0.0, help="of the steps of KL, at the highest level")
+    training.add_argument("--even-share", type=float, default=0.0, help="of the planted facts, whose distance to their question is even")
+    training.add_argument("--state-bias", type=float, default=0.0, help="at the start, of what opens the states beside the window")
     training.add_argument("--order", type=Path, help="JSON list of all [layer, head], least harmful first, in place of a ranking")
     measuring = parts.add_parser("measure", parents=[common], help="measure the levels of an arm")
     measuring.add_argument("--arm", choices=list(ARMS), required=True)

@@ -58,6 +58,7 @@ LISTED = (
     "gradient_checkpointing",
     "train_level",
     "level_draws",
+    "highest_share",
     "sequence_lengths",
     "logging_steps",
     "save_steps",

@@ -54,6 +54,10 @@ class DSLATrainingArguments(TrainingArguments):
         default=2,
         metadata={"help": "Stage 'logits': the level of a step is the highest of so many draws; 1 treats all levels alike."},
     )
+    highest_share: float = field(
+        default=0.0,
+        metadata={"help": "Stage 'logits': share of the steps at the highest level, whatever is drawn for the others."},
+    )
     hidden_weight: float = field(
         default=0.0, metadata={"help": "Stage 'logits': weight of the alignment of the hidden states after each block."}
     )
@@ -82,6 +86,8 @@ class DSLATrainingArguments(TrainingArguments):
             raise ValueError(f"stage must be one of {list(STAGES)}, got {self.stage!r}")
         if self.level_draws < 1:
             raise ValueError(f"level_draws must be 1 or more, got {self.level_draws}")
+        if not 0 <= self.highest_share <= 1:
+            raise ValueError(f"highest_share must be from 0 to 1, got {self.highest_share}")
         if isinstance(self.train_level, str) and self.train_level.strip().isdigit():
             self.train_level = int(self.train_level)
         if self.alignment_heads not in (None, *WAYS):

@@ -1,7 +1,7 @@
 """Facts planted in training rows and asked for later: lookups far back, which plain text seldom needs.
 
-The facts are of the families of `probes`, several in a row. How far a question is from its fact is even by its logarithm: each doubling of
-the distance has as many, up to the whole row, and rows that are cut to shorter pieces keep most pairs.
+The facts are of the families of `probes`, several in a row. How far a question is from its fact is even by its logarithm, if nothing else is
+said: each doubling of the distance has as many, up to the whole row, and rows that are cut to shorter pieces keep most pairs.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ MOST_PLANTED = 0.5  # share of a row
 ANSWER_WEIGHT = 10.0  # that `dsla distill` takes, of tokens that predict an answer
 
 
-def planted(row: Mapping[str, Any], tokenizer: Any, rng: random.Random, answer_weight: float = 1.0) -> dict[str, Any]:
+def planted(row: Mapping[str, Any], tokenizer: Any, rng: random.Random, answer_weight: float = 1.0, even_share: float = 0.0) -> dict[str, Any]:
     """A training row (`input_ids` `[T]`, perhaps `loss_mask` `[T]`) of the same length in which facts are told and asked for later; its
     last tokens make room. All planted tokens count for the loss, those that predict an answer `answer_weight` times, for which
-    `loss_mask` then has fractions. A row too short for a fact stays as it is."""
+    `loss_mask` then has fractions. Distances are even by their logarithm, of an `even_share` of the facts by themselves, so that more lie far
+    back. A row too short for a fact stays as it is."""
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -48,7 +49,10 @@ def planted(row: Mapping[str, Any], tokenizer: Any, rng: random.Random, answer_w
         asked = rng.randint(room // 10, room)
         nearest = min(NEAREST, asked)
         for fact in pieces[:-1]:
-            distance = math.exp(rng.uniform(math.log(nearest), math.log(asked))) if nearest else 0.0
+            if even_share and rng.random() < even_share:
+                distance = rng.uniform(nearest, asked)
+            else:
+                distance = math.exp(rng.uniform(math.log(nearest), math.log(asked))) if nearest else 0.0
             placed.append((asked - round(distance), False, fact))
         placed.append((asked, True, pieces[-1]))
     filled: dict[str, list[Any]] = {name: [] for name in columns}
@@ -68,15 +72,17 @@ def check_answer_weight(weight: float) -> None:
         raise ValueError(f"answer_weight must be above 0, got {weight}")
 
 
-def with_planted(rows: Any, tokenizer: Any, share: float, seed: int, answer_weight: float = 1.0) -> Any:
+def with_planted(rows: Any, tokenizer: Any, share: float, seed: int, answer_weight: float = 1.0, even_share: float = 0.0) -> Any:
     """Training rows, a `share` of them `planted`: which ones and with what is a pure function of seed and place, the same in every pass.
 
     rows: a dataset with a length, or one of `datasets` that streams. tokenizer: of the model. answer_weight: of a token that predicts an
-    answer, in the loss; another one than 1 gives all rows a `loss_mask`.
+    answer, in the loss; another one than 1 gives all rows a `loss_mask`. even_share: of `planted`.
 
     Raises:
         ValueError: for a share or a weight that is none.
     """
+    if not 0 <= even_share <= 1:
+        raise ValueError(f"even_share must be from 0 to 1, got {even_share}")
     if not 0 <= share <= 1:
         raise ValueError(f"the share of rows in which facts are planted must be from 0 to 1, got {share}")
     check_answer_weight(answer_weight)
@@ -86,7 +92,7 @@ def with_planted(rows: Any, tokenizer: Any, share: float, seed: int, answer_weig
     def plant(row: Mapping[str, Any], place: int) -> dict[str, Any]:
         rng = random.Random(f"{seed}/{place}")
         if rng.random() < share:
-            return planted(row, tokenizer, rng, answer_weight)
+            return planted(row, tokenizer, rng, answer_weight, even_share)
         return dict(row) if answer_weight == 1 else {**row, "loss_mask": _fractions(row)}
 
     if hasattr(rows, "__len__") and hasattr(rows, "__getitem__"):

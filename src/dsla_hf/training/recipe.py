@@ -42,6 +42,7 @@ STAGE_SETTINGS = (
     "gate_learning_rate_factor",
     "train_level",
     "level_draws",
+    "highest_share",
     "hidden_weight",
     "alignment_heads",
     "sequence_lengths",

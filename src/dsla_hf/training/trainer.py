@@ -55,10 +55,12 @@ NOT_FOR_THE_MODEL = ("labels", "loss_mask")
 OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"
 
 
-def draw_level(seed: int, step: int, depth: int, draws: int = 1) -> int:
-    """The level of a training step: the highest of some draws, each uniform from 1 to `depth`. A pure function of its arguments,
-    so that it is the same on every process and after a resume."""
+def draw_level(seed: int, step: int, depth: int, draws: int = 1, highest_share: float = 0.0) -> int:
+    """The level of a training step: the highest of some draws, each uniform from 1 to `depth`; of a share of the steps `depth`. A pure
+    function of its arguments, so that it is the same on every process and after a resume."""
     rng = random.Random(f"{seed}/{step}")
+    if highest_share and rng.random() < highest_share:
+        return depth
     return max(rng.randint(1, depth) for _ in range(draws))
 
 
@@ -237,7 +239,7 @@ class DSLATrainer(Trainer):
         """The level of the current step."""
         args: Any = self.args
         depth, level = len(active_config(self.model).conversion_order or ()), trained_level(self.model, args)
-        return draw_level(args.seed, self.state.global_step, depth, args.level_draws) if level is None else level
+        return draw_level(args.seed, self.state.global_step, depth, args.level_draws, args.highest_share) if level is None else level
 
     def _of_step_length(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch with its rows cut to the length of the current step."""
