@@ -13,7 +13,8 @@ from typing import Any
 
 from dsla_hf import DSLAConfig
 
-LAYER = DSLAConfig()  # the default layer: window, sinks, rank of the gates
+LAYER = DSLAConfig()  # the layer with states: window, sinks, rank of the gates
+WINDOW_ALONE = DSLAConfig(states=False, window_size=512)
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,9 @@ def _softmax(x: Shape, length: int) -> float:
     return 4 * (length + 1) / 2 * x.heads * x.head
 
 
-def _window(x: Shape, length: int) -> float:
+def _window(x: Shape, length: int, layer: DSLAConfig) -> float:
     """Scores and values of the window and the sinks, for one token on average."""
-    seen = LAYER.window_size + LAYER.sink_tokens
+    seen = layer.window_size + layer.sink_tokens
     return 4 * (seen if length > seen else (length + 1) / 2) * x.heads * x.head
 
 
@@ -112,25 +113,31 @@ def teacher_operations(x: Shape, tokens: int, length: int, head: bool = True) ->
     return tokens * (x.layers * block + head * 2 * x.hidden * x.vocabulary)
 
 
-def alignment_operations(x: Shape, tokens: int, length: int) -> float:
+def _of_states(x: Shape, layer: DSLAConfig) -> tuple[int, int, int]:
+    """To read them, to write them, and for their gates."""
+    return (_read(x), _write(x), _gates(x)) if layer.states else (0, 0, 0)
+
+
+def alignment_operations(x: Shape, tokens: int, length: int, layer: DSLAConfig = LAYER) -> float:
     """Stage 1 of all layers: the teacher up to its last block, and every layer's student, forward and backward.
 
     k and v are the teacher's. Nothing below a student's q, gates and states gets a gradient, so a product of which one side is
     frozen has half a backward pass.
     """
     w = projection_weights(x)
-    forward = 2 * (w["q"] + w["o"]) + _window(x, length) + _read(x) + _write(x) + _gates(x)
-    backward = 2 * (w["q"] + 2 * w["o"]) + _window(x, length) + 2 * _read(x) + _write(x) + 2 * _gates(x)
+    window, (read, write, gates) = _window(x, length, layer), _of_states(x, layer)
+    forward = 2 * (w["q"] + w["o"]) + window + read + write + gates
+    backward = 2 * (w["q"] + 2 * w["o"]) + window + 2 * read + write + 2 * gates
     return teacher_operations(x, tokens, length, head=False) + tokens * x.layers * (forward + backward)
 
 
-def logits_operations(x: Shape, tokens: int, length: int, converted: Collection[int]) -> float:
+def logits_operations(x: Shape, tokens: int, length: int, converted: Collection[int], layer: DSLAConfig = LAYER) -> float:
     """Stage 2 with these layers DSLA: teacher and student to the logits, and the way back to the lowest DSLA layer."""
     w = projection_weights(x)
     lowest, matrices = min(converted), sum(w.values())
     total = teacher_operations(x, tokens, length) / tokens + 4 * x.hidden * x.vocabulary  # the student's head, forth and back
     for i in range(x.layers):
-        attention = _window(x, length) + _read(x) + _write(x) + _gates(x) if i in converted else _softmax(x, length)
+        attention = _window(x, length, layer) + sum(_of_states(x, layer)) if i in converted else _softmax(x, length)
         total += 2 * matrices + attention
         if i < lowest:
             continue

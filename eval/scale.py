@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from operations import SHAPES, Shape, alignment_operations, logits_operations
+from operations import LAYER, SHAPES, WINDOW_ALONE, Shape, alignment_operations, logits_operations
 from peft import get_peft_model
 from reporting import RESULTS, rows_table, write_results
 from scale_plan import write_page
@@ -47,7 +47,7 @@ CHECKPOINTING = (
 COLUMNS = ["shape", "stage", "processes", "kind", "batch", "checkpointing", "step_seconds", "tokens_per_second", "peak_gib"]
 COLUMNS += ["share_of_floor", "share_of_parts"]
 # A row replaces an earlier one that is alike in these.
-KEY = ("shape", "stage", "processes", "kind", "batch", "length", "checkpointing")
+KEY = ("shape", "stage", "processes", "kind", "batch", "length", "checkpointing", "states")
 
 
 def on_gpu() -> bool:
@@ -96,13 +96,13 @@ class Steps(TrainerCallback):
             self.times.append(time.perf_counter() - self.begin)
 
 
-def make_model(shape: Shape, device: torch.device) -> Any:
+def make_model(shape: Shape, device: torch.device, layer: DSLAConfig = LAYER) -> Any:
     """An adapter for all layers on a bf16 base with random weights, made on the device."""
     torch.manual_seed(0)  # the same in every process
     config = AutoConfig.for_model("llama", **shape.config(), max_position_embeddings=131072, use_cache=False)
     with torch.device(device):
         base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    return get_peft_model(base, DSLAConfig(task_type="CAUSAL_LM"))
+    return get_peft_model(base, DSLAConfig(task_type="CAUSAL_LM", states=layer.states, window_size=layer.window_size))
 
 
 def parts_seconds(model: Any, ids: torch.Tensor, repeats: int) -> dict[str, float]:
@@ -137,7 +137,7 @@ def kind_of_run(trainer: DSLATrainer) -> str:
 
 def measure(name: str, model: Any, stage: str, checkpointing: bool, options: argparse.Namespace, rate: float) -> dict[str, Any]:
     """A row: steps of one stage at all layers, on the processes that there are."""
-    shape = SHAPES[name]
+    shape, layer = SHAPES[name], WINDOW_ALONE if options.window_alone else LAYER
     data = [{"input_ids": torch.randint(0, shape.vocabulary, (options.length,))} for _ in range(64)]
     with tempfile.TemporaryDirectory() as folder:
         args = DSLATrainingArguments(
@@ -163,9 +163,9 @@ def measure(name: str, model: Any, stage: str, checkpointing: bool, options: arg
         trainer.train()
     tokens = options.batch * options.length
     if stage == "alignment":
-        needed = alignment_operations(shape, tokens, options.length)
+        needed = alignment_operations(shape, tokens, options.length, layer)
     else:
-        needed = logits_operations(shape, tokens, options.length, range(shape.layers))
+        needed = logits_operations(shape, tokens, options.length, range(shape.layers), layer)
     peak = torch.tensor(float(torch.cuda.max_memory_allocated() if on_gpu() else 0), device=args.device)
     step = torch.tensor(statistics.median(steps.times), device=args.device)
     peak, step = (trainer.accelerator.gather(x[None]).max().item() for x in (peak, step))
@@ -177,6 +177,7 @@ def measure(name: str, model: Any, stage: str, checkpointing: bool, options: arg
         "batch": options.batch,
         "length": options.length,
         "checkpointing": checkpointing,
+        "states": layer.states,
         "layer": kernel_path(args.device),
         "step_seconds": step,
         "tokens_per_second": tokens * args.world_size / step,
@@ -209,7 +210,7 @@ def with_row(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, 
     """The rows with this one in place of an earlier one of the same measurement."""
 
     def key(other: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(other.get(name) for name in KEY)
+        return tuple(other.get(name, True) if name == "states" else other.get(name) for name in KEY)  # older ones had them
 
     return sorted([*(other for other in rows if key(other) != key(row)), row], key=lambda other: [str(x) for x in key(other)])
 
@@ -222,6 +223,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1, help="sequences per process and step")
     parser.add_argument("--length", type=int, default=4096, help="tokens per sequence")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="also done, on one GPU, when memory does not suffice without")
+    parser.add_argument("--window-alone", action="store_true", help="layers have a window of 512 tokens and no states")
     parser.add_argument("--plan", action="store_true", help="measure nothing; plots and docs/scale.md from the rows")
     parser.add_argument("--bandwidth", type=float, default=50.0, help="--plan: GB/s that a GPU receives from other hosts (assumed)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of scale.json")
@@ -237,7 +239,7 @@ def main(arguments: list[str] | None = None) -> None:
     rate = matmul_rate(state.device)
     measured = []
     for name in options.shapes:
-        model = make_model(SHAPES[name], state.device)
+        model = make_model(SHAPES[name], state.device, WINDOW_ALONE if options.window_alone else LAYER)
         for stage in options.stages:
             for checkpointing in dict.fromkeys((options.gradient_checkpointing, True)):
                 try:

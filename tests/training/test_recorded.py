@@ -1,5 +1,7 @@
 """Steps that are recorded with a switch for every KV head train what steps train that run as they are."""
 
+import threading
+
 import pytest
 import torch
 from transformers import TrainerCallback, masking_utils
@@ -107,9 +109,9 @@ def test_batches_that_are_not_plain_run_as_they_are(record, tmp_path, tiny_model
         steps.append(len(steps))
         batch = {"input_ids": torch.stack([item["input_ids"] for item in items])}
         if steps[-1] % 3 == 1:
-            batch["attention_mask"] = (torch.arange(48) < 40).long().expand(len(items), -1)
+            batch["attention_mask"] = (torch.arange(48) < 40).long().repeat(len(items), 1)
         if steps[-1] % 3 == 2:
-            batch["position_ids"] = torch.cat([torch.arange(20), torch.arange(28)]).expand(len(items), -1)
+            batch["position_ids"] = torch.cat([torch.arange(20), torch.arange(28)]).repeat(len(items), 1)
         return batch
 
     replayed, run = [], recorded.RecordedSteps.__call__
@@ -178,3 +180,27 @@ def test_a_loss_that_is_not_finite_changes_nothing(record, tmp_path, tiny_model,
     trainer = DSLATrainer(model, args, train_dataset=data, callbacks=[Breaks()])
     with pytest.raises(FloatingPointError, match=r"step 5 is not finite .* the weights of layer 2"):
         trainer.train()
+
+
+@pytest.mark.gpu
+def test_other_threads_may_call_the_driver_while_steps_are_recorded(record, tmp_path, tiny_model, adapter_model):
+    """As a data loader's does that pins memory."""
+    failures, done = [], threading.Event()
+
+    def pin():
+        while not done.is_set():
+            try:
+                torch.empty(1 << 22).pin_memory()  # larger than what PyTorch keeps for another time
+            except RuntimeError as error:
+                failures.append(error)
+                return
+
+    other = threading.Thread(target=pin)
+    other.start()
+    try:
+        trainer, _, _ = trained(tmp_path, tiny_model, adapter_model, True, "logits")
+    finally:
+        done.set()
+        other.join()
+    assert not failures
+    assert trainer.state.global_step == 7

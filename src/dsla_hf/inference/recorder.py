@@ -46,7 +46,8 @@ class CudaRecording:
         self.graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(self.graph, pool=pool):
+            # Calls of other threads, such as a data loader's that pins memory, do not end the capture.
+            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
                 step()
         except BaseException:
             # PyTorch leaves its random numbers as if a capture that broke off went on: one that ends well sets them right.

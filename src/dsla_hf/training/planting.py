@@ -1,7 +1,7 @@
 """Facts planted in training rows and asked for later: lookups far back, which plain text seldom needs.
 
-The facts are of the families of `probes`, several in a row. How far a question is from its fact is even by its logarithm, if nothing else is
-said: each doubling of the distance has as many, up to the whole row, and rows that are cut to shorter pieces keep most pairs.
+The facts are of the families of `probes`, several in a row. How far a question is from its fact is even by its logarithm, if nothing
+else is said: each doubling of the distance has as many, up to the whole row, and rows that are cut to shorter pieces keep most pairs.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ MOST_PLANTED = 0.5  # share of a row
 ANSWER_WEIGHT = 10.0  # that `dsla distill` takes, of tokens that predict an answer
 
 
-def planted(row: Mapping[str, Any], tokenizer: Any, rng: random.Random, answer_weight: float = 1.0, even_share: float = 0.0) -> dict[str, Any]:
+def planted(
+    row: Mapping[str, Any], tokenizer: Any, rng: random.Random, answer_weight: float = 1.0, even_share: float = 0.0
+) -> dict[str, Any]:
     """A training row (`input_ids` `[T]`, perhaps `loss_mask` `[T]`) of the same length in which facts are told and asked for later; its
     last tokens make room. All planted tokens count for the loss, those that predict an answer `answer_weight` times, for which
-    `loss_mask` then has fractions. Distances are even by their logarithm, of an `even_share` of the facts by themselves, so that more lie far
-    back. A row too short for a fact stays as it is."""
+    `loss_mask` then has fractions. Distances are even by their logarithm, of an `even_share` of the facts by themselves, so that more lie
+    far back. A row too short for a fact stays as it is."""
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
