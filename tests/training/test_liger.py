@@ -80,4 +80,5 @@ def test_losses_and_gradients_are_those_without(tiny_model, adapter_model, kind)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
     assert found.keys() == gradients.keys()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-3 * gradient.abs().max().item())
+        # The kernels' products round to tf32, so other last bits before them are seen behind them.
+        torch.testing.assert_close(found[name], gradient, rtol=1e-2, atol=1e-2 * gradient.abs().max().item())

@@ -82,7 +82,7 @@ def adapter_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Any:
     Raises:
         ValueError: if the model has other weights than these.
     """
-    _cut_again(model)
+    cut_again(model)
     own = {name: p for name, p in model.named_parameters() if "dsla_" in name}
     if different := sorted(own.keys() ^ weights.keys()):
         raise ValueError(f"these are not the weights of this adapter: {different[0]} is on one side only")
@@ -93,7 +93,7 @@ def adapter_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Any:
                 p.copy_(cut_like(weights[name].to(p.device, p.dtype), p))
         yield
     finally:
-        _cut_again(model)
+        cut_again(model)
         with torch.no_grad():
             for name, p in own.items():
                 _local(p).copy_(kept[name])
@@ -104,7 +104,7 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def _cut_again(model: nn.Module) -> None:
+def cut_again(model: nn.Module) -> None:
     """Let FSDP take back what it gathered for the last forward, so that the model's weights are the parts that it keeps."""
     for module in model.modules():
         if isinstance(module, FSDPModule):

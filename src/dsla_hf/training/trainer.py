@@ -33,6 +33,7 @@ from ..models.configuration import resolve_level
 from ..models.decoder import decoder_layers, first_layers
 from .alignment import align_each, align_subset, align_whole, draw_heads
 from .arguments import CHECKPOINTING, DSLATrainingArguments
+from .calibration import match_outputs
 from .checkpoints import is_whole, saved_stage, told_of_full_disk, what_is_kept
 from .head_kl import head_kl_sums, hidden_for_logits, plain_head
 from .liger import fused_by_liger, wants_liger
@@ -74,7 +75,7 @@ class DSLATrainer(Trainer):
     Raises:
         ValueError: if the model has no DSLA adapter or was loaded with a tp_plan, or FSDP is set up in another way than
             examples/configs/fsdp2.yaml has it.
-        FloatingPointError: while training, if a loss is not finite; names the layer. No weight was changed by that step.
+        FloatingPointError: while training, if a loss or gradient is not finite; names the layer. No weight was changed by that step.
         OSError: while training, if the disk is full; names the folder and the last checkpoint that is whole. One that was being written,
             then or at an interrupt, is removed.
 
@@ -124,7 +125,9 @@ class DSLATrainer(Trainer):
         # While the losses of a step are recorded: of each layer [Hkv], and what lasts until its backward pass is over.
         self._switches: dict[int, Tensor] | None = None
         self._until_backward = ExitStack()
+        self._current: tuple[dict[str, Any], int] | None = None  # batch and level of the step whose gradients are there
         self.add_callback(_NoInputGradients)
+        self.add_callback(_FiniteGradients(self))
         for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):  # which would show every layer's values
             self.remove_callback(callback)
         level = trained_level(model, args)
@@ -148,13 +151,15 @@ class DSLATrainer(Trainer):
             self.progress.close()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As in transformers, with a learning rate of their own for gates, mix and norm."""
+        """As in transformers, with a learning rate of their own for gates and mix. The norm, whose start `match_outputs` gives, is of the
+        size of the model's values, so it has that of the projections."""
         optimizer = super().create_optimizer(*args, **kwargs)
         inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         if inner is self._grouped:  # by an earlier `train`
             return optimizer
         self._grouped = inner
-        cores = {id(p) for layer in dsla_layers(self.model).values() for p in layer.dsla_core.parameters()}
+        parameters = [item for layer in dsla_layers(self.model).values() for item in layer.dsla_core.named_parameters()]
+        cores = {id(p) for name, p in parameters if not name.endswith("norm_weight")}
         factor: float = self.args.gate_learning_rate_factor
         for group in list(optimizer.param_groups):
             own = [p for p in group["params"] if id(p) in cores]
@@ -178,6 +183,9 @@ class DSLATrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         # The level holds from the forward to the end of the backward pass, whose recomputations need it.
         level, inputs = self.step_level(), self._of_step_length(inputs)
+        if self._current is None and self.args.stage == "alignment" and self.state.global_step == 0:
+            prepared = self._prepare_inputs(inputs)
+            match_outputs(self.model, {name: x for name, x in prepared.items() if name not in NOT_FOR_THE_MODEL}, self.accelerator.reduce)
         with self._at_level(level):
             recorded = self._recorded_step(inputs)
             loss = super().training_step(model, inputs, *args, **kwargs) if recorded is None else recorded
@@ -186,7 +194,8 @@ class DSLATrainer(Trainer):
                     parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             finite = self.accelerator.reduce(torch.isfinite(loss).float(), reduction="mean")
             if finite.item() < 1:
-                self._stop_for(self._prepare_inputs(inputs), level)
+                self._stop_for("loss", self._prepare_inputs(inputs), level)
+        self._current = inputs, level
         self.progress.tokens += inputs["input_ids"].numel()
         if self.args.stage == "logits":
             self._terms["level"].append(torch.tensor(float(level), device=loss.device))
@@ -385,8 +394,17 @@ class DSLATrainer(Trainer):
         return self._head[0]
 
     @torch.no_grad()
-    def _stop_for(self, inputs: dict[str, Any], level: int) -> None:
-        """Raises FloatingPointError that says where a loss that is not finite comes from."""
+    def check_gradients(self) -> None:
+        """Raises FloatingPointError if a gradient of the step is not finite: its optimizer would spoil all weights."""
+        if self.args.fp16 or self._current is None:  # a scaler of the loss looks itself, and leaves such steps out
+            return
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if gradients and not whole(torch.nn.utils.get_total_norm(gradients)).isfinite():
+            self._stop_for("gradient", self._prepare_inputs(self._current[0]), self._current[1])
+
+    @torch.no_grad()
+    def _stop_for(self, what_is: str, inputs: dict[str, Any], level: int) -> None:
+        """Raises FloatingPointError that says where a loss, or gradient, that is not finite comes from."""
         layers = dsla_layers(self.model)
         bad = [
             f"the weights of layer {i}"
@@ -413,7 +431,7 @@ class DSLATrainer(Trainer):
                 hook.remove()
         where = bad[0] if bad else "nothing that one layer gives: the gradients before, or the logits"
         raise FloatingPointError(
-            f"the loss of step {self.state.global_step + 1} is not finite at level {level}; not finite is {where}. "
+            f"the {what_is} of step {self.state.global_step + 1} is not finite at level {level}; not finite is {where}. "
             f"{what_is_kept(Path(str(self.args.output_dir)))}; a lower learning_rate or max_grad_norm helps most often"
         )
 
@@ -514,6 +532,16 @@ class DSLATrainer(Trainer):
             self._terms.clear()
             logs.update(half_lives(self.model))
         super().log(logs, start_time)
+
+
+class _FiniteGradients(TrainerCallback):
+    """Looks at the gradients before the optimizer takes them."""
+
+    def __init__(self, trainer: DSLATrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.check_gradients()
 
 
 class _NoInputGradients(TrainerCallback):

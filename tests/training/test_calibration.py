@@ -1,0 +1,117 @@
+"""Where a fresh layer's states start: as large as the attention that they replace."""
+
+import pytest
+import torch
+
+from dsla_hf import set_level
+from dsla_hf.models.adapter import dsla_layers
+from dsla_hf.training.arguments import DSLATrainingArguments
+from dsla_hf.training.calibration import SMALLEST, match_outputs
+from dsla_hf.training.trainer import DSLATrainer
+
+IDS = torch.randint(3, 97, (2, 48), generator=torch.Generator().manual_seed(0))
+
+
+def make(tiny_model, adapter_model, **config):
+    torch.manual_seed(0)
+    base = tiny_model("llama")
+    with torch.no_grad():  # values, and so attention outputs, far from 1, and not alike in all channels
+        for layer in base.model.layers:
+            layer.self_attn.v_proj.weight.mul_(torch.logspace(-2, 0, len(layer.self_attn.v_proj.weight))[:, None])
+    model = adapter_model(base, **config)
+    with torch.no_grad():
+        for core in cores(model).values():
+            if core.states:
+                core.reset_parameters()
+    return model
+
+
+def cores(model):
+    return {i: layer.dsla_core[layer.adapter_name] for i, layer in dsla_layers(model).items()}
+
+
+@torch.no_grad()
+def attention_outputs(model):
+    """Of each layer of the base, by channel `[Hq * V]`: the root mean square."""
+    found, hooks = {}, []
+    for i, layer in dsla_layers(model).items():
+        hooks.append(
+            layer.base_layer.o_proj.register_forward_pre_hook(lambda m, args, i=i: found.update({i: args[0].square().mean((0, 1)).sqrt()}))
+        )
+    with model.disable_adapter():
+        model(IDS)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@torch.no_grad()
+def errors(model):
+    """Of each layer's output beside the base's, over the energy of that."""
+    found = {}
+
+    def compare(layer, args, kwargs, output):
+        own, base = layer.dsla_attention()(*args, **kwargs)[0], output[0]
+        found[layer.layer_idx] = ((own - base).square().sum() / base.square().sum()).item()
+
+    hooks = [layer.register_forward_hook(compare, with_kwargs=True) for layer in dsla_layers(model).values()]
+    with model.disable_adapter():
+        model(IDS)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def test_behind_a_window_channels_start_as_large_as_those_of_the_attention(tiny_model, adapter_model):
+    model = make(tiny_model, adapter_model, window_size=8)
+    expected = attention_outputs(model)
+    assert match_outputs(model, {"input_ids": IDS}) == list(expected)
+    for i, core in cores(model).items():
+        torch.testing.assert_close(core.norm_weight.flatten(), expected[i].clamp(min=SMALLEST), rtol=1e-5, atol=1e-7)
+
+
+def test_without_one_the_output_starts_no_further_off_than_nothing_would_be(tiny_model, adapter_model):
+    model = make(tiny_model, adapter_model, window_size=0)
+    before = errors(model)
+    match_outputs(model, {"input_ids": IDS})
+    after = errors(model)
+    assert max(before.values()) > 10  # or this test shows nothing
+    assert max(after.values()) < 1.01
+
+
+def test_what_was_trained_or_has_no_states_stays(tiny_model, adapter_model):
+    model = make(tiny_model, adapter_model, window_size=8)
+    with torch.no_grad():
+        cores(model)[1].norm_weight[0, 0] = 0.7
+    kept = cores(model)[1].norm_weight.clone()
+    assert 1 not in match_outputs(model, {"input_ids": IDS})
+    assert torch.equal(cores(model)[1].norm_weight, kept)
+    assert match_outputs(model, {"input_ids": IDS}) == []  # nothing is fresh any more
+    alone = make(tiny_model, adapter_model, window_size=8, states=False)
+    assert match_outputs(alone, {"input_ids": IDS}) == []
+
+
+@pytest.mark.parametrize(("stage", "matched"), [("alignment", True), ("logits", False)])
+def test_alignment_begins_with_it(tmp_path, tiny_model, adapter_model, stage, matched):
+    model = make(tiny_model, adapter_model, window_size=8)
+    set_level(model, 1)
+    args = DSLATrainingArguments(
+        output_dir=str(tmp_path), stage=stage, max_steps=1, learning_rate=0.0, per_device_train_batch_size=2, use_cpu=True, report_to=[]
+    )
+    DSLATrainer(model, args, train_dataset=[{"input_ids": row} for row in IDS]).train()
+    assert bool((cores(model)[0].norm_weight != 1).any()) == matched
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path, tiny_model, adapter_model):
+    """Behind a loss that is: the optimizer would make every weight what it is."""
+    model = make(tiny_model, adapter_model, window_size=8)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    broken = next(p for name, p in model.named_parameters() if "layers.2." in name and p.requires_grad)
+    broken.register_hook(lambda gradient: gradient * float("inf"))
+    args = DSLATrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, use_cpu=True, report_to=[], save_strategy="no"
+    )
+    trainer = DSLATrainer(model, args, train_dataset=[{"input_ids": row} for row in IDS.repeat(4, 1)])
+    with pytest.raises(FloatingPointError, match="the gradient of step 1 is not finite"):
+        trainer.train()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if p.requires_grad)
