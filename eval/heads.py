@@ -564,16 +564,19 @@ def missing_text(rows: list[dict[str, Any]]) -> str:
 
 
 def recipes(options: argparse.Namespace) -> None:
-    """Join files of `measure` of one arm that was trained in several ways, into heads-recipes.json."""
+    """Join files of `measure` of arms that were trained in several ways, and rows of an earlier result, into heads-recipes.json."""
     rows = []
     for file in options.files:
         part = json.loads(file.read_text())
+        if "training" not in part:
+            rows += part["rows"]
+            continue
         way = {**way_of(part["training"]), "window": part["training"]["window"]}
         for row in part["rows"]:
             trained = dict.fromkeys(way) if row["level"] == 0 else way
-            rows.append({"arm": "teacher" if row["level"] == 0 else part["arm"], "probes": part["probes"], **trained, **row_numbers(row)})
+            rows.append({"arm": "teacher" if row["level"] == 0 else part["arm"], "probes": part["probes"], **row_numbers(row), **trained})
     names = (*HOW_TRAINED, *NEWER)
-    rows.sort(key=lambda row: (-row["kept"], row["probes"], [row[name] for name in names if row[name] is not None]))
+    rows.sort(key=lambda row: (-row["kept"], row["arm"], row["probes"], [row[name] for name in names if row.get(name) is not None]))
     write_results(RECIPES, rows, command_of(options), folder=options.results)
 
 
@@ -590,9 +593,10 @@ def recipes_text(results: Path) -> str:
     rows = json.loads(file.read_text())["rows"]
     codes = [f"code_{length}" for length in code_lengths(rows[0])]
     trained = [row for row in rows if row["arm"] != "teacher"]
+
     arms = ", ".join(sorted({row["arm"] for row in trained}))
-    for row in trained:
-        row |= {name: row.get(name, old) for name, old in NEWER.items()}
+    for row in rows:  # older ones lack some
+        row |= {"window": None} if row["arm"] == "teacher" else {name: row.get(name, old) for name, old in NEWER.items()}
     names = [name for name in (*HOW_TRAINED, *NEWER, "window") if any(name in row for row in trained)]
     differ = [name for name in names if len({json.dumps(row.get(name)) for row in trained}) > 1]
     same = {name: trained[0].get(name) for name in names if name not in differ}
@@ -750,7 +754,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     making.add_argument("--results", type=Path, default=RESULTS)
     making.add_argument("--docs", type=Path, default=DOCS)
     making.add_argument("--name", default=NAME, help="of the result and the page (default: %(default)s)")
-    ways = parts.add_parser("recipes", help="join files of `measure` of one arm trained in several ways")
+    ways = parts.add_parser("recipes", help="join files of `measure` of arms trained in several ways, and an earlier heads-recipes.json")
     ways.add_argument("files", type=Path, nargs="+")
     ways.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(words)

@@ -60,7 +60,7 @@ def traffic_per_step(x: Shape, gpus: int) -> dict[str, float]:
 
 def measured_share(rows: list[dict[str, Any]], stage: str) -> dict[str, Any] | None:
     """The best row of the measured shape for a stage, on one process."""
-    found = [row for row in rows if (row["shape"], row["stage"], row["processes"]) == (MEASURED_AS, stage, 1)]
+    found = [row for row in rows if (row["shape"], row["stage"], row["processes"]) == (MEASURED_AS, stage, 1) and row.get("states", True)]
     return max(found, key=lambda row: row["share_of_floor"], default=None)
 
 
@@ -111,6 +111,7 @@ def measured_table(rows: list[dict[str, Any]]) -> str:
         "processes": "GPUs",
         "kind": "kind",
         "batch": "sequences per GPU",
+        "layer_kind": "converted layers",
         "checkpointing": "checkpointing",
         "tokens_per_second": "tokens/s",
         "peak_gib": "peak GiB",
@@ -118,20 +119,25 @@ def measured_table(rows: list[dict[str, Any]]) -> str:
         "share_of_parts": "parts / step",
         "speed_up": "over one GPU",
     }
-    shown = [{title: row.get(name) for name, title in columns.items()} for row in (row | speed_up(row, rows) for row in rows)]
+    full = [row | speed_up(row, rows) | {"layer_kind": layer_kind(row)} for row in rows]
+    shown = [{title: row.get(name) for name, title in columns.items()} for row in full]
     return rows_table(shown, list(columns.values()))
+
+
+def layer_kind(row: dict[str, Any]) -> str:
+    return "states" if row.get("states", True) else "window alone"
 
 
 def speed_up(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]:
     """Tokens per second over those of the same measurement on one process, for rows of several."""
-    alike = ("shape", "stage", "batch", "length", "checkpointing")
-    one = [other for other in rows if other["processes"] == 1 and all(other[name] == row[name] for name in alike)]
+    alike = ("shape", "stage", "batch", "length", "checkpointing", "states")
+    one = [other for other in rows if other["processes"] == 1 and all(other.get(name) == row.get(name) for name in alike)]
     return {"speed_up": row["tokens_per_second"] / one[0]["tokens_per_second"]} if one and row["processes"] > 1 else {}
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Tokens per second, share of the floor and peak memory of every row."""
-    labels = [f"{row['shape']} {row['stage']}, {row['processes']} × {row['kind']}, {row['batch']} seq." for row in rows]
+    labels = [f"{row['shape']} {row['stage']}, {row['processes']} × {row['kind']}, {row['batch']} seq., {layer_kind(row)}" for row in rows]
     panels = {"tokens_per_second": "tokens per second", "share_of_floor": "floor by operations / step", "peak_gib": "peak GiB per GPU"}
     drawn, axes = figure(1, len(panels), size=(14, 1 + 0.4 * len(rows)), sharey=True)
     for axis, (name, title) in zip(axes, panels.items(), strict=True):

@@ -1,6 +1,7 @@
 """Speed of distillation steps of a small model, beside a plain step of training the same model, on one GPU.
 
     python eval/benchmarks/training_speed.py
+    python eval/benchmarks/training_speed.py --page    # measures nothing: docs/scale.md from the rows
 
 The shape is that of SmolLM2-135M with random weights, in bf16; levels count KV heads and are drawn at random. `plain` is forward, backward
 and AdamW of all weights for the next token, with SDPA. Ways: `recorded` as the steps are by default, `liger` without CUDA graphs, `eager`
@@ -10,6 +11,7 @@ without either. Writes eval/results/training-speed.json.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import tempfile
@@ -24,7 +26,7 @@ sys.path[:] = [str(REPOSITORY / "eval"), *(x for x in sys.path if Path(x).resolv
 import torch  # noqa: E402
 from operations import SHAPES, Shape  # noqa: E402
 from peft import get_peft_model  # noqa: E402
-from reporting import RESULTS, rows_table, write_results  # noqa: E402
+from reporting import RESULTS, fill_page, rows_table, write_results  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback  # noqa: E402
 
 from dsla_hf import DSLAConfig  # noqa: E402
@@ -108,6 +110,12 @@ def stage_seconds(shape: Shape, ids: torch.Tensor, stage: str, layer: str, way: 
     return statistics.median(times.times)
 
 
+def page_table(folder: Path) -> str:
+    found = json.loads((folder / "training-speed.json").read_text())
+    rows = [{**row, "tokens_per_second": round(row["tokens_per_second"], -2)} for row in found["rows"]]
+    return f"One {found['device']}, torch {found['versions']['torch']}.\n\n{rows_table(rows, COLUMNS)}"
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="135m")
@@ -117,7 +125,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--layers", nargs="+", choices=list(LAYERS), default=list(LAYERS))
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of training-speed.json")
+    parser.add_argument("--page", action="store_true", help="measure nothing; the table of docs/scale.md from the rows")
     options = parser.parse_args(arguments)
+    if options.page:
+        fill_page(REPOSITORY / "docs" / "scale.md", {"training-speed": page_table(options.results)})
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     shape, rows = SHAPES[options.shape], list[dict[str, Any]]()

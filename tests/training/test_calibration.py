@@ -6,7 +6,7 @@ import torch
 from dsla_hf import set_level
 from dsla_hf.models.adapter import dsla_layers
 from dsla_hf.training.arguments import DSLATrainingArguments
-from dsla_hf.training.calibration import SMALLEST, match_outputs
+from dsla_hf.training.calibration import BIASES, SMALLEST, match_outputs
 from dsla_hf.training.trainer import DSLATrainer
 
 IDS = torch.randint(3, 97, (2, 48), generator=torch.Generator().manual_seed(0))
@@ -39,7 +39,7 @@ def attention_outputs(model):
             layer.base_layer.o_proj.register_forward_pre_hook(lambda m, args, i=i: found.update({i: args[0].square().mean((0, 1)).sqrt()}))
         )
     with model.disable_adapter():
-        model(IDS)
+        model(IDS, use_cache=False)
     for hook in hooks:
         hook.remove()
     return found
@@ -56,7 +56,7 @@ def errors(model):
 
     hooks = [layer.register_forward_hook(compare, with_kwargs=True) for layer in dsla_layers(model).values()]
     with model.disable_adapter():
-        model(IDS)
+        model(IDS, use_cache=False)
     for hook in hooks:
         hook.remove()
     return found
@@ -68,6 +68,48 @@ def test_behind_a_window_channels_start_as_large_as_those_of_the_attention(tiny_
     assert match_outputs(model, {"input_ids": IDS}) == list(expected)
     for i, core in cores(model).items():
         torch.testing.assert_close(core.norm_weight.flatten(), expected[i].clamp(min=SMALLEST), rtol=1e-5, atol=1e-7)
+
+
+def test_states_open_no_wider_than_helps(tiny_model, adapter_model):
+    """Of all starts each head has that with which it is nearest to the attention."""
+    model = make(tiny_model, adapter_model, window_size=8)
+    with torch.no_grad():
+        for layer in dsla_layers(model).values():
+            for part in (layer.base_layer, layer.dsla_attention()):
+                part.q_proj.weight.mul_(8)  # sharp scores, which states cannot imitate
+    match_outputs(model, {"input_ids": IDS})
+    layers, chosen = dsla_layers(model), {i: core.state_bias.clone() for i, core in cores(model).items()}
+
+    def by_head():
+        found = {i: [] for i in layers}
+        projections = {i: (layer.base_layer.o_proj, layer.dsla_attention().o_proj) for i, layer in layers.items()}
+        hooks = [p.register_forward_pre_hook(lambda m, args, i=i: found[i].append(args[0])) for i in layers for p in projections[i]]
+        hooks += [
+            layer.register_forward_hook(lambda m, args, kwargs, _: m.dsla_attention()(*args, **kwargs) and None, with_kwargs=True)
+            for layer in layers.values()
+        ]
+        with torch.no_grad(), model.disable_adapter():
+            model(IDS, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return {i: (own - base).square().unflatten(-1, (len(chosen[i]), -1)).mean((0, 1, 3)) for i, (base, own) in found.items()}
+
+    errors = []
+    for bias in BIASES:
+        for core in cores(model).values():
+            core.state_bias.data.fill_(bias)
+        errors.append(by_head())
+    for i, biases in chosen.items():
+        grid = torch.stack([found[i] for found in errors])
+        picked = grid[[BIASES.index(bias) for bias in biases.tolist()], range(len(biases))]
+        torch.testing.assert_close(picked, grid.min(0).values, rtol=1e-5, atol=1e-9)
+    assert any((biases < 0).any() for biases in chosen.values())  # or 0 were as good
+
+
+def test_a_text_within_the_window_moves_no_bias(tiny_model, adapter_model):
+    model = make(tiny_model, adapter_model, window_size=64)
+    match_outputs(model, {"input_ids": IDS})
+    assert all((core.state_bias == 0).all() for core in cores(model).values())
 
 
 def test_without_one_the_output_starts_no_further_off_than_nothing_would_be(tiny_model, adapter_model):

@@ -1,7 +1,8 @@
-"""The start of the states' output: as large as the attention that it replaces.
+"""The start of the states: as large as the attention that they replace, and no more open than helps.
 
 A fresh layer reads its states through an RMS norm, so each channel comes out at 1, whatever the size of the model's values is. In a
-checkpoint attention gives channels of very different sizes, mostly far below 1; gates that learn from there on learn from the noise first.
+checkpoint attention gives channels of very different sizes, mostly far below 1; and where its scores are low, so that the window's
+denominator is small, the states start wide open beside it. Gates that learn from there on learn from the noise first.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ from .sharding import cut_again, cut_like
 from .switches import output_projections
 
 SMALLEST = 1e-3  # of a channel's start, where the attention gives nothing
+BIASES = tuple(float(-bias) for bias in range(0, 17, 2))  # that a head's `state_bias` is taken from
 
 
 @torch.no_grad()
 def match_outputs(model: Any, inputs: dict[str, Any], mean: Callable[..., Tensor] | None = None) -> list[int]:
-    """Set `norm_weight` of fresh layers from one batch: to the root mean square of each channel of the original attention's output, and of
-    layers without a window that times what brings the layer's output nearest to the original's (least squares).
+    """Set `norm_weight` of fresh layers, and what is fresh beside it, from one batch.
+
+    `norm_weight` becomes the root mean square of each channel of the original attention's output. Behind a window `state_bias` of each
+    query head becomes that of BIASES with which its output is nearest to the original's. Without a window `norm_weight` is then multiplied,
+    layer by layer, by what brings the layer's output nearest (least squares).
 
     model: a PEFT model with a DSLA adapter. inputs: of its forward, `input_ids` `[B, T]` and what else it takes. Layers without states, or
     whose norm is not fresh (all 1), stay as they are. mean: over processes, of a tensor and `reduction="mean"`, where there are several.
@@ -35,30 +40,52 @@ def match_outputs(model: Any, inputs: dict[str, Any], mean: Callable[..., Tensor
     cores = {i: layer.dsla_core[layer.adapter_name] for i, layer in layers.items()}
     fresh = {i: core for i, core in cores.items() if core.states and bool((whole(core.norm_weight) == 1).all())}
     over = mean or (lambda x, reduction: x)
-    squares: dict[int, Tensor] = {}
+    taken: dict[int, Tensor] = {}  # by the original's output projections
+    found: dict[int, Tensor] = {}
 
-    def keep(index: int) -> Any:
-        def hook(projection: Any, args: tuple[Tensor, ...]) -> None:
-            squares[index] = args[0].float().square().flatten(0, -2).mean(0)
+    def keep(index: int, reduce: Callable[[Tensor], Tensor]) -> Any:
+        return output_projections(layers[index])[0].register_forward_pre_hook(lambda module, args: taken.update({index: reduce(args[0])}))
 
-        return hook
-
-    _read_base(model, inputs, [output_projections(layers[i])[0].register_forward_pre_hook(keep(i)) for i in fresh])
+    _read_base(model, inputs, [keep(i, lambda x: x.float().square().flatten(0, -2).mean(0)) for i in fresh])
     for i, core in fresh.items():
-        size = over(squares[i], reduction="mean").view(core.norm_weight.shape).sqrt().clamp(min=SMALLEST)
-        core.norm_weight.copy_(cut_like(size.to(core.norm_weight.dtype), core.norm_weight))
-    products: dict[int, Tensor] = {}
+        _put(core.norm_weight, over(taken[i], reduction="mean").view(core.norm_weight.shape).sqrt().clamp(min=SMALLEST))
+
+    def compare_heads(layer: Any, args: tuple, kwargs: dict, output: Any) -> None:
+        """Errors by bias and query head."""
+        index = layer.layer_idx
+        base, core, errors = taken.pop(index).float(), fresh[index], []
+        before = core.state_bias.clone()
+        own: list[Tensor] = []
+        hook = output_projections(layer)[1].register_forward_pre_hook(lambda module, args: own.append(args[0]))
+        for bias in BIASES:
+            core.state_bias.fill_(bias)
+            layer.dsla_attention()(*args, **kwargs)
+            errors.append((own.pop().float() - base).square().unflatten(-1, (len(before), -1)).mean((0, 1, 3)))
+        hook.remove()
+        taken.pop(index, None)  # where both have one projection
+        core.state_bias.copy_(before)
+        found[index] = torch.stack(errors)
 
     def compare(layer: Any, args: tuple, kwargs: dict, output: Any) -> None:
         own, base = layer.dsla_attention()(*args, **kwargs)[0].float(), output[0].float()
-        products[layer.layer_idx] = torch.stack([(own * base).mean(), own.square().mean()])
+        found[layer.layer_idx] = torch.stack([(own * base).mean(), own.square().mean()])
 
-    pure = {i: core for i, core in fresh.items() if not core.window_size}
-    _read_base(model, inputs, [layers[i].register_forward_hook(compare, with_kwargs=True) for i in pure])
-    for i, core in pure.items():
-        along, square = over(products[i], reduction="mean").unbind()
-        core.norm_weight.mul_((along / square).clamp(min=SMALLEST))
+    windowed = [i for i, core in fresh.items() if core.window_size]
+    pure = [i for i in fresh if i not in windowed]
+    hooks = [keep(i, lambda x: x) for i in windowed]
+    hooks += [layers[i].register_forward_hook(compare_heads if i in windowed else compare, with_kwargs=True) for i in fresh]
+    _read_base(model, inputs, hooks)
+    biases = torch.tensor(BIASES)
+    for i in windowed:
+        _put(fresh[i].state_bias, biases[over(found[i], reduction="mean").argmin(0).cpu()])  # of equal ones the first, 0
+    for i in pure:
+        along, square = over(found[i], reduction="mean").unbind()
+        _put(fresh[i].norm_weight, whole(fresh[i].norm_weight) * (along / square).clamp(min=SMALLEST))
     return list(fresh)
+
+
+def _put(weight: Tensor, value: Tensor) -> None:
+    weight.copy_(cut_like(value.to(weight.device, weight.dtype), weight))
 
 
 def _read_base(model: Any, inputs: dict[str, Any], hooks: list[Any]) -> None:
