@@ -52,7 +52,7 @@ from dsla_hf.training.planting import ANSWER_WEIGHT, with_planted
 from dsla_hf.training.probes import make_probes
 from dsla_hf.training.recipe import distill
 from dsla_hf.training.text import PackedTokens, read_texts
-from dsla_hf.training.unit_ranking import PROBE_WEIGHT
+from dsla_hf.training.unit_ranking import PROBE_WEIGHT, UNIT_METRICS
 
 DOCS = Path(__file__).parent.parent / "docs"
 NAME = "heads"
@@ -72,7 +72,8 @@ WANTED: dict[int, tuple[float, dict[int, float]]] = {
 }
 HOW_TRAINED = ("align_steps", "steps", "tokens_per_step", "lengths", "planted", "answer_weight", "probe_weight", "level_draws")
 HOW_TRAINED += ("learning_rate", "gate_factor", "seed")
-NEWER = {"highest_share": 0.0, "even_share": 0.0, "state_bias": 0.0}  # settings that older results do not name, which had these
+# Settings that older results do not name, and what these had. matched: whether states began as `match_outputs` sets them; state_bias: else.
+NEWER = {"highest_share": 0.0, "even_share": 0.0, "state_bias": 0.0, "matched": False, "ranking": "shares"}
 
 
 @dataclass(frozen=True)
@@ -252,11 +253,6 @@ def train(options: argparse.Namespace, sizes: Sizes) -> None:
     torch.set_float32_matmul_precision("high")
     base = load_model(options.model, "bfloat16" if on_gpu else "float32").to(device())
     model = get_peft_model(base, DSLAConfig(conversion_unit=arm.unit, task_type="CAUSAL_LM", **given))
-    if options.state_bias:
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                if "state_bias" in name:
-                    weight.fill_(options.state_bias)
     args = DSLATrainingArguments(
         output_dir=str(options.out),
         per_device_train_batch_size=options.batch,
@@ -277,6 +273,7 @@ def train(options: argparse.Namespace, sizes: Sizes) -> None:
     if options.order is None:
         ranking["ranking_data"] = ranking_rows(text, sizes)
         if arm.unit == "head":
+            ranking["ranking_metric"] = options.ranking
             ranking["ranking_probes"] = ranking_probes(tokenizer, text, sizes)
     start = time.perf_counter()
     distill(
@@ -304,7 +301,9 @@ def train(options: argparse.Namespace, sizes: Sizes) -> None:
         "level_draws": options.level_draws,
         "highest_share": options.highest_share,
         "even_share": options.even_share,
-        "state_bias": options.state_bias,
+        "state_bias": None,
+        "matched": True,
+        "ranking": options.ranking,
         "learning_rate": options.learning_rate,
         "gate_factor": options.gate_factor,
         "seed": options.seed,
@@ -740,7 +739,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     training.add_argument("--gate-factor", type=float, default=GATE_FACTOR, help="times it, of gates, mix and norm")
     training.add_argument("--highest-share", type=float, default=0.0, help="of the steps of KL, at the highest level")
     training.add_argument("--even-share", type=float, default=0.0, help="of the planted facts, whose distance to their question is even")
-    training.add_argument("--state-bias", type=float, default=0.0, help="at the start, of what opens the states beside the window")
+    training.add_argument("--ranking", choices=UNIT_METRICS, default=UNIT_METRICS[0], help="what heads are ranked by")
     training.add_argument("--order", type=Path, help="JSON list of all [layer, head], least harmful first, in place of a ranking")
     measuring = parts.add_parser("measure", parents=[common], help="measure the levels of an arm")
     measuring.add_argument("--arm", choices=list(ARMS), required=True)
