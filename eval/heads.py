@@ -301,7 +301,7 @@ def train(options: argparse.Namespace, sizes: Sizes) -> None:
         "level_draws": options.level_draws,
         "highest_share": options.highest_share,
         "even_share": options.even_share,
-        "state_bias": None,
+        "state_bias": 0.0,
         "matched": True,
         "ranking": options.ranking,
         "learning_rate": options.learning_rate,
