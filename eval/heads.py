@@ -78,10 +78,12 @@ NEWER = {"highest_share": 0.0, "even_share": 0.0, "state_bias": 0.0, "matched": 
 
 @dataclass(frozen=True)
 class Arm:
-    """unit: what its levels count. states: whether converted heads have them, or a window alone that takes as many bytes."""
+    """unit: what its levels count. states: whether converted heads have them, or a window alone that takes as many bytes. one: whether the
+    history state alone is read, beside a window longer by the bytes of the other; not a layer to use, which would still hold both."""
 
     unit: str
     states: bool = True
+    one: bool = False
 
 
 ARMS = {
@@ -89,6 +91,7 @@ ARMS = {
     "heads-window": Arm("head", False),
     "layers": Arm("layer"),
     "layers-window": Arm("layer", False),
+    "heads-one": Arm("head", one=True),
 }
 
 
@@ -228,12 +231,21 @@ def ranking_probes(tokenizer: Any, text: dict[str, Any], sizes: Sizes) -> list[d
 def window_of(arm: Arm, window: int, base_config: Any, itemsize: int) -> int:
     """The window of an arm, so that all take the same bytes: `window` tokens with states, and without them what these take in tokens more.
     itemsize: bytes of a number in keys and values."""
-    if arm.states:
+    if arm.states and not arm.one:
         return window
     head_dim = head_dim_of(base_config)
     sizes = [core_bytes(DualStateAttention(1, 1, head_dim, states=states), 1, itemsize) for states in (True, False)]
     more = (sizes[0]["dsla_bytes"] - sizes[1]["dsla_bytes"]) // sizes[0]["softmax_bytes_per_token"]
-    return window + more // 2 * 2
+    return window + more // (4 if arm.one else 2) * 2
+
+
+def read_one_state(model: Any) -> None:
+    """Let the history state alone be read, for good."""
+    for name, weight in model.named_parameters():
+        if "mix_logits" in name:
+            with torch.no_grad():
+                weight.copy_(torch.tensor([30.0, -30.0]).expand_as(weight))
+            weight.requires_grad_(False)
 
 
 def train(options: argparse.Namespace, sizes: Sizes) -> None:
@@ -253,6 +265,8 @@ def train(options: argparse.Namespace, sizes: Sizes) -> None:
     torch.set_float32_matmul_precision("high")
     base = load_model(options.model, "bfloat16" if on_gpu else "float32").to(device())
     model = get_peft_model(base, DSLAConfig(conversion_unit=arm.unit, task_type="CAUSAL_LM", **given))
+    if arm.one:
+        read_one_state(model)
     args = DSLATrainingArguments(
         output_dir=str(options.out),
         per_device_train_batch_size=options.batch,
@@ -422,7 +436,7 @@ def measure(options: argparse.Namespace, sizes: Sizes) -> None:
         start = time.perf_counter()
         row = {"arm": options.arm, "kept": kept, "of": layers * config.kv_heads, "level": level, "window": config.window_size}
         row["device"] = origin()["device"]
-        row |= {**measured(model, tasks), **cache_bytes(model, level)}
+        row |= {**measured(model, tasks), **({} if arm.one else cache_bytes(model, level))}
         rows.append(row)
         write_results(options.out.stem, rows, command_of(options), folder=options.out.parent, **about)
         codes = " ".join(f"{row[f'code_{length}']:.3f}" for length in sizes.code_lengths)
@@ -663,7 +677,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     kept = sorted({row["kept"] for row in marked})
     for axis, (name, title) in zip(axes, panels, strict=False):
         axis.axhline(teacher[name], color="grey", linewidth=0.8, linestyle=":", label="teacher")
-        for arm, color in zip(ARMS, ("C0", "C0", "C1", "C1"), strict=True):
+        for arm, color in zip(ARMS, ("C0", "C0", "C1", "C1", "C2"), strict=True):
             own = sorted((row for row in rows if row["arm"] == arm), key=lambda row: row["kept"])
             if not own:
                 continue

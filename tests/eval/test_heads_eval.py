@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from server import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from dsla_hf import DSLAConfig
 
 EVAL = Path(__file__).resolve().parents[2] / "eval"
 LAYERS, KV_HEADS = 2, 2
@@ -312,3 +315,15 @@ def test_orders_are_measured_on_an_aligned_adapter(heads, trained, tmp_path, cap
         orders.main([*words, "--orders", "shares"])
     with pytest.raises(ValueError, match=r"--kept must be numbers of KV heads from 0 to below 4, got \[9\]"):
         orders.main([*words, "--kept", "9"])
+
+
+def test_one_state_is_read_beside_a_window_longer_by_the_other(heads, folder):
+    base = LlamaForCausalLM.from_pretrained(folder / "model")
+    one, both, none = (heads.window_of(heads.ARMS[arm], 32, base.config, 4) for arm in ("heads-one", "heads", "heads-window"))
+    assert (one - both, none - both) == (4, 8)
+    model = get_peft_model(base, DSLAConfig(conversion_unit="head", window_size=one, task_type="CAUSAL_LM"))
+    heads.read_one_state(model)
+    mixes = {name: x for name, x in model.named_parameters() if "mix_logits" in name}
+    assert len(mixes) == LAYERS and not any(x.requires_grad for x in mixes.values())
+    assert all(torch.equal(x.softmax(-1)[:, 0], torch.ones(len(x))) for x in mixes.values())
+    assert any(x.requires_grad for name, x in model.named_parameters() if "gate_up" in name)

@@ -6,7 +6,7 @@ import torch
 from dsla_hf import set_level
 from dsla_hf.models.adapter import dsla_layers
 from dsla_hf.training.arguments import DSLATrainingArguments
-from dsla_hf.training.calibration import BIASES, SMALLEST, match_outputs
+from dsla_hf.training.calibration import BIASES, SLACK, SMALLEST, match_outputs
 from dsla_hf.training.trainer import DSLATrainer
 
 IDS = torch.randint(3, 97, (2, 48), generator=torch.Generator().manual_seed(0))
@@ -71,7 +71,7 @@ def test_behind_a_window_channels_start_as_large_as_those_of_the_attention(tiny_
 
 
 def test_states_open_no_wider_than_helps(tiny_model, adapter_model):
-    """Of all starts each head has that with which it is nearest to the attention."""
+    """Of all starts each head has the widest with which it is as near to the attention as with any."""
     model = make(tiny_model, adapter_model, window_size=8)
     with torch.no_grad():
         for layer in dsla_layers(model).values():
@@ -101,8 +101,10 @@ def test_states_open_no_wider_than_helps(tiny_model, adapter_model):
         errors.append(by_head())
     for i, biases in chosen.items():
         grid = torch.stack([found[i] for found in errors])
-        picked = grid[[BIASES.index(bias) for bias in biases.tolist()], range(len(biases))]
-        torch.testing.assert_close(picked, grid.min(0).values, rtol=1e-5, atol=1e-9)
+        for head, bias in enumerate(biases.tolist()):
+            enough = (1 + SLACK) * grid[:, head].min()
+            place = BIASES.index(bias)
+            assert grid[place, head] <= enough * (1 + 1e-5) and (grid[:place, head] > enough * (1 - 1e-5)).all()
     assert any((biases < 0).any() for biases in chosen.values())  # or 0 were as good
 
 

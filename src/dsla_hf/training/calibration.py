@@ -20,6 +20,7 @@ from .switches import output_projections
 
 SMALLEST = 1e-3  # of a channel's start, where the attention gives nothing
 BIASES = tuple(float(-bias) for bias in range(0, 17, 2))  # that a head's `state_bias` is taken from
+SLACK = 0.02  # of a head's least error: the widest start within it is taken, since states that are shut learn nothing
 
 
 @torch.no_grad()
@@ -27,8 +28,8 @@ def match_outputs(model: Any, inputs: dict[str, Any], mean: Callable[..., Tensor
     """Set `norm_weight` of fresh layers, and what is fresh beside it, from one batch.
 
     `norm_weight` becomes the root mean square of each channel of the original attention's output. Behind a window `state_bias` of each
-    query head becomes that of BIASES with which its output is nearest to the original's. Without a window `norm_weight` is then multiplied,
-    layer by layer, by what brings the layer's output nearest (least squares).
+    query head becomes the highest of BIASES with which its output is as near to the original's as with any of them, but for SLACK. Without
+    a window `norm_weight` is then multiplied, layer by layer, by what brings the layer's output nearest (least squares).
 
     model: a PEFT model with a DSLA adapter. inputs: of its forward, `input_ids` `[B, T]` and what else it takes. Layers without states, or
     whose norm is not fresh (all 1), stay as they are. mean: over processes, of a tensor and `reduction="mean"`, where there are several.
@@ -77,7 +78,9 @@ def match_outputs(model: Any, inputs: dict[str, Any], mean: Callable[..., Tensor
     _read_base(model, inputs, hooks)
     biases = torch.tensor(BIASES)
     for i in windowed:
-        _put(fresh[i].state_bias, biases[over(found[i], reduction="mean").argmin(0).cpu()])  # of equal ones the first, 0
+        errors = over(found[i], reduction="mean").cpu()
+        near = errors <= (1 + SLACK) * errors.min(0).values
+        _put(fresh[i].state_bias, biases[near.float().argmax(0)])  # the first of them
     for i in pure:
         along, square = over(found[i], reduction="mean").unbind()
         _put(fresh[i].norm_weight, whole(fresh[i].norm_weight) * (along / square).clamp(min=SMALLEST))
