@@ -3,6 +3,7 @@
 | part | command |
 |---|---|
 | quickstart | `dsla quickstart`; its quickstart.json becomes eval/results/quickstart.json, its plot docs/images/quickstart.png |
+| smollm2 | `python eval/heads.py page --name smollm2`, which says how to train and measure first |
 | quality | `python eval/distillation.py` |
 | speed, batches | `python eval/inference.py` |
 | kernels | `python eval/benchmarks/kernels.py` |
@@ -29,6 +30,7 @@ QUALITY = {
     "that control, twice as long": "twice as long, window 256, 4 sinks",
     "the paper's layer, without a window": "pure",
 }
+SMOLLM2_ARM = "heads-window"  # what `dsla distill` makes
 LENGTHS = (2048, 32768, 131072)
 ROWS = {0: "level 0: softmax attention", 16: "level 16 of 32", 32: "level 32"}
 SHAPE = "llama2-7b"
@@ -97,10 +99,26 @@ def kernels(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def kept_heads(rows: list[dict[str, Any]]) -> str:
+    teacher = rows[0]
+    lengths = [int(name.removeprefix("code_")) for name in teacher if name.removeprefix("code_").isdigit()]
+
+    def line(row: dict[str, Any]) -> list[str]:
+        sizes = [f"{row[f'bytes_{kilo}k'] / 1e6:,.0f} MB" for kilo in (8, 32)]
+        loss = f"{100 * (row['wiki_ratio'] - 1):+.1f} %" if row["level"] else f"{row['wiki']:.2f}"
+        kept = f"{row['kept']} ({100 * row['kept'] / row['of']:.0f} %)"
+        return [kept, *sizes, loss, " / ".join(f"{row[f'code_{length}']:.2f}" for length in lengths)]
+
+    codes = " / ".join(f"{length:,}" for length in lengths)
+    head = ["KV heads kept", "cache at 8k tokens", "at 32k", "WikiText-2 perplexity", f"code found in {codes} tokens"]
+    return markdown_table(head, map(line, rows))
+
+
 def fill(page: Path = README) -> None:
     inference = load("inference")["rows"]
     parts = {
         "quickstart": f"```text\n{table(load('quickstart')['rows'])}\n```",
+        "smollm2": kept_heads([row for row in load("smollm2")["rows"] if row["arm"] in ("teacher", SMOLLM2_ARM)]),
         "quality": quality(load("distillation")["rows"]),
         "speed": speed(inference),
         "batches": batches(inference),
