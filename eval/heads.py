@@ -543,13 +543,23 @@ def how_trained(training: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def commands_text(joined: dict[str, Any]) -> str:
+    """How each arm was trained and measured last."""
+    lines = [command for arm, how in joined["training"].items() for command in (how.get("command"), joined["commands"][arm]) if command]
+    return "\n".join(dict.fromkeys(lines))
+
+
 def page_text(joined: dict[str, Any], name: str, more: str) -> str:
     rows, model = joined["rows"], joined["model"]
     return f"""# Heads, measured on {model}
 
 Made by `python eval/heads.py`, whose result is `eval/results/{name}.json`: {model}, {joined["device"]},
 torch {joined["versions"]["torch"]}, transformers {joined["versions"]["transformers"]}.
-What levels in heads are: [levels](../levels.md#heads).
+What levels in heads are: [levels](../levels.md#heads). The commands, on texts of your own (`--help` says which):
+
+```console
+{commands_text(joined)}
+```
 
 Arms: `heads` and `layers` convert KV heads and whole layers, which then have two states beside their window; `-window` are their controls
 without states, whose windows are longer by what states take, so that a converted head has the same bytes. How they were trained:
