@@ -7,6 +7,7 @@ once per candidate in assisted decoding, also for tokens that are rejected.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import time
 from collections import deque
@@ -19,6 +20,7 @@ from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList
 from transformers.utils import logging
 
 from ..core.tensor_parallel import agreed_level
+from .drafting import generate_drafted
 from .policies import Policy, Stats, as_policy
 
 logger = logging.get_logger(__name__)
@@ -145,14 +147,22 @@ def generate_with_levels(generate: Callable[..., Any], model: Any, leveled: HasL
 
     Args:
         generate: the transformers method. model: whose method it is. leveled: what has the levels.
-        args, options: of the call. `level_policy`: a policy, its name, a level, or a `LevelProcessor`.
+        args, options: of the call. `level_policy`: a policy, its name, a level, or a `LevelProcessor`. `draft_level`, `draft_tokens`: see
+            `drafting`.
 
     Raises:
-        ValueError: for assisted decoding that would read tokens twice.
+        ValueError: for assisted decoding that would read tokens twice, and options that do not go together.
     """
     names = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
     options = dict(zip(names, args, strict=False)) | options
     _check_read_once(model, options)
+    draft_level, draft_tokens = options.pop("draft_level", None), options.pop("draft_tokens", None)
+    if draft_level is not None:
+        by_hand = [x for x in options.get("stopping_criteria") or () if isinstance(x, LevelProcessor)]
+        options.setdefault("level_policy", by_hand[0] if by_hand else None)
+        return generate_drafted(generate, model, leveled, options, draft_level, draft_tokens, functools.partial(_option, model, options))
+    if draft_tokens is not None:
+        raise ValueError(f"draft_tokens={draft_tokens!r} without draft_level: give the level that drafts, above the one of the text")
     policy = options.pop("level_policy", None)
     if policy is None:
         return generate(**options)

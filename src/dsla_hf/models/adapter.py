@@ -13,6 +13,7 @@ from torch import nn
 from transformers import GenerationMixin
 
 from ..compat.attributes import copy_implementations
+from ..core.draft_cache import LayerPart
 from ..core.tensor_parallel import MERGE_FIRST, cuts_heads, is_tensor_parallel
 from ..levels.generation import generate_with_levels
 from .adapter_layer import DSLALayer
@@ -108,11 +109,19 @@ class DSLAModel(BaseTuner):
             layer.set_adapter(layer.active_adapters)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, and with `level_policy`: a policy, its name such as "prompt-length", a level, or a `LevelProcessor`.
+        """As in transformers, and with `level_policy`: a policy, its name such as "prompt-length", a level, or a `LevelProcessor`. With
+        `draft_level`, a level above that of the model, it guesses tokens at that level and checks them several at a time, one text a call:
+        the text is the same (sampled text follows the same probabilities). `draft_tokens`: guesses in a round; None adapts their number.
         Says once if layers that take part were never trained."""
         if not self.warned_of_untrained:
             self.warned_of_untrained = warn_of_untrained(self.model, any_level=kwargs.get("level_policy") is not None)
         return generate_with_levels(self.model.generate, self.model, self, args, kwargs)
+
+    def layer_parts(self) -> list[LayerPart]:
+        """What of each decoder layer is DSLA at the level of now, for drafts."""
+        attentions = [getattr(layer, "self_attn", None) for layer in decoder_layers(self.model)]
+        running: list[Any] = [x.running_attention() if isinstance(x, DSLALayer) else None for x in attentions]
+        return [LayerPart() if x is None else LayerPart(x.dsla, x.split) for x in running]
 
     def level_sizes(self) -> dict[str, Any]:
         """Sizes that policies of `generate(level_policy=...)` reckon with."""
