@@ -28,12 +28,23 @@ from ..core.layout import TokenLayout
 from ..core.partial_cache import PartialCacheLayer, last_heads, with_heads
 from ..core.precision import autocast_dtype
 from ..core.tensor_parallel import is_tensor_parallel
+from ..levels.acceptance import Rule
+from ..levels.drafting import (
+    DraftedOutput,
+    check_draft_options,
+    draft_and_check,
+    ends_of,
+    lengths_for,
+    pure_processors,
+    rule_for,
+)
 from ..models.adapter import DSLALayer, dsla_layers
 from ..models.architectures import kv_heads_of
 from ..models.base_attention import DSLAAttentionMixin
 from ..models.decoder import decoder_layers
 from ..models.level import counts_heads
 from .decode_attention import CachedTokens, attends_where_cached, can_attend_where_cached, over_cache, over_prompt
+from .drafting import DraftSpace, GraphEngine, Raced, is_of_drafts
 from .draws import Sampler
 from .fusion import LONG_PROMPT
 from .recorder import CudaRecording, Record, Recorder, shown_tokens
@@ -81,6 +92,7 @@ class Workspace:
     softmax: by layer number the keys and values of as many heads as were kept at once.
     dsla: by layer number and part the cache layers of DSLA, whole or in part, as far as they have been in use.
     by_length: whether the attention of a step knows how far the cache is filled, and needs not be shown a part of it.
+    drafts: what drafts have beside it, once there was one.
     """
 
     cache: StaticCache
@@ -96,6 +108,7 @@ class Workspace:
     softmax: dict[int, VisibleStaticLayer] = field(default_factory=dict)
     dsla: dict[tuple[int, Part], Any] = field(default_factory=dict)
     by_length: bool = False
+    drafts: DraftSpace | None = None
     read: int = 0  # tokens in the cache
     padded: bool = False
     parts: tuple[Part, ...] | None = None  # what is DSLA in the cache, once a step has looked
@@ -229,6 +242,9 @@ class GraphDecoder:
         keep: hold the keys and values of layers that were raised, so that the next text begins without new captures. False frees them.
         fuse: compile norms, MLPs and rotations, each into one kernel (`dsla_hf.inference.fusion`); takes seconds, once for a kind of model,
             and once more for long prompts.
+        draft_level: guess tokens at this level, and check several of them in one forward of level 0, at which the model must be: texts stay
+            what they are, one a call. A level, or a share as `set_level` takes it. See `docs/generate.md`.
+        draft_tokens: guesses in a round; None adapts their number, to none where they do not pay.
         record: what records a step; for tests.
 
     Attributes:
@@ -243,9 +259,14 @@ class GraphDecoder:
         max_length: int | None = None,
         keep: bool = True,
         fuse: bool = True,
+        draft_level: int | str | None = None,
+        draft_tokens: int | None = None,
         record: Record = CudaRecording,
     ):
+        if draft_tokens is not None and draft_level is None:
+            raise ValueError(f"draft_tokens={draft_tokens!r} without draft_level: give the level that drafts, above 0")
         self.model, self.max_length, self.keep = model, max_length, keep
+        self.draft_level, self.draft_tokens = draft_level, draft_tokens
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.causal_lm: Any = base
         self.workspace: Workspace | None = None
@@ -330,12 +351,14 @@ class GraphDecoder:
             raise ValueError(f"seed must be from -2^63 to 2^63 - 1, got {seed}")
         if input_ids is not None:
             options["input_ids"] = input_ids
+        draft_level = self._draft_level(options)
         if (why := self.obstacle(**options)) is not None:
             logger.warning_once(f"no CUDA graphs: {why}. generate() runs as usual")
             with torch.random.fork_rng(enabled=seed is not None):
                 if seed is not None:
                     torch.manual_seed(seed)
-                return self.model.generate(**options)
+                drafts = {} if draft_level is None else {"draft_level": draft_level, "draft_tokens": self.draft_tokens}
+                return self.model.generate(**options, **drafts)
         goes_on = options.pop("past_key_values", None) is not None
         streamer = options.pop("streamer", None)  # transformers keeps it from custom loops
 
@@ -343,7 +366,10 @@ class GraphDecoder:
             model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **inputs: Any
         ) -> Any:
             mask = inputs.get("attention_mask")
-            return self._decode(input_ids, mask, logits_processor, stopping_criteria, generation_config, streamer, goes_on, seed)
+            how = (logits_processor, stopping_criteria, generation_config, streamer, goes_on, seed)
+            if draft_level is not None:
+                return self._decode_drafted(input_ids, mask, *how, draft_level)
+            return self._decode(input_ids, mask, *how)
 
         with torch.no_grad(), self._attention():
             return self.model.generate(**options, custom_generate=decode)
@@ -360,15 +386,7 @@ class GraphDecoder:
         seed: int | None,
     ) -> Any:
         """The loop of transformers' sampling, around steps of ours. input_ids, mask `[B, T]`."""
-        if mask is not None and bool(mask.all()):
-            mask = None
-        space = self._space(input_ids.shape[0], settings.max_length, goes_on)
-        if not goes_on:
-            space.begin(self._parts_now(anew=True), mask)
-        elif space.read >= input_ids.shape[1]:
-            raise ValueError(f"the cache holds {space.read} tokens, the text has {input_ids.shape[1]}: give the whole text as input_ids")
-        elif mask is not None:
-            space.mask[:, : mask.shape[1]], space.padded = mask.bool(), True
+        space = self._begun(input_ids, mask, settings.max_length, goes_on)
         if streamer is not None:
             streamer.put(input_ids.cpu())
         self._read(space, input_ids[:, space.read :], settings.prefill_chunk_size)
@@ -393,6 +411,108 @@ class GraphDecoder:
         if settings.return_dict_in_generate:
             return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=space.cache)
         return input_ids
+
+    def _begun(self, input_ids: Tensor, mask: Tensor | None, length: int, goes_on: bool) -> Workspace:
+        """The workspace for texts that begin, or go on, with input_ids, mask `[B, T]`."""
+        if mask is not None and bool(mask.all()):
+            mask = None
+        space = self._space(input_ids.shape[0], length, goes_on)
+        if not goes_on:
+            space.begin(self._parts_now(anew=True), mask)
+        elif space.read >= input_ids.shape[1]:
+            raise ValueError(f"the cache holds {space.read} tokens, the text has {input_ids.shape[1]}: give the whole text as input_ids")
+        elif mask is not None:
+            space.mask[:, : mask.shape[1]], space.padded = mask.bool(), True
+        return space
+
+    # --- drafts -------------------------------------------------------------------------------------------------
+
+    def _draft_level(self, options: dict[str, Any]) -> int | None:
+        """The level that drafts in a call, as a number; None where none does.
+
+        Raises:
+            ValueError: where the call cannot be drafted.
+        """
+        if self.draft_level is None:
+            return None
+        if not hasattr(self.model, "layer_parts"):
+            raise ValueError(
+                f"draft_level: {type(self.model).__name__} has no levels; give a PeftModel with a DSLA adapter, or leave it out"
+            )
+        settings = options.get("generation_config") or self.causal_lm.generation_config
+        level = check_draft_options(
+            self.model, self.draft_level, self.draft_tokens, lambda name: options.get(name, getattr(settings, name, None))
+        )
+        if (now := self.model.get_level()) > 0:
+            raise ValueError(
+                f"GraphDecoder drafts for level 0, and the model is at level {now}: set_level(0), or use generate(draft_level=...) of the "
+                "model"
+            )
+        return level
+
+    def _decode_drafted(
+        self,
+        input_ids: Tensor,
+        mask: Tensor | None,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        settings: Any,
+        streamer: Any,
+        goes_on: bool,
+        seed: int | None,
+        draft_level: int,
+    ) -> Any:
+        """As `_decode`, one text with drafts."""
+        space = self._begun(input_ids, mask, settings.max_length, goes_on)
+        if goes_on and any(part_of(layer) is not False for layer in space.cache.layers):
+            raise RuntimeError("the cache is of a higher level, and drafts are checked at level 0: start again without past_key_values")
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        lengths = lengths_for(self.draft_tokens)
+        rule: Rule = rule_for(logits_processor, False)
+        if settings.do_sample:
+            padding = 0 if mask is None else int((~mask.bool()).sum())
+            rule = Raced(logits_processor, pure_processors(logits_processor), seed, padding)
+        engine = GraphEngine(
+            self.causal_lm,
+            space,
+            self.recorder,
+            lambda ids: self._read(space, ids, settings.prefill_chunk_size),
+            lambda token: self._step(space, token),
+            lambda: self._drafts(space, draft_level, lengths.longest),
+            self.model.set_level,
+            draft_level,
+        )
+        ids, counts = draft_and_check(
+            engine,
+            input_ids,
+            rule,
+            lengths,
+            lambda ids: bool(stopping_criteria(ids, None).all()),
+            max_length=settings.max_length,
+            ends=ends_of(stopping_criteria),
+            show=(lambda token: None) if streamer is None else (lambda token: streamer.put(token.cpu())),
+        )
+        if streamer is not None:
+            streamer.end()
+        if settings.return_dict_in_generate:
+            return DraftedOutput(sequences=ids, past_key_values=space.cache, **vars(counts))
+        return ids
+
+    def _drafts(self, space: Workspace, level: int, longest: int) -> DraftSpace:
+        """What drafts at a level have beside `space`: what was there for them before, if it fits."""
+        self.model.set_level(level)
+        try:
+            parts = self._parts_now(anew=True)
+            attentions = [dsla_attention_of(layer) for layer in decoder_layers(self.causal_lm)]
+            if space.drafts is None or not space.drafts.fits(parts, attentions, longest):
+                self.recorder.drop(is_of_drafts)
+                space.drafts = None  # what is not needed any more goes before the new one comes
+                config = self.causal_lm.config.get_text_config(decoder=True)
+                space.drafts = DraftSpace(space, config, parts, attentions, longest)
+            return space.drafts
+        finally:
+            self.model.set_level(0)
 
     def prepare(self, levels: Iterable[int], *, max_length: int, rows: int = 1, tokens: int | None = None, padded: bool = False) -> None:
         """Capture these levels before a text of at most `max_length` tokens needs them, so that a raise waits for its fold only.

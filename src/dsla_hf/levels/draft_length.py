@@ -16,7 +16,7 @@ PRIOR = 3.0, 4.0  # guesses accepted and looked at before there are any
 class Lengths(Protocol):
     """Decides how many tokens are drafted in each round, and is told what came of it."""
 
-    needs_times: bool
+    longest: int  # of what `next` says
 
     def next(self) -> int:
         """How many tokens to draft now; 0: none, the checking level makes a token as usual."""
@@ -28,13 +28,11 @@ class Lengths(Protocol):
 class FixedLength:
     """So many tokens in each round."""
 
-    needs_times = False
-
     def __init__(self, tokens: int):
-        self.tokens = tokens
+        self.longest = tokens
 
     def next(self) -> int:
-        return self.tokens
+        return self.longest
 
     def record(self, drafted: int, accepted: int, draft_seconds: float, check_seconds: float) -> None:
         """Nothing changes."""
@@ -50,8 +48,6 @@ class DraftLength:
     Args:
         longest: the most tokens to draft.
     """
-
-    needs_times = True
 
     def __init__(self, longest: int = LONGEST_DRAFT):
         self.longest = longest

@@ -77,10 +77,12 @@ class Drafts(Protocol):
 class DraftedOutput(GenerateDecoderOnlyOutput):
     """The result of `generate(..., draft_level=..., return_dict_in_generate=True)`.
 
-    drafted: tokens guessed. accepted: of them those that are in the text. checks: forwards of the checking level behind the prompt.
+    drafted: tokens guessed. compared: of them those that the checking level was asked about, up to the first of each round that it did not
+    choose. accepted: of them those that are in the text. checks: forwards of the checking level behind the prompt.
     """
 
     drafted: int | None = None
+    compared: int | None = None
     accepted: int | None = None
     checks: int | None = None
 
@@ -184,10 +186,15 @@ class DynamicEngine:
 
 
 class Counts:
-    """Of one text: tokens drafted and accepted, and forwards that checked."""
+    """Of one text: those of `DraftedOutput`."""
 
     def __init__(self) -> None:
-        self.drafted = self.accepted = self.checks = 0
+        self.drafted = self.compared = self.accepted = self.checks = 0
+
+    def add(self, drafted: int, compared: int, accepted: int) -> None:
+        """Those of a round."""
+        self.drafted, self.compared, self.accepted = self.drafted + drafted, self.compared + compared, self.accepted + accepted
+        self.checks += 1
 
 
 def draft_and_check(
@@ -244,15 +251,20 @@ def draft_and_check(
             if ended or not hit:
                 break
         engine.keep(kept)
-        counts.drafted, counts.accepted, counts.checks = counts.drafted + len(guesses), counts.accepted + accepted, counts.checks + 1
+        counts.add(len(guesses), min(kept, len(guesses)), accepted)
         lengths.record(len(guesses), accepted, between - start, clock() - between)
     return ids, counts
 
 
 def rule_for(processors: LogitsProcessorList, sample: bool) -> Rule:
     """How tokens are chosen that `generate` changes with these processors."""
-    pure = LogitsProcessorList([one for one in processors if type(one) in PURE_PROCESSORS])
+    pure = pure_processors(processors)
     return Rejection(processors, pure) if sample else Greedy(processors, pure)
+
+
+def pure_processors(processors: LogitsProcessorList) -> LogitsProcessorList:
+    """Those that change guesses, too."""
+    return LogitsProcessorList([one for one in processors if type(one) in PURE_PROCESSORS])
 
 
 def lengths_for(tokens: int | None) -> Lengths:

@@ -1,0 +1,194 @@
+"""How many guesses of one's own high level the lower one accepts, by KV heads (or layers) kept, kind of text and temperature.
+
+    python eval/drafting.py measure MODEL DATA --adapter ADAPTER --name smollm2 --out smollm2.json
+    python eval/drafting.py measure MODEL DATA --name teacher --out teacher.json     # without an adapter: an untrained conversion
+    python eval/drafting.py page smollm2.json teacher.json          # eval/results/drafting.json, docs/measured/drafting.md
+
+Prompts are held-out novels and code, and chats that ask about a held-out document where the tokenizer has a chat template; each is read
+once. An interrupted measurement goes on behind its last row. What is counted does not hang on the machine, so a CPU does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from measures import held_out_blocks
+from peft import get_peft_model
+from reporting import RESULTS, rows_table, write_results
+from transformers import DynamicCache
+
+from dsla_hf import DSLAConfig
+from dsla_hf.core.files import write_json, write_whole
+from dsla_hf.core.progress import bar
+from dsla_hf.core.results import origin
+from dsla_hf.models.adapter import active_config
+from dsla_hf.models.loading import device, load_adapter, load_model, load_tokenizer
+from dsla_hf.training.unit_ranking import rank_units
+
+PAGE = Path(__file__).parent.parent / "docs" / "measured" / "drafting.md"
+KEPT = (0.5, 0.25, 0.1, 0.03, 0.0)  # shares of the model's units
+TEMPERATURES = (0.0, 0.7)
+WINDOW = 512  # of an untrained conversion
+QUESTION = "Read this text:\n\n{text}\n\nIn a few sentences, what is it about?"
+HEAD = """# Drafting, measured
+
+Made by `python eval/drafting.py`, whose result is `eval/results/drafting.json`. What drafting is, and how it is asked for:
+[generate](../generate.md#draft-with-ones-own-level).
+
+Level 0 checks, a level above it drafts {draft_tokens} tokens at a time. Acceptance: of the guesses that were compared (up to the first
+wrong one of a round) the share that stayed. Tokens a check: what one forward of the checking level adds to the text. Prompts of
+{prompt_tokens} tokens, {new_tokens} new ones each, {prompts} prompts of a kind. These are counts on few texts, and no times.
+
+"""
+
+
+def prompts_of(kind: str, tokenizer: Any, data: Path, tokens: int, count: int) -> list[torch.Tensor]:
+    """Prompts `[1, T]` of a kind; none where the tokenizer cannot make them."""
+    if kind == "chat":
+        if tokenizer.chat_template is None:
+            return []
+        texts, _ = held_out_blocks(data / "novels_val.jsonl.xz", tokenizer, tokens - 64, count)
+        chats = [[{"role": "user", "content": QUESTION.format(text=tokenizer.decode(text))}] for text in texts]
+        options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        return [tokenizer.apply_chat_template(chat, **options)["input_ids"] for chat in chats]
+    blocks, _ = held_out_blocks(data / f"{kind}_val.jsonl.xz", tokenizer, tokens, count)
+    return list(blocks.split(1))
+
+
+def untrained(model: Any, tokenizer: Any, data: Path, window: int) -> Any:
+    """A conversion by heads to a window alone, as it is before training, least entropy first."""
+    config = DSLAConfig(task_type="CAUSAL_LM", conversion_unit="head", window_size=window, states=False, trained_projections=[])
+    model = get_peft_model(model, config).eval().requires_grad_(False)
+    blocks, _ = held_out_blocks(data / "novels_val.jsonl.xz", tokenizer, 1024, 6)
+    ranking = rank_units(model, [blocks[-2:].to(model.device)], metric="entropy")
+    model.base_model.set_conversion_order(ranking.order)
+    return model
+
+
+@torch.no_grad()
+def measure(options: argparse.Namespace) -> None:
+    """Writes rows as they come."""
+    settings = {
+        "prompt_tokens": options.prompt_tokens,
+        "new_tokens": options.new,
+        "prompts": options.prompts,
+        "draft_tokens": options.draft,
+    }
+    done = json.loads(options.out.read_text()) if options.out.exists() else {**origin(" "), "settings": settings, "rows": []}
+    if done["settings"] != settings:
+        raise SystemExit(f"{options.out} was measured with {done['settings']}, not {settings}: give another --out")
+    tokenizer, base = load_tokenizer(options.model), load_model(options.model, options.dtype).to(device())
+    if options.adapter is None:
+        model = untrained(base, tokenizer, options.data, options.window)
+    else:
+        model = load_adapter(options.model, options.adapter, options.dtype, base=base)
+    model = model.to(device()).eval()
+    config = active_config(model)
+    units, unit = len(config.conversion_order or ()), config.conversion_unit
+    for kind in ("novels", "code", "chat"):
+        prompts = prompts_of(kind, tokenizer, options.data, options.prompt_tokens, options.prompts)
+        known = {(row["kept"], row["temperature"]) for row in done["rows"] if row["kind"] == kind}
+        cells = [(round(share * units), t) for share in options.kept for t in TEMPERATURES]
+        cells = [cell for cell in cells if cell not in known]
+        if not prompts or not cells:
+            continue
+        model.set_level(0)
+        read = [(ids.to(device()), DynamicCache(config=model.config)) for ids in prompts]
+        for ids, cache in read:
+            model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        for kept, temperature in bar(cells, total=len(cells), desc=kind, unit=" rows"):
+            counts = dict.fromkeys(("drafted", "compared", "accepted", "checks"), 0)
+            made = 0
+            for number, (ids, cache) in enumerate(read):
+                torch.manual_seed(number)
+                how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+                out = model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    past_key_values=copy.deepcopy(cache),
+                    draft_level=units - kept,
+                    draft_tokens=options.draft,
+                    min_new_tokens=options.new,
+                    max_new_tokens=options.new,
+                    return_dict_in_generate=True,
+                    pad_token_id=0,
+                    **how,
+                )
+                made += out.sequences.shape[1] - ids.shape[1] - 1
+                counts = {name: counts[name] + out[name] for name in counts}
+            done["rows"].append(
+                {"model": options.name, "trained": options.adapter is not None, "unit": unit, "window": config.window_size}
+                | {"states": config.states, "kind": kind, "units": units, "kept": kept, "temperature": temperature}
+                | {"acceptance": counts["accepted"] / counts["compared"], "tokens_per_check": made / counts["checks"], **counts}
+            )
+            write_json(options.out, done, indent=1)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Acceptance and tokens a check, a line for each level and a column for each kind of text and temperature."""
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    lines = []
+    for kept in dict.fromkeys(row["kept"] for row in rows):
+        line: dict[str, Any] = {f"{rows[0]['unit']}s kept": f"{kept} of {rows[0]['units']}"}
+        for row in rows:
+            if row["kept"] == kept:
+                how = "greedy" if row["temperature"] == 0 else f"T = {row['temperature']}"
+                line[f"{row['kind']}, {how}"] = f"{row['acceptance']:.2f} ({row['tokens_per_check']:.2f})"
+        lines.append(line)
+    return rows_table(lines, list(lines[0])) if kinds else ""
+
+
+def page(options: argparse.Namespace) -> None:
+    """Writes the result and the page."""
+    parts = [json.loads(path.read_text()) for path in options.rows]
+    settings = parts[0]["settings"]
+    if any(part["settings"] != settings for part in parts):
+        raise SystemExit(f"measured with different settings: {[part['settings'] for part in parts]}")
+    rows = [row for part in parts for row in part["rows"]]
+    versions = {"device": parts[0]["device"], "versions": parts[0]["versions"]}
+    write_results(
+        "drafting", rows, "python eval/drafting.py page smollm2.json teacher.json", options.results, settings=settings, **versions
+    )
+    text = HEAD.format(**settings)
+    for name in dict.fromkeys((row["model"], row["trained"]) for row in rows):
+        some = [row for row in rows if (row["model"], row["trained"]) == name]
+        how = "distilled adapter" if name[1] else "**untrained** conversion, heads in order of entropy"
+        states = "two states beside their window" if some[0]["states"] else "a window alone"
+        text += f"## {name[0]}\n\n{how[0].upper()}{how[1:]}; converted units have {states} of {some[0]['window']} tokens. "
+        text += f"Acceptance, and in brackets tokens a check:\n\n{table(some)}\n\n"
+    write_whole(options.page, text.rstrip() + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("measure")
+    one.add_argument("model")
+    one.add_argument("data", type=Path)
+    one.add_argument("--adapter", help="None: an untrained conversion by heads, to a window alone")
+    one.add_argument("--name", required=True, help="of the model, in tables")
+    one.add_argument("--out", type=Path, required=True)
+    one.add_argument("--dtype", default="bfloat16")
+    one.add_argument("--prompt-tokens", type=int, default=2048)
+    one.add_argument("--prompts", type=int, default=4)
+    one.add_argument("--new", type=int, default=64)
+    one.add_argument("--draft", type=int, default=4, help="tokens in a round")
+    one.add_argument("--kept", type=float, nargs="+", default=KEPT, help="shares of the model's units")
+    one.add_argument("--window", type=int, default=WINDOW, help="of an untrained conversion")
+    one.set_defaults(run=measure)
+    other = commands.add_parser("page")
+    other.add_argument("rows", type=Path, nargs="+")
+    other.add_argument("--results", type=Path, default=RESULTS)
+    other.add_argument("--page", type=Path, default=PAGE)
+    other.set_defaults(run=page)
+    options = parser.parse_args()
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Drafts in recorded steps: the text of level 0, caches and buffers at addresses that stay."""
+
+import pytest
+import torch
+from captured_texts import IDS
+
+from dsla_hf.inference.graph import GraphDecoder
+
+pytestmark = pytest.mark.usefixtures("small_views")
+
+UNITS = {
+    "layers": {},
+    "heads": {"conversion_unit": "head", "conversion_order": [[1, 0], [3, 1], [0, 1], [3, 0], [2, 0], [1, 1], [2, 1], [0, 0]]},
+}
+TEXT = IDS[:1]
+
+
+@pytest.fixture(params=UNITS)
+def units(request):
+    return UNITS[request.param]
+
+
+def adapter(tiny_model, adapter_model, kind="llama", **config):
+    return adapter_model(tiny_model(kind), level=0, **config).requires_grad_(False)
+
+
+def drafted(found):
+    return found.drafted, found.compared, found.accepted, found.checks
+
+
+@pytest.mark.parametrize("kind, states", [("llama", True), ("llama", False), ("qwen3", True)])
+def test_greedy_text_and_guesses_are_those_of_generate(tiny_model, adapter_model, recorder, units, kind, states):
+    """That as many guesses are right says that the draft knows the same text."""
+    model = adapter(tiny_model, adapter_model, kind, states=states, **units)
+    most = model.level_sizes()["max_level"]
+    options = {"max_new_tokens": 30, "do_sample": False, "return_dict_in_generate": True}
+    rates = []
+    for level, tokens in ((1, 4), (most // 2 + 1, 3), (most, 1)):
+        decoder = recorder.decoder_of(model, draft_level=level, draft_tokens=tokens)
+        for ids in (torch.randint(2, 97, (1, 25)), TEXT, TEXT):
+            expected = model.generate(ids, draft_level=level, draft_tokens=tokens, **options)
+            found = decoder.generate(ids, **options)
+            assert torch.equal(found.sequences, expected.sequences), (level, tokens)
+            assert torch.equal(found.sequences, model.generate(ids, max_new_tokens=30, do_sample=False))
+            assert drafted(found) == drafted(expected)
+            assert model.get_level() == 0 and decoder.workspace.read == expected.sequences.shape[1] - 1
+            rates.append(found.accepted / found.compared)
+    assert min(rates) < 0.9 and max(rates) > 0.1
+    assert recorder.replayed > 2 * recorder.recorded
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_sampled_text_is_that_of_the_same_seed_without_drafts(tiny_model, adapter_model, recorder, units, padded):
+    model = adapter(tiny_model, adapter_model, **units)
+    mask = torch.ones_like(TEXT)
+    mask[:, :5] = 0 if padded else 1
+    how = {"do_sample": True, "top_k": 20, "temperature": 0.6, "repetition_penalty": 1.1}
+    options = {"attention_mask": mask, "max_new_tokens": 40, **how}
+    plain, accepted = recorder.decoder_of(model), 0
+    expected = [plain.generate(TEXT, seed=seed, **options) for seed in range(2)]
+    decoder = recorder.decoder_of(model, draft_level=2, draft_tokens=3)
+    for seed in range(2):
+        found = decoder.generate(TEXT, seed=seed, return_dict_in_generate=True, **options)
+        assert torch.equal(found.sequences, expected[seed])
+        accepted += found.accepted
+    assert accepted > 0 and not torch.equal(*expected)
+
+
+def test_padding_and_chunks_of_the_prompt(tiny_model, adapter_model, recorder, units):
+    model = adapter(tiny_model, adapter_model, **units)
+    mask = torch.ones_like(TEXT)
+    mask[:, :5] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 30, "do_sample": False, "return_dict_in_generate": True}
+    expected = model.generate(TEXT, draft_level=3, draft_tokens=3, **options)
+    decoder = recorder.decoder_of(model, draft_level=3, draft_tokens=3)
+    for chunk in (None, 5):
+        found = decoder.generate(TEXT, prefill_chunk_size=chunk, **options)
+        assert torch.equal(found.sequences, expected.sequences) and drafted(found) == drafted(expected)
+
+
+def test_drafts_that_pause_catch_up(tiny_model, adapter_model, recorder, units, monkeypatch):
+    """With more tokens behind than a recorded step folds."""
+
+    class Paused:
+        longest = 2
+
+        def __init__(self):
+            self.rounds = 0
+
+        def next(self):
+            self.rounds += 1
+            return 0 if self.rounds % 9 < 6 else 2
+
+        def record(self, *args):
+            pass
+
+    model = adapter(tiny_model, adapter_model, **units)
+    options = {"max_new_tokens": 50, "do_sample": False, "return_dict_in_generate": True}
+    monkeypatch.setattr("dsla_hf.levels.drafting.lengths_for", lambda tokens: Paused())
+    monkeypatch.setattr("dsla_hf.inference.graph.lengths_for", lambda tokens: Paused())
+    expected = model.generate(TEXT, draft_level=1, **options)
+    found = recorder.decoder_of(model, draft_level=1).generate(TEXT, **options)
+    assert torch.equal(found.sequences, expected.sequences) and drafted(found) == drafted(expected)
+    assert 0 < found.accepted < found.compared
+
+
+def test_texts_end_and_go_on(tiny_model, adapter_model, recorder):
+    model = adapter(tiny_model, adapter_model)
+    whole = model.generate(TEXT, max_new_tokens=40, do_sample=False)
+    end = int(whole[0, 20])
+    expected = model.generate(TEXT, max_new_tokens=40, do_sample=False, eos_token_id=end)
+    decoder = recorder.decoder_of(model, draft_level=3, draft_tokens=4, max_length=64)
+    assert torch.equal(decoder.generate(TEXT, max_new_tokens=40, do_sample=False, eos_token_id=end), expected)
+
+    first = decoder.generate(TEXT, max_new_tokens=15, do_sample=False, return_dict_in_generate=True)
+    again = decoder.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=25, do_sample=False)
+    assert torch.equal(again, whole)
+
+    class Streamer(list):
+        ended = False
+
+        def put(self, tokens):
+            self.extend(tokens.flatten().tolist())
+
+        def end(self):
+            self.ended = True
+
+    streamer = Streamer()
+    decoder.generate(TEXT, max_new_tokens=40, do_sample=False, streamer=streamer)
+    assert streamer == whole[0].tolist() and streamer.ended
+
+
+def test_other_weights_and_levels_between_texts(tiny_model, adapter_model, recorder, units):
+    """What was recorded over the old ones is not used."""
+    model = adapter(tiny_model, adapter_model, **units)
+    decoder = recorder.decoder_of(model, draft_level=3, draft_tokens=3, keep=False)
+    options = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True}
+    for change in range(3):
+        expected = model.generate(TEXT, draft_level=3, draft_tokens=3, **options)
+        found = decoder.generate(TEXT, **options)
+        assert torch.equal(found.sequences, expected.sequences) and drafted(found) == drafted(expected), change
+        decoder.draft_level = None
+        model.set_level(2 if change else 4)
+        assert torch.equal(decoder.generate(TEXT, **options).sequences, model.generate(TEXT, **options).sequences)
+        model.set_level(0)
+        decoder.draft_level = 3
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "dsla_" in name:
+                    parameter.mul_(1.2)
+
+
+def test_drafts_without_graphs_are_those_of_generate(tiny_model, adapter_model):
+    model = adapter(tiny_model, adapter_model)
+    decoder = GraphDecoder(model, draft_level=3, draft_tokens=3)
+    assert "CUDA" in decoder.obstacle()
+    options = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True}
+    expected = model.generate(TEXT, draft_level=3, draft_tokens=3, **options)
+    assert drafted(decoder.generate(TEXT, **options)) == drafted(expected)
+
+
+def test_what_cannot_be_drafted_is_refused(tiny_model, adapter_model, recorder):
+    model = adapter(tiny_model, adapter_model)
+    with pytest.raises(ValueError, match="draft_tokens=3 without draft_level"):
+        GraphDecoder(model, draft_tokens=3)
+    with pytest.raises(ValueError, match="draft_tokens must be 1 or more"):
+        recorder.decoder_of(model, draft_level=2, draft_tokens=0).generate(TEXT)
+    decoder = recorder.decoder_of(model, draft_level=2)
+    with pytest.raises(ValueError, match="2 texts in a batch"):
+        decoder.generate(IDS)
+    model.set_level(1)
+    with pytest.raises(ValueError, match="drafts for level 0, and the model is at level 1"):
+        decoder.generate(TEXT)
+    model.set_level(3)
+    with pytest.raises(ValueError, match="above the level that checks"):
+        decoder.generate(TEXT)
+    with pytest.raises(ValueError, match="has no levels"):
+        recorder.decoder_of(tiny_model("llama"), draft_level=2).generate(TEXT)
+    assert decoder.workspace is None
