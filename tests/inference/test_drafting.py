@@ -177,3 +177,44 @@ def test_what_cannot_be_drafted_is_refused(tiny_model, adapter_model, recorder):
     with pytest.raises(ValueError, match="has no levels"):
         recorder.decoder_of(tiny_model("llama"), draft_level=2).generate(TEXT)
     assert decoder.workspace is None
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_recorded_step_never_waits_for_a_value(tiny_model, adapter_model, units, watched_recording, padded):
+    model = adapter(tiny_model, adapter_model, **units)
+    mask = torch.ones_like(TEXT)
+    mask[:, :5] = 0 if padded else 1
+    options = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False}
+    decoder = GraphDecoder(model, draft_level=3, draft_tokens=3, record=watched_recording)
+    assert torch.equal(decoder.generate(TEXT, **options), model.generate(TEXT, **options))
+    assert {key[1] for key in decoder.recorder.recordings} >= {"follow", "draft", "check"}
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_kernels_of_drafts(tiny_model, adapter_model, recorder, unit, interpreted_kernels, monkeypatch):
+    """Steps of guesses run in them, over states that are written in place."""
+    order = [[1, 0], [1, 1], [0, 1]] if unit == "heads" else [1, 0]
+    config = {"conversion_order": order, "conversion_unit": unit.removesuffix("s")}
+    model = adapter_model(tiny_model("llama", num_hidden_layers=2), level=0, **config).requires_grad_(False)
+    options = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
+    decoder = recorder.decoder_of(model, draft_level=len(order), draft_tokens=2)
+    found = decoder.generate(TEXT, **options)
+    monkeypatch.undo()
+    expected = model.generate(TEXT, draft_level=len(order), draft_tokens=2, **options)
+    assert decoder.workspace.by_length
+    assert torch.equal(found.sequences, expected.sequences) and drafted(found) == drafted(expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("states", [False, True])
+def test_captured_drafts_give_the_text_of_generate(tiny_model, adapter_model, units, states):
+    model = adapter_model(tiny_model("llama", hidden_size=64, head_dim=16), level=0, states=states, **units).cuda()
+    ids = torch.randint(3, 97, (1, 40), device="cuda")
+    options = {"max_new_tokens": 80, "do_sample": False}
+    expected = model.generate(ids, **options)
+    decoder = GraphDecoder(model, draft_level=3, draft_tokens=4)
+    for _ in range(2):
+        assert torch.equal(decoder.generate(ids, **options), expected)
+    assert decoder.recorder.reason is None
+    assert {key[1] for key in decoder.recorder.recordings} >= {"follow", "draft", "check"}

@@ -12,7 +12,7 @@ from dsla_hf import LevelProcessor, cache_bytes
 from dsla_hf.core.cache import DSLACacheLayer
 from dsla_hf.core.draft_cache import DraftCache, take_back
 from dsla_hf.levels.acceptance import Rejection
-from dsla_hf.levels.draft_length import PAUSE, PLAIN_STEPS, DraftLength
+from dsla_hf.levels.draft_length import PAUSE, PLAIN_STEPS, REFRESH, DraftLength
 
 VOCABULARY = 97
 LAYERS = {"layers": {}, "heads": {"conversion_unit": "head", "conversion_order": ORDER}}
@@ -360,24 +360,36 @@ def rounds(lengths, tokens, acceptance, guess, more, plain=1.0):
 
 
 def test_drafts_grow_where_guesses_are_cheap_and_right():
-    assert rounds(DraftLength(), 400, 0.97, 0.1, 0.01)[-1] == 8
+    chosen = rounds(DraftLength(), 400, 0.97, 0.1, 0.01)
+    assert chosen[:PLAIN_STEPS] == [0] * PLAIN_STEPS and chosen[-1] == 8
     short = rounds(DraftLength(), 400, 0.6, 0.2, 0.02)[-20:]
     assert 1 <= sum(short) / 20 <= 3
-    assert max(rounds(DraftLength(longest=3), 200, 1.0, 0.05, 0.0)) == 3
+    assert max(rounds(DraftLength(longest=3), 200, 1.0, 0.05, 0.0)) == 2
 
 
 def test_drafts_end_where_they_do_not_pay_and_are_tried_again():
     chosen = rounds(DraftLength(), 2000, 0.3, 0.6, 0.1)
-    assert chosen[:PLAIN_STEPS] == [0] * PLAIN_STEPS and chosen[PLAIN_STEPS] > 0
-    assert 0 < sum(k > 0 for k in chosen) < 20, "few tries"
-    pauses = "".join("x" if k else "." for k in chosen).split("x")[-3:-1]
-    assert len(pauses[0]) >= PAUSE and len(pauses[1]) >= len(pauses[0])
+    assert 0 < sum(k > 0 for k in chosen) < 40, "few tries"
+    pauses = [len(pause) for pause in "".join("x" if k else "." for k in chosen[PLAIN_STEPS:]).split("x") if pause]
+    assert pauses[0] == PAUSE and pauses[1] == 2 * PAUSE and pauses[2] == 4 * PAUSE
 
 
 def test_drafts_come_back_when_they_begin_to_pay():
     lengths = DraftLength()
     assert rounds(lengths, 500, 0.9, 1.2, 0.1)[-1] == 0
     assert sum(rounds(lengths, 3000, 0.9, 0.2, 0.0)[-10:]) > 20
+
+
+def test_slow_first_rounds_and_texts_that_grow_do_not_mislead():
+    """Such as those that compile and record; and a token takes four times as long after a while."""
+    lengths, chosen, slow = DraftLength(), [], {0: 2, 2: 2, 4: 2, 8: 2}
+    for number in range(400):
+        k = lengths.next()
+        first, slow[k] = slow[k] > 0, slow[k] - 1
+        plain = 1.0 if number < 100 else 4.0
+        lengths.record(k, k, 0.4 * k, (100.0 if first else plain) + 0.01 * k)
+        chosen.append(k)
+    assert chosen[PLAIN_STEPS + 5 :].count(0) == len(chosen) // REFRESH and chosen[-1] == 8
 
 
 def test_an_adapting_draft_gives_the_same_text(llama):

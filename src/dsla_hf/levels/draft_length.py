@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Protocol
 
-LONGEST_DRAFT = 8  # tokens that `DraftLength` drafts at most
-PLAIN_STEPS = 2  # without a draft before the first one, whose times it is measured against; the first may compile something
+LENGTHS = (1, 2, 4, 8)  # of drafts that adapt: few, as each may be a recording of its own
+FIRST = 4  # of the first drafts, and of those that try again
+TRIES = 3  # rounds before it is judged whether they pay; where steps are recorded, the first ones take longer
+PLAIN_STEPS = 4  # tokens without a draft before the first one, against whose times it is measured
+REFRESH = 64  # rounds after which one token is made without a draft, for its time: texts grow
 PAUSE = 32  # tokens without a draft where it did not pay, before another try; doubled each time
 LONGEST_PAUSE = 1024
-FORGETS = 0.9  # what older rounds weigh, each time there is another
+TIMES = 8  # of the last so many times the shortest counts
+FORGETS = 0.9  # what older rounds weigh in the acceptance, each time there is another
 GAIN = 1.02  # how many times faster than without a draft one must be, to be made
-PRIOR = 3.0, 4.0  # guesses accepted and looked at before there are any
+PRIOR = 3.0, 4.0  # guesses accepted and compared before there are any
 
 
 class Lengths(Protocol):
@@ -43,56 +48,53 @@ class DraftLength:
 
     If a guess is accepted with probability a, a round of k guesses makes (1 - a^(k + 1)) / (1 - a) tokens (Leviathan et al. 2023,
     arXiv 2211.17192, equation 1). It takes k times the time of a guess, and a check, whose time is taken to grow evenly with k from that of
-    one token. Where it does not pay, it is tried again after `PAUSE` tokens, with one round, and twice as many each time that fails.
+    one token. Where it does not pay, it is tried again after `PAUSE` tokens, and after twice as many each time that fails.
 
     Args:
         longest: the most tokens to draft.
     """
 
-    def __init__(self, longest: int = LONGEST_DRAFT):
+    def __init__(self, longest: int = LENGTHS[-1]):
         self.longest = longest
-        self._accepted, self._looked_at = PRIOR
-        self._plain: float | None = None  # seconds of a token without a draft
-        self._guess: float | None = None  # of a guess
-        self._more: float | None = None  # what a check takes for each guess
-        self._wait, self._pause = PLAIN_STEPS, PAUSE
+        self.lengths = [length for length in LENGTHS if length <= longest]
+        self._accepted, self._compared = PRIOR
+        # Seconds of tokens without a draft, and what rounds took beyond that, for each guess.
+        self._plain: deque[float] = deque(maxlen=TIMES)
+        self._guess: deque[float] = deque(maxlen=TIMES)
+        self._wait, self._pause, self._rounds = PLAIN_STEPS, PAUSE, 0
 
     @property
     def acceptance(self) -> float:
         """How probably a guess is accepted."""
-        return self._accepted / self._looked_at
+        return self._accepted / self._compared
 
     def next(self) -> int:
         if self._wait > 0:
             return 0
-        if self._guess is None:  # the first draft: as many as would do if a guess cost half of a token
-            return min(4, self.longest)
-        speeds = [self.speed(k) for k in range(1, self.longest + 1)]
-        best = max(speeds)
-        if best > GAIN:
+        if len(self._guess) < TRIES:
+            return min(FIRST, self.lengths[-1])
+        best = max(self.lengths, key=self.speed)
+        if self.speed(best) > GAIN:
             self._pause = PAUSE
-            return speeds.index(best) + 1
+            return best
         self._wait, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
-        self._guess = self._more = None  # the next try measures anew: longer texts gain more
+        self._guess.clear()  # the next try measures anew: longer texts gain more
         return 0
 
     def speed(self, tokens: int) -> float:
         """Tokens a second with so many guesses in a round, as a multiple of what there are without."""
-        assert self._plain is not None and self._guess is not None and self._more is not None
-        made = sum(self.acceptance**place for place in range(tokens + 1))
-        return made * self._plain / max(self._plain + tokens * (self._guess + self._more), 1e-12)
+        made, plain = sum(self.acceptance**place for place in range(tokens + 1)), min(self._plain)
+        return made * plain / max(plain + tokens * min(self._guess), 1e-12)
 
     def record(self, drafted: int, accepted: int, draft_seconds: float, check_seconds: float) -> None:
         if drafted == 0:
-            self._plain = _mean(self._plain, check_seconds) if self._wait < PLAIN_STEPS else check_seconds
-            self._wait -= 1
+            self._plain.append(check_seconds)
+            self._wait = max(self._wait - 1, 0)
             return
         self._accepted = FORGETS * self._accepted + accepted
-        self._looked_at = FORGETS * self._looked_at + min(accepted + 1, drafted)
-        assert self._plain is not None
-        self._guess = _mean(self._guess, draft_seconds / drafted)
-        self._more = _mean(self._more, max(check_seconds - self._plain, 0) / drafted)
-
-
-def _mean(before: float | None, new: float) -> float:
-    return new if before is None else FORGETS * before + (1 - FORGETS) * new
+        self._compared = FORGETS * self._compared + min(accepted + 1, drafted)
+        self._guess.append(max(draft_seconds + check_seconds - min(self._plain), 0) / drafted)
+        self._rounds += 1
+        if self._rounds % REFRESH == 0:
+            self._plain.clear()
+            self._wait = 1
