@@ -157,14 +157,14 @@ def page(options: argparse.Namespace) -> None:
     text = HEAD.format(**settings)
     for name in dict.fromkeys((row["model"], row["trained"]) for row in rows):
         some = [row for row in rows if (row["model"], row["trained"]) == name]
-        how = "distilled adapter" if name[1] else "**untrained** conversion, heads in order of entropy"
+        how = "A distilled adapter" if name[1] else "An **untrained** conversion, heads in order of attention entropy"
         states = "two states beside their window" if some[0]["states"] else "a window alone"
-        text += f"## {name[0]}\n\n{how[0].upper()}{how[1:]}; converted units have {states} of {some[0]['window']} tokens. "
+        text += f"## {name[0]}\n\n{how}; converted units have {states} of {some[0]['window']} tokens. "
         text += f"Acceptance, and in brackets tokens a check:\n\n{table(some)}\n\n"
     write_whole(options.page, text.rstrip() + "\n")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("measure")
@@ -186,7 +186,7 @@ def main() -> None:
     other.add_argument("--results", type=Path, default=RESULTS)
     other.add_argument("--page", type=Path, default=PAGE)
     other.set_defaults(run=page)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.run(options)
 
 

@@ -429,6 +429,10 @@ def test_what_does_not_go_together_is_refused_before_anything_runs(llama, tiny_m
     refused("use_cache=False", use_cache=False)
     refused("a cache that is static", cache_implementation="static")
     refused("a cache that is StaticCache", past_key_values=StaticCache(config=llama.config, max_cache_len=64))
+    refused("in the model's memory", past_key_values=DynamicCache(config=llama.config, offloading=True))
+    with monkeypatch.context() as patch:
+        patch.setattr("dsla_hf.levels.drafting.is_tensor_parallel", lambda model: True)
+        refused("tensor parallel")
     refused("give the whole text", attention_mask=torch.ones(1, 30))
     assert not runs
 

@@ -34,6 +34,7 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from ..core.draft_cache import DraftCache, LayerPart, end_recording, records, take_back
+from ..core.tensor_parallel import is_tensor_parallel
 from .acceptance import Greedy, Rejection, Rule
 from .draft_length import DraftLength, FixedLength, Lengths
 
@@ -346,12 +347,14 @@ def generate_drafted(
         ValueError: for options that do not go together, before anything runs.
     """
     draft_level = check_draft_options(leveled, draft_level, draft_tokens, option)
+    if is_tensor_parallel(model):
+        raise ValueError("draft_level: the model is divided by tensor parallel, whose processes do not draft; leave it out")
     options.pop("level_policy", None)
     cache, kind = option("past_key_values"), option("cache_implementation")
-    if kind not in (None, "dynamic") or (cache is not None and type(cache) is not DynamicCache):
+    if kind not in (None, "dynamic") or (cache is not None and (type(cache) is not DynamicCache or getattr(cache, "offloading", False))):
         raise ValueError(
             f"draft_level with a cache that is {kind or type(cache).__name__}: what is guessed wrong must be taken back, which a "
-            "DynamicCache can (the default); GraphDecoder(draft_level=...) drafts over static ones"
+            "DynamicCache in the model's memory can (the default); GraphDecoder(draft_level=...) drafts over static ones"
         )
     ids = _text(option)
     if cache is not None and ids is not None and cache.get_seq_length() >= ids.shape[1]:

@@ -1,0 +1,75 @@
+"""`eval/drafting.py`: rows of a tiny model, with an adapter and without, going on where it stopped, and the page that they make."""
+
+import importlib
+import json
+import lzma
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dsla_hf import DSLAConfig
+from dsla_hf.cli.quickstart import train_tokenizer
+
+EVAL = Path(__file__).resolve().parents[2] / "eval"
+TEXT = " ".join(f"{number} green bottles hang on the wall, and if one of them should fall" for number in range(1000, 0, -1))
+TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:"
+
+
+@pytest.fixture
+def drafting(monkeypatch):
+    monkeypatch.syspath_prepend(EVAL)
+    yield importlib.import_module("drafting")
+    for name in ("drafting", "measures", "reporting"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model with a chat template, an adapter of layers for it, and texts."""
+    tokenizer = train_tokenizer([TEXT], vocab_size=320)
+    tokenizer.chat_template = TEMPLATE
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    base = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=tokenizer.eos_token_id))
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    get_peft_model(base, DSLAConfig(task_type="CAUSAL_LM", window_size=8)).save_pretrained(str(tmp_path / "adapter"))
+    for kind in ("novels", "code"):
+        with lzma.open(tmp_path / f"{kind}_val.jsonl.xz", "wt") as file:
+            file.writelines(json.dumps({"text": TEXT + str(i)}) + "\n" for i in range(6))
+    return tmp_path
+
+
+def measured(drafting, folder, out, *more):
+    sizes = ["--prompt-tokens", "100", "--prompts", "2", "--new", "10", "--draft", "3", "--dtype", "float32"]
+    drafting.main(["measure", str(folder / "base"), str(folder), "--out", str(folder / out), *sizes, *more])
+    return json.loads((folder / out).read_text())["rows"]
+
+
+def test_rows_and_their_page(drafting, folder, monkeypatch):
+    with_adapter = ["--name", "mine", "--adapter", str(folder / "adapter"), "--kept", "0.5", "0"]
+    rows = measured(drafting, folder, "a.json", *with_adapter)
+    assert [(row["kind"], row["kept"], row["temperature"]) for row in rows] == [
+        (kind, kept, temperature) for kind in ("novels", "code", "chat") for kept in (1, 0) for temperature in (0.0, 0.7)
+    ]
+    for row in rows:
+        assert row["acceptance"] == row["accepted"] / row["compared"] and row["accepted"] <= row["compared"] <= row["drafted"]
+        assert row["tokens_per_check"] == 2 * 9 / row["checks"]
+    assert measured(drafting, folder, "a.json", *with_adapter, "0.5") == rows, "known rows are measured again"
+    with pytest.raises(SystemExit, match="give another --out"):
+        measured(drafting, folder, "a.json", *with_adapter, "--new", "11")
+
+    alone = measured(drafting, folder, "b.json", "--name", "its base", "--kept", "0.5", "--window", "16")
+    assert {(row["trained"], row["unit"], row["units"], row["kept"]) for row in alone} == {(False, "head", 4, 2)}
+    page = folder / "page.md"
+    drafting.main(["page", str(folder / "a.json"), str(folder / "b.json"), "--results", str(folder), "--page", str(page)])
+    result = json.loads((folder / "drafting.json").read_text())
+    assert result["rows"] == rows + alone and result["settings"]["new_tokens"] == 10
+    text = page.read_text()
+    assert "## mine" in text and "An **untrained** conversion" in text
+    cell = f"{rows[0]['acceptance']:.2f} ({rows[0]['tokens_per_check']:.2f})"
+    assert f"| 1 of 2 | {cell} |" in text
