@@ -92,7 +92,7 @@ class _DraftLayer:
     def after(self, layer: Any, tokens: int) -> Any:
         """The layer that guesses go to, after the tokens that the lower level's `layer` holds."""
         if self.draft.attention is None:
-            return copy.copy(layer)  # dynamic layers are written by assignment
+            return _copy(layer)
         states: list[Any] = []
         heads: list[tuple[int, ...]] = []
         if self.checked is not None:
@@ -110,8 +110,8 @@ class _DraftLayer:
         if split is None:
             return converted
         held, softmax = _held(layer, split.num_kv_heads)
-        kept = copy.copy(softmax) if held == split.kept else with_heads(softmax, [held.index(head) for head in split.kept])
-        return PartialCacheLayer(kept, converted, split.converted, split.kept)
+        kept = softmax if held == split.kept else with_heads(softmax, [held.index(head) for head in split.kept])
+        return PartialCacheLayer(_copy(kept), converted, split.converted, split.kept)
 
     def _catch_up(self, layer: Any, tokens: int, attention: DualStateAttention) -> None:
         """Fold what the lower level has read since the last time."""
@@ -129,6 +129,14 @@ class _DraftLayer:
         if held != self.own:
             places = torch.tensor([held.index(head) for head in self.own], dtype=torch.int32, device=k.device)
         self.state, self.tokens = fold_in_pieces(attention, k, v, mask, self.state, kv_heads=places), tokens
+
+
+def _copy(softmax: Any) -> Any:
+    """A softmax layer that grows apart from this one: dynamic layers are written by assignment. It takes nothing back."""
+    copied = copy.copy(softmax)
+    if hasattr(copied, "record_past"):
+        copied.record_past = False
+    return copied
 
 
 def _held(layer: Any, num_kv_heads: int) -> tuple[tuple[int, ...], Any]:

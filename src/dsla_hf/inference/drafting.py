@@ -8,7 +8,7 @@ as kernels want them side by side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -203,7 +203,7 @@ class GraphEngine:
         self._read(ids[:, self.space.read :])
         return self.space.logits.clone()
 
-    def draft(self, ids: Tensor, tokens: int, rule: Rule, ends: set[int]) -> tuple[list[Tensor], list[Tensor | None]]:
+    def draft(self, ids: Tensor, tokens: int, rule: Rule, ends: Collection[int]) -> tuple[list[Tensor], list[Tensor | None]]:
         """As in the protocol; guesses may lie behind `ends`, which the host would have to wait for."""
         space = self.space
         if self.drafts is None:

@@ -7,7 +7,7 @@ have chosen stay, with the one that it chooses instead. No second model, and no 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -94,7 +94,7 @@ class Engine(Protocol):
     def read(self, ids: Tensor) -> Tensor:
         """Read the prompt `[1, T]`, or what of it has not been read; logits fp32 `[1, V]` behind it, at the checking level."""
 
-    def draft(self, ids: Tensor, tokens: int, rule: Rule, ends: set[int]) -> tuple[list[Tensor], list[Tensor | None]]:
+    def draft(self, ids: Tensor, tokens: int, rule: Rule, ends: Collection[int]) -> tuple[list[Tensor], list[Tensor | None]]:
         """Up to so many guesses int64 `[1]` behind the text `ids` `[1, T]`, of which all but the last token is read, and what `rule` wants
         of each; none behind one of the tokens `ends`."""
 
@@ -131,7 +131,7 @@ class DynamicEngine:
         self.cache.activate_past_recording()
         return logits[:, -1].float()
 
-    def draft(self, ids: Tensor, tokens: int, rule: Rule, ends: set[int]) -> tuple[list[Tensor], list[Tensor | None]]:
+    def draft(self, ids: Tensor, tokens: int, rule: Rule, ends: Collection[int]) -> tuple[list[Tensor], list[Tensor | None]]:
         if self._drafts is None:
             check, draft = (self._parts_at(level) for level in self.levels)
             mask = None if self.mask is None else self.mask.bool()
@@ -145,7 +145,7 @@ class DynamicEngine:
                 guess, needed = rule.guess(ids, self._forward(ids[:, -1:], cache)[:, -1].float())
                 guesses.append(guess)
                 drawn_from.append(needed)
-                if int(guess) in ends:
+                if ends and int(guess) in ends:
                     break
                 ids = torch.cat([ids, guess[:, None]], 1)
         finally:
@@ -206,7 +206,7 @@ def draft_and_check(
     stop: Callable[[Tensor], bool],
     *,
     max_length: int,
-    ends: set[int] = frozenset(),  # type: ignore[assignment]
+    ends: Collection[int] = (),
     show: Callable[[Tensor], None] = lambda token: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[Tensor, Counts]:
