@@ -2,10 +2,12 @@
 
     python eval/drafting.py measure MODEL DATA --adapter ADAPTER --name smollm2 --out smollm2.json
     python eval/drafting.py measure MODEL DATA --name teacher --out teacher.json     # without an adapter: an untrained conversion
-    python eval/drafting.py page smollm2.json teacher.json          # eval/results/drafting.json, docs/measured/drafting.md
+    python eval/drafting.py time --shape llama2-7b --prompt-tokens 8192 32768 --out time.json  # a GPU: acceptance is imposed
+    python eval/drafting.py page smollm2.json teacher.json time.json     # eval/results/drafting.json, docs/measured/drafting.md
 
 Prompts are held-out novels and code, and chats that ask about a held-out document where the tokenizer has a chat template; each is read
-once. An interrupted measurement goes on behind its last row. What is counted does not hang on the machine, so a CPU does.
+once. An interrupted measurement goes on behind its last row. What is counted does not hang on the machine, so a CPU does. `time` fills a
+shape with random weights and accepts guesses by chance, as often as it is told: tokens a second with drafts and without.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +30,11 @@ from dsla_hf import DSLAConfig
 from dsla_hf.core.files import write_json, write_whole
 from dsla_hf.core.progress import bar
 from dsla_hf.core.results import origin
+from dsla_hf.inference import graph
+from dsla_hf.inference.bench.models import PRESETS, preset_config, random_model
+from dsla_hf.inference.recorder import PlainRecording
 from dsla_hf.models.adapter import active_config
-from dsla_hf.models.loading import device, load_adapter, load_model, load_tokenizer
+from dsla_hf.models.loading import device, load_adapter, load_config, load_model, load_tokenizer
 from dsla_hf.training.unit_ranking import rank_units
 
 PAGE = Path(__file__).parent.parent / "docs" / "measured" / "drafting.md"
@@ -129,6 +136,78 @@ def measure(options: argparse.Namespace) -> None:
             write_json(options.out, done, indent=1)
 
 
+class Imposed:
+    """Guesses by the draft, of which this share is accepted, by chance."""
+
+    def __init__(self, acceptance: float):
+        self.acceptance, self._random = acceptance, random.Random(0)
+
+    def guess(self, ids: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return logits.argmax(-1), None
+
+    def choose(self, ids: torch.Tensor, logits: torch.Tensor, guess: Any = None, drawn_from: Any = None) -> torch.Tensor:
+        if guess is None:
+            return logits.argmax(-1)
+        return guess if self._random.random() < self.acceptance else (guess + 1) % logits.shape[-1]
+
+
+class Clock:
+    """A streamer that keeps when tokens came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, tokens: torch.Tensor) -> None:
+        self.times += [time.perf_counter()] * (tokens.numel() if self.times else 1)  # the prompt comes first, as one
+
+    def end(self) -> None:
+        """Nothing is open."""
+
+    def rate(self) -> float:
+        """Tokens a second behind the first one."""
+        return (len(self.times) - 2) / (self.times[-1] - self.times[1])
+
+
+@torch.no_grad()
+def time_drafts(options: argparse.Namespace) -> None:
+    """Writes a row for each length and share of KV heads kept."""
+    where = torch.device(device())
+    plain_rule, record = graph.rule_for, {} if where.type == "cuda" else {"record": PlainRecording}
+    config = preset_config(options.shape) if options.shape in PRESETS else load_config(options.shape)
+    base = random_model(config, getattr(torch, options.dtype), where)
+    settings = DSLAConfig(
+        task_type="CAUSAL_LM", conversion_unit="head", window_size=options.window, states=options.states, trained_projections=[]
+    )
+    model = get_peft_model(base, settings).eval().requires_grad_(False)
+    model.base_model.set_conversion_order(rank_units(model, [], metric="random").order)
+    units = len(active_config(model).conversion_order or ())
+    rows = []
+    for tokens in options.prompt_tokens:
+        ids = torch.randint(config.vocab_size, (1, tokens), device=where)
+        call = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        call |= {"max_new_tokens": options.new, "prefill_chunk_size": 4096}
+
+        def rate(call: dict[str, Any] = call, **drafts: Any) -> float:
+            decoder = graph.GraphDecoder(model, **drafts, **record)
+            for clock in (Clock(), Clock()):  # the first one compiles and records
+                decoder.generate(**call, streamer=clock)
+            return clock.rate()
+
+        plain = rate()
+        for kept in dict.fromkeys(round(share * units) for share in options.kept):
+            graph.rule_for = lambda *args: Imposed(options.acceptance)
+            try:
+                drafted = rate(draft_level=units - kept, draft_tokens=options.draft)
+            finally:
+                graph.rule_for = plain_rule
+            rows.append(
+                {"what": "time", "model": options.shape, "prompt_tokens": tokens, "window": options.window, "states": options.states}
+                | {"units": units, "kept": kept, "draft_tokens": options.draft, "acceptance": options.acceptance}
+                | {"tokens_per_second": plain, "drafted_tokens_per_second": drafted, "ratio": drafted / plain}
+            )
+            write_json(options.out, {**origin(" "), "settings": None, "rows": rows}, indent=1)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Acceptance and tokens a check, a line for each level and a column for each kind of text and temperature."""
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
@@ -146,13 +225,15 @@ def table(rows: list[dict[str, Any]]) -> str:
 def page(options: argparse.Namespace) -> None:
     """Writes the result and the page."""
     parts = [json.loads(path.read_text()) for path in options.rows]
-    settings = parts[0]["settings"]
-    if any(part["settings"] != settings for part in parts):
-        raise SystemExit(f"measured with different settings: {[part['settings'] for part in parts]}")
-    rows = [row for part in parts for row in part["rows"]]
+    counted = [part["settings"] for part in parts if part["settings"] is not None]
+    if not counted or any(settings != counted[0] for settings in counted):
+        raise SystemExit(f"counts of acceptance are needed, all with the same settings, not {counted}")
+    settings = counted[0]
+    every = [row | ({"device": part["device"]} if part["settings"] is None else {}) for part in parts for row in part["rows"]]
+    rows, times = [row for row in every if "what" not in row], [row for row in every if "what" in row]
     versions = {"device": parts[0]["device"], "versions": parts[0]["versions"]}
     write_results(
-        "drafting", rows, "python eval/drafting.py page smollm2.json teacher.json", options.results, settings=settings, **versions
+        "drafting", every, "python eval/drafting.py page smollm2.json teacher.json", options.results, settings=settings, **versions
     )
     text = HEAD.format(**settings)
     for name in dict.fromkeys((row["model"], row["trained"]) for row in rows):
@@ -161,6 +242,10 @@ def page(options: argparse.Namespace) -> None:
         states = "two states beside their window" if some[0]["states"] else "a window alone"
         text += f"## {name[0]}\n\n{how}; converted units have {states} of {some[0]['window']} tokens. "
         text += f"Acceptance, and in brackets tokens a check:\n\n{table(some)}\n\n"
+    if times:
+        names = ["model", "prompt_tokens", "kept", "draft_tokens", "acceptance", "tokens_per_second", "drafted_tokens_per_second", "ratio"]
+        text += f"## Time, with an acceptance that is imposed\n\nRandom weights, one text, {', '.join({row['device'] for row in times})}; "
+        text += f"converted heads have a window of {times[0]['window']} tokens:\n\n{rows_table(times, names)}\n"
     write_whole(options.page, text.rstrip() + "\n")
 
 
@@ -181,6 +266,18 @@ def main(arguments: list[str] | None = None) -> None:
     one.add_argument("--kept", type=float, nargs="+", default=KEPT, help="shares of the model's units")
     one.add_argument("--window", type=int, default=WINDOW, help="of an untrained conversion")
     one.set_defaults(run=measure)
+    clocked = commands.add_parser("time")
+    clocked.add_argument("--shape", required=True, help=f"one of {sorted(PRESETS)}, or a model's folder")
+    clocked.add_argument("--out", type=Path, required=True)
+    clocked.add_argument("--dtype", default="bfloat16")
+    clocked.add_argument("--prompt-tokens", type=int, nargs="+", required=True)
+    clocked.add_argument("--new", type=int, default=128)
+    clocked.add_argument("--draft", type=int, default=4, help="tokens in a round")
+    clocked.add_argument("--acceptance", type=float, default=0.9)
+    clocked.add_argument("--kept", type=float, nargs="+", default=(0.1,), help="shares of the KV heads")
+    clocked.add_argument("--window", type=int, default=WINDOW)
+    clocked.add_argument("--states", action="store_true", help="beside the window")
+    clocked.set_defaults(run=time_drafts)
     other = commands.add_parser("page")
     other.add_argument("rows", type=Path, nargs="+")
     other.add_argument("--results", type=Path, default=RESULTS)

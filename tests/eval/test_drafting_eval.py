@@ -65,11 +65,25 @@ def test_rows_and_their_page(drafting, folder, monkeypatch):
 
     alone = measured(drafting, folder, "b.json", "--name", "its base", "--kept", "0.5", "--window", "16")
     assert {(row["trained"], row["unit"], row["units"], row["kept"]) for row in alone} == {(False, "head", 4, 2)}
-    page = folder / "page.md"
-    drafting.main(["page", str(folder / "a.json"), str(folder / "b.json"), "--results", str(folder), "--page", str(page)])
+    clocked = ["--shape", str(folder / "base"), "--prompt-tokens", "40", "--new", "20", "--kept", "0.5", "0", "--dtype", "float32"]
+    drafting.main(["time", *clocked, "--window", "16", "--out", str(folder / "c.json")])
+    times = json.loads((folder / "c.json").read_text())["rows"]
+    assert [row["kept"] for row in times] == [2, 0] and all(row["drafted_tokens_per_second"] > 0 for row in times)
+
+    page, parts = folder / "page.md", [str(folder / name) for name in ("a.json", "b.json", "c.json")]
+    drafting.main(["page", *parts, "--results", str(folder), "--page", str(page)])
     result = json.loads((folder / "drafting.json").read_text())
-    assert result["rows"] == rows + alone and result["settings"]["new_tokens"] == 10
+    assert result["rows"][:-2] == rows + alone and result["rows"][-1]["device"] and result["settings"]["new_tokens"] == 10
     text = page.read_text()
     assert "## mine" in text and "An **untrained** conversion" in text
     cell = f"{rows[0]['acceptance']:.2f} ({rows[0]['tokens_per_check']:.2f})"
-    assert f"| 1 of 2 | {cell} |" in text
+    assert f"| 1 of 2 | {cell} |" in text and f"{times[0]['ratio']:.4g} |" in text
+    with pytest.raises(SystemExit, match="counts of acceptance are needed"):
+        drafting.main(["page", parts[2], "--results", str(folder), "--page", str(page)])
+
+
+def test_an_imposed_acceptance_is_that_share(drafting):
+    rule, logits = drafting.Imposed(0.8), torch.eye(5)[:1]
+    guess, _ = rule.guess(None, logits)
+    hits = sum(int(rule.choose(None, logits, guess) == guess) for _ in range(1000))
+    assert guess == 0 and 750 < hits < 850
