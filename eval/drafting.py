@@ -49,7 +49,8 @@ Made by `python eval/drafting.py`, whose result is `eval/results/drafting.json`.
 
 Level 0 checks, a level above it drafts {draft_tokens} tokens at a time. Acceptance: of the guesses that were compared (up to the first
 wrong one of a round) the share that stayed. Tokens a check: what one forward of the checking level adds to the text. Prompts of
-{prompt_tokens} tokens, {new_tokens} new ones each, {prompts} prompts of a kind. These are counts on few texts, and no times.
+{prompt_tokens} tokens, {new_tokens} new ones each, {prompts} prompts of a kind; {dtype}. These are counts on few texts, and no times:
+small differences between cells say nothing.
 
 """
 
@@ -80,12 +81,8 @@ def untrained(model: Any, tokenizer: Any, data: Path, window: int) -> Any:
 @torch.no_grad()
 def measure(options: argparse.Namespace) -> None:
     """Writes rows as they come."""
-    settings = {
-        "prompt_tokens": options.prompt_tokens,
-        "new_tokens": options.new,
-        "prompts": options.prompts,
-        "draft_tokens": options.draft,
-    }
+    settings = {"prompt_tokens": options.prompt_tokens, "new_tokens": options.new, "prompts": options.prompts}
+    settings |= {"draft_tokens": options.draft, "dtype": options.dtype}
     done = json.loads(options.out.read_text()) if options.out.exists() else {**origin(" "), "settings": settings, "rows": []}
     if done["settings"] != settings:
         raise SystemExit(f"{options.out} was measured with {done['settings']}, not {settings}: give another --out")

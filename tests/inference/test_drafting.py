@@ -1,5 +1,7 @@
 """Drafts in recorded steps: the text of level 0, caches and buffers at addresses that stay."""
 
+from functools import partial
+
 import pytest
 import torch
 from captured_texts import IDS
@@ -64,6 +66,12 @@ def test_sampled_text_is_that_of_the_same_seed_without_drafts(tiny_model, adapte
         assert torch.equal(found.sequences, expected[seed])
         accepted += found.accepted
     assert accepted > 0 and not torch.equal(*expected)
+    # Without a seed: rejection sampling by PyTorch's generator, as `generate` of the model.
+    texts = []
+    for generate in (decoder.generate, partial(model.generate, draft_level=2, draft_tokens=3)):
+        torch.manual_seed(3)
+        texts.append(generate(TEXT, **options))
+    assert torch.equal(*texts)
 
 
 def test_padding_and_chunks_of_the_prompt(tiny_model, adapter_model, recorder, units):

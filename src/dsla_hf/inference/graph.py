@@ -341,7 +341,8 @@ class GraphDecoder:
 
         seed: of the draws (`do_sample=True`), int64; text i of a batch has `seed + i`. A text's draws depend on its seed and the places of
             its tokens alone: neither on the rest of the batch nor on the device. None: one from PyTorch's generator, which
-            `torch.manual_seed` sets. Where no graphs can run, `seed` seeds that generator for the call, whose draws are transformers'.
+            `torch.manual_seed` sets; with `draft_level`, draws of that generator, of which more guesses are accepted than with a seed.
+            Where no graphs can run, `seed` seeds that generator for the call, whose draws are transformers'.
 
         Raises:
             ValueError: if `past_key_values` of this decoder has no room for the text, or holds all of it already; for a seed beyond int64.
@@ -469,8 +470,8 @@ class GraphDecoder:
         if streamer is not None:
             streamer.put(input_ids.cpu())
         lengths = lengths_for(self.draft_tokens)
-        rule: Rule = rule_for(logits_processor, False)
-        if settings.do_sample:
+        rule: Rule = rule_for(logits_processor, settings.do_sample)
+        if settings.do_sample and seed is not None:
             padding = 0 if mask is None else int((~mask.bool()).sum())
             rule = Raced(logits_processor, pure_processors(logits_processor), seed, padding)
         engine = GraphEngine(
