@@ -278,7 +278,10 @@ def test_fused_projection_is_split_and_put_together_again(tiny_model, adapter_mo
         base = tiny_model("phi3")
 
 
-@pytest.mark.parametrize("kind, expected", [("gemma3_text", [1, 3]), ("gpt_oss", [1, 3]), ("cohere2", [1, 3]), ("llama", [0, 1, 2, 3])])
+# EXAONE 4 writes the window on all of its layers.
+@pytest.mark.parametrize(
+    "kind, expected", [("gemma3_text", [1, 3]), ("gpt_oss", [1, 3]), ("exaone4", [1, 3]), ("cohere2", [1, 3]), ("llama", [0, 1, 2, 3])]
+)
 def test_short_sliding_layers_are_left_out_of_the_plan_by_default(tiny_model, kind, expected):
     model = get_peft_model(tiny_model(kind), DSLAConfig(task_type="CAUSAL_LM"))
     assert model.peft_config["default"].conversion_order == expected
