@@ -17,7 +17,7 @@ TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart real setup test test-kernels test-minimum test-upstream coverage lint types resolve docs package format clean
+.PHONY: help quickstart real setup test test-kernels test-minimum test-upstream architectures coverage lint types resolve docs package format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do printf '%-21s%s\n' "$$target" "$$text"; done
@@ -52,6 +52,9 @@ test-upstream: ## run the tests with transformers' and peft's main branches, in 
 	$(MAKE) setup VENV=.venv-upstream
 	.venv-upstream/bin/python -m pip install --upgrade $(UPSTREAM)
 	$(MAKE) test VENV=.venv-upstream
+
+architectures: $(VENV)/.installed-dev ## run every check over every supported architecture; writes the table in docs/architectures.md
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python eval/architectures.py
 
 coverage: $(VENV)/.installed-dev ## run the tests and say which lines they reach; htmlcov/ shows them
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(TWO) --cov --cov-report=term --cov-report=html $(PYTEST_ARGS)

@@ -13,8 +13,7 @@ if not torch.cuda.is_available():  # Triton kernels then run through its interpr
 import kernel_sources
 from head_layers import ORDER
 from peft import get_peft_model
-from tiny import ARCHITECTURE_OPTIONS
-from transformers import AutoConfig, AutoModelForCausalLM
+from tiny import tiny_model_of
 
 from dsla_hf import DSLAConfig
 
@@ -72,30 +71,7 @@ def tiny_model(seed):
     Weights are large enough (0.2) that attention moves the logits: a wrong attention cannot hide behind a small output.
     """
 
-    def make(kind, **config):
-        values = {
-            "num_hidden_layers": 4,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "vocab_size": 97,
-            "max_position_embeddings": 4096,
-            "initializer_range": 0.2,
-            "tie_word_embeddings": True,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": None,
-        }
-        if kind == "phi3":
-            del values["head_dim"]  # it has none of its own
-        model_config = AutoConfig.for_model(kind, **{**values, **ARCHITECTURE_OPTIONS[kind], **config})
-        # SDPA knows no score cap: older releases of transformers leave it out there without a word.
-        options = {"attn_implementation": "eager"} if kind == "gemma2" else {}
-        return AutoModelForCausalLM.from_config(model_config, **options).eval()
-
-    return make
+    return tiny_model_of
 
 
 @pytest.fixture(params=KINDS)

@@ -29,7 +29,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from dsla_hf import DSLAConfig
 from dsla_hf.models.adapter import DSLALayer
-from dsla_hf.models.architectures import SUPPORTED_BASES
 from dsla_hf.models.hybrid import hybrid_classes
 
 # Their warnings are not ours to fix.
@@ -202,7 +201,7 @@ if TRANSFORMERS:
             tester.run_common_tests()
 
     # One of two layers converted in each architecture, and all of them in one.
-    for kind in SUPPORTED_BASES:
+    for kind in ARCHITECTURE_OPTIONS:
         name = "Test" + kind.title().replace("_", "")
         globals()[name] = type(name, (HybridSuite, unittest.TestCase), {"base": kind, "converted": [1], "__module__": __name__})
 

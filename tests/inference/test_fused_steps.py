@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import ARCHITECTURE_OPTIONS
 from torch import nn
 from transformers import DynamicCache
 from transformers.models.llama import modeling_llama
@@ -12,7 +13,6 @@ from transformers.models.llama import modeling_llama
 from dsla_hf.inference import fusion as fused_steps
 from dsla_hf.inference.fusion import can_compile, fused
 from dsla_hf.models.adapter import dsla_layers
-from dsla_hf.models.architectures import ARCHITECTURES
 from dsla_hf.models.decoder import decoder_layers
 
 IDS = torch.tensor([[5, 17, 31, 44, 9, 60]])
@@ -167,7 +167,7 @@ def test_every_linear_layer_of_a_token_is_in_a_launch(tiny_model, adapter_model,
     assert launches == (LAYER * 4 + [1]) * 3
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", ARCHITECTURE_OPTIONS)
 def test_other_architectures(tiny_model, adapter_model, counted, launches, kind):
     """Biases, other activations, projections in one matrix, experts, norms elsewhere."""
     model = adapter_model(tiny_model(kind), level=2)

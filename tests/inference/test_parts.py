@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import ARCHITECTURE_OPTIONS
 from torch import nn
 
 from dsla_hf.inference import parts
 from dsla_hf.inference.parts import GatedMLP, Layer, fused_parts, parts_of, summary
-from dsla_hf.models.architectures import ARCHITECTURES
 from dsla_hf.models.decoder import decoder_layers
 
 LLAMA = Layer("input_layernorm", None, "post_attention_layernorm", None)
@@ -32,7 +32,7 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", ARCHITECTURE_OPTIONS)
 def test_what_is_recognised(tiny_model, kind):
     """In the transformers that is installed: where it writes a module in another way that computes something else, steps take longer."""
     norms, layer, mlp = EXPECTED[kind]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny import ARCHITECTURE_OPTIONS
+from tiny import ARCHITECTURE_OPTIONS, OTHER_ARCHITECTURE_OPTIONS, tiny_model_of
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -12,6 +12,7 @@ from transformers import (
     DynamicCache,
     MambaConfig,
     MambaForCausalLM,
+    PreTrainedConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -19,13 +20,19 @@ from transformers import (
 from dsla_hf import DSLAConfig, cache_bytes
 from dsla_hf.core.cache import DSLACacheLayer
 from dsla_hf.models.adapter import dsla_layers
-from dsla_hf.models.architectures import ARCHITECTURES, SHORT_WINDOW, SUPPORTED_BASES, projection, sliding_window_of
+from dsla_hf.models.architectures import ARCHITECTURES, SHORT_WINDOW, SUPPORTED_BASES, projection, sliding_window_of, why_unsupported
+from dsla_hf.models.loading import check_convertible
 
 ORDER = [2, 0, 3, 1]
 MOST = 3  # where layers take turns, of those that slide and of those that see all some are converted, and softmax layers are left
 
 
-@pytest.fixture(params=SUPPORTED_BASES)
+# One each of what attention differs in: plain; a score cap and local layers; one matrix of queries, keys and values; sinks and experts.
+IN_DEPTH = ("llama", "gemma2", "phi3", "gpt_oss")
+IN_SHORT = tuple(kind for kind in SUPPORTED_BASES if kind not in IN_DEPTH)
+
+
+@pytest.fixture(params=IN_DEPTH)
 def kind(request):
     return request.param
 
@@ -54,7 +61,45 @@ def generate(model, ids, mask=None, **options):
 
 
 def test_all_architectures_are_tested():
-    assert set(ARCHITECTURE_OPTIONS) == set(ARCHITECTURES)
+    assert set(ARCHITECTURE_OPTIONS) | set(OTHER_ARCHITECTURE_OPTIONS) == set(ARCHITECTURES)
+    assert not set(ARCHITECTURE_OPTIONS) & set(OTHER_ARCHITECTURE_OPTIONS)
+
+
+# --- in short (in full: eval/architectures.py) ------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", IN_SHORT)
+def test_is_the_base_at_level_zero_and_inside_its_window_and_decodes_as_it_reads(adapter_model, kind):
+    """With norms, biases and sink logits moved from where they start."""
+    base, ids = tiny_model_of(kind, uneven=True), text()
+    expected, short = base(ids).logits, base(ids[:, :12]).logits
+    fresh = get_peft_model(base, DSLAConfig(task_type="CAUSAL_LM", conversion_order=ORDER, window_size=16)).eval()
+    close(fresh(ids[:, :12]).logits, short, atol=1e-5)
+    model = adapter_model(fresh.unload(), level=MOST)
+    found = model(ids, use_cache=False).logits
+    assert (found - expected).abs().max() > 1e-3 * expected.abs().max(), "the adapter does nothing"
+    cache = DynamicCache(config=model.config)
+    close(torch.cat([model(part, past_key_values=cache).logits for part in ids.split([33, 1, 1, 1, 1, 1, 1, 1], 1)], 1), found)
+    model.set_level(0)
+    assert torch.equal(model(ids).logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "kind", [kind for kind in IN_SHORT if ARCHITECTURES[kind].rotary_layout != "halves" or ARCHITECTURES[kind].partial_rotary]
+)
+def test_channels_that_rotate_together_share_a_decay(adapter_model, kind):
+    """Else states would change when all positions are shifted."""
+    base = tiny_model_of(kind)
+    base.set_experts_implementation("eager")  # others take no fp64
+    model = adapter_model(base, half_lives=((4.0, 60.0), (2.0, 9.0))).double()
+    for name, parameter in model.named_parameters():
+        if name.endswith("state_bias"):
+            parameter.fill_(3.0)  # states that are heard
+    ids, positions = text(1, 60), torch.arange(60)[None]
+    near, far = (model(input_ids=ids, position_ids=positions + shift, use_cache=False).logits for shift in (0, 1000))
+    close(far, near, atol=1e-4)
 
 
 # --- like the base ----------------------------------------------------------------------------------------------
@@ -233,7 +278,10 @@ def test_fused_projection_is_split_and_put_together_again(tiny_model, adapter_mo
         base = tiny_model("phi3")
 
 
-@pytest.mark.parametrize("kind, expected", [("gemma3_text", [1, 3]), ("gpt_oss", [1, 3]), ("cohere2", [1, 3]), ("llama", [0, 1, 2, 3])])
+# EXAONE 4 writes the window on all of its layers.
+@pytest.mark.parametrize(
+    "kind, expected", [("gemma3_text", [1, 3]), ("gpt_oss", [1, 3]), ("exaone4", [1, 3]), ("cohere2", [1, 3]), ("llama", [0, 1, 2, 3])]
+)
 def test_short_sliding_layers_are_left_out_of_the_plan_by_default(tiny_model, kind, expected):
     model = get_peft_model(tiny_model(kind), DSLAConfig(task_type="CAUSAL_LM"))
     assert model.peft_config["default"].conversion_order == expected
@@ -281,7 +329,7 @@ def refused(model, message):
 
 def test_what_cannot_work_is_refused_with_the_reason():
     sizes = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2}
-    refused(MambaForCausalLM(MambaConfig(**sizes, state_size=4)), "has layers that are linear already")
+    refused(MambaForCausalLM(MambaConfig(**sizes, state_size=4)), "'mamba' has no softmax attention: all its layers are linear already")
     refused(BertModel(BertConfig(**sizes, num_attention_heads=2, intermediate_size=16)), "is an encoder: its attention looks ahead")
     t5 = T5Config(vocab_size=30, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     refused(T5ForConditionalGeneration(t5), "encoder-decoder, whose cross-attention has no recurrent form")
@@ -289,3 +337,43 @@ def test_what_cannot_work_is_refused_with_the_reason():
         AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_embd=16, n_layer=1, n_head=2, vocab_size=30)),
         "'gpt2' is not supported",
     )
+
+
+NOT_TESTED = "is not supported by DSLA: its attention has not been tested"
+ITS_TEXT_MODEL = "save that one in a folder of its own and convert it, as docs/architectures.md says"
+REASONS = {
+    **dict.fromkeys(("rwkv", "mamba2", "falcon_mamba", "xlstm"), "has no softmax attention: all its layers are linear already"),
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "granitemoehybrid", "nemotron_h"), "linear already \\(linear_attention\\) beside its"),
+    **dict.fromkeys(("jamba", "falcon_h1"), "linear already \\(a state-space model\\) beside its attention"),
+    "recurrent_gemma": "linear already \\(recurrent\\) beside its attention",
+    **dict.fromkeys(("deepseek_v3", "youtu", "minicpm3"), "has latent attention \\(MLA, kv_lora_rank\\)"),
+    "gemma3n_text": "read the keys and values of another \\(num_kv_shared_layers\\)",
+    "llama4_text": "layers of types that DSLA does not know: chunked_attention",
+    "gemma3": f"holds a text model of type 'gemma3_text' .*{ITS_TEXT_MODEL}",
+    "llava": f"holds a text model of type 'llama' .*{ITS_TEXT_MODEL}",
+    "qwen3_vl": "holds a text model of type 'qwen3_vl_text' .* of other types: .*'qwen3_vl_text' is not supported",
+    "qwen3_5": "holds a text model of type 'qwen3_5_text' .* of other types: .*linear already",
+    **dict.fromkeys(("bert", "roberta", "electra"), "is an encoder: its attention looks ahead"),
+    **dict.fromkeys(("bart", "t5", "whisper"), "is an encoder-decoder"),
+    **dict.fromkeys(("nemotron", "stablelm"), "hands no keyword arguments on to its attention"),
+    **dict.fromkeys(("gpt_neox", "gpt2", "falcon", "phi", "gemma4_text"), NOT_TESTED),
+}
+
+
+@pytest.mark.parametrize("kind, reason", REASONS.items(), ids=REASONS)
+def test_refused_types_are_told_why(kind, reason):
+    with pytest.raises(ValueError, match=f"^my-model: model type '{kind}' .*{reason}"):
+        check_convertible("my-model", AutoConfig.for_model(kind))
+
+
+def test_convolutions_beside_attention_are_linear_layers():
+    config = AutoConfig.for_model("lfm2", layer_types=["conv", "full_attention"], num_hidden_layers=2)
+    assert "linear already (conv) beside its attention" in why_unsupported(config)
+
+
+def test_a_type_of_tomorrow_is_told_apart_by_its_structure():
+    class Tomorrow(PreTrainedConfig):
+        model_type = "tomorrow"
+
+    for values, reason in (({}, NOT_TESTED), ({"layer_types": ["linear_attention"]}, "linear already"), ({"kv_lora_rank": 8}, "MLA")):
+        assert reason in why_unsupported(Tomorrow(**values)), values

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 # A sliding window up to this long already is what a DSLA layer would be: converting it gains nothing.
 SHORT_WINDOW = 1024
@@ -46,29 +47,102 @@ ARCHITECTURES: dict[str, Architecture] = {
         rotary_layout="interleaved", notes="local layers slide over 4,096 tokens; global ones have no rotary embedding"
     ),
     "gpt_oss": Architecture(notes="sink logits kept in the window; local layers (128 tokens) are left out of the plan by default"),
+    "apertus": Architecture(notes="MLP without a gate"),
+    "arcee": Architecture(notes="MLP without a gate"),
+    "cohere": Architecture(rotary_layout="interleaved", notes="norms of queries and keys with weights of each head, where it has them"),
+    "cwm": Architecture(notes="local layers slide over 8,192 tokens"),
+    "dots1": Architecture(notes="mixture of experts"),
+    "ernie4_5": Architecture(rotary_layout="interleaved"),
+    "ernie4_5_moe": Architecture(rotary_layout="interleaved", notes="mixture of experts"),
+    "exaone4": Architecture(notes="local layers slide over 4,096 tokens; global ones have no rotary embedding"),
+    "exaone_moe": Architecture(notes="mixture of experts; local layers slide over 4,096 tokens, global ones have no rotary embedding"),
+    "flex_olmo": Architecture(notes="mixture of experts"),
+    "gemma": Architecture(),
+    "glm": Architecture(rotary_layout="interleaved", partial_rotary=True),
+    "glm4": Architecture(rotary_layout="interleaved", partial_rotary=True),
+    "glm4_moe": Architecture(partial_rotary=True, notes="mixture of experts"),
+    "granite_swa": Architecture(notes="sink logits kept in the window; local layers (128 tokens) are left out of the plan by default"),
+    "granitemoe": Architecture(notes="mixture of experts"),
+    "helium": Architecture(rotary_layout="interleaved"),
+    "hunyuan_v1_dense": Architecture(notes="norms of queries and keys behind the rotary embedding"),
+    "minimax_m2": Architecture(partial_rotary=True, notes="mixture of experts"),
+    "ministral": Architecture(notes="local layers slide where the checkpoint says so"),
+    "ministral3": Architecture(notes="queries grow with their position, as in Llama 4"),
+    "nanochat": Architecture(notes="norms of queries and keys behind the rotary embedding"),
+    "olmo": Architecture(notes="queries, keys and values are clipped where the checkpoint says so"),
+    "olmo3": Architecture(notes="local layers slide over 4,096 tokens"),
+    "olmoe": Architecture(notes="mixture of experts"),
+    "phimoe": Architecture(notes="mixture of experts"),
+    "qwen2_moe": Architecture(notes="mixture of experts"),
+    "seed_oss": Architecture(),
+    "starcoder2": Architecture(notes="MLP without a gate; all layers slide where the checkpoint says so (4,096 tokens)"),
+    "vaultgemma": Architecture(notes="score cap kept in the window; local layers are left out of the plan by default"),
 }
 SUPPORTED_BASES = tuple(ARCHITECTURES)
 
 
+# What types of layers have in place of softmax attention over all earlier tokens, or over the last of them, as configs name it.
+LINEAR_LAYERS = ("linear_attention", "mamba", "conv", "recurrent")
+KNOWN_LAYERS = ("full_attention", "sliding_attention")
+# Sizes that only configs of models with such layers have.
+LINEAR_SIZES = ("mamba_d_state", "state_size", "linear_num_value_heads")
+# Models whose decoder layers call their attention without the keyword arguments that they are given, by which DSLA hands down which tokens
+# are padding and where texts begin.
+WITHOUT_KEYWORDS = ("nemotron", "stablelm")
+# Models without any softmax attention.
+LINEAR_MODELS = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")
+
+
 def why_unsupported(config: Any) -> str:
-    """Why DSLA cannot replace the attention of models with this config, as far as the config tells."""
+    """Why DSLA cannot replace the attention of models with this config, as far as the config tells: by its structure, so that types which
+    are not known by name are told apart, too."""
     model_type = getattr(config, "model_type", None)
+    values: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}  # a config may differ by layer, and raise if asked
     supported = f"supported are {', '.join(SUPPORTED_BASES)}"
-    layer_types = set(getattr(config, "layer_types", None) or ())
     if model_type == "dsla":
         return "this model is a DSLA hybrid already; put a DSLA adapter on the original model"
-    if getattr(config, "is_encoder_decoder", False):
-        return f"model type {model_type!r} is an encoder-decoder, whose cross-attention has no recurrent form; {supported}"
-    linear = {"linear_attention", "mamba", "conv", "recurrent"} & layer_types
-    if linear or "mamba" in str(model_type) or "rwkv" in str(model_type):
-        return f"model type {model_type!r} has layers that are linear already ({', '.join(sorted(linear)) or 'all'}); {supported}"
-    if getattr(config, "is_decoder", None) is False:
-        return f"model type {model_type!r} is an encoder: its attention looks ahead, and a state cannot; {supported}"
-    return f"model type {model_type!r} is not supported by DSLA: its attention has not been tested; {supported}"
+    named = f"model type {model_type!r}"
+    if values.get("is_encoder_decoder"):
+        return f"{named} is an encoder-decoder, whose cross-attention has no recurrent form; {supported}"
+    if (text := _text_config(config)) is not None:
+        inner = f"{named} holds a text model of type {text.model_type!r} beside what reads images or sound, and DSLA converts text models"
+        if text.model_type not in SUPPORTED_BASES:
+            return f"{inner} of other types: {why_unsupported(text)}"
+        return f"{inner}: save that one in a folder of its own and convert it, as docs/architectures.md says"
+    layer_types = {str(kind) for name in ("layer_types", "layers_block_type", "block_types") for kind in values.get(name) or ()}
+    linear = sorted(layer_types & set(LINEAR_LAYERS))
+    if model_type in LINEAR_MODELS:
+        return f"{named} has no softmax attention: all its layers are linear already; {supported}"
+    if linear or any(values.get(name) for name in LINEAR_SIZES):
+        return (
+            f"{named} has layers that are linear already ({', '.join(linear) or 'a state-space model'}) beside its attention; {supported}"
+        )
+    if values.get("kv_lora_rank"):
+        return (
+            f"{named} has latent attention (MLA, kv_lora_rank), whose cache holds no keys and values that states could take in; {supported}"
+        )
+    if values.get("num_kv_shared_layers"):
+        return f"{named} has layers that read the keys and values of another (num_kv_shared_layers), which states cannot; {supported}"
+    if other := sorted(layer_types - {*KNOWN_LAYERS, "moe", "mlp", "attention"}):
+        return f"{named} has layers of types that DSLA does not know: {', '.join(other)}; {supported}"
+    # GPT-NeoX, no encoder, has `is_decoder=False`, too.
+    if values.get("is_decoder") is False and type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+        return f"{named} is an encoder: its attention looks ahead, and a state cannot; {supported}"
+    if model_type in WITHOUT_KEYWORDS:
+        return f"{named} hands no keyword arguments on to its attention, by which DSLA says where texts and padding are; {supported}"
+    return f"{named} is not supported by DSLA: its attention has not been tested; {supported}"
+
+
+def _text_config(config: Any) -> Any:
+    """The config of the text model inside a multimodal one, None if it is a text model itself."""
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    return None if text is config or not getattr(text, "model_type", None) else text
 
 
 def sliding_window_of(attention: Any) -> int | None:
     """The sliding window of a base attention module in tokens, None if it sees everything."""
+    if getattr(attention, "is_sliding", None) is False:  # EXAONE 4 writes the window of its local layers on all
+        return None
     if hasattr(attention, "sliding_window"):
         return attention.sliding_window
     return getattr(attention.config, "sliding_window", None)
