@@ -158,7 +158,7 @@ def run_arm(name: str, teacher: str, data: Path, output: Path, seed: int) -> dic
         report_to=[],
         seed=seed,
         use_cpu=device == "cpu",
-        **{"level_draws": 1, **arm.training},
+        **{"learning_rate": 1e-3, "level_draws": 1, **arm.training},
     )
     steps = STAGE_TOKENS // (BATCH * LENGTH)
     plain = DualStateAttention._window, DualStateAttention._pure, losses._weighted_kl

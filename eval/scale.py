@@ -145,6 +145,7 @@ def measure(name: str, model: Any, stage: str, checkpointing: bool, options: arg
             stage=stage,
             train_level=shape.layers if stage == "logits" else None,
             per_device_train_batch_size=options.batch,
+            level_draws=2,
             max_steps=WARM_UP + options.steps,
             logging_steps=10**6,
             save_strategy="no",

@@ -97,6 +97,7 @@ def stage_seconds(shape: Shape, ids: torch.Tensor, stage: str, layer: str, way: 
             output_dir=folder,
             stage=stage,
             per_device_train_batch_size=len(ids),
+            level_draws=2,
             max_steps=WARM_UP + steps,
             logging_steps=10**6,
             save_strategy="no",

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from dsla_cli import main, preflight
 from dsla_hf import DSLAConfig
 from dsla_hf.cli import distill as distill_job
+from dsla_hf.cli import distill_defaults
 from dsla_hf.cli.distill_options import DistillOptions, parse_options
 from dsla_hf.cli.order import order as order_layers
 from dsla_hf.cli.quickstart import train_tokenizer
@@ -169,7 +170,7 @@ def test_help_of_distill_is_short_and_starts_with_its_own_options(capsys):
         main(["distill", "--help"])
     output = capsys.readouterr().out
     places = [output.index(f"\n  --{name} ") for name in ("model", "data", "window_size", "output_dir", "learning_rate")]
-    assert places == sorted(places) and len(output.splitlines()) < 156
+    assert places == sorted(places) and len(output.splitlines()) < 162
     assert "--adam_beta2 " not in output.split("All other options")[0] and "--stage" not in output
 
 
@@ -220,7 +221,7 @@ def test_defaults_are_the_recipe():
     options, args = parse_options(REQUIRED)
     assert options == DistillOptions(model="m", data=["a.txt"])
     assert type(args) is DSLATrainingArguments and args.output_dir == "o"
-    assert (args.learning_rate, args.lr_scheduler_type, args.train_level) == (1e-3, "cosine", None)
+    assert (args.learning_rate, args.lr_scheduler_type, args.train_level) == (5e-4, "cosine", None)
     assert (args.logging_steps, args.save_steps, args.ddp_find_unused_parameters) == (10, 100, False)
 
 
@@ -265,7 +266,7 @@ def test_command_line_overrides_the_file_wherever_it_stands(tmp_path):
         ("length: [1, 2]", ["length takes one value"]),
         ("dtype: float8", ["dtype", "float8", "bfloat16"]),
         ("save_steps: no", ["save_steps", "in quotes"]),
-        ("tokens:", ["tokens has no value", "12000000"]),
+        ("tokens:", ["tokens has no value", "24000000"]),
         ("- length", ["run.yaml", "name: value"]),
         ("a: [", ["run.yaml", "not YAML"]),
         ("length: 0", ["length must be 1 or more"]),
@@ -289,7 +290,7 @@ def test_missing_config_file(tmp_path, capsys):
 def test_sample_file_is_the_default_recipe():
     options, args = parse_options(["--config", str(ROOT / "examples" / "configs" / "distill.yaml")])
     same, same_args = parse_options(["--model", options.model, "--data", *options.data, "--output_dir", args.output_dir])
-    same.window_size = DSLAConfig().window_size
+    same.window_size = distill_defaults.of_conversion(same)["window_size"]
     assert options == same
     different = {name for name, value in args.to_dict().items() if value != same_args.to_dict()[name]}
     assert different <= {"logging_dir", "run_name"}
@@ -316,6 +317,7 @@ def test_example_script_is_the_command(monkeypatch, tmp_path):
 def distill(made, output, *more, data=None):
     arguments = ["--model", made.base, "--data", *(data or [made.text]), "--output_dir", output, "--length", 32, "--tokens", 256]
     arguments += ["--ranking_sequences", 2, "--per_device_train_batch_size", 2, "--use_cpu", "--window_size", 8, "--unit", "layer"]
+    arguments += ["--states", "true", "--alignment_share", 0.5]
     return ["distill", *map(str, [*arguments, *more])]
 
 
@@ -395,7 +397,7 @@ def weights(directory):
 def test_same_distill_again_trains_nothing_and_gives_the_same(made, distilled, tmp_path, capsys):
     used = shutil.copytree(distilled, tmp_path / "used")
     data = {"data": [made.text, made.more]}
-    line = refusal(capsys, distill(made, used, "--dtype", "float32", "--tokens", 512, **data), used, "--learning_rate 0.01 (now 0.001)")
+    line = refusal(capsys, distill(made, used, "--dtype", "float32", "--tokens", 512, **data), used, "--learning_rate 0.01 (now 0.0005)")
     assert "--tokens 256 (now 512)" in line and "max_steps" not in line and "items" not in line
     assert main(distill(made, used, "--window_size", 8, "--dtype", "float32", "--learning_rate", "1e-2", **data)) == 0
     output = capsys.readouterr().out

@@ -36,7 +36,8 @@ def base(tmp_path_factory):
 def distill(base, output, *more):
     options = ["--model", base, "--data", base / "text.txt", "--output_dir", output, "--length", 64, "--tokens", 1024, "--window_size", 8]
     options += ["--ranking_sequences", 2, "--eval_sequences", 2, "--per_device_train_batch_size", 2, "--use_cpu", "--dtype", "float32"]
-    return ["distill", *map(str, [*options, "--ranking_probes", 3, "--probe_length", 400, *more])]
+    options += ["--states", "true", "--alignment_share", 0.5, "--ranking_probes", 3, "--probe_length", 400]
+    return ["distill", *map(str, [*options, *more])]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_levels_of_the_table_are_those_that_keep_shares_of_the_heads(finished):
     assert "| level | KV heads kept | perplexity |" in card and "| 7 | 1 (12.5%) | " in card
     assert card.count("at 8k tokens") == 1, "with what was measured, and not once more"
     ranking = json.loads((output / "ranking.json").read_text())
-    assert ranking["metric"] == "shares" and ranking["tokens"] == 2 * 64 + 3 * 400
+    assert ranking["metric"] == "shares" and ranking["tokens"] == 2 * 32 + 3 * 400, "sequences are cut to the shortest length of a step"
     assert ranking["order"] == [list(unit) for unit in config.conversion_order]
 
 

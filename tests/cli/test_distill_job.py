@@ -70,6 +70,7 @@ def command(base, output, *more, text="text.txt"):
         "--unit",
         "layer",
     ]
+    arguments += ["--states", "true", "--alignment_share", 0.5, "--probes_in_training", 0]
     return list(map(str, [*arguments, "--save_steps", 2, *more]))
 
 
@@ -108,6 +109,7 @@ def test_plan_says_text_steps_parameters_place_and_disk(finished, base):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), DSLAConfig(task_type="CAUSAL_LM", window_size=8))
     trained, everything = model.get_nb_trainable_parameters()
     assert f"  trained   {trained:,} parameters, {100 * trained / everything:.1f} % of all, in 4 of 4 layers" in printed
+    assert "  converted layers have a window of 8 tokens and states behind it" in printed
     assert re.search(
         rf"  where     cpu, \d+ threads?, base in float32\n  disk      at most \d+ MiB in {re.escape(str(output))}, where", printed
     )
@@ -120,6 +122,38 @@ def test_disk_is_enough_for_what_a_run_leaves_and_little_more(finished):
     written = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     spare = distill_plan.BYTES_OF_OTHERS  # of small models most of it
     assert written < most < written + 40 * spare
+
+
+def test_facts_are_planted_in_plain_text_and_not_in_chats(base, tmp_path, monkeypatch, capsys):
+    planted = []
+    monkeypatch.setattr(distill_job, "with_planted", lambda rows, tokenizer, share, *more: planted.append(share) or rows)
+    monkeypatch.setattr(distill_job, "distill", lambda *a, **k: (_ for _ in ()).throw(ValueError("trained")))
+    chat = [{"role": "user", "content": TEXT[:300]}, {"role": "assistant", "content": TEXT[300:900]}]
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for _ in range(20)))
+    for number, (text, share) in enumerate(((base / "text.txt", 1 / 3), (tmp_path / "chats.jsonl", 0))):
+        arguments = command(base, tmp_path / str(number), text=text)
+        at = arguments.index("--probes_in_training")
+        assert main(["distill", *arguments[:at], *arguments[at + 2 :]]) == 1
+        printed, error = capsys.readouterr()
+        assert "trained" in error and planted.pop() == share
+        assert ("33 % of them with facts asked for later" in printed) == bool(share)
+
+
+def test_text_shorter_than_a_sequence_names_the_option(base, tmp_path, capsys):
+    arguments = command(base, tmp_path / "out", "--length", 8192)
+    assert main(["distill", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert "less than one block of 8192" in error and "--length" in error and not (tmp_path / "out").exists()
+
+
+def test_run_begun_before_there_was_an_option_is_told_what_it_had(base, finished, tmp_path, capsys):
+    output = shutil.copytree(finished[0], tmp_path / "out")
+    file = output / "distill.json"
+    content = json.loads(file.read_text())
+    del content["--alignment_share"]
+    file.write_text(json.dumps(content))
+    assert main(["distill", *command(base, output, "--learning_rate", "1e-2", "--alignment_share", 0.13)]) == 1
+    assert "holds a run with --alignment_share 0.5 (now 0.13): give the same options to go on" in capsys.readouterr().err
 
 
 def test_many_passes_over_little_text_are_said_beforehand(base, tmp_path, monkeypatch, capsys):

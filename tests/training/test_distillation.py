@@ -232,7 +232,7 @@ def test_checkpointing_is_not_reentrant_unless_said(name, options, tmp_path):
 def test_arguments_come_from_a_command_line_too(tmp_path):
     line = ["--output_dir", str(tmp_path), "--stage", "alignment", "--train_level", "3", "--use_cpu", "--report_to", "none"]
     (args,) = HfArgumentParser((DSLATrainingArguments,)).parse_args_into_dataclasses(line)
-    assert (args.stage, args.train_level, args.learning_rate, args.lr_scheduler_type) == ("alignment", 3, 1e-3, "cosine")
+    assert (args.stage, args.train_level, args.learning_rate, args.lr_scheduler_type) == ("alignment", 3, 5e-4, "cosine")
 
 
 # --- what is trained --------------------------------------------------------------------------------------------
@@ -476,7 +476,7 @@ def levels_of_steps(model, directory, **options):
 
 @pytest.mark.parametrize("seed", [0, 4])
 def test_every_step_runs_at_its_drawn_level(llama, seed, tmp_path):
-    expected = [draw_level(seed, step, 4, 2) for step in range(8)]
+    expected = [draw_level(seed, step, 4) for step in range(8)]
     assert len(set(expected)) > 2
     llama.set_level(1)
     assert levels_of_steps(llama, tmp_path, seed=seed, max_steps=8) == [sorted(ORDER[:level]) for level in expected]
@@ -484,7 +484,7 @@ def test_every_step_runs_at_its_drawn_level(llama, seed, tmp_path):
 
 def test_all_batches_of_an_accumulated_step_run_at_one_level(llama, tmp_path):
     levels = levels_of_steps(llama, tmp_path, seed=0, max_steps=4, gradient_accumulation_steps=2)
-    assert levels == [sorted(ORDER[: draw_level(0, step, 4, 2)]) for step in range(4) for _ in range(2)]
+    assert levels == [sorted(ORDER[: draw_level(0, step, 4)]) for step in range(4) for _ in range(2)]
 
 
 def test_levels_are_drawn_from_the_plan(fresh, tmp_path):

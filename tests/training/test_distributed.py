@@ -36,6 +36,7 @@ OPTIONS = [
 OPTIONS += ["--logging_steps", "1", "--save_steps", "2", "--report_to", "none", "--disable_tqdm", "True"]
 # Half of the key-value weights fit no second process, whose parts of them are empty.
 OPTIONS += ["--hidden_weight", "0.5", "--unit", "layer"]
+OPTIONS += ["--states", "true", "--alignment_share", "0.5", "--probes_in_training", "0", "--level_draws", "2", "--learning_rate", "1e-3"]
 
 LAYERS = 3
 RAN = {}  # folders by config and jobs

@@ -40,6 +40,7 @@ from ..training.text import token_blocks
 from ..training.text_check import check_teaches
 from ..training.trainer import highest_trained, trained_level
 from ..training.unit_ranking import UnitRanking
+from .distill_defaults import of_conversion, settle, share_planted, stage_steps
 from .distill_options import DEFAULT_UNIT, DistillOptions
 from .distill_plan import Plan, plan_text, sequences_per_step
 
@@ -52,6 +53,7 @@ OPTIONS_FILE, OWN_FILE = "distill.json", "self.jsonl"
 OWN = "self"  # among --data: texts that the checkpoint writes itself
 # Options that do not decide the result, or are checked by what is in the folder.
 NOT_RECORDED = ("model", "data")
+RECORDED_BEFORE = {"--alignment_share": 0.5}  # what runs had that were begun before there was such an option
 BATCH = "--per_device_train_batch_size times --gradient_accumulation_steps times processes"
 
 
@@ -76,6 +78,8 @@ def _distill_job(options: DistillOptions, args: DSLATrainingArguments, output: P
     config = new_config(options, output)
     base_config = load_config(options.model)
     check_convertible(options.model, base_config)
+    options = settle(options, args, base_config)
+    length = options.length or 0  # which is settled
     heads = config.conversion_unit == "head"
     metric = check_ranking(config.conversion_unit, options.method, options.ranking_metric, probes=False)
     tokenizer = load_tokenizer(options.model)
@@ -90,7 +94,8 @@ def _distill_job(options: DistillOptions, args: DSLATrainingArguments, output: P
         text = _read_text(options, tokenizer)
     check_teaches(text.train, config.window_size, config.sink_tokens)
     probes = _probes(options, tokenizer, text, base_config) if heads and text.ranking and metric != "random" else []
-    train = with_planted(text.train, tokenizer, options.probes_in_training, args.seed, options.answer_weight)
+    planted = share_planted(options, text.chats)
+    train = with_planted(text.train, tokenizer, planted, args.seed, options.answer_weight)
 
     model = _new_model(options, config, args.seed, base)
     config = model.peft_config["default"]
@@ -104,12 +109,11 @@ def _distill_job(options: DistillOptions, args: DSLATrainingArguments, output: P
         )
     before = initial_weights(model)
 
-    steps = max(1, options.tokens // 2 // (sequences_per_step(args) * options.length))
+    alignment, logits = stage_steps(options, sequences_per_step(args) * length)
     check_output(model, output)
-    sizes = (options.length, text.sequences, steps, len(text.ranking), len(text.held_out), [len(x["input_ids"][0]) for x in probes])
-    plan = plan_text(
-        Plan(options.model, *sizes, options.probes_in_training, method=options.method, dtype=options.dtype), model, args, output
-    )
+    apart = (len(text.ranking), len(text.held_out), [len(x["input_ids"][0]) for x in probes])
+    what = Plan(options.model, length, text.sequences, alignment, logits, *apart, planted, method=options.method, dtype=options.dtype)
+    plan = plan_text(what, model, args, output)
     if args.process_index == 0:
         print(plan, flush=True)
         write_json(output / OPTIONS_FILE, recorded)
@@ -117,11 +121,11 @@ def _distill_job(options: DistillOptions, args: DSLATrainingArguments, output: P
         model,
         train,
         args,
-        alignment_steps=steps,
-        logits_steps=steps,
+        alignment_steps=alignment,
+        logits_steps=logits,
         method=options.method,
         ranking_metric=metric,
-        ranking_data=text.ranking or None,
+        ranking_data=[ids[: min(args.sequence_lengths or [length])] for ids in text.ranking] or None,
         ranking_probes=probes,
         probe_weight=options.probe_weight,
         processing_class=tokenizer,
@@ -151,8 +155,7 @@ def new_config(options: DistillOptions, output: Path) -> DSLAConfig:
     if output.is_file():
         raise ValueError(f"{output} is a file: give a folder to save into")
     if options.adapter is None:
-        given = {name: value for name in OF_CONVERSION if (value := getattr(options, name)) is not None}
-        return DSLAConfig(**given, conversion_unit=options.unit or DEFAULT_UNIT[options.method], task_type="CAUSAL_LM")
+        return DSLAConfig(**of_conversion(options), conversion_unit=options.unit or DEFAULT_UNIT[options.method], task_type="CAUSAL_LM")
     config = read_adapter_config(options.adapter)
     if options.unit not in (None, config.conversion_unit):
         raise ValueError(f"{options.adapter} counts {config.conversion_unit}s: leave --unit {options.unit} out")
@@ -193,17 +196,18 @@ def _what_is_kept(output: Path) -> str:
 @dataclass(frozen=True)
 class _Text:
     """train: what is trained on, `sequences` of them (None: as the text streams). ranking, held_out: token ids `[T]`, no part of it.
-    first: token ids of the first sequences, whatever their use."""
+    first: token ids of the first sequences, whatever their use. chats: whether some tokens are not learnt from, as in chats."""
 
     train: Any
     sequences: int | None
     ranking: list[Any]
     held_out: list[Any]
     first: list[Any]
+    chats: bool
 
 
 def _own_texts(options: DistillOptions, args: DSLATrainingArguments, config: DSLAConfig, tokenizer: Any, path: Path) -> Any:
-    """Have the checkpoint write as many tokens into `path` as a run reads; the first process writes what is not there yet.
+    """Have the checkpoint write half as many tokens into `path` as a run reads; the first process writes what is not there yet.
 
     Returns:
         The checkpoint, without an adapter; None if there was nothing to write.
@@ -211,8 +215,9 @@ def _own_texts(options: DistillOptions, args: DSLATrainingArguments, config: DSL
     Raises:
         ValueError: before anything is written, if the folder holds something else than this run.
     """
-    tokens = options.tokens // 2 + (options.ranking_sequences + options.eval_sequences) * options.length
-    settings = {"length": options.length, "seed": args.seed}
+    length = options.length or 0
+    tokens = options.tokens // 2 + (options.ranking_sequences + options.eval_sequences) * length
+    settings = {"length": length, "seed": args.seed}
     if not tokens_left(path, tokens, tokenizer, args.device.type, **settings):
         return None
     model = _new_model(options, copy.deepcopy(config), args.seed)
@@ -231,12 +236,12 @@ def _read_text(options: DistillOptions, tokenizer: Any) -> _Text:
     Raises:
         ValueError: if none is left to train on.
     """
-    ranked, wanted = options.ranking_sequences, options.eval_sequences
+    ranked, wanted, length = options.ranking_sequences, options.eval_sequences, options.length or 0
     blocks = token_blocks(
         options.data,
         tokenizer,
-        options.length,
-        max_tokens=options.tokens + (ranked + wanted) * options.length,
+        length,
+        max_tokens=options.tokens + (ranked + wanted) * length,
         split=options.split,
         column=options.column,
         completion_only=options.completion_only,
@@ -247,18 +252,19 @@ def _read_text(options: DistillOptions, tokenizer: Any) -> _Text:
     there = len(first) if options.streaming else len(blocks)
     if there <= ranked:
         raise ValueError(
-            f"the text gives {there} sequences of {options.length} tokens, and {ranked} are for the ranking, so none is left "
+            f"the text gives {there} sequences of {length} tokens, and {ranked} are for the ranking, so none is left "
             "to train on: give more text, a smaller --length or fewer --ranking_sequences"
         )
     rest = there - ranked
-    enough = rest >= wanted + options.tokens // options.length or (options.streaming and there == looked_at)
+    enough = rest >= wanted + options.tokens // length or (options.streaming and there == looked_at)
     held = wanted if enough else min(wanted, rest - 1, max(1, rest // LEAST_TRAINED))
+    chats = "loss_mask" in blocks.features
     if options.streaming:
-        return _Text(blocks.skip(ranked + held), None, first[:ranked], first[ranked : ranked + held], first)
+        return _Text(blocks.skip(ranked + held), None, first[:ranked], first[ranked : ranked + held], first, chats)
     # Spread over the text, which may be of several kinds.
     apart = {ranked + place * rest // held for place in range(held)}
     train = [index for index in range(ranked, there) if index not in apart]
-    return _Text(blocks.select(train), len(train), first[:ranked], [blocks[index]["input_ids"] for index in sorted(apart)], first)
+    return _Text(blocks.select(train), len(train), first[:ranked], [blocks[index]["input_ids"] for index in sorted(apart)], first, chats)
 
 
 def _probes(options: DistillOptions, tokenizer: Any, text: _Text, base_config: Any) -> list[dict[str, Tensor]]:
@@ -268,7 +274,7 @@ def _probes(options: DistillOptions, tokenizer: Any, text: _Text, base_config: A
     Raises:
         ValueError: if they are longer than the model's context, or than all of that text.
     """
-    longest = options.probe_length or options.length
+    longest = options.probe_length or options.length or 0
     check_fits_context(options.model, base_config, longest)
     ids = [token for row in text.ranking for token in row.tolist()]
     rows = iter(text.train)
@@ -306,7 +312,11 @@ def _check_recorded(output: Path, recorded: dict[str, Any]) -> None:
     path = output / OPTIONS_FILE
     if not path.exists() or not progress_so_far(output):
         return
-    begun = json.loads(path.read_text())
-    changed = [f"{name} {begun[name]} (now {value})" for name, value in recorded.items() if name in begun and begun[name] != value]
+    begun = RECORDED_BEFORE | json.loads(path.read_text())
+    changed = [
+        f"{name} {begun[name]} (now {'not given' if value is None else value})"
+        for name, value in recorded.items()
+        if name in begun and begun[name] != value
+    ]
     if changed:
         raise ValueError(f"{output} holds a run with {', '.join(changed)}: give the same options to go on, or another --output_dir")

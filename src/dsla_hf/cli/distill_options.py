@@ -23,9 +23,9 @@ from ..training.unit_ranking import PROBE_WEIGHT, check_probe_weight
 DESCRIPTION = """\
 Distil a DSLA adapter for a checkpoint from the checkpoint itself. The default recipe:
 
-  1. alignment: every DSLA layer learns the output of the attention that it replaces, all layers in one pass
-  2. ranking:   the layers are ordered by the harm of converting each alone (with --unit head the KV heads, by what each adds to the harm
-                on text and in questions about long texts)
+  1. alignment: every converted layer learns the output of the attention that it replaces, all layers in one pass
+  2. ranking:   the KV heads are ordered by what each adds to the harm on text and in questions about long texts (with --unit layer the
+                layers, by the harm of converting each alone)
   3. logits:    KL to the original's logits at a random level per step, so that every level is trained (or, with --method chain,
                 one layer after the other, each frozen after its turn, as in the DSLA paper)
 
@@ -37,7 +37,7 @@ underscores or dashes.
 
 examples:
   dsla distill --model Qwen/Qwen3-0.6B --data my_text.txt --output_dir my-adapter
-  dsla distill --config distill.yaml --learning_rate 5e-4     (the file's options, one of them overridden)
+  dsla distill --config distill.yaml --learning_rate 1e-3     (the file's options, one of them overridden)
   accelerate launch examples/distill.py --config distill.yaml (the same on several GPUs)
 
 A file for --config has a line 'name: value' per option; examples/configs/distill.yaml is a commented one."""
@@ -76,12 +76,15 @@ SET_BY_RECIPE = {
     "resume_from_checkpoint": "an interrupted run goes on when the same command is given again",
     "eval_strategy": "nothing is measured during training; --eval_sequences are measured at its end",
 }
-DEFAULTS = {
+BATCH_SIZE = "per_device_train_batch_size"
+DEFAULTS: dict[str, Any] = {
     # The recipe has some hundred steps: transformers' 500 would neither log nor save before the end of a stage.
     "logging_steps": 10,
     "save_steps": 100,
     # The newest, and the one before it should that be damaged.
     "save_total_limit": 2,
+    # Not given: `distill_defaults` takes as many as make a step of 16,384 tokens.
+    BATCH_SIZE: None,
 }
 
 
@@ -112,17 +115,24 @@ class DistillOptions:
     column: str = field(default="text", metadata={"help": "Field or column that has the text."})
     completion_only: bool = field(default=True, metadata={"help": "Of chats, learn from what the assistant writes only."})
     streaming: bool = field(default=False, metadata={"help": "Tokenise while training, and keep nothing on disk."})
-    length: int = field(default=2048, metadata={"help": "Tokens per training sequence, the longest of --sequence_lengths."})
-    tokens: int = field(default=12_000_000, metadata={"help": "Training tokens, half for each stage."})
-    ranking_sequences: int = field(default=16, metadata={"help": "Sequences kept apart to rank the units; 0: keep the order."})
+    length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens per training sequence. Default: 8192, or the model's context if less, in turn with 2048."},
+    )
+    tokens: int = field(default=24_000_000, metadata={"help": "Training tokens of both stages."})
+    alignment_share: float = field(default=0.13, metadata={"help": "Share of these for stage 'alignment', below 1; 0: no such stage."})
+    ranking_sequences: int = field(
+        default=16, metadata={"help": "Sequences kept apart to rank the units, cut to the shortest length; 0: keep the order."}
+    )
     ranking_probes: int = field(
         default=24, metadata={"help": "Questions about long texts that heads are ranked on beside these sequences; 0: none."}
     )
     probe_length: int | None = field(
         default=None, metadata={"help": "Tokens of the longest of these, at most the model's context. Default: --length."}
     )
-    probes_in_training: float = field(
-        default=0.0, metadata={"help": "Share of the training sequences in which facts are planted that are asked for later."}
+    probes_in_training: float | None = field(
+        default=None,
+        metadata={"help": "Share of the sequences in which facts are planted that are asked for later. Default: 1/3, of chats 0."},
     )
     answer_weight: float = field(
         default=ANSWER_WEIGHT, metadata={"help": "Of the tokens that answer what was planted, in the loss, beside 1 of all others."}
@@ -147,11 +157,17 @@ class DistillOptions:
         default=PROBE_WEIGHT, metadata={"help": "Of what conversion does to answers beside what it does to text, when heads are ranked."}
     )
     window_size: int | None = field(
-        default=None, metadata={"help": "Tokens of the softmax window; 0: none (the paper's layer). Default: 128, or that of --adapter."}
+        default=None,
+        metadata={
+            "help": "Tokens of the softmax window; 0: none (the paper's layer). Default: that of --adapter; new: 512, with states 128."
+        },
     )
     states: bool | None = field(
         default=None,
-        metadata={"help": "Whether converted heads have states; False: a window alone. Default: they have, or as those of --adapter."},
+        metadata={
+            "help": "Whether converted heads have states behind their window. Default: as those of --adapter; new: only with "
+            "--window_size 0 or a chain."
+        },
     )
     dtype: Literal["bfloat16", "float16", "float32"] = field(
         default="bfloat16", metadata={"help": "Dtype of the frozen base; trained weights are fp32."}
@@ -161,13 +177,16 @@ class DistillOptions:
     def __post_init__(self) -> None:
         if self.gguf_file is not None:  # from here on one name, as `loading.source` takes it apart
             self.model, self.gguf_file = f"{self.model.rstrip('/')}/{self.gguf_file}", None
-        check_at_least_one("length", self.length)
+        if self.length is not None:
+            check_at_least_one("length", self.length)
         check_at_least_one("tokens", self.tokens)
         if self.probe_length is not None:
             check_at_least_one("probe_length", self.probe_length)
         check_probe_weight(self.probe_weight)
         check_answer_weight(self.answer_weight)
-        if not 0 <= self.probes_in_training <= 1:
+        if not 0 <= self.alignment_share < 1:
+            raise ValueError(f"alignment_share must be a share from 0 to below 1, got {self.alignment_share}")
+        if self.probes_in_training is not None and not 0 <= self.probes_in_training <= 1:
             raise ValueError(f"probes_in_training must be a share from 0 to 1, got {self.probes_in_training}")
         for name in ("ranking_sequences", "ranking_probes", "eval_sequences"):
             if getattr(self, name) < 0:
@@ -200,12 +219,16 @@ def parse_options(arguments: list[str] | None = None, prog: str | None = None) -
     values = vars(namespace)
     del values["config"]
     options = DistillOptions(**{item.name: values.pop(item.name) for item in dataclasses.fields(DistillOptions)})
+    batch_size = values.pop(BATCH_SIZE)
     args = DSLATrainingArguments(**values)
+    setattr(args, BATCH_SIZE, batch_size)  # None until `distill_defaults.settle`, which knows the length
     defaults = {item.name: item.default for item in dataclasses.fields(DSLATrainingArguments)}
     for name, reason in SET_BY_RECIPE.items():
         if getattr(args, name) != defaults[name]:
             raise ValueError(f"leave --{name} out: {reason}")
-    if args.sequence_lengths and (wrong := [length for length in args.sequence_lengths if options.length % length]):
+    if args.sequence_lengths and options.length is None:
+        options.length = max(args.sequence_lengths)
+    if args.sequence_lengths and options.length and (wrong := [length for length in args.sequence_lengths if options.length % length]):
         raise ValueError(
             f"--sequence_lengths {wrong} do not divide --length {options.length}, of which they are pieces: give --length "
             f"{max(args.sequence_lengths)}, or other lengths"
@@ -252,6 +275,8 @@ def _parser(prog: str | None = None, **keywords: Any) -> HfArgumentParser:
     for action in parser._actions:
         if action.dest == "output_dir":
             action.required, action.metavar, action.help = True, "DIR", "Folder for the adapter, and below it for what a resumed run needs."
+        elif action.dest == BATCH_SIZE:
+            action.help = "Sequences of a step and device. Default: as many as make a step of 16,384 tokens, at least 1."
         elif action.dest in training - listed or (action.nargs == 0 and action.dest != "help"):
             action.help = argparse.SUPPRESS
     return parser

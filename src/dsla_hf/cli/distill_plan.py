@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..models.adapter import active_config
+from ..models.configuration import DSLAConfig
 from ..models.decoder import decoder_layers
 from ..training.arguments import DSLATrainingArguments
 from ..training.trainer import trained_level
@@ -21,13 +22,14 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Plan:
-    """sequences: to train on, None where the text streams. steps: of each stage. ranked, measured: sequences kept apart. probes: tokens of
-    each that heads are ranked on; planted: share of the sequences that have facts planted in them."""
+    """sequences: to train on, None where the text streams. alignment, logits: steps of these stages. ranked, measured: sequences apart.
+    probes: tokens of each that heads are ranked on; planted: share of the sequences that have facts planted in them."""
 
     model: str
     length: int
     sequences: int | None
-    steps: int
+    alignment: int
+    logits: int
     ranked: int
     measured: int
     probes: list[int]
@@ -37,7 +39,12 @@ class Plan:
 
     def passes(self, args: DSLATrainingArguments) -> float | None:
         """How often both stages together read each sequence."""
-        return None if not self.sequences else 2 * self.steps * sequences_per_step(args) / self.sequences
+        return None if not self.sequences else self.steps * sequences_per_step(args) / self.sequences
+
+    @property
+    def steps(self) -> int:
+        """Of both stages."""
+        return self.alignment + self.logits
 
 
 def sequences_per_step(args: DSLATrainingArguments) -> int:
@@ -49,7 +56,7 @@ def disk_bytes(trained: int, plan: Plan, args: DSLATrainingArguments, links: int
     adapter = 4 * trained + BYTES_OF_OTHERS  # float32
     checkpoint = 3 * adapter  # with the two moments of the optimizer
     most = adapter  # the last save, before it takes its place
-    for trainings, steps in ((1, plan.steps), (links, plan.steps // links)):
+    for trainings, steps in ((1, plan.alignment), (links, plan.logits // links)):
         kept = 0
         if str(getattr(args.save_strategy, "value", args.save_strategy)) != "no":
             saves = 1 + (steps // max(1, int(args.save_steps)) if args.save_steps >= 1 else round(1 / args.save_steps))
@@ -103,8 +110,9 @@ def plan_text(plan: Plan, model: Any, args: DSLATrainingArguments, output: Path)
         f"Distilling an adapter for {plan.model}",
         f"  text      {_text(plan, args)}; apart: {plan.ranked} to rank the {config.conversion_unit}s{beside}, {plan.measured} to measure "
         "the levels",
-        f"  steps     {plan.steps} of alignment, {plan.steps} of logits ({how}); {batch} sequence{'s' if batch > 1 else ''} in each",
+        f"  steps     {plan.alignment} of alignment, {plan.logits} of logits ({how}); {batch} sequence{'s' if batch > 1 else ''} in each",
         f"  trained   {trained:,} parameters, {100 * trained / everything:.1f} % of all, in {parts}",
+        f"  converted {_converted(config)}",
         f"  where     {_where(plan, args)}",
         f"  disk      {disk}",
     ]
@@ -126,11 +134,21 @@ def _text(plan: Plan, args: DSLATrainingArguments) -> str:
 
 def _amount(plan: Plan, args: DSLATrainingArguments) -> str:
     if plan.sequences is None:
-        tokens = 2 * plan.steps * sequences_per_step(args) * plan.length
+        tokens = plan.steps * sequences_per_step(args) * plan.length
         return f"{tokens:,} tokens to train on, in sequences of {plan.length}, as the text streams"
     passes = plan.passes(args) or 0.0
     there = f"{plan.sequences * plan.length:,} tokens to train on, {plan.sequences:,} sequences of {plan.length}"
     return f"{there}, each read {passes:.1f} times"
+
+
+def _converted(config: DSLAConfig) -> str:
+    """What a converted layer or head has."""
+    what = f"{config.conversion_unit}s have"
+    if not config.states:
+        behind = DSLAConfig().window_size
+        return f"{what} a window of {config.window_size:,} tokens alone; --states true adds states behind one of {behind}"
+    window = f"a window of {config.window_size:,} tokens and states behind it" if config.window_size else "states and no window"
+    return f"{what} {window}"
 
 
 def _where(plan: Plan, args: DSLATrainingArguments) -> str:

@@ -77,7 +77,7 @@ def run(output: str | Path = "quickstart-output", steps: int = 400, seed: int = 
         order = [(layer, head) for layer in order for head in range(KV_HEADS)]
     plan = DSLAConfig(conversion_unit=unit, conversion_order=order, window_size=WINDOW, task_type="CAUSAL_LM")
     model = get_peft_model(teacher, plan)
-    arguments = DSLATrainingArguments(**common_arguments(output / "distillation", seed), learning_rate=2e-3)
+    arguments = DSLATrainingArguments(**common_arguments(output / "distillation", seed), learning_rate=2e-3, level_draws=2)
     ranking: dict[str, Any] = {"ranking_data": list(train.blocks[:8].split(4))}
     if unit == "head":
         text = train.blocks[:8].flatten().tolist()

@@ -45,13 +45,13 @@ class DSLATrainingArguments(TrainingArguments):
             "the same tokens. Default: the rows as they are."
         },
     )
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the projections."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of the projections."})
     gate_learning_rate_factor: float = field(
         default=20.0,
         metadata={"help": "Peak learning rate of gates, mix and norm, over that of the projections: they have far to go from their start."},
     )
     level_draws: int = field(
-        default=2,
+        default=1,
         metadata={"help": "Stage 'logits': the level of a step is the highest of so many draws; 1 treats all levels alike."},
     )
     highest_share: float = field(

@@ -178,7 +178,7 @@ def _packed(documents: Iterable[Tokens], length: int, max_tokens: int | None) ->
             break
     if not given:
         there = int(min(len(ids), room))
-        raise ValueError(f"the texts give {there} tokens, less than one block of {length}: give more text or shorter blocks")
+        raise ValueError(f"the texts give {there} tokens, less than one block of {length}: give more text or shorter blocks (--length)")
 
 
 class PackedTokens(torch.utils.data.Dataset):
