@@ -105,6 +105,27 @@ def test_each_head_is_compared_by_itself(tiny_model, adapter_model):
     assert not gradient.any()
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss"])
+def test_layers_that_slide_are_aligned_on_rows_longer_than_their_window(kind, tiny_model, adapter_model):
+    model = adapter_model(tiny_model(kind), **{**HEADS, "conversion_order": [[2, 0], [2, 1]]})
+    layer, seen = of_base(model, 2)
+    window = layer.base_layer.sliding_window
+    assert window < IDS.shape[1] and seen["kwargs"]["attention_mask"] is not None
+    own = layer.dsla_attention()
+    expected = own(*seen["args"], **{**seen["kwargs"], "attention_mask": None})[
+        0
+    ]  # a state reaches past the window: causal is all there is
+    torch.testing.assert_close(own(*seen["args"], **seen["kwargs"])[0], expected)
+    with pytest.raises(ValueError, match="a window that is not the model's"):
+        own(*seen["args"], **{**seen["kwargs"], "attention_mask": seen["kwargs"]["attention_mask"] + narrower(window)})
+
+
+def narrower(window):
+    """An additive mask that hides what a window shorter by two tokens hides."""
+    place = torch.arange(IDS.shape[1])
+    return torch.where(place[:, None] - place >= window - 2, torch.finfo(torch.float32).min, 0.0)
+
+
 # --- the trainer ------------------------------------------------------------------------------------------------
 
 
@@ -196,10 +217,16 @@ def test_steps_have_the_lengths_in_turn_and_all_tokens(tiny_model, adapter_model
     assert {tuple(row.tolist()) for row in rows[0].reshape(2, 24)} < {tuple(ids.tolist()) for ids in IDS}, "no token is lost or moved"
 
 
-@pytest.mark.parametrize(("lengths", "words"), [([7, 24], "no multiple of 7"), ([0], "lengths of 1 or more"), ([], "lengths of 1 or more")])
+@pytest.mark.parametrize(
+    ("lengths", "words"),
+    [([7, 24], "no multiple of 7"), ([24, 48], "no multiple of 48"), *((x, "lengths of 1 or more") for x in ([0], [], [12.0], "24", 24))],
+)
 def test_lengths_that_do_not_fit_are_refused(lengths, words, tiny_model, adapter_model, tmp_path):
+    model = adapter_model(tiny_model("llama"), **HEADS)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match=words):
-        trainer(adapter_model(tiny_model("llama"), **HEADS), tmp_path, sequence_lengths=lengths).train()
+        trainer(model, tmp_path, sequence_lengths=lengths, learning_rate=0.1).train()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_padded_rows_are_not_cut(tiny_model, adapter_model, tmp_path):

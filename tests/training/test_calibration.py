@@ -159,3 +159,25 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path, tiny_model, ada
     with pytest.raises(FloatingPointError, match="the gradient of step 1 is not finite"):
         trainer.train()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("window", [0, 8])
+@pytest.mark.parametrize("left", [True, False])
+def test_padding_counts_for_nothing(tiny_model, adapter_model, window, left):
+    plain, padded = (make(tiny_model, adapter_model, window_size=window) for _ in range(2))
+    pad, real = torch.zeros(2, 20, dtype=torch.long), torch.ones_like(IDS)
+    ids, mask = (torch.cat([pad, x] if left else [x, pad], 1) for x in (IDS, real))
+    assert match_outputs(plain, {"input_ids": IDS}) == match_outputs(padded, {"input_ids": ids, "attention_mask": mask})
+    for i, core in cores(plain).items():
+        for name, value in core.named_parameters():
+            torch.testing.assert_close(cores(padded)[i].get_parameter(name), value)
+
+
+@pytest.mark.parametrize("window", [0, 8])
+def test_a_base_that_gives_nothing_finite_spoils_no_weight(tiny_model, adapter_model, window):
+    model = make(tiny_model, adapter_model, window_size=window)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        model.get_base_model().model.embed_tokens.weight[IDS[0, 3]] = float("nan")
+    assert match_outputs(model, {"input_ids": IDS}) == []
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if p.requires_grad)

@@ -498,7 +498,7 @@ def test_level_of_the_arguments_holds_for_all_steps(llama, tmp_path):
 
 
 def test_level_0_of_the_arguments_would_train_nothing(llama, tmp_path):
-    with pytest.raises(RuntimeError, match="nothing of DSLA can be trained at level 0"):
+    with pytest.raises(ValueError, match="train_level 0 is level 0, the original model, where nothing is trained"):
         train(llama, tmp_path, stage="logits", train_level=0)
     assert llama.get_level() == 4
 

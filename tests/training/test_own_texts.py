@@ -56,7 +56,7 @@ def test_draws_are_the_models_own(model, tokenizer, tmp_path):
     assert len(set(begun_alike)) > 1
 
 
-@pytest.mark.parametrize("kept", [0.0, 0.3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("kept", [0.0, 0.4, 0.6, 0.9, 1.0])  # the first batch comes with the file, or not at all
 def test_an_interrupted_file_becomes_what_it_would_have_been(kept, model, tokenizer, tmp_path):
     path = tmp_path / "own.jsonl"
     whole = write_own_texts(model, tokenizer, path, 500, **SMALL).read_bytes()
@@ -77,14 +77,14 @@ def test_what_is_left_to_write_is_known_without_a_model(model, tokenizer, tmp_pa
     settings = {name: value for name, value in SMALL.items() if name != "progress"}
     path = tmp_path / "own.jsonl"
     assert tokens_left(path, 100, tokenizer, "cpu", **settings) == 100 and not path.exists()
-    write_own_texts(model, tokenizer, path, 100, **SMALL)
-    assert tokens_left(path, 100, tokenizer, "cpu", **settings) == 0
+    write_own_texts(model, tokenizer, path, 500, **SMALL)
+    assert tokens_left(path, 500, tokenizer, "cpu", **settings) == 0
     with pytest.raises(ValueError, match="name another file"):
-        tokens_left(path, 100, tokenizer, "cpu", **settings | {"seed": 5})
-    assert 0 < tokens_left(path, 10_000, tokenizer, "cpu", **settings) <= 9_900
+        tokens_left(path, 500, tokenizer, "cpu", **settings | {"seed": 5})
+    assert 0 < tokens_left(path, 10_000, tokenizer, "cpu", **settings) <= 9_500
     cut = path.read_bytes()[:-9]
     path.write_bytes(cut)
-    assert tokens_left(path, 100, tokenizer, "cpu", **settings) > 0 and path.read_bytes() == cut
+    assert tokens_left(path, 500, tokenizer, "cpu", **settings) > 0 and path.read_bytes() == cut
 
 
 def test_other_settings_are_refused_and_change_nothing(model, tokenizer, tmp_path):
@@ -93,6 +93,23 @@ def test_other_settings_are_refused_and_change_nothing(model, tokenizer, tmp_pat
     with pytest.raises(ValueError, match="name another file, or remove it"):
         write_own_texts(model, tokenizer, path, 100, seed=5, **SMALL)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ['{"text": "mine"}\n', "5\n", '{"last_of_batch": 0}\n', "no JSON"])
+def test_a_file_of_somebody_else_is_left_alone(content, model, tokenizer, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="something else than texts written here"):
+        write_own_texts(model, tokenizer, path, 100, **SMALL)
+    with pytest.raises(ValueError, match="something else than texts written here"):
+        tokens_left(path, 100, tokenizer, "cpu", length=48, batch=4)
+    assert path.read_text() == content
+
+
+def test_a_tokenizer_may_have_more_words_than_the_model(tiny_model, tokenizer, tmp_path):
+    model = tiny_model("llama", vocab_size=len(tokenizer) // 4)
+    model.generation_config.eos_token_id = None
+    assert rows_of(write_own_texts(model, tokenizer, tmp_path / "own.jsonl", 1, length=8, batch=32, progress=False))
 
 
 def test_a_chat_model_asks_and_answers(model, tokenizer, tmp_path, monkeypatch):
@@ -127,6 +144,7 @@ def test_bad_settings_are_named(model, tokenizer, tmp_path):
         ("tokens must be 1", {"tokens": 0}),
         ("length 8 or more", {"length": 4}),
         ("temperature", {"temperature": 0.0}),
+        ("batch must be 1", {"batch": -1}),
     ):
         with pytest.raises(ValueError, match=words):
             write_own_texts(model, tokenizer, tmp_path / "own.jsonl", **{"tokens": 10, **settings})

@@ -23,7 +23,7 @@ from ..core.fold import dsla_cache_layer, partial_cache_layer
 from ..core.heads import HeadIndices, HeadSplit, of_heads, split_of
 from ..core.layout import TokenLayout, read_layout
 from ..core.tensor_parallel import DSLA, HEADS
-from .architectures import kv_heads_of
+from .architectures import kv_heads_of, sliding_window_of
 from .configuration import DSLAConfig
 
 ATTENTION_FUNCTION = "dsla"
@@ -268,7 +268,8 @@ class DSLAAttentionMixin:
     ) -> Any:
         if "cache" in kwargs:  # the paged cache of continuous batching, which knows keys and values only
             raise NotImplementedError(NO_CONTINUOUS_BATCHING)
-        layout = read_layout(attention_mask, tokens=hidden_states.shape[1]) if dsla_layout is None else dsla_layout
+        if (layout := dsla_layout) is None:
+            layout = read_layout(attention_mask, tokens=hidden_states.shape[1], sliding_window=sliding_window_of(self))
         if self.split is not None:
             return self._forward_in_part(self.split, hidden_states, args, attention_mask, past_key_values, layout, kwargs)
         layer = None

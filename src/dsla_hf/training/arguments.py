@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+from ..levels.reading import is_whole
 from .alignment import WAYS
 
 logger = logging.get_logger(__name__)
@@ -92,8 +93,9 @@ class DSLATrainingArguments(TrainingArguments):
             self.train_level = int(self.train_level)
         if self.alignment_heads not in (None, *WAYS):
             raise ValueError(f"alignment_heads must be one of {list(WAYS)}, got {self.alignment_heads!r}")
-        if self.sequence_lengths is not None and not (self.sequence_lengths and min(self.sequence_lengths) >= 1):
-            raise ValueError(f"sequence_lengths must be lengths of 1 or more, got {self.sequence_lengths}")
+        lengths: Any = self.sequence_lengths
+        if lengths is not None and not (isinstance(lengths, (list, tuple)) and lengths and all(is_whole(x) and x >= 1 for x in lengths)):
+            raise ValueError(f"sequence_lengths must be a list of lengths of 1 or more, got {lengths!r}")
         for name in ("gate_learning_rate_factor", "hidden_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")

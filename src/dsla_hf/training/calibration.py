@@ -31,8 +31,9 @@ def match_outputs(model: Any, inputs: dict[str, Any], mean: Callable[..., Tensor
     query head becomes the highest of BIASES with which its output is as near to the original's as with any of them, but for SLACK. Without
     a window `norm_weight` is then multiplied, layer by layer, by what brings the layer's output nearest (least squares).
 
-    model: a PEFT model with a DSLA adapter. inputs: of its forward, `input_ids` `[B, T]` and what else it takes. Layers without states, or
-    whose norm is not fresh (all 1), stay as they are. mean: over processes, of a tensor and `reduction="mean"`, where there are several.
+    model: a PEFT model with a DSLA adapter. inputs: of its forward, `input_ids` `[B, T]` and what else it takes; tokens that a 2-D
+    `attention_mask` hides count for nothing. Layers without states, or whose norm is not fresh (all 1), stay as they are, and all do where
+    the original's attention is not finite. mean: over processes, of a tensor and `reduction="mean"`, where there are several.
 
     Returns:
         Indices of the layers that were set.
@@ -43,37 +44,46 @@ def match_outputs(model: Any, inputs: dict[str, Any], mean: Callable[..., Tensor
     over = mean or (lambda x, reduction: x)
     taken: dict[int, Tensor] = {}  # by the original's output projections
     found: dict[int, Tensor] = {}
+    mask = inputs.get("attention_mask")
+    real = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+    def tokens(x: Tensor) -> Tensor:
+        """`[real tokens, channels]` of `[B, T, channels]`."""
+        return (x.flatten(0, 1) if real is None else x[real.to(x.device)]).float()
 
     def keep(index: int, reduce: Callable[[Tensor], Tensor]) -> Any:
         return output_projections(layers[index])[0].register_forward_pre_hook(lambda module, args: taken.update({index: reduce(args[0])}))
 
-    _read_base(model, inputs, [keep(i, lambda x: x.float().square().flatten(0, -2).mean(0)) for i in fresh])
+    _read_base(model, inputs, [keep(i, lambda x: tokens(x).square().mean(0)) for i in fresh])
+    squares = {i: over(taken[i], reduction="mean") for i in fresh}
+    if not all(square.isfinite().all() for square in squares.values()):
+        return []  # the step says what is wrong
     for i, core in fresh.items():
-        _put(core.norm_weight, over(taken[i], reduction="mean").view(core.norm_weight.shape).sqrt().clamp(min=SMALLEST))
+        _put(core.norm_weight, squares[i].view(core.norm_weight.shape).sqrt().clamp(min=SMALLEST))
 
     def compare_heads(layer: Any, args: tuple, kwargs: dict, output: Any) -> None:
         """Errors by bias and query head."""
         index = layer.layer_idx
-        base, core, errors = taken.pop(index).float(), fresh[index], []
+        base, core, errors = taken.pop(index), fresh[index], []
         before = core.state_bias.clone()
         own: list[Tensor] = []
         hook = output_projections(layer)[1].register_forward_pre_hook(lambda module, args: own.append(args[0]))
         for bias in BIASES:
             core.state_bias.fill_(bias)
             layer.dsla_attention()(*args, **kwargs)
-            errors.append((own.pop().float() - base).square().unflatten(-1, (len(before), -1)).mean((0, 1, 3)))
+            errors.append((tokens(own.pop()) - base).square().unflatten(-1, (len(before), -1)).mean((0, 2)))
         hook.remove()
         taken.pop(index, None)  # where both have one projection
         core.state_bias.copy_(before)
         found[index] = torch.stack(errors)
 
     def compare(layer: Any, args: tuple, kwargs: dict, output: Any) -> None:
-        own, base = layer.dsla_attention()(*args, **kwargs)[0].float(), output[0].float()
+        own, base = tokens(layer.dsla_attention()(*args, **kwargs)[0]), tokens(output[0])
         found[layer.layer_idx] = torch.stack([(own * base).mean(), own.square().mean()])
 
     windowed = [i for i, core in fresh.items() if core.window_size]
     pure = [i for i in fresh if i not in windowed]
-    hooks = [keep(i, lambda x: x) for i in windowed]
+    hooks = [keep(i, tokens) for i in windowed]
     hooks += [layers[i].register_forward_hook(compare_heads if i in windowed else compare, with_kwargs=True) for i in fresh]
     _read_base(model, inputs, hooks)
     biases = torch.tensor(BIASES)

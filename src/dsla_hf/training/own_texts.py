@@ -124,6 +124,8 @@ def _settings(
         raise ValueError(f"tokens must be 1 or more and length 8 or more, got {tokens} and {length}")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be above 0, got {temperature}")
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch must be 1 or more, or None, got {batch}")
     chat = tokenizer.chat_template is not None if chat is None else chat
     at_once = batch or max(1, TOKENS_AT_ONCE.get(device, TOKENS_AT_ONCE["cpu"]) // length)
     return {"chat": chat, "length": length, "temperature": temperature, "seed": seed, "batch": at_once}
@@ -152,10 +154,12 @@ def _whole_batches(path: Path, content: bytes, settings: dict[str, Any]) -> tupl
         except ValueError:
             break
         begin = end + 1
-        if "last_of_batch" in row:
-            if row["settings"] != settings:
-                raise ValueError(f"{path} has texts written with {row['settings']}, not {settings}: name another file, or remove it")
+        if isinstance(row, dict) and {"last_of_batch", "tokens_of_batch"} <= row.keys():
+            if row.get("settings") != settings:
+                raise ValueError(f"{path} has texts written with {row.get('settings')}, not {settings}: name another file, or remove it")
             done, number, whole = done + row["tokens_of_batch"], row["last_of_batch"] + 1, begin
+    if content and not whole:  # the first batch comes with the file: this is none of ours, and would be lost
+        raise ValueError(f"{path} holds something else than texts written here: name another file, or remove it")
     return done, number, whole
 
 
@@ -165,9 +169,13 @@ def _append(path: Path, settings: dict[str, Any], number: int, tokens: int, rows
         return
     last = {"last_of_batch": number, "tokens_of_batch": tokens, "settings": settings}
     rows = [*rows[:-1], {**rows[-1], **last}]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or not path.stat().st_size:
+        write_whole(path, text)
+        return
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
@@ -180,7 +188,8 @@ class _Generate:
 
     def __init__(self, model: Any, tokenizer: Any, temperature: float):
         self.decoder = GraphDecoder(model) if model.device.type == "cuda" else model
-        self.device, self.words, self.temperature = model.device, len(tokenizer), temperature
+        self.device, self.temperature = model.device, temperature
+        self.words = min(len(tokenizer), len(model.get_input_embeddings().weight))  # a tokenizer may have more than the model
         own = model.generation_config.eos_token_id
         ends = [] if own is None else [own] if isinstance(own, int) else list(own)
         self.ends = sorted({*ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})

@@ -256,8 +256,8 @@ class DSLATrainer(Trainer):
         if not args.sequence_lengths:
             return inputs
         length, there = args.sequence_lengths[self.state.global_step % len(args.sequence_lengths)], inputs["input_ids"].shape[1]
-        if there % length:
-            raise ValueError(f"sequence_lengths {args.sequence_lengths}: rows of {there} tokens are no multiple of {length}")
+        if unfit := [x for x in args.sequence_lengths if there % x]:  # all of them, before the first step
+            raise ValueError(f"sequence_lengths {args.sequence_lengths}: rows of {there} tokens are no multiple of {unfit[0]}")
         mask = inputs.get("attention_mask")
         if mask is not None and not mask.all():
             raise ValueError("sequence_lengths cuts packed rows, and these are padded: pack them, or leave it out")
@@ -597,12 +597,14 @@ def trained_level(model: Any, args: DSLATrainingArguments) -> int | None:
     """The level that all steps are trained at, as a number; None: one is drawn for each.
 
     Raises:
-        ValueError: if the plan has no such level.
+        ValueError: if the plan has no such level, or it is 0.
     """
     level, config = args.train_level, active_config(model)
     if isinstance(level, str):
         level = resolve_level(level, config, len(decoder_layers(model.get_base_model())))
-    return None if level is None else config.check_level(level)
+    if level is not None and config.check_level(level) == 0:
+        raise ValueError(f"train_level {args.train_level!r} is level 0, the original model, where nothing is trained: give a higher one")
+    return level
 
 
 def highest_trained(model: Any, args: DSLATrainingArguments, method: str = "random") -> int:
