@@ -49,7 +49,7 @@ class DSLATrainingArguments(TrainingArguments):
     learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of the projections."})
     gate_learning_rate_factor: float = field(
         default=20.0,
-        metadata={"help": "Peak learning rate of gates, mix and norm, over that of the projections: they have far to go from their start."},
+        metadata={"help": "Peak learning rate of gates and mix, over that of the projections: they have far to go from their start."},
     )
     level_draws: int = field(
         default=1,
