@@ -1,12 +1,16 @@
 """Prefix reuse: texts that begin alike are read once at level 0, each is what it is without reuse, and nothing leaks or mixes."""
 
+import httpx
+import openai
 import pytest
 import torch
 from engine_texts import SMALL, Ear, alone, ask, assert_empty, options, prompts, run
+from server import byte_tokenizer, served
 
 from dsla_hf.inference.sampling import Sampling
 from dsla_hf.serving.engine.engine import Engine, EngineOptions, ShedForMemory
 from dsla_hf.serving.engine.prefixes import extend_keys
+from dsla_hf.serving.http.api import ApiOptions, build_app
 
 PREFIX = prompts(1, 32, 32, seed=7)[0]  # whole blocks of 4, whole chunks of 8
 TAILS = prompts(5, 1, 12, seed=8)
@@ -218,3 +222,25 @@ def test_not_with_batch_invariant(tuned):
     with pytest.raises(ValueError, match="prefix_reuse True is not for batch_invariant"):
         EngineOptions(batch_invariant=True, prefix_reuse=True)
     assert not Engine(tuned, 0, options(batch_invariant=True, max_tokens=64)).reuses
+
+
+def test_two_turns_over_http(tuned):
+    engine = Engine(tuned, 0, EngineOptions(slots=2, block_size=8, chunk=64, max_tokens=512))
+    with served(build_app(engine, byte_tokenizer(), ApiOptions("tiny"))) as (_, address):
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+        def chat(messages):
+            return client.chat.completions.create(model="tiny", messages=messages, max_tokens=9, temperature=0)
+
+        messages = [{"role": "system", "content": "You answer in one word. " * 4}, {"role": "user", "content": "Hello"}]
+        first = chat(messages)
+        answer = {"role": "assistant", "content": first.choices[0].message.content}
+        second = chat([*messages, answer, {"role": "user", "content": "And now?"}])
+        figures = httpx.get(f"{address}/metrics").text
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    cached = second.usage.prompt_tokens_details.cached_tokens
+    assert first.usage.prompt_tokens - 16 < cached < second.usage.prompt_tokens and cached % 8 == 0
+    asked = first.usage.prompt_tokens + second.usage.prompt_tokens
+    assert f'vllm:prefix_cache_queries_total{{model_name="tiny"}} {float(asked)}' in figures
+    assert f'vllm:prefix_cache_hits_total{{model_name="tiny"}} {float(cached)}' in figures
+    assert_empty(engine)
