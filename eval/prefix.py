@@ -4,13 +4,15 @@
     python eval/prefix.py --shape llama3-8b
 
 An engine with and one without reuse serve, at level 0, `--texts` requests that come at once: a prefix that all share and `--new` prompt
-tokens of their own. Arms take turns, `--rounds` times, each round with another prefix. Rows of eval/results/prefix.json, with medians over rounds:
+tokens of their own. Arms take turns, `--rounds` times, each round with another prefix. Rows of eval/results/prefix.json, with medians over
+rounds:
 
 - `cold`: nobody has read the prefix before; `warm`: another text has. Mean and largest time to the first token.
 - `no hits`: prompts of the same length that share nothing. Seconds until all have ended, and seconds of the processor.
 
 `ratio` is the time with reuse over that without: of `no hits` the median over rounds of the seconds of each, elsewhere of the mean time to
-the first token. `cpu_ratio` is the same of the processor's time, which other processes of the machine do not lengthen. The model has random weights; `tiny` runs on a CPU.
+the first token. `cpu_ratio` is that of the processor's time of the whole run, which other processes of the machine do not lengthen. The
+model has random weights; `tiny` runs on a CPU.
 """
 
 from __future__ import annotations
