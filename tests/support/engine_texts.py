@@ -76,5 +76,7 @@ def recorded(engine):
 
 def assert_empty(engine):
     assert engine.memory.pool.free_blocks == engine.memory.pool.num_blocks
-    assert sorted(engine.memory.pool._free) == list(range(1, engine.memory.pool.num_blocks + 1))
+    idle = [block for column in engine.memory.pool.prefixes._idle.values() for block in column.blocks]
+    assert len(engine.memory.pool.prefixes._columns) == len(engine.memory.pool.prefixes._idle) and not engine.memory.pool._shared
+    assert sorted(engine.memory.pool._free + idle) == list(range(1, engine.memory.pool.num_blocks + 1))
     assert not engine.memory.pool.tables.any() and not engine.scheduler.running and not engine.busy

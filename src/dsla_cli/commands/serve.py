@@ -75,6 +75,12 @@ def add_to(commands: Any, name: str) -> None:
         help="each text is equal to the bit in any company; every step then costs what one with all slots taken costs",
     )
     sizes.add_argument(
+        "--no-prefix-reuse",
+        dest="prefix_reuse",
+        action="store_false",
+        help="read every prompt whole, also where another text at level 0 began with the same tokens",
+    )
+    sizes.add_argument(
         "--step-timeout",
         type=float,
         default=120.0,

@@ -76,6 +76,7 @@ class ServeOptions:
     tool_format: str = "auto"
     graphs: bool = True
     batch_invariant: bool = False
+    prefix_reuse: bool = True
     step_timeout: float = 120.0
 
 
@@ -125,6 +126,7 @@ def load(options: ServeOptions) -> tuple[Engine, Any, ApiOptions]:
         max_level=limit,
         step_timeout=options.step_timeout,
         batch_invariant=options.batch_invariant,
+        prefix_reuse=None if options.prefix_reuse else False,
     )
     record = CudaRecording if options.graphs and device() == "cuda" else None
     return Engine(model.to(device()).eval(), policy, engine_options, record=record), tokenizer, api_options

@@ -28,6 +28,8 @@ from .buckets import TOKEN_SECONDS, Buckets
 from .graphs import GraphRunner
 from .health import Health
 from .levels import Levels
+from .pool import OutOfBlocks
+from .prefixes import extend_keys
 from .recent import RecentMean
 from .request import Event, Request, Sampling
 from .runner import ModelRunner
@@ -79,6 +81,8 @@ class EngineOptions:
     batch_invariant: each text has the same sums in the same order in any company, so that it is equal to the bit. Every step then costs
         what one with all slots taken costs (and gathers keys and values of `max_tokens`, where they are not read in their blocks), and a
         prompt shares its chunk with no other.
+    prefix_reuse: texts at level 0 begin with keys and values that others have left, block by block, where they begin with the same tokens.
+        None: yes, but for `batch_invariant`, for what a text's beginning was read with changes its sums.
     """
 
     slots: int = 32
@@ -95,8 +99,11 @@ class EngineOptions:
     cool_down: float = 5.0
     step_timeout: float = 120.0
     batch_invariant: bool = False
+    prefix_reuse: bool | None = None
 
     def __post_init__(self) -> None:
+        if self.prefix_reuse and self.batch_invariant:
+            raise ValueError("prefix_reuse True is not for batch_invariant: sums depend on what was read before; leave one of them out")
         for name in ("slots", "max_waiting", "block_size", "chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
@@ -190,7 +197,9 @@ class Engine:
         self.health = Health()
         self.watchdog = Watchdog(options.step_timeout, lambda: self.runner.preparing, clock)
         self.finished: dict[str, int] = {"stop": 0, "length": 0, "cancelled": 0, "error": 0}
+        self.reuses = not one if options.prefix_reuse is None else options.prefix_reuse
         self.generated_tokens = self.read_tokens = 0
+        self.prefix_queries = self.prefix_hits = 0  # prompt tokens that were looked for, and found
         self.tokens_at_level = [0] * (highest + 1)  # generated, by the level they were generated at
         self.first_tokens, self.token_times = (RecentMean(MEASURED_SECONDS, MEASURED) for _ in range(2))
         self.token_intervals = Buckets(TOKEN_SECONDS)
@@ -367,6 +376,8 @@ class Engine:
             "seconds_to_first_token": self.first_tokens.mean(self.clock()),
             "seconds_per_token": self.token_times.mean(self.clock()),
             "read_tokens": self.read_tokens,
+            "prefix_queries": self.prefix_queries,
+            "prefix_hits": self.prefix_hits,
             "generated_tokens": self.generated_tokens,
             "tokens_at_level": list(self.tokens_at_level),
             "finished": dict(self.finished),
@@ -550,7 +561,7 @@ class Engine:
                 raise
             self.memory.fold(slots, [0] * len(slots), requests[0].level, level)
             for request in requests:
-                request.cached = 0  # read anew at the level that needs less
+                self._begin_anew(request)  # at the level that needs less
         for request in requests:
             request.level = level
             request.levels.append((request.length, level))
@@ -570,6 +581,9 @@ class Engine:
                     higher for higher in self.control.from_here() if self.memory.blocks_for(request.most_tokens, higher) <= pool.free_blocks
                 )
                 self._change_level(level, f"a text of {request.most_tokens} tokens does not fit into memory at a lower level")
+            if self.reuses and level == 0:  # what it will begin with is to be evicted last
+                extend_keys(request.keys, request.text, pool.block_size)
+                pool.prefixes.find(request.keys)
             self.memory.allocate(slot, request.most_tokens, level)
             self.scheduler.place(request, slot)
             request.level = level
@@ -589,6 +603,8 @@ class Engine:
         for request in self.scheduler.to_read():
             if budget == 0:
                 break
+            if request.cached == 0:
+                self._reuse(request)
             tokens = self._piece(request, self.chunk if self.options.batch_invariant else budget)
             if not 0 < tokens <= budget:
                 break
@@ -602,9 +618,40 @@ class Engine:
             self.health.succeeded("prefill")
             request.cached += tokens
             self.read_tokens += tokens
+            self._publish(request)
             if token is not None:
                 self._accept(request, token)
         return budget < self.chunk
+
+    def _reuse(self, request: Request) -> None:
+        """Begin a text, of which nothing is read, with what is in blocks already; at least its last token is read, for its logits."""
+        if not self._shares(request) or request.scores_prompt:
+            return
+        assert request.slot is not None
+        size = self.options.block_size
+        extend_keys(request.keys, request.text, size)
+        request.cached = self.memory.pool.reuse(request.slot, request.keys[: (request.length - 1) // size])
+        request.published = request.cached // size
+        if not request.tokens:
+            request.reused = request.cached
+            self.prefix_queries += request.length
+            self.prefix_hits += request.cached
+
+    def _publish(self, request: Request) -> None:
+        """Let others find the whole blocks of what is cached of a text."""
+        if not self._shares(request):
+            return
+        assert request.slot is not None
+        size = self.options.block_size
+        whole = request.cached // size
+        if request.published < whole:
+            extend_keys(request.keys, request.text, size)
+            self.memory.pool.publish(request.slot, request.published, request.keys[request.published : whole])
+            request.published = whole
+
+    def _shares(self, request: Request) -> bool:
+        """Whether all of a text is read as others may have: at level 0, without states."""
+        return self.reuses and request.slot is not None and request.level == 0
 
     def _piece(self, request: Request, budget: int) -> int:
         """How many tokens of a prompt to read now. What comes behind whole windows is less work, so all pieces but the last end with one,
@@ -695,11 +742,22 @@ class Engine:
         self._set_chunk(self.chunk // 2)
         newest = max(requests, key=lambda request: request.number)
         logger.warning("out of memory with %d requests: request %d is given up", len(requests), newest.number)
-        for request in requests:
-            request.cached = 0
         self._end(newest, error=ShedForMemory("memory does not suffice for this request now: try again later, or with fewer tokens"))
+        for request in requests:
+            if request is not newest:
+                self._begin_anew(request)
         if (higher := self.control.from_here()[1:]) and self.old_level is None:
             self._change_level(higher[0], "out of memory")
+
+    def _begin_anew(self, request: Request) -> None:
+        """What is cached of a text is worthless: it is read again, into blocks that no other text sees."""
+        assert request.slot is not None
+        request.cached = request.published = 0
+        try:
+            self.memory.pool.unshare(request.slot)
+        except OutOfBlocks as error:
+            logger.warning("request %d is given up: %s", request.number, error)
+            self._end(request, error=ShedForMemory("memory does not suffice for this request now: try again later, or with fewer tokens"))
 
     def _set_chunk(self, tokens: int) -> None:
         self.chunk = min(max(tokens, MIN_CHUNK), self.options.chunk)
@@ -710,6 +768,8 @@ class Engine:
         if request.finished is not None:
             return
         if request.slot is not None:
+            if error is None:
+                self._publish(request)  # a chat goes on from its answer
             self.memory.release(request.slot)
         self.scheduler.remove(request)
         request.finished = self.clock()

@@ -18,6 +18,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from dsla_kernels import append
 
+from .prefixes import Column, Prefixes
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -73,7 +75,7 @@ class BlockPool:
     """`[N * P, C, D]` keys and values, a list of free blocks, and the blocks of each group and slot.
 
     A text has blocks of the groups from one on: those before it are DSLA. Block 0 belongs to nobody: rows that do not take part write
-    there.
+    there. Texts that begin alike can share whole blocks, see `Prefixes`: nobody writes there, for all tokens in them are cached.
 
     Args:
         num_blocks: N, block 0 not counted. block_size: P. columns: C.
@@ -99,6 +101,8 @@ class BlockPool:
         self.tables = torch.zeros(num_groups, num_slots, self.blocks_for(max_tokens), dtype=torch.long, device=device)
         self._free = list(range(num_blocks, 0, -1))
         self._owned: dict[int, tuple[int, int, list[int]]] = {}  # slot -> its first group, blocks of a group, and all of them in order
+        self.prefixes = Prefixes()
+        self._shared: dict[int, dict[int, Column]] = {}  # slot -> of its columns those that others find, by place, rising
         # Of the call that is open, for each group: where all tokens of its rows lie `[G, B, L + T]` (None: attention knows), and the new
         # ones `[G, B, T]`.
         self._index: Tensor | None = None
@@ -106,7 +110,8 @@ class BlockPool:
 
     @property
     def free_blocks(self) -> int:
-        return len(self._free)
+        """Those that hold what a new text could begin with are among them."""
+        return len(self._free) + self.prefixes.idle_blocks
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that one group needs for so many tokens."""
@@ -130,8 +135,7 @@ class BlockPool:
             raise OutOfBlocks(f"{wanted} blocks wanted, {self.free_blocks} of {self.num_blocks} are free")
         if not wanted:
             return
-        blocks = self._free[-wanted:]
-        del self._free[-wanted:]
+        blocks = self._take(wanted)
         self._owned[slot] = first, each, blocks
         numbers = torch.frombuffer(array("q", blocks), dtype=torch.long)  # of a list PyTorch makes a tensor slowly
         self.tables[first:, slot, :each] = numbers.view(groups, each).to(self.tables.device)  # at once: each copy waits
@@ -143,10 +147,76 @@ class BlockPool:
         first, each, blocks = self._owned.pop(slot)
         until = self.num_groups if until is None else max(until, first)
         gone = (until - first) * each
-        self._free.extend(blocks[:gone])
+        if shared := self._shared.pop(slot, None):
+            self._free.extend(block for place, block in enumerate(blocks[:gone]) if place % each not in shared)
+            for column in reversed(shared.values()):  # the end of a text is to be evicted before its beginning
+                if until < self.num_groups:  # a column without the blocks of some groups is of no use to others
+                    self.prefixes.forget(column)
+                self._free.extend(self.prefixes.leave(column, first, until))
+            if until < self.num_groups:
+                self._shared[slot] = shared
+        else:
+            self._free.extend(blocks[:gone])
         if blocks[gone:]:
             self._owned[slot] = until, each, blocks[gone:]
         self.tables[first:until, slot] = 0
+
+    def publish(self, slot: int, start: int, keys: list[bytes]) -> None:
+        """Whole blocks of the text in a slot, from column `start` on, have been read and hold what `keys` stand for: others find them. The
+        slot has blocks of all groups."""
+        first, each, blocks = self._owned[slot]
+        assert first == 0, "columns lack the blocks of groups that went over"
+        shared = self._shared.setdefault(slot, {})
+        for place, key in enumerate(keys, start):
+            if place not in shared and key not in self.prefixes:
+                shared[place] = self.prefixes.add(key, blocks[place::each])
+
+    def reuse(self, slot: int, keys: list[bytes]) -> int:
+        """Let the text in a slot, of which nothing is read, begin with blocks that hold the same; how many tokens that are. The blocks that
+        it had for them are free."""
+        found = self.prefixes.find(keys)
+        if not found:
+            return 0
+        _, each, blocks = self._owned[slot]
+        for place, column in enumerate(found):
+            self._free.extend(blocks[place::each])
+            blocks[place::each] = column.blocks
+            self.prefixes.join(column)
+        self._shared[slot] = dict(enumerate(found))
+        numbers = torch.tensor([column.blocks for column in found]).t()
+        self.tables[:, slot, : len(found)] = numbers.to(self.tables.device)
+        return len(found) * self.block_size
+
+    def unshare(self, slot: int) -> None:
+        """The text in a slot is about to be read anew: give it blocks of its own for those that others use, and let none be found.
+
+        Raises:
+            OutOfBlocks: if they are not there; nothing has changed then.
+        """
+        shared = self._shared.get(slot)
+        if not shared:
+            return
+        first, each, blocks = self._owned[slot]
+        places = [place for place, column in shared.items() if column.users[-1] > 1]
+        groups = self.num_groups - first
+        if (wanted := len(places) * groups) > self.free_blocks:
+            raise OutOfBlocks(f"{wanted} blocks wanted, {self.free_blocks} of {self.num_blocks} are free")
+        del self._shared[slot]
+        for place, column in shared.items():
+            if place in places:
+                blocks[place::each] = new = self._take(groups)
+                self._free.extend(self.prefixes.leave(column, first, self.num_groups))
+                self.tables[first:, slot, place] = torch.tensor(new, device=self.tables.device)
+            else:
+                self.prefixes.forget(column)
+
+    def _take(self, wanted: int) -> list[int]:
+        """So many free blocks, which are there."""
+        while len(self._free) < wanted:
+            self._free.extend(self.prefixes.evict())
+        blocks = self._free[-wanted:]
+        del self._free[-wanted:]
+        return blocks
 
     def read(self, places: HeadPlaces, slots: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """The first `tokens` keys and values of the texts in slots `[B]`, `[B, T, H, D]`; of a shorter text what follows is anything."""

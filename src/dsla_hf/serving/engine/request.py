@@ -45,7 +45,8 @@ class Request:
     tokens: generated so far. cached: tokens in the cache. slot, level: of a running text. levels: (tokens of the text, level) at the
         start and after each change: with the same history `generate`, or `GraphDecoder` with the same seed, gives the same text.
     scored: of the prompt, where its log-probabilities are asked for: of each piece that was read its end and what `tokens.scored` gave.
-    prompt_logprobs: until they have been told. Times are of the engine's clock.
+    prompt_logprobs: until they have been told. keys: of the text's whole blocks, see `extend_keys`. reused: tokens of the prompt that were
+        not read, because another text had. published: whole blocks that others may find. Times are of the engine's clock.
     """
 
     prompt: list[int]
@@ -69,6 +70,9 @@ class Request:
     cancelled: bool = False
     scored: list[tuple[int, Tensor]] = field(default_factory=list)
     prompt_logprobs: tuple[Logprob, ...] | None = None
+    keys: list[bytes] = field(default_factory=list)
+    reused: int = 0
+    published: int = 0
     seed: int = field(init=False)
 
     def __post_init__(self) -> None:

@@ -190,7 +190,14 @@ class Answers:
         """Tokens so far; a prompt counts once, however many choices it has."""
         prompts = {id(choice.prompt): len(choice.prompt) for choice in self.choices}
         prompt, completion = sum(prompts.values()), sum(choice.counted for choice in self.choices)
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        # Of the first choice of each prompt: the others find what it has left.
+        reused = {id(choice.prompt): choice.request.reused for choice in reversed(self.choices)}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(reused.values())},
+        }
 
     def cancel(self) -> None:
         for choice in self.choices:

@@ -76,6 +76,8 @@ class EngineCollector(Collector):
             yield gauge
         for name, value, what in (
             ("vllm:prompt_tokens", now["read_tokens"], "Prompt tokens read"),
+            ("vllm:prefix_cache_queries", now["prefix_queries"], "Prompt tokens looked for among those that other texts have left"),
+            ("vllm:prefix_cache_hits", now["prefix_hits"], "Prompt tokens found there, and so not read"),
             ("vllm:generation_tokens", now["generated_tokens"], "Tokens generated"),
         ):
             counter = CounterMetricFamily(name, what, labels=["model_name"])

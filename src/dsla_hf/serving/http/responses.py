@@ -144,7 +144,7 @@ class Responses:
         found = answers.usage()
         usage = {
             "input_tokens": found["prompt_tokens"],
-            "input_tokens_details": {"cached_tokens": 0},
+            "input_tokens_details": found["prompt_tokens_details"],
             "output_tokens": found["completion_tokens"],
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": found["total_tokens"],
