@@ -99,7 +99,7 @@ def assert_equal_to_generate(model, prompts, said, tokens=40):
         assert texts == expected
 
 
-@pytest.mark.parametrize("base", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("base", ["llama", "mistral"])
 def test_a_batch_is_continued_as_generate_does(hybrid, base):
     path, model = hybrid(base)
     prompts = prompts_of(*LENGTHS)
@@ -140,7 +140,7 @@ def test_cached_prefixes(hybrid):
 def test_requests_that_make_room_and_come_back(hybrid):
     path, model = hybrid()
     prompts = prompts_of(*[120] * 8)
-    options = {"num_gpu_blocks_override": 14, "enable_prefix_caching": False}
+    options = {"num_gpu_blocks_override": 14, "enable_prefix_caching": False, "max_model_len": 400}
     said = served(path, prompts=prompts, new_tokens=200, options=options)
     assert said["preemptions"] > 0
     assert_equal_to_generate(model, prompts, said, tokens=200)
@@ -159,8 +159,9 @@ def test_states_that_are_never_written_are_seen(hybrid):
     assert said["texts"][0] != [continued(model, prompt, 40) for prompt in prompts]
 
 
-def test_other_bases_are_refused_in_one_sentence(hybrid):
-    path, _ = hybrid("olmo2")
+@pytest.mark.parametrize("base", ["olmo2", "qwen3"])
+def test_other_bases_are_refused_in_one_sentence(hybrid, base):
+    path, _ = hybrid(base)
     done = started(path, prompts=prompts_of(3))
     assert done.returncode
-    assert "vLLM cannot serve a hybrid of type 'olmo2': it can those of llama, mistral, qwen2, qwen3" in done.stderr + done.stdout
+    assert f"vLLM cannot serve a hybrid of type {base!r}: it can those of llama, mistral" in done.stderr + done.stdout

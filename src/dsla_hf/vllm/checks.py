@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-# Their attention in vLLM calls `self.attn(q, k, v)` on rotated queries and keys, which is where the DSLA layer goes.
-SERVED_BASES = "llama", "mistral", "qwen2", "qwen3"
+# Their attention in vLLM calls `self.attn(q, k, v)` on rotated queries and keys, which is where the DSLA layer goes. That of Qwen does too,
+# but vLLM takes a config whose `layer_types` are all "full_attention" for a model without states, whatever its `layers_block_type`.
+SERVED_BASES = "llama", "mistral"
 
 
 def check_servable(config: Any, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> None:
@@ -27,6 +28,8 @@ def check_servable(config: Any, tensor_parallel: int = 1, pipeline_parallel: int
             f"vLLM cannot serve this hybrid of {base}, whose level counts heads (conversion_unit='head'): it can hybrids by layers "
             "(conversion_unit='layer'); `dsla serve` takes both"
         )
+    if window := getattr(config, "sliding_window", None):
+        raise ValueError(f"vLLM cannot serve this hybrid of {base}, whose own layers slide (sliding_window={window}): `dsla serve` can")
     for name, size in (("tensor_parallel_size", tensor_parallel), ("pipeline_parallel_size", pipeline_parallel)):
         if size != 1:
             raise ValueError(f"vLLM cannot serve DSLA hybrids with {name}={size}: use {name}=1")

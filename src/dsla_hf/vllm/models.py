@@ -8,8 +8,6 @@ from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
-from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
-from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.platforms import current_platform
 
 from .checks import check_graphs, check_servable
@@ -41,6 +39,9 @@ class _Hybrid:
             del registered[softmax.layer_name]  # or vLLM would give it a page, too
             attention.dsla = DSLAMixer(config, attention.scaling, softmax.layer_name)
             attention.attn = DSLAAttention(attention.dsla)
+        # As many as a page has tensors: vLLM refuses more. The class cannot know that, its instance does.
+        copies = (get_temporal_copy_spec,) * len(page_parts(config, vllm_config.model_config.dtype))
+        self.get_mamba_state_copy_funcs = lambda mamba_types: dict.fromkeys(mamba_types, copies)
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: Any) -> Any:
@@ -62,14 +63,6 @@ class DSLALlamaForCausalLM(_Hybrid, LlamaForCausalLM, HasInnerState, IsHybrid):
 
 
 class DSLAMistralForCausalLM(_Hybrid, MistralForCausalLM, HasInnerState, IsHybrid):
-    pass
-
-
-class DSLAQwen2ForCausalLM(_Hybrid, Qwen2ForCausalLM, HasInnerState, IsHybrid):
-    pass
-
-
-class DSLAQwen3ForCausalLM(_Hybrid, Qwen3ForCausalLM, HasInnerState, IsHybrid):
     pass
 
 
