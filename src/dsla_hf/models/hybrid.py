@@ -65,6 +65,12 @@ class DSLAHybridConfig(PreTrainedConfig):
         config.take_rotary(self, self.base_model_type, source)
         return config
 
+    @property
+    def layers_block_type(self) -> list[str]:
+        """Kind of each layer in the words that vLLM counts a hybrid's caches by: `"linear_attention"` if it is DSLA as a whole."""
+        converted = set(self.get_dsla_config().converted_layers) if self.dsla_config else set()
+        return ["linear_attention" if i in converted else "attention" for i in range(self.num_hidden_layers)]
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:
         """Resolves to the class for the base model that the dict names.

@@ -1,0 +1,45 @@
+"""Which hybrids vLLM can serve, and how: everything else is refused in one sentence before a weight is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Their attention in vLLM calls `self.attn(q, k, v)` on rotated queries and keys, which is where the DSLA layer goes. That of Qwen does too,
+# but vLLM takes a config whose `layer_types` are all "full_attention" for a model without states, whatever its `layers_block_type`.
+SERVED_BASES = "llama", "mistral"
+
+
+def check_servable(config: Any, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> None:
+    """Refuse what the models here do not compute.
+
+    Args:
+        config: of the hybrid, a `DSLAHybridConfig`.
+        tensor_parallel: vLLM's `tensor_parallel_size`.
+        pipeline_parallel: vLLM's `pipeline_parallel_size`.
+
+    Raises:
+        ValueError: names what does not fit and what does.
+    """
+    base = getattr(config, "base_model_type", None)
+    if base not in SERVED_BASES:
+        raise ValueError(f"vLLM cannot serve a hybrid of type {base!r}: it can those of {', '.join(SERVED_BASES)}; `dsla serve` takes all")
+    if config.get_dsla_config().conversion_unit != "layer":
+        raise ValueError(
+            f"vLLM cannot serve this hybrid of {base}, whose level counts heads (conversion_unit='head'): it can hybrids by layers "
+            "(conversion_unit='layer'); `dsla serve` takes both"
+        )
+    if window := getattr(config, "sliding_window", None):
+        raise ValueError(f"vLLM cannot serve this hybrid of {base}, whose own layers slide (sliding_window={window}): `dsla serve` can")
+    for name, size in (("tensor_parallel_size", tensor_parallel), ("pipeline_parallel_size", pipeline_parallel)):
+        if size != 1:
+            raise ValueError(f"vLLM cannot serve DSLA hybrids with {name}={size}: use {name}=1")
+
+
+def check_graphs(device_type: str, enforce_eager: bool) -> None:
+    """Refuse CUDA graphs: the layer reads lengths on the host, which a graph would record once and for all.
+
+    Raises:
+        ValueError: names the option to give.
+    """
+    if device_type != "cpu" and not enforce_eager:
+        raise ValueError(f"vLLM cannot record DSLA hybrids in graphs on {device_type!r}: pass --enforce-eager (enforce_eager=True)")

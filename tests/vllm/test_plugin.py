@@ -1,0 +1,105 @@
+"""What of the plugin works without vLLM: it stays out of the way, says what can be served, and knows what a page holds."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import dsla_hf.vllm
+from dsla_hf import DSLAConfig, DualState, DualStateAttention
+from dsla_hf.vllm.checks import check_graphs, check_servable
+from dsla_hf.vllm.pages import page_parts, read_state, write_state
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def config_of(base="llama", **dsla):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(base, **SIZES))
+    return get_peft_model(model, DSLAConfig(**{"conversion_order": [2, 0], **dsla})).merge_and_unload().config
+
+
+def test_importing_dsla_hf_does_not_import_vllm():
+    code = "import sys, dsla_hf, dsla_hf.vllm; sys.exit('vllm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_without_vllm_the_entry_point_does_nothing():
+    # None in sys.modules is how Python marks a module that cannot be imported; find_spec is told so by a finder.
+    code = (
+        "import importlib.util, sys\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'vllm' else find(name, *rest)\n"
+        "sys.modules['vllm'] = None\n"
+        "import dsla_hf.vllm\n"
+        "assert dsla_hf.vllm.register() is None\n"
+        "assert 'dsla_hf.vllm.models' not in sys.modules\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(("found", "warns"), [("0.32.0", False), ("0.32.0+cpu", False), (None, False), ("0.33.1", True)])
+def test_another_release_is_said_once(monkeypatch, found, warns):
+    monkeypatch.setattr(dsla_hf.vllm, "installed_version", lambda: found)
+    dsla_hf.vllm._warn_of_untested_version.cache_clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        dsla_hf.vllm._warn_of_untested_version()
+        dsla_hf.vllm._warn_of_untested_version()
+    assert [found in str(entry.message) for entry in said] == ([True] if warns else [])
+    dsla_hf.vllm._warn_of_untested_version.cache_clear()
+
+
+@pytest.mark.parametrize("base", ["llama", "mistral"])
+def test_what_can_be_served(base):
+    config = config_of(base)
+    config.sliding_window = None
+    check_servable(config)
+    config.sliding_window = 4096
+    with pytest.raises(ValueError, match="sliding_window=4096"):
+        check_servable(config)
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match=r"of type 'olmo2': it can those of llama, mistral"):
+        check_servable(config_of("olmo2"))
+    with pytest.raises(ValueError, match="level counts heads"):
+        check_servable(config_of(conversion_unit="head", conversion_order=[[0, 1]]))
+    with pytest.raises(ValueError, match="tensor_parallel_size=2"):
+        check_servable(config_of(), tensor_parallel=2)
+    with pytest.raises(ValueError, match="pipeline_parallel_size=2"):
+        check_servable(config_of(), pipeline_parallel=2)
+    with pytest.raises(ValueError, match="enforce-eager"):
+        check_graphs("cuda", enforce_eager=False)
+    check_graphs("cuda", enforce_eager=True)
+    check_graphs("cpu", enforce_eager=False)
+
+
+def test_a_hybrid_says_the_kind_of_each_layer():
+    assert config_of().layers_block_type == ["linear_attention", "attention", "linear_attention"]
+
+
+@pytest.mark.parametrize(
+    "dsla", [{"window_size": 4, "sink_tokens": 2}, {"window_size": 0}, {"window_size": 4, "sink_tokens": 2, "states": False}], ids=str
+)
+def test_a_page_holds_all_of_a_state(dsla):
+    config = config_of(**dsla)
+    torch.manual_seed(0)
+    layer = DualStateAttention(4, 2, 8, **config.get_dsla_config().mathematics())
+    q, k, v = torch.randn(2, 7, 4, 8), torch.randn(2, 7, 2, 8), torch.randn(2, 7, 2, 8)
+    with torch.no_grad():
+        state = layer(q, k, v, output_state=True)[1]
+    page = tuple(torch.full((5, *shape), torch.nan, dtype=dtype) for shape, dtype in page_parts(config, torch.float32))
+    slots = torch.tensor([3, 1])
+    write_state(page, slots, state, layer.states)
+    back = read_state(page, slots, state.lengths, layer.key_dim, layer.states, bool(layer.window_size))
+    for name, x, y in zip(DualState._fields, state, back, strict=True):
+        assert x.dtype == y.dtype and torch.equal(x, y), name
+    begun = read_state(page, torch.tensor([0, 3]), torch.tensor([0, 7]), layer.key_dim, layer.states, bool(layer.window_size))
+    assert all(not x[0].any() for x in begun), "what another request left is not a new one's"
+    assert torch.equal(begun.recurrent[1], state.recurrent[0])
+    assert all(tensor[[0, 2, 4]].isnan().all() for tensor in page), "pages of others stay as they are"

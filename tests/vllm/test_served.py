@@ -1,0 +1,167 @@
+"""Hybrids in vLLM say what `generate` says, token by token; skipped where vLLM is not installed (`make test-vllm` installs it)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dsla_hf import DSLAConfig
+
+pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
+pytestmark = pytest.mark.slow
+
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LENGTHS = (3, 15, 16, 17, 40, 133, 300)
+WINDOWED = {"window_size": 16, "sink_tokens": 2}
+LAYERS = {"windowed": WINDOWED, "pure": {"window_size": 0}, "window alone": {**WINDOWED, "states": False}}
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory):
+    made = {}
+
+    def make(base="llama", kind="windowed"):
+        if (base, kind) not in made:
+            torch.manual_seed(0)
+            extra = {"sliding_window": None} if base == "mistral" else {}
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(base, **SIZES, **extra), dtype=torch.float32)
+            config = DSLAConfig(conversion_order=[1], gate_rank=4, **LAYERS[kind])
+            merged = get_peft_model(model, config).merge_and_unload()
+            with torch.no_grad():  # states that say much, and differently at each token
+                for name, x in merged.named_parameters():
+                    if ".dsla." not in name:
+                        continue
+                    if "state_bias" in name:
+                        x.fill_(2.0)
+                    elif "state_gain" in name:
+                        x.fill_(0.5)
+                    elif "norm_weight" in name:
+                        x.uniform_(0.5, 2.0)
+                    elif "gate_bias" in name:
+                        x.add_(torch.randn_like(x) * 0.3)
+                    else:
+                        x.normal_(0, 0.5)
+            path = tmp_path_factory.mktemp("hybrid")
+            merged.save_pretrained(path)
+            made[base, kind] = path, AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        return made[base, kind]
+
+    return make
+
+
+def prompts_of(*lengths):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, SIZES["vocab_size"], (n,), generator=generator).tolist() for n in lengths]
+
+
+def continued(model, prompt, tokens):
+    ids = torch.tensor([prompt])
+    said = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, eos_token_id=None)
+    return said[0, len(prompt) :].tolist()
+
+
+def started(path, **settings):
+    script = Path(__file__).with_name("texts.py")
+    return subprocess.run(
+        [sys.executable, script, path, json.dumps(settings)], capture_output=True, text=True, timeout=540, env={**os.environ}
+    )
+
+
+def served(path, **settings):
+    done = started(path, **settings)
+    assert not done.returncode, done.stderr[-6000:] + done.stdout[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def assert_equal_to_generate(model, prompts, said, tokens=40):
+    expected = [continued(model, prompt, tokens) for prompt in prompts]
+    assert all(len(set(text)) > 5 for text in expected), "texts that repeat one token would show nothing"
+    for texts in said["texts"]:
+        assert texts == expected
+
+
+@pytest.mark.parametrize("base", ["llama", "mistral"])
+def test_a_batch_is_continued_as_generate_does(hybrid, base):
+    path, model = hybrid(base)
+    prompts = prompts_of(*LENGTHS)
+    assert_equal_to_generate(model, prompts, served(path, prompts=prompts))
+
+
+@pytest.mark.parametrize("kind", ["pure", "window alone"])
+def test_every_kind_of_layer(hybrid, kind):
+    path, model = hybrid(kind=kind)
+    prompts = prompts_of(*LENGTHS)
+    assert_equal_to_generate(model, prompts, served(path, prompts=prompts))
+
+
+def test_prompts_read_in_chunks(hybrid):
+    path, model = hybrid()
+    prompts = prompts_of(*LENGTHS)
+    assert_equal_to_generate(model, prompts, served(path, prompts=prompts, options={"max_num_batched_tokens": 48}))
+
+
+@pytest.mark.parametrize("kind", ["windowed", "pure"])
+def test_a_prompt_of_one_token_finds_nothing_of_earlier_texts(hybrid, kind):
+    """vLLM counts its first step as a decode, in a page that others have written."""
+    path, model = hybrid(kind=kind)
+    prompts = prompts_of(*[1] * 8, *[60] * 24)[::-1]
+    options = {"num_gpu_blocks_override": 40, "enable_prefix_caching": False}
+    assert_equal_to_generate(model, prompts, served(path, prompts=prompts, options=options))
+
+
+def test_cached_prefixes(hybrid):
+    path, model = hybrid()
+    prompts = prompts_of(*LENGTHS)
+    prompts.append(prompts[-1][:290] + [7, 8, 9])
+    said = served(path, prompts=prompts, rounds=2, options={"enable_prefix_caching": True})
+    assert_equal_to_generate(model, prompts, said)
+    assert max(said["cached"][1]) > 0, "the second round must find prefixes of the first"
+
+
+def test_requests_that_make_room_and_come_back(hybrid):
+    path, model = hybrid()
+    prompts = prompts_of(*[120] * 8)
+    options = {"num_gpu_blocks_override": 14, "enable_prefix_caching": False, "max_model_len": 400}
+    said = served(path, prompts=prompts, new_tokens=200, options=options)
+    assert said["preemptions"] > 0
+    assert_equal_to_generate(model, prompts, said, tokens=200)
+
+
+def test_compiled(hybrid):
+    path, model = hybrid()
+    prompts = prompts_of(*LENGTHS)
+    assert_equal_to_generate(model, prompts, served(path, prompts=prompts, options={"enforce_eager": False}))
+
+
+def test_states_that_are_never_written_are_seen(hybrid):
+    path, model = hybrid()
+    prompts = prompts_of(*LENGTHS)
+    said = served(path, prompts=prompts, forget=True)
+    assert said["texts"][0] != [continued(model, prompt, 40) for prompt in prompts]
+
+
+@pytest.mark.parametrize("base", ["olmo2", "qwen3"])
+def test_other_bases_are_refused_in_one_sentence(hybrid, base):
+    path, _ = hybrid(base)
+    done = started(path, prompts=prompts_of(3))
+    assert done.returncode
+    assert f"vLLM cannot serve a hybrid of type {base!r}: it can those of llama, mistral" in done.stderr + done.stdout

@@ -1,0 +1,33 @@
+"""Continues prompts with vLLM in a process of its own: python texts.py MODEL OPTIONS, where OPTIONS is a JSON dict; writes JSON, last line.
+
+options: of `LLM`. prompts: lists of token ids. new_tokens: how many for each. rounds: how often. forget: leave states unwritten.
+"""
+
+import json
+import os
+import sys
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, where its layers can be changed
+
+
+def main(path, prompts, new_tokens=40, rounds=1, forget=False, options=None):
+    from vllm import LLM, SamplingParams
+
+    if forget:
+        from dsla_hf.vllm.mixer import DSLAMixer
+
+        DSLAMixer._write = lambda self, slots, state: None
+    settings = {"dtype": "float32", "max_model_len": 1024, "enforce_eager": True, "max_num_seqs": 8, "skip_tokenizer_init": True}
+    settings |= {"disable_log_stats": False, **(options or {})}
+    llm = LLM(path, **settings)
+    sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+    said = [llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling) for _ in range(rounds)]
+    counts = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    texts = [[list(request.outputs[0].token_ids) for request in requests] for requests in said]
+    cached = [[request.num_cached_tokens for request in requests] for requests in said]
+    print("\n" + json.dumps({"texts": texts, "cached": cached, "preemptions": counts.get("vllm:num_preemptions", 0)}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], **json.loads(sys.argv[2]))
