@@ -20,7 +20,6 @@ from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList
 from transformers.utils import logging
 
 from ..core.tensor_parallel import agreed_level
-from .drafting import generate_drafted
 from .policies import Policy, Stats, as_policy
 
 logger = logging.get_logger(__name__)
@@ -160,6 +159,8 @@ def generate_with_levels(generate: Callable[..., Any], model: Any, leveled: HasL
     if draft_level is not None:
         by_hand = [x for x in options.get("stopping_criteria") or () if isinstance(x, LevelProcessor)]
         options.setdefault("level_policy", by_hand[0] if by_hand else None)
+        from .drafting import generate_drafted  # what only drafts need must not break the import
+
         return generate_drafted(generate, model, leveled, options, draft_level, draft_tokens, functools.partial(_option, model, options))
     if draft_tokens is not None:
         raise ValueError(f"draft_tokens={draft_tokens!r} without draft_level: give the level that drafts, above the one of the text")
