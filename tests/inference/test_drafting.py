@@ -30,10 +30,12 @@ def drafted(found):
     return found.drafted, found.compared, found.accepted, found.checks
 
 
-@pytest.mark.parametrize("kind, states", [("llama", True), ("llama", False), ("qwen3", True)])
-def test_greedy_text_and_guesses_are_those_of_generate(tiny_model, adapter_model, recorder, units, kind, states):
+@pytest.mark.parametrize(
+    "kind, unit, states", [("llama", "heads", True), ("llama", "layers", True), ("llama", "heads", False), ("qwen3", "layers", True)]
+)
+def test_greedy_text_and_guesses_are_those_of_generate(tiny_model, adapter_model, recorder, kind, unit, states):
     """That as many guesses are right says that the draft knows the same text."""
-    model = adapter(tiny_model, adapter_model, kind, states=states, **units)
+    model = adapter(tiny_model, adapter_model, kind, states=states, **UNITS[unit])
     most = model.level_sizes()["max_level"]
     options = {"max_new_tokens": 30, "do_sample": False, "return_dict_in_generate": True}
     rates = []
