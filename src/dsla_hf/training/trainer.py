@@ -184,8 +184,7 @@ class DSLATrainer(Trainer):
         # The level holds from the forward to the end of the backward pass, whose recomputations need it.
         level, inputs = self.step_level(), self._of_step_length(inputs)
         if self._current is None and self.args.stage == "alignment" and self.state.global_step == 0:
-            prepared = self._prepare_inputs(inputs)
-            match_outputs(self.model, {name: x for name, x in prepared.items() if name not in NOT_FOR_THE_MODEL}, self.accelerator.reduce)
+            match_outputs(self.model, _for_the_model(self._prepare_inputs(inputs)), self.accelerator.reduce)
         with self._at_level(level):
             recorded = self._recorded_step(inputs)
             loss = super().training_step(model, inputs, *args, **kwargs) if recorded is None else recorded
@@ -274,7 +273,7 @@ class DSLATrainer(Trainer):
     def _losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """What is trained for, and its terms."""
         mask = _counted(inputs)
-        inputs = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
+        inputs = _for_the_model(inputs)
         args: Any = self.args
         sums = self._alignment(model, inputs, mask) if args.stage == "alignment" else self._logits(model, inputs, mask)
         # One denominator for all processes: the mean of their losses is then that of one process with the whole batch.
@@ -419,9 +418,7 @@ class DSLATrainer(Trainer):
             ]
             for hooked_level in (0, level):  # the base first: with it broken, no layer of ours is to blame
                 with self._at_level(hooked_level):
-                    self.model(
-                        **{name: x for name, x in inputs.items() if name not in NOT_FOR_THE_MODEL}, use_cache=False, logits_to_keep=1
-                    )
+                    self.model(**_for_the_model(inputs), use_cache=False, logits_to_keep=1)
                 anywhere = self.accelerator.reduce(torch.tensor(float(len(found)), device=self.args.device))
                 if anywhere.item():  # all processes stop here: FSDP would wait for those that do not
                     what = "the original model's attention" if hooked_level == 0 else "the output"
@@ -532,6 +529,11 @@ class DSLATrainer(Trainer):
             self._terms.clear()
             logs.update(half_lives(self.model))
         super().log(logs, start_time)
+
+
+def _for_the_model(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A batch without what is for the loss alone."""
+    return {name: x for name, x in inputs.items() if name not in NOT_FOR_THE_MODEL}
 
 
 class _FiniteGradients(TrainerCallback):
