@@ -10,7 +10,7 @@ Everything else goes to SDPA as it would without this module.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +78,22 @@ def over_cache(cached: CachedTokens) -> Iterator[None]:
         yield
     finally:
         _cached.reset(token)
+
+
+def run_token(model: Any, space: Any, mask: Tensor | None, by_length: bool) -> None:
+    """A step of one token a row: the logits after `space.tokens` `[B, 1]` at `space.positions`, over `space.cache`, into `space.logits`.
+
+    mask: `[B, T]` of what is shown of the cache, None without padding. by_length: attention reads `space.lengths` `[B]` in place of a mask.
+    """
+    with over_cache(CachedTokens(space.lengths, mask)) if by_length else nullcontext():
+        logits = model(
+            input_ids=space.tokens,
+            attention_mask=mask,
+            position_ids=space.positions,
+            past_key_values=space.cache,
+            use_cache=True,
+        ).logits
+    space.logits.copy_(logits[:, -1])
 
 
 @contextmanager

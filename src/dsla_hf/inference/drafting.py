@@ -9,7 +9,6 @@ as kernels want them side by side.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from ..core.cache import StaticDSLACacheLayer, VisibleStaticLayer, fold_in_piece
 from ..core.partial_cache import PartialCacheLayer
 from ..core.past import DualState
 from ..levels.acceptance import Rule, Scores
-from .decode_attention import CachedTokens, over_cache
+from .decode_attention import run_token
 from .draws import Sampler
 from .recorder import Recorder, shown_tokens
 
@@ -264,15 +263,7 @@ class GraphEngine:
         space = self.space
         drafts.show(view)
         mask = space.mask[:, :view] if space.padded else None
-        with over_cache(CachedTokens(drafts.lengths, mask)) if space.by_length else nullcontext():
-            logits = self.model(
-                input_ids=drafts.tokens,
-                attention_mask=mask,
-                position_ids=drafts.positions,
-                past_key_values=drafts.cache,
-                use_cache=True,
-            ).logits
-        drafts.logits.copy_(logits[:, -1])
+        run_token(self.model, drafts, mask, space.by_length)
         drafts.positions.add_(1)
         drafts.lengths.add_(1)
 

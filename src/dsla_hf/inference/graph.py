@@ -43,7 +43,7 @@ from ..models.architectures import kv_heads_of
 from ..models.base_attention import DSLAAttentionMixin
 from ..models.decoder import decoder_layers
 from ..models.level import counts_heads
-from .decode_attention import CachedTokens, attends_where_cached, can_attend_where_cached, over_cache, over_prompt
+from .decode_attention import attends_where_cached, can_attend_where_cached, over_prompt, run_token
 from .drafting import DraftSpace, GraphEngine, Raced, is_of_drafts
 from .draws import Sampler
 from .fusion import LONG_PROMPT
@@ -621,15 +621,7 @@ class GraphDecoder:
         def step() -> None:
             space.show(view, space.lengths - 1 if space.by_length else None)
             mask = space.mask[:, :view] if space.padded else None
-            with over_cache(CachedTokens(space.lengths, mask)) if space.by_length else nullcontext():
-                logits = self.causal_lm(
-                    input_ids=space.tokens,
-                    attention_mask=mask,
-                    position_ids=space.positions,
-                    past_key_values=space.cache,
-                    use_cache=True,
-                ).logits
-            space.logits.copy_(logits[:, -1])
+            run_token(self.causal_lm, space, mask, space.by_length)
             for count in (space.positions, space.lengths, *([space.counts] if space.by_length else [])):
                 count.add_(1)
 
