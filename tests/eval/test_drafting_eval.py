@@ -8,11 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from dsla_hf import DSLAConfig
-from dsla_hf.cli.quickstart import train_tokenizer
+from saved import save_base_and_adapter
 
 EVAL = Path(__file__).resolve().parents[2] / "eval"
 TEXT = " ".join(f"{number} green bottles hang on the wall, and if one of them should fall" for number in range(1000, 0, -1))
@@ -30,14 +26,7 @@ def drafting(monkeypatch):
 @pytest.fixture
 def folder(tmp_path):
     """A model with a chat template, an adapter of layers for it, and texts."""
-    tokenizer = train_tokenizer([TEXT], vocab_size=320)
-    tokenizer.chat_template = TEMPLATE
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    base = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=tokenizer.eos_token_id))
-    base.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    get_peft_model(base, DSLAConfig(task_type="CAUSAL_LM", window_size=8)).save_pretrained(str(tmp_path / "adapter"))
+    save_base_and_adapter(tmp_path, TEXT, TEMPLATE)
     for kind in ("novels", "code"):
         with lzma.open(tmp_path / f"{kind}_val.jsonl.xz", "wt") as file:
             file.writelines(json.dumps({"text": TEXT + str(i)}) + "\n" for i in range(6))

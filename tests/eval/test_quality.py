@@ -5,12 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from dsla_hf import DSLAConfig
-from dsla_hf.cli.quickstart import train_tokenizer
+from saved import save_base_and_adapter
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'dsla-hf[eval]'")
 EVAL = Path(__file__).resolve().parents[2] / "eval"
@@ -35,13 +30,7 @@ def arguments(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
     monkeypatch.setattr("lm_eval.utils._LOGGING_CONFIGURED", True, raising=False)
-    tokenizer = train_tokenizer([TEXT], vocab_size=320)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    base = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=tokenizer.eos_token_id))
-    base.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    get_peft_model(base, DSLAConfig(task_type="CAUSAL_LM", window_size=8)).save_pretrained(str(tmp_path / "adapter"))
+    save_base_and_adapter(tmp_path, TEXT)
     zero_shot = tmp_path / "zero_shot"
     zero_shot.mkdir()
     asked = [{"query": "Question: what falls?\n", "choices": ["a wall", "bottles"], "gold": i % 2} for i in range(3)]
