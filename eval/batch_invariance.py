@@ -3,6 +3,7 @@
     python eval/batch_invariance.py
     python eval/batch_invariance.py --shape llama3-8b --slots 32
     python eval/batch_invariance.py --model BASE --adapter ADAPTER
+    python eval/batch_invariance.py --page                          # measures nothing: fills docs/measured/serving.md
 
 An engine without and one with `batch_invariant` serve the same greedy texts: each alone, then in company that comes and goes at random,
 several times. Compared are tokens, and the bits of their log-probabilities up to where texts part. At fixed levels, and while the level
@@ -13,6 +14,7 @@ engine and level goes to eval/results/batch-invariance.json. It ends with 1 if a
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import struct
 import sys
@@ -23,7 +25,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from reporting import RESULTS, rows_table, write_results
+from reporting import RESULTS, fill_page, rows_table, write_results
 from serving import SHAPES, make_model
 from tqdm import tqdm
 
@@ -35,6 +37,7 @@ from dsla_hf.serving.engine.request import Event, Request, Sampling
 
 COLUMNS = ["invariant", "level", "compared", "parted", "other_bits", "largest_difference", "ms_one", "ms_full"]
 TIMED_STEPS = 20
+PAGE = Path(__file__).parent.parent / "docs" / "measured" / "serving.md"
 
 
 @dataclass
@@ -210,6 +213,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of batch-invariance.json")
+    parser.add_argument("--page", action="store_true", help="measure nothing; fill docs/measured/serving.md")
     options = parser.parse_args(arguments)
     if (options.model is None) != (options.adapter is None):
         parser.error("--model and --adapter go together")
@@ -218,8 +222,18 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def page_part(found: dict[str, Any]) -> str:
+    """A table of what was compared and timed, and on what."""
+    about = f"{found['model']} with random weights, " if found["model"] in SHAPES else f"{found['model']}, "
+    about += f"{found['dtype'].removeprefix('torch.')}, {found['slots']} slots, {found['device']}, torch {found['versions']['torch']}"
+    return f"{about}; `{found['command']}`\n\n{rows_table(found['rows'], COLUMNS)}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
+    if options.page:
+        fill_page(PAGE, {"batch invariance": page_part(json.loads((options.results / "batch-invariance.json").read_text()))})
+        return 0
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.model is None:
         model = make_model(options.shape, where)

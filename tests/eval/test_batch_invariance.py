@@ -27,6 +27,8 @@ def test_texts_are_equal_to_the_bit_with_the_option_alone(script, tmp_path, caps
         assert all(row["compared"] >= 4 for row in rows)
         assert (sum(row["other_bits"] for row in rows) == 0) == invariant, "without it, other bits show that they are looked at"
     assert all(row["ms_one"] > 0 and row["ms_full"] > 0 for row in result["rows"] if "->" not in row["level"])
+    page = script.page_part(result)
+    assert "5 slots" in page and all(page.count(f"\n| {invariant} | ") == 4 for invariant in (False, True))
 
 
 def test_other_tokens_and_bits_are_counted(script):
