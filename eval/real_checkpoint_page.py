@@ -24,11 +24,10 @@ def text_of(found: dict[str, Any]) -> str:
     rows = found["rows"]
     codes = [name for name in rows[0] if name.startswith("code_")]
     sizes = [name for name in rows[0] if name.startswith("bytes_")]
-    head = ["", "KV heads kept", "perplexity", "over the original's", *(f"code in {int(name[5:]):,}" for name in codes)]
+    head = ["KV heads kept", "perplexity", "over the original's", *(f"code in {int(name[5:]):,}" for name in codes)]
     head += [f"cache at {name[6:]} tokens, MB" for name in sizes]
     lines = [
         [
-            row["arm"],
             str(row["kept"]),
             f"{row['perplexity']:.3f}",
             f"{row['perplexity_ratio']:.4f}",

