@@ -156,6 +156,16 @@ def test_run_begun_before_there_was_an_option_is_told_what_it_had(base, finished
     assert "holds a run with --alignment_share 0.5 (now 0.13): give the same options to go on" in capsys.readouterr().err
 
 
+def test_tokenizer_that_cannot_pad_trains_and_answers(base, tmp_path, capsys):
+    copy = shutil.copytree(base, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(copy)
+    tokenizer.pad_token = None  # as Llama's
+    tokenizer.save_pretrained(copy)
+    assert AutoTokenizer.from_pretrained(copy).pad_token is None
+    run(*command(copy, tmp_path / "out", "--tokens", 128, "--probes_in_training", 0.5))
+    assert "adapter saved in" in capsys.readouterr().out
+
+
 def test_many_passes_over_little_text_are_said_beforehand(base, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(distill_job, "distill", lambda *a, **k: (_ for _ in ()).throw(ValueError("trained")))
     assert main(["distill", *command(base, tmp_path / "out", "--tokens", 8192, text="little.txt")]) == 1

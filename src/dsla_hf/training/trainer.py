@@ -23,7 +23,7 @@ from accelerate import PartialState
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback, default_data_collator
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from ..core.progress import TrainingProgress
@@ -108,6 +108,9 @@ class DSLATrainer(Trainer):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        tokenizer = kwargs.get("processing_class")
+        if kwargs.get("data_collator") is None and getattr(tokenizer, "pad_token", "") is None:
+            kwargs["data_collator"] = default_data_collator  # many tokenizers cannot pad, and blocks of one length need none
         self._use_cache = getattr(model.config, "use_cache", None)
         self._liger = wants_liger(args.use_liger_kernel, model.get_base_model(), args.device)
         asked, args.use_liger_kernel = args.use_liger_kernel, False  # transformers would patch the model for good
