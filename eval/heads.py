@@ -607,6 +607,7 @@ def recipes(options: argparse.Namespace) -> None:
         for row in part["rows"]:
             trained = dict.fromkeys(way) if row["level"] == 0 else way
             rows.append({"arm": "teacher" if row["level"] == 0 else part["arm"], "probes": part["probes"], **row_numbers(row), **trained})
+    rows = list({json.dumps(row, sort_keys=True): row for row in rows}.values())  # the teacher comes with more than one run
     names = (*HOW_TRAINED, *NEWER)
     rows.sort(key=lambda row: (-row["kept"], row["arm"], row["probes"], [row[name] for name in names if row.get(name) is not None]))
     write_results(RECIPES, rows, command_of(options), folder=options.results)
