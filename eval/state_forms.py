@@ -1,0 +1,332 @@
+"""Which form of a state comes nearest to a checkpoint's attention, beside a window of equal bytes? Layer by layer, by alignment alone.
+
+    python eval/state_forms.py MODEL TEXT                          # eval/results/state-forms.json, a table
+    python eval/state_forms.py MODEL TEXT --layers 2,9 --forms "window 512" "relu"
+
+Each form takes the place of one layer's softmax, on the original's own inputs: query and output projections and what is the form's own are
+trained on the error of the layer's output, as a share of its energy, which is then measured on rows that were not trained on. Scores of all
+pairs of tokens are written out, so this says what a form can do and nothing of speed.
+
+Forms, with the window that leaves all of them the same bytes (a state of K x V numbers in bf16 takes what K / 2 tokens of a window take):
+
+- `window W`: a softmax window and four sinks, nothing else.
+- `null`: a window beside which what lies outside has weight and a value of 0, by the number of its tokens; takes no bytes.
+- `relu`, `exp`, `softmax`: sums of positive features of keys, and one denominator with the window (LoLCATs, arXiv 2410.10254; exp and
+  softmax features as in Hedgehog, arXiv 2402.04347). `decay`: a gate per token, from its value; `two`: two of them, mixed.
+- `layer`: `DualStateAttention`, the library's layer, whose start is matched; `one`: its history state alone.
+
+`gate`: the weight of the states, or of the output where there is no window, also depends on the token. `unrotated`: features of keys and
+queries before their rotation. `pure` has no window.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from reporting import RESULTS, rows_table, write_results
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, apply_rotary_pos_emb
+
+from dsla_hf import DualStateAttention
+from dsla_hf.core.progress import bar, say
+from dsla_hf.models.loading import device, load_model, load_tokenizer
+from dsla_hf.training.text import read_texts
+
+SINKS = 4
+APART = 4  # rows that are measured on
+WARM_UP = 10  # steps
+SMALLEST = 1e-9
+CLOSED = -2.0  # logit that weights of states start from
+LIMIT = 12.0  # of what is exponentiated
+
+
+@dataclass(frozen=True)
+class Form:
+    """window: tokens, 0 for none. features: of keys and queries, or None. decays: gates per token. layer: states of the library's layer."""
+
+    window: int
+    features: str | None = None
+    decays: int = 0
+    gate: bool = False
+    null: bool = False
+    rotated: bool = True
+    layer: int = 0
+
+
+FORMS = {
+    "window 512": Form(512),
+    "window 480": Form(480),
+    "null": Form(512, null=True),
+    "null, gate": Form(512, null=True, gate=True),
+    "relu": Form(480, "relu"),
+    "exp": Form(480, "exp"),
+    "softmax": Form(480, "softmax"),
+    "relu, gate": Form(480, "relu", gate=True),
+    "relu, decay": Form(480, "relu", decays=1),
+    "relu, decay, gate": Form(480, "relu", decays=1, gate=True),
+    "relu, unrotated, gate": Form(480, "relu", gate=True, rotated=False),
+    "layer, one": Form(480, layer=1),
+    "layer, two": Form(448, layer=2),
+    "pure, layer": Form(0, layer=2),
+    "pure, relu, two": Form(0, "relu", decays=2),
+    "pure, relu, two, gate": Form(0, "relu", decays=2, gate=True),
+    "pure, exp, two, gate": Form(0, "exp", decays=2, gate=True),
+}
+
+
+@dataclass
+class Layer:
+    """What a layer of the original reads and gives, for all rows: `hidden` `[N, T, hidden]`, rotated and unrotated `k`, `v`
+    `[N, T, Hkv, D]`, `output` `[N, T, hidden]`; cos and sin `[1, T, D]`; its projections."""
+
+    hidden: Tensor
+    k: Tensor
+    unrotated: Tensor
+    v: Tensor
+    output: Tensor
+    rotation: tuple[Tensor, Tensor]
+    q_proj: Tensor
+    o_proj: Tensor
+
+
+def read_rows(model: str, text: str, tokens: int, count: int) -> Tensor:
+    """`[count, tokens]`, from the beginning of the text.
+
+    Raises:
+        ValueError: if there is too little of it.
+    """
+    tokenizer, ids = load_tokenizer(model), []
+    for document in read_texts(text):
+        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= tokens * count:
+            return torch.tensor(ids[: tokens * count]).view(count, tokens)
+    raise ValueError(f"{text} has {len(ids):,} tokens, and {count} rows of {tokens} need {tokens * count:,}: give more text, or --rows")
+
+
+@torch.no_grad()
+def record(model: Any, rows: Tensor, indices: Sequence[int]) -> dict[int, Layer]:
+    """What these layers of the original read and give."""
+    parts: dict[int, list[tuple[Tensor, ...]]] = {index: [] for index in indices}
+    rotation: list[tuple[Tensor, Tensor]] = []
+
+    def keep(index: int) -> Any:
+        def hook(attention: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            hidden, turn = kwargs["hidden_states"], kwargs["position_embeddings"]
+            shape = (*hidden.shape[:-1], -1, attention.head_dim)
+            k, v = attention.k_proj(hidden).view(shape), attention.v_proj(hidden).view(shape)
+            parts[index].append((hidden, apply_rotary_pos_emb(k, k, *turn, unsqueeze_dim=2)[1], k, v, output[0]))
+            rotation[:] = [turn]
+
+        return hook
+
+    attentions = {index: model.model.layers[index].self_attn for index in indices}
+    hooks = [attention.register_forward_hook(keep(index), with_kwargs=True) for index, attention in attentions.items()]
+    for row in rows.split(1):
+        model(input_ids=row, use_cache=False, logits_to_keep=1)
+    for hook in hooks:
+        hook.remove()
+    weights = {index: (attention.q_proj.weight.clone(), attention.o_proj.weight.clone()) for index, attention in attentions.items()}
+    return {
+        index: Layer(*(torch.cat(part) for part in zip(*found, strict=True)), rotation[0], *weights[index])
+        for index, found in parts.items()
+    }
+
+
+class Student(nn.Module):
+    """A form in the place of one layer's softmax."""
+
+    def __init__(self, form: Form, layer: Layer):
+        super().__init__()
+        self.form, self.layer = form, layer
+        self.head_dim, self.kv_heads = layer.k.shape[-1], layer.k.shape[2]
+        self.heads = layer.q_proj.shape[0] // self.head_dim
+        self.q_proj, self.o_proj = nn.Parameter(layer.q_proj.clone()), nn.Parameter(layer.o_proj.clone())
+        own = nn.ParameterDict()
+        if form.layer:
+            self._make_layer()
+        elif form.null or form.features:
+            own["bias"], own["gain"] = torch.full((self.heads,), CLOSED), torch.ones(self.heads)
+        if form.gate:
+            own["gate"] = torch.zeros(self.heads, layer.hidden.shape[-1])
+        if form.features:
+            small = torch.eye(self.head_dim) * self.head_dim**-0.25
+            own["of_q"], own["of_k"] = small.repeat(self.heads, 1, 1), small.repeat(self.kv_heads, 1, 1)
+        for number in range(form.decays):  # half-lives of about 100 tokens and of 5
+            own[f"decay_bias{number}"] = torch.full((self.kv_heads,), (5.0, 2.0)[number])
+            own[f"decay{number}"] = torch.zeros(self.kv_heads, self.head_dim)
+        if form.decays == 2:
+            own["mix"] = torch.zeros(self.heads)
+        self.own = own.to(layer.k.device)
+
+    def _make_layer(self) -> None:
+        core = DualStateAttention(self.heads, self.kv_heads, self.head_dim, window_size=self.form.window)
+        self.core = core.to(self.layer.k.device)
+        with torch.no_grad():
+            if self.form.layer == 1:
+                core.mix_logits.copy_(torch.tensor([30.0, -30.0]).expand_as(core.mix_logits))
+                core.mix_logits.requires_grad_(False)
+            if self.form.window:
+                core.state_bias.fill_(-6.0)
+            norm = self.layer.output.square().mean().sqrt() / self.layer.o_proj.square().sum(1).mean().sqrt()
+            core.norm_weight.fill_(norm)
+
+    def gates(self) -> list[nn.Parameter]:
+        return [weight for name, weight in self.named_parameters() if not name.endswith("_proj") and weight.requires_grad]
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """`[B, T, hidden]` of rows `[B]` of the layer's record."""
+        layer, form = self.layer, self.form
+        hidden, k, v = layer.hidden[rows], layer.k[rows], layer.v[rows]
+        unrotated = F.linear(hidden, self.q_proj).unflatten(-1, (self.heads, self.head_dim))
+        q = apply_rotary_pos_emb(unrotated, unrotated, *layer.rotation, unsqueeze_dim=2)[0]
+        if form.layer:
+            return F.linear(self.core(q, k, v)[0].flatten(2), self.o_proj)
+        t = torch.arange(q.shape[1], device=q.device)
+        causal = t[:, None] >= t
+        inside = causal & ((t[:, None] - t < form.window) | (t < SINKS)) if form.window else torch.zeros_like(causal)
+        outside = causal & ~inside
+        more = F.linear(hidden, self.own["gate"]) if form.gate else 0.0
+        own_k = k if form.rotated else layer.unrotated[rows]
+        o, log_sum = self._softmax(q, k, v, inside) if form.window else (None, None)
+        if form.null:
+            count = outside.sum(-1)
+            logit = self.own["bias"] + self.own["gain"] * count.clamp(min=1).log()[:, None] + more
+            return F.linear((o * (1 - (logit - log_sum).sigmoid() * (count > 0)[:, None])[..., None]).flatten(2), self.o_proj)
+        if form.features:
+            read, log_mass = self._read(q if form.rotated else unrotated, own_k, v, outside)
+            if o is None:
+                o = read * (self.own["gain"] * 2 + more).sigmoid()[..., None]
+            else:
+                alpha = (self.own["gain"] * log_mass + self.own["bias"] + more - log_sum).sigmoid() * outside.any(-1)[:, None]
+                o = torch.lerp(o, read, alpha[..., None])
+        return F.linear(o.flatten(2), self.o_proj)
+
+    def _softmax(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention to what is seen `[B, T, Hq, D]`, and the logarithm of its denominator `[B, T, Hq]`."""
+        scores = torch.einsum("bthgd,bshd->bhgts", self._grouped(q), k) * self.head_dim**-0.5
+        scores = scores.masked_fill(~seen, -1e30)
+        log_sum = scores.logsumexp(-1)
+        o = torch.einsum("bhgts,bshd->bthgd", (scores - log_sum[..., None]).exp(), v)
+        return o.flatten(2, 3), log_sum.permute(0, 3, 1, 2).flatten(2)
+
+    def _read(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean of what is seen, by features, and the logarithm of its mass."""
+        features = {"relu": lambda x: x.relu() + 1e-4, "exp": lambda x: x.clamp(-LIMIT, LIMIT).exp()}
+        features["softmax"] = lambda x: torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
+        of = features[self.form.features or ""]
+        of_q, of_k = of(torch.einsum("bthd,hde->bthe", q, self.own["of_q"])), of(torch.einsum("bthd,hde->bthe", k, self.own["of_k"]))
+        weights = torch.einsum("bthge,bshe->bhgts", self._grouped(of_q), of_k)
+        if self.form.decays:
+            weights = weights * self._kept(v)
+        weights = weights * seen
+        mass = weights.sum(-1).clamp(min=SMALLEST)
+        read = torch.einsum("bhgts,bshd->bthgd", weights / mass[..., None], v)
+        return read.flatten(2, 3), mass.log().permute(0, 3, 1, 2).flatten(2)
+
+    def _kept(self, v: Tensor) -> Tensor:
+        """What is left at a token of one before it `[B, Hkv, 1 or Hq / Hkv, T, T]`."""
+        n = v * (v.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        causal = torch.ones(v.shape[1], v.shape[1], dtype=torch.bool, device=v.device).tril()
+        kept = []
+        for number in range(self.form.decays):
+            logits = torch.einsum("bthd,hd->bth", n, self.own[f"decay{number}"]) + self.own[f"decay_bias{number}"]
+            total = F.logsigmoid(logits).cumsum(1).transpose(1, 2)
+            kept.append((total[..., :, None] - total[..., None, :]).masked_fill(~causal, -1e30).exp()[:, :, None])
+        if len(kept) == 1:
+            return kept[0]
+        return torch.lerp(*kept, self.own["mix"].sigmoid().view(1, self.kv_heads, -1, 1, 1))
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.kv_heads, -1))
+
+
+def align(form: Form, layer: Layer, steps: int, batch: int, rate: float, gate_factor: float, seed: int) -> tuple[float, float]:
+    """Error on rows kept apart, as a share of the layer's energy, before and after training."""
+    torch.manual_seed(seed)
+    student = Student(form, layer)
+    groups = [{"params": [student.q_proj, student.o_proj], "lr": rate}, {"params": student.gates(), "lr": rate * gate_factor}]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0, betas=(0.9, 0.95))
+    warm = lambda step: min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2  # noqa: E731
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm)
+
+    def error(rows: Tensor) -> Tensor:
+        return (student(rows) - layer.output[rows]).square().sum() / layer.output[rows].square().sum()
+
+    @torch.no_grad()
+    def apart() -> float:
+        rows = torch.arange(len(layer.hidden) - APART, len(layer.hidden), device=layer.k.device)
+        return sum(error(row).item() for row in rows.split(1)) / APART
+
+    before, generator = apart(), torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        rows = torch.randperm(len(layer.hidden) - APART, generator=generator)[:batch].to(layer.k.device)
+        optimizer.zero_grad()
+        error(rows).backward()
+        optimizer.step()
+        schedule.step()
+    return before, apart()
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of a Llama checkpoint and its tokenizer")
+    parser.add_argument("text", help=".txt or .jsonl, also .xz")
+    parser.add_argument("--layers", type=lambda text: [int(part) for part in text.split(",")], help="default: six, spread over the model")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), metavar="FORM", help="default: all")
+    parser.add_argument("--tokens", type=int, default=2048, help="of a row")
+    parser.add_argument("--rows", type=int, default=40)
+    parser.add_argument("--batch", type=int, default=2, help="rows of a step")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of projections; of pure forms three times it")
+    parser.add_argument("--gate-factor", type=float, default=10.0, help="times it, of what is the form's own")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of state-forms.json")
+    options = parser.parse_args(arguments)
+    if options.rows < APART + options.batch:
+        parser.error(f"--rows {options.rows} must be {APART + options.batch} or more: {APART} are measured on")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options, start = parse_arguments(arguments), time.perf_counter()
+    torch.set_float32_matmul_precision("high")
+    model = load_model(options.model, "float32").to(device()).eval()
+    if not isinstance(model, LlamaForCausalLM):
+        raise ValueError(f"{options.model} is a {type(model).__name__}: this reads the attention of Llama models alone")
+    count = model.config.num_hidden_layers
+    layers = options.layers or sorted({round((place + 0.5) * count / 6) % count for place in range(6)})
+    rows = read_rows(options.model, options.text, options.tokens, options.rows).to(device())
+    recorded = record(model, rows, layers)
+    del model
+    setup = {name: getattr(options, name) for name in ("tokens", "batch", "steps", "learning_rate", "gate_factor", "seed")}
+    measured: list[dict[str, Any]] = []
+    for name in bar(options.forms, desc="forms"):
+        form = FORMS[name]
+        rate = options.learning_rate * (1 if form.window else 3)
+        for index in layers:
+            before, after = align(form, recorded[index], options.steps, options.batch, rate, options.gate_factor, options.seed)
+            measured.append({"form": name, "window": form.window, "layer": index, "error_before": before, "error": after})
+        write_results("state-forms", measured, folder=options.results, model=Path(options.model).name, texts=options.rows, **setup)
+        errors = " ".join(f"{row['layer']}: {row['error']:.4f}" for row in measured if row["form"] == name)
+        say(f"{name}: {errors} ({time.perf_counter() - start:.0f} s)")
+    print(rows_table(by_form(measured), ["form", "window", *(str(index) for index in layers)]))
+
+
+def by_form(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each form, with the error of each layer."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        found.setdefault(row["form"], {"form": row["form"], "window": row["window"]})[str(row["layer"])] = row["error"]
+    return list(found.values())
+
+
+if __name__ == "__main__":
+    main()
