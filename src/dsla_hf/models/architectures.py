@@ -20,11 +20,16 @@ SHORT_WINDOW = 1024
 class Architecture:
     """fused: projections that lie in one matrix, by its name, in the order of its rows. rotary_layout: which channels of a head rotate
     together, one of `attention.ROTARY_LAYOUTS`. partial_rotary: whether `partial_rotary_factor` says how many of them rotate (the first
-    ones), all if not. notes: for the table in the docs."""
+    ones), all if not. attention: what a decoder layer calls its softmax attention. names: what that calls projections, where it is not
+    `q_proj` and the like. keywords: whether decoder layers hand their keyword arguments on to their attention, and to nothing that does not
+    know them; `layout_carrier` has another way. notes: for the table in the docs."""
 
     fused: dict[str, tuple[str, ...]] = field(default_factory=dict)
     rotary_layout: str = "halves"
     partial_rotary: bool = False
+    attention: str = "self_attn"
+    names: dict[str, str] = field(default_factory=dict)
+    keywords: bool = True
     notes: str = ""
 
 
@@ -77,13 +82,31 @@ ARCHITECTURES: dict[str, Architecture] = {
     "seed_oss": Architecture(),
     "starcoder2": Architecture(notes="MLP without a gate; all layers slide where the checkpoint says so (4,096 tokens)"),
     "vaultgemma": Architecture(notes="score cap kept in the window; local layers are left out of the plan by default"),
+    "falcon_h1": Architecture(keywords=False, notes="attention beside a state-space model in every layer, which stays"),
+    "granitemoehybrid": Architecture(keywords=False, notes="attention layers alone are converted; Mamba-2 layers stay"),
+    "lfm2": Architecture(keywords=False, names={"o_proj": "out_proj"}, notes="attention layers alone are converted; convolutions stay"),
+    "nemotron_h": Architecture(
+        keywords=False, attention="mixer", notes="attention layers alone are converted; Mamba-2 layers stay; no rotary embedding"
+    ),
+    "qwen3_5_text": Architecture(
+        keywords=False,
+        partial_rotary=True,
+        notes="attention layers alone are converted, their output gate with q_proj; DeltaNet layers stay",
+    ),
+    "qwen3_next": Architecture(
+        keywords=False,
+        partial_rotary=True,
+        notes="attention layers alone are converted, their output gate with q_proj; DeltaNet layers stay",
+    ),
 }
 SUPPORTED_BASES = tuple(ARCHITECTURES)
 
 
 # What types of layers have in place of softmax attention over all earlier tokens, or over the last of them, as configs name it.
 LINEAR_LAYERS = ("linear_attention", "mamba", "conv", "recurrent")
-KNOWN_LAYERS = ("full_attention", "sliding_attention")
+# Layers with softmax attention, alone or ("hybrid") beside something linear; and those that mix no tokens at all.
+SOFTMAX_LAYERS = ("full_attention", "sliding_attention", "attention", "hybrid")
+LAYERS_WITHOUT_MIXER = ("moe", "mlp")
 # Sizes that only configs of models with such layers have.
 LINEAR_SIZES = ("mamba_d_state", "state_size", "linear_num_value_heads")
 # Models whose decoder layers call their attention without the keyword arguments that they are given, by which DSLA hands down which tokens
@@ -113,17 +136,18 @@ def why_unsupported(config: Any) -> str:
     linear = sorted(layer_types & set(LINEAR_LAYERS))
     if model_type in LINEAR_MODELS:
         return f"{named} has no softmax attention: all its layers are linear already; {supported}"
-    if linear or any(values.get(name) for name in LINEAR_SIZES):
-        return (
-            f"{named} has layers that are linear already ({', '.join(linear) or 'a state-space model'}) beside its attention; {supported}"
-        )
     if values.get("kv_lora_rank"):
         return (
             f"{named} has latent attention (MLA, kv_lora_rank), whose cache holds no keys and values that states could take in; {supported}"
         )
+    if linear or any(values.get(name) for name in LINEAR_SIZES):
+        return (
+            f"{named} has layers that are linear already ({', '.join(linear) or 'a state-space model'}) beside its attention, which has "
+            f"not been tested; {supported}"
+        )
     if values.get("num_kv_shared_layers"):
         return f"{named} has layers that read the keys and values of another (num_kv_shared_layers), which states cannot; {supported}"
-    if other := sorted(layer_types - {*KNOWN_LAYERS, "moe", "mlp", "attention"}):
+    if other := sorted(layer_types - {*SOFTMAX_LAYERS, *LAYERS_WITHOUT_MIXER}):
         return f"{named} has layers of types that DSLA does not know: {', '.join(other)}; {supported}"
     # GPT-NeoX, no encoder, has `is_decoder=False`, too.
     if values.get("is_decoder") is False and type(config) in MODEL_FOR_MASKED_LM_MAPPING:
@@ -137,6 +161,36 @@ def _text_config(config: Any) -> Any:
     """The config of the text model inside a multimodal one, None if it is a text model itself."""
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     return None if text is config or not getattr(text, "model_type", None) else text
+
+
+def base_type_of(config: Any) -> str | None:
+    """The `model_type` of a base with this config, or of the base of a hybrid with it."""
+    return getattr(config, "base_model_type", None) or getattr(config, "model_type", None)
+
+
+def architecture_of(config: Any) -> Architecture:
+    """The entry of the base with this config, or of the base of a hybrid with it.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    try:
+        return ARCHITECTURES[base_type_of(config) or ""]
+    except KeyError:
+        raise ValueError(why_unsupported(config)) from None
+
+
+def softmax_layers(config: Any) -> list[int]:
+    """The numbers of the decoder layers that have softmax attention: those that can be converted. In most models all."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return list(range(config.num_hidden_layers))
+    return [i for i, kind in enumerate(kinds) if kind in SOFTMAX_LAYERS]
+
+
+def has_linear_layers(config: Any) -> bool:
+    """Whether decoder layers of a base with this config, or parts of them, are linear already: a cache then has their states, too."""
+    return any(kind in LINEAR_LAYERS or kind == "hybrid" for kind in getattr(config, "layer_types", None) or ())
 
 
 def sliding_window_of(attention: Any) -> int | None:
@@ -171,7 +225,10 @@ def fused_into(attention: Any, name: str) -> tuple[str, tuple[str, ...]]:
     """The matrix that holds a projection (`q_proj`, ...), and the projections in it: itself alone for most models."""
     if hasattr(attention, name):
         return name, (name,)
-    for matrix, parts in ARCHITECTURES[attention.config.model_type].fused.items():
+    architecture = architecture_of(attention.config)
+    if name in architecture.names:
+        return architecture.names[name], (name,)
+    for matrix, parts in architecture.fused.items():
         if name in parts:
             return matrix, parts
     raise ValueError(f"{type(attention).__name__} has no projection {name}")
@@ -180,10 +237,17 @@ def fused_into(attention: Any, name: str) -> tuple[str, tuple[str, ...]]:
 def projection(attention: Any, name: str) -> tuple[nn.Linear, slice]:
     """The linear module that holds a projection, and which of its output rows are this one's."""
     matrix, parts = fused_into(attention, name)
+    if parts == (name,):
+        return getattr(attention, matrix), slice(None)
     heads = attention.config.num_attention_heads
     kv_heads = kv_heads_of(attention.config)
     rows = {"q_proj": heads * attention.head_dim, "k_proj": kv_heads * attention.head_dim, "v_proj": kv_heads * attention.head_dim}
-    if parts == (name,):
-        return getattr(attention, name), slice(None)
     start = sum(rows[part] for part in parts[: parts.index(name)])
     return getattr(attention, matrix), slice(start, start + rows[name])
+
+
+def query_rows(attention: Any) -> int:
+    """Rows of the query projection that belong to one head: twice its channels where a gate of the head's output lies behind its query."""
+    linear, rows = projection(attention, "q_proj")
+    count = len(range(*rows.indices(linear.out_features)))
+    return attention.head_dim * count // projection(attention, "o_proj")[0].in_features

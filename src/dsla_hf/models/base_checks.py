@@ -10,9 +10,9 @@ from torch import nn
 
 from ..core.tensor_parallel import check_heads, cuts_heads
 from .adapter_layer import DSLALayer
-from .architectures import SUPPORTED_BASES, kv_heads_of, projection, why_unsupported
+from .architectures import SUPPORTED_BASES, kv_heads_of, projection, softmax_layers, why_unsupported
 from .configuration import DSLAConfig
-from .decoder import decoder_layers
+from .decoder import attentions_of
 from .fingerprint import check_base, fingerprint_of
 from .level import dsla_layers
 from .quantised import dequantised, quantised_weight
@@ -69,16 +69,17 @@ def check_model(model: Any) -> None:
 def record_base(config: DSLAConfig, model: Any) -> None:
     """Write type, sizes and fingerprint of the base into a new config; compare them with those of a loaded one."""
     base = model.config
-    first: Any = decoder_layers(model)[0]
+    attentions: Any = [getattr(attention, "base_layer", attention) for attention in attentions_of(model)]
     dimensions = {
         "num_hidden_layers": base.num_hidden_layers,
         "hidden_size": base.hidden_size,
         "num_attention_heads": base.num_attention_heads,
         "num_key_value_heads": kv_heads_of(base),
-        "head_dim": first.self_attn.head_dim,
+        "head_dim": next(attention.head_dim for attention in attentions if attention is not None),
     }
-    layers: Any = decoder_layers(model)
-    attention = {i: getattr(layers[i].self_attn, "base_layer", layers[i].self_attn) for i in config.layers_to_transform or ()}
+    if (softmax := len(softmax_layers(base))) < base.num_hidden_layers:
+        dimensions["num_softmax_layers"] = softmax
+    attention = {i: attentions[i] for i in config.layers_to_transform or ()}
     if config.base_model_type is None:
         config.base_model_type, config.base_dimensions, config.base_fingerprint = base.model_type, dimensions, fingerprint_of(attention)
         return

@@ -499,11 +499,12 @@ def resolve_level(level: int | str, config: DSLAConfig, num_layers: int) -> int:
     what stays softmax attention (`"kept:10%"`, `"kept:9"` of the model's KV heads).
 
     A share counts all units of the model with its `num_layers` layers, as the paper speaks of 50 % DSLA, also where the plan holds fewer.
+    Layers that are linear already count in no share.
 
     Raises:
         ValueError: if it is none of these, or more than the plan holds; names the value and what is allowed.
     """
-    units, unit = num_layers, config.conversion_unit
+    units, unit = (config.base_dimensions or {}).get("num_softmax_layers", num_layers), config.conversion_unit
     if unit == "head":
         units *= config.kv_heads
     plan = units if config.conversion_order is None else len(config.conversion_order)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architectures import SUPPORTED_BASES
+from .architectures import ARCHITECTURES, SUPPORTED_BASES, base_type_of, softmax_layers
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -26,6 +26,20 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 def decoder_of(model: nn.Module) -> nn.Module:
     """The decoder inside a causal LM, e.g. the `LlamaModel` of a `LlamaForCausalLM` (or the model itself if it is one)."""
     return model.base_model if isinstance(model, PreTrainedModel) else model
+
+
+def attention_name(config: Any) -> str:
+    """What a decoder layer of a model with this config calls its softmax attention: `self_attn`, unless its type is known to call it
+    otherwise."""
+    known = ARCHITECTURES.get(base_type_of(config) or "")
+    return "self_attn" if known is None else known.attention
+
+
+def attentions_of(model: nn.Module) -> list[Any]:
+    """The softmax attention of each decoder layer, or what stands in its place; None where a layer has none."""
+    decoder: Any = decoder_of(model)
+    name, softmax = attention_name(decoder.config), set(softmax_layers(decoder.config))
+    return [getattr(layer, name, None) if i in softmax else None for i, layer in enumerate(decoder.layers)]
 
 
 @contextmanager
