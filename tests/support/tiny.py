@@ -1,7 +1,8 @@
 """Small random models of every supported architecture, with unusual settings: what their configs have, and the models themselves."""
 
-import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from dsla_hf.models.trial.small_models import make_uneven
 
 SIZES = {
     "num_hidden_layers": 4,
@@ -158,9 +159,4 @@ def tiny_model_of(kind, uneven=False, **config):
     """
     options = {"attn_implementation": "eager"} if kind in SCORE_CAPPED else {}
     model = AutoModelForCausalLM.from_config(tiny_config(kind, **config), **options).eval()
-    if uneven:
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 1 or parameter.shape[0] in (2, 4):
-                    parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+    return make_uneven(model) if uneven else model

@@ -28,6 +28,7 @@ from .level import active_config, dsla_layers, get_level, set_level
 from .level_guards import check_training, check_training_at_level_0, guard_level, warn_of_untrained
 from .saving import name_model
 from .sizes import unit_sizes
+from .trial.records import record_of
 
 
 class DSLAModel(BaseTuner):
@@ -140,7 +141,7 @@ class DSLAModel(BaseTuner):
 
     def _prepare_model(self, peft_config: DSLAConfig, model: nn.Module) -> None:
         """Checks before anything is changed; records the base in the config, or compares it with what is recorded."""
-        check_model(model)
+        check_model(model, peft_config)
         layers, softmax = decoder_layers(model), softmax_layers(model.config)
         attentions: list[Any] = attentions_of(model)
         heads = range(kv_heads_of(model.config))
@@ -185,6 +186,7 @@ class DSLAModel(BaseTuner):
         if peft_config.base_model_type in (None, base.model_type):  # else the next line says that it is another base
             peft_config.take_rotary(base, base.model_type)
         record_base(peft_config, model)
+        peft_config.checked_base = record_of(base.model_type)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]

@@ -22,7 +22,8 @@ class Architecture:
     together, one of `attention.ROTARY_LAYOUTS`. partial_rotary: whether `partial_rotary_factor` says how many of them rotate (the first
     ones), all if not. attention: what a decoder layer calls its softmax attention. names: what that calls projections, where it is not
     `q_proj` and the like. keywords: whether decoder layers hand their keyword arguments on to their attention, and to nothing that does not
-    know them; `layout_carrier` has another way. notes: for the table in the docs."""
+    know them; `layout_carrier` has another way. ordered: whether heads may lie in another order within the attention, as nothing in it but
+    projections and norms of queries tells one from another. notes: for the table in the docs."""
 
     fused: dict[str, tuple[str, ...]] = field(default_factory=dict)
     rotary_layout: str = "halves"
@@ -30,6 +31,7 @@ class Architecture:
     attention: str = "self_attn"
     names: dict[str, str] = field(default_factory=dict)
     keywords: bool = True
+    ordered: bool = True
     notes: str = ""
 
 
@@ -100,6 +102,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
 }
 SUPPORTED_BASES = tuple(ARCHITECTURES)
+# Of further types what was found when they were tried: by this process, or by that which wrote an adapter or a hybrid (see `trial`).
+TRIED: dict[str, Architecture] = {}
 
 
 # What types of layers have in place of softmax attention over all earlier tokens, or over the last of them, as configs name it.
@@ -117,8 +121,24 @@ LINEAR_MODELS = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")
 
 
 def why_unsupported(config: Any) -> str:
-    """Why DSLA cannot replace the attention of models with this config, as far as the config tells: by its structure, so that types which
+    """Why DSLA does not replace the attention of models with this config, as far as the config tells: by its structure, so that types which
     are not known by name are told apart, too."""
+    if (obstacle := why_impossible(config)) is not None:
+        return obstacle
+    linear = _linear_layers(config)
+    beside = (
+        f"has layers that are linear already ({linear}) beside its attention, which"
+        if linear
+        else "is not supported by DSLA: its attention"
+    )
+    return (
+        f"model type {getattr(config, 'model_type', None)!r} {beside} has not been tested. DSLAConfig(allow_untested=True) runs the checks on a "
+        f"small model of this type and, if all hold, converts; supported are {', '.join(SUPPORTED_BASES)}"
+    )
+
+
+def why_impossible(config: Any) -> str | None:
+    """Why DSLA cannot replace the attention of models with this config, as far as the config tells; None where it may be tried."""
     model_type = getattr(config, "model_type", None)
     values: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}  # a config may differ by layer, and raise if asked
     supported = f"supported are {', '.join(SUPPORTED_BASES)}"
@@ -133,28 +153,30 @@ def why_unsupported(config: Any) -> str:
             return f"{inner} of other types: {why_unsupported(text)}"
         return f"{inner}: save that one in a folder of its own and convert it, as docs/architectures.md says"
     layer_types = {str(kind) for name in ("layer_types", "layers_block_type", "block_types") for kind in values.get(name) or ()}
-    linear = sorted(layer_types & set(LINEAR_LAYERS))
     if model_type in LINEAR_MODELS:
         return f"{named} has no softmax attention: all its layers are linear already; {supported}"
     if values.get("kv_lora_rank"):
         return (
             f"{named} has latent attention (MLA, kv_lora_rank), whose cache holds no keys and values that states could take in; {supported}"
         )
-    if linear or any(values.get(name) for name in LINEAR_SIZES):
-        return (
-            f"{named} has layers that are linear already ({', '.join(linear) or 'a state-space model'}) beside its attention, which has "
-            f"not been tested; {supported}"
-        )
     if values.get("num_kv_shared_layers"):
         return f"{named} has layers that read the keys and values of another (num_kv_shared_layers), which states cannot; {supported}"
-    if other := sorted(layer_types - {*SOFTMAX_LAYERS, *LAYERS_WITHOUT_MIXER}):
+    if other := sorted(layer_types - {*SOFTMAX_LAYERS, *LAYERS_WITHOUT_MIXER, *LINEAR_LAYERS}):
         return f"{named} has layers of types that DSLA does not know: {', '.join(other)}; {supported}"
     # GPT-NeoX, no encoder, has `is_decoder=False`, too.
     if values.get("is_decoder") is False and type(config) in MODEL_FOR_MASKED_LM_MAPPING:
         return f"{named} is an encoder: its attention looks ahead, and a state cannot; {supported}"
     if model_type in WITHOUT_KEYWORDS:
         return f"{named} hands no keyword arguments on to its attention, by which DSLA says where texts and padding are; {supported}"
-    return f"{named} is not supported by DSLA: its attention has not been tested; {supported}"
+    return None
+
+
+def _linear_layers(config: Any) -> str:
+    """The kinds of linear layers that a config names, in words."""
+    values: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
+    kinds = {str(kind) for name in ("layer_types", "layers_block_type", "block_types") for kind in values.get(name) or ()}
+    found = ", ".join(sorted(kinds & set(LINEAR_LAYERS)))
+    return found or ("a state-space model" if any(values.get(name) for name in LINEAR_SIZES) else "")
 
 
 def _text_config(config: Any) -> Any:
@@ -168,16 +190,20 @@ def base_type_of(config: Any) -> str | None:
     return getattr(config, "base_model_type", None) or getattr(config, "model_type", None)
 
 
+def find_architecture(model_type: str | None) -> Architecture | None:
+    """The entry of a type, None where there is none."""
+    return ARCHITECTURES.get(model_type or "") or TRIED.get(model_type or "")
+
+
 def architecture_of(config: Any) -> Architecture:
     """The entry of the base with this config, or of the base of a hybrid with it.
 
     Raises:
         ValueError: if there is none.
     """
-    try:
-        return ARCHITECTURES[base_type_of(config) or ""]
-    except KeyError:
-        raise ValueError(why_unsupported(config)) from None
+    if (found := find_architecture(base_type_of(config))) is None:
+        raise ValueError(why_unsupported(config))
+    return found
 
 
 def softmax_layers(config: Any) -> list[int]:
@@ -204,7 +230,7 @@ def sliding_window_of(attention: Any) -> int | None:
 
 def rotary_of(config: Any, model_type: str) -> tuple[str, int]:
     """How a base with this config rotates the channels of a head: `rotary_layout` and `rotary_dim` of `DualStateAttention`."""
-    architecture = ARCHITECTURES[model_type]
+    architecture = find_architecture(model_type) or Architecture()
     rotated = head_dim_of(config)
     if architecture.partial_rotary:
         rotated = int(rotated * config.rope_parameters.get("partial_rotary_factor", 1.0))

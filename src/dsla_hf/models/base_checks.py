@@ -16,6 +16,7 @@ from .decoder import attentions_of
 from .fingerprint import check_base, fingerprint_of
 from .level import dsla_layers
 from .quantised import dequantised, quantised_weight
+from .trial.records import may_convert
 
 
 def check_full_precision(model: Any) -> None:
@@ -44,14 +45,15 @@ def check_readable(attention: Any, config: DSLAConfig) -> None:
             )
 
 
-def check_model(model: Any) -> None:
+def check_model(model: Any, config: DSLAConfig) -> None:
     if isinstance(model, (PeftModel, PeftMixedModel)):
         raise ValueError(
             f"this is a {type(model).__name__} already: a second DSLA adapter is added by model.add_adapter(name, DSLAConfig(...)); one of "
             "another PEFT method must be merged first, with merge_and_unload(), or taken off"
         )
-    if getattr(getattr(model, "config", None), "model_type", None) not in SUPPORTED_BASES:
-        raise ValueError(why_unsupported(getattr(model, "config", None)))
+    base = getattr(model, "config", None)
+    if (kind := getattr(base, "model_type", None)) not in SUPPORTED_BASES and not may_convert(kind, config):
+        raise ValueError(why_unsupported(base))
     if "disk" in getattr(model, "hf_device_map", {}).values():
         raise ValueError(
             "the base has layers on disk, over which PEFT cannot load an adapter that wraps whole attention modules: load the base in "

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architectures import ARCHITECTURES, SUPPORTED_BASES, base_type_of, softmax_layers
+from .architectures import SUPPORTED_BASES, base_type_of, find_architecture, softmax_layers
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -31,7 +31,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
 def attention_name(config: Any) -> str:
     """What a decoder layer of a model with this config calls its softmax attention: `self_attn`, unless its type is known to call it
     otherwise."""
-    known = ARCHITECTURES.get(base_type_of(config) or "")
+    known = find_architecture(base_type_of(config))
     return "self_attn" if known is None else known.attention
 
 

@@ -23,13 +23,14 @@ from ..compat import guard_torch_init_functions, needed_for
 from ..core.attention import DualStateAttention
 from ..core.tensor_parallel import FEATURE, asks_for_tensor_parallel, hybrid_plan
 from ..levels.generation import generate_with_levels
-from .architectures import SUPPORTED_BASES, kv_heads_of
+from .architectures import SUPPORTED_BASES, TRIED, find_architecture, kv_heads_of
 from .base_attention import NO_CONTINUOUS_BATCHING, NO_HEADS, dsla_attention_class, head_split, new_dual_state_attention
 from .before_layers import install_layout_hook, masks_with_padding
 from .configuration import DSLAConfig
 from .decoder import attention_name, attentions_of, decoder_layers, decoder_of
 from .saving import push_saved, save_hybrid
 from .sizes import unit_sizes
+from .trial.records import take_record_of_hybrid
 
 # By name: a release may lack one.
 OTHER_AUTO_CLASSES = (
@@ -80,7 +81,9 @@ class DSLAHybridConfig(PreTrainedConfig):
             return super().from_dict(config_dict, **kwargs)
         hybrid = config_dict.get("dsla_config")
         base = hybrid.get("base_model_type") if isinstance(hybrid, dict) else None
-        if base not in SUPPORTED_BASES:
+        if isinstance(hybrid, dict) and base not in SUPPORTED_BASES and hybrid.get("checked_base") is not None:
+            take_record_of_hybrid(base, hybrid["checked_base"], source)
+        if find_architecture(base) is None:
             raise ValueError(
                 f"{source}: 'dsla_config' names the base_model_type {base!r}; supported are {list(SUPPORTED_BASES)}. "
                 "Write hybrids with merge_and_unload() and save_pretrained()"
@@ -210,7 +213,7 @@ class DSLAHybridMixin:
 @functools.cache
 def hybrid_classes(base_model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
     """The config and model class of hybrids over a base, e.g. `DSLALlamaConfig` and `DSLALlamaForCausalLM`."""
-    if base_model_type not in SUPPORTED_BASES:
+    if find_architecture(base_model_type) is None:
         raise ValueError(f"base model type {base_model_type!r} is not supported; supported are {list(SUPPORTED_BASES)}")
     base_config = CONFIG_MAPPING[base_model_type]
     base_model = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
@@ -264,7 +267,7 @@ AutoConfig.register("dsla", DSLAHybridConfig, exist_ok=True)
 
 def __getattr__(name: str) -> Any:
     """Hybrid classes as attributes of this module, made on first use: they import and pickle by name."""
-    for base in SUPPORTED_BASES if name.startswith("DSLA") else ():
+    for base in (*SUPPORTED_BASES, *TRIED) if name.startswith("DSLA") else ():
         for cls in hybrid_classes(base):
             if cls.__name__ == name:
                 return cls

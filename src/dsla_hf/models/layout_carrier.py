@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..core.layout import TokenLayout
-from .architectures import ARCHITECTURES, base_type_of
+from .architectures import base_type_of, find_architecture
 from .decoder import attention_name, attentions_of
 
 LAYOUT, MASK = "dsla_layout", "attention_mask"
@@ -29,7 +29,7 @@ class MaskWithLayout(NamedTuple):
 
 def carry_layouts(decoder: Any) -> list[RemovableHandle]:
     """Make the layers of `decoder` carry layouts in masks, if its type needs that; what undoes it."""
-    known = ARCHITECTURES.get(base_type_of(decoder.config) or "")
+    known = find_architecture(base_type_of(decoder.config))
     if known is None or known.keywords:
         return []
     name = attention_name(decoder.config)

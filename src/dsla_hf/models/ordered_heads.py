@@ -16,7 +16,7 @@ from torch import Tensor
 from ..compat.attributes import versions_of, view_of
 from ..core.attention import DualStateAttention
 from ..core.heads import PER_KV_HEAD
-from .architectures import kv_heads_of, projection, query_rows
+from .architectures import architecture_of, kv_heads_of, projection, query_rows
 from .mixed_projections import is_readable
 
 
@@ -38,6 +38,8 @@ class HeadsInUse(NamedTuple):
 def cannot_be_ordered(base: Any, own: dict[str, Any]) -> str | None:
     """Why the projections of a base attention, of which `own` are replaced in converted heads, cannot lie in such buffers, in words; None
     where they can."""
+    if not architecture_of(base.config).ordered:
+        return f"{type(base).__name__} tells heads apart by their places, beside its projections"
     for name in ("k_proj", "v_proj"):
         if name in own:
             return f"{name} is trained, too (trained_projections)"
