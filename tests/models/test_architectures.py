@@ -357,7 +357,6 @@ REASONS = {
     "qwen3_5": f"holds a text model of type 'qwen3_5_text' .*{ITS_TEXT_MODEL}",
     **dict.fromkeys(("bert", "roberta", "electra"), "is an encoder: its attention looks ahead"),
     **dict.fromkeys(("bart", "t5", "whisper"), "is an encoder-decoder"),
-    **dict.fromkeys(("nemotron", "stablelm"), "hands no keyword arguments on to its attention"),
     **dict.fromkeys(("gpt_neox", "gpt2", "falcon", "phi", "gemma4_text"), NOT_TESTED),
 }
 

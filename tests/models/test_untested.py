@@ -1,4 +1,4 @@
-"""Types that are not in the table: tried on small models when asked, converted if the checks hold, and known again by the record of them."""
+"""Types that are not in the table: tried on small models when asked, converted if the checks hold, and known again by their record."""
 
 import json
 
@@ -195,7 +195,7 @@ def test_where_places_of_heads_matter_they_are_not_reordered():
 
 def test_a_plan_of_layers_does_without_the_check_of_heads(monkeypatch):
     monkeypatch.setattr(untested, "CHECKS", {"converts": untested.CHECKS["converts"], "heads": lambda *_: 0.5})
-    with pytest.raises(ValueError, match="heads: 0.5. conversion_unit='layer' takes it"):
+    with pytest.raises(ValueError, match=r"heads: 0\.5\. conversion_unit='layer' takes it"):
         get_peft_model(tomorrow(), DSLAConfig(**ASKED, conversion_unit="head"))
     assert get_peft_model(tomorrow(), DSLAConfig(**ASKED)).peft_config["default"].checked_base["checks"]["heads"] == 0.5
 

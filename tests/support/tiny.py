@@ -104,6 +104,7 @@ OTHER_ARCHITECTURE_OPTIONS = {
     },
     "seed_oss": {**WIDE, "attention_out_bias": True},
     "starcoder2": {"sliding_window": None},
+    "stablelm": {**PART, "qk_layernorm": True, "use_qkv_bias": True, "use_parallel_residual": True},
     "vaultgemma": {**LOCAL_AND_GLOBAL, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 5},
     "falcon_h1": {**STATE_SPACE, "mamba_d_ssm": 64, "key_multiplier": 0.7, "attention_out_multiplier": 0.8, "attention_bias": True},
     "granitemoehybrid": {
@@ -117,6 +118,7 @@ OTHER_ARCHITECTURE_OPTIONS = {
         "attention_bias": True,
     },
     "lfm2": {**LINEAR_AND_FULL, "layer_types": [kind.replace("linear_attention", "conv") for kind in MIXED_LAYERS], "conv_bias": True},
+    "nemotron": {**PART, "attention_bias": True, "mlp_bias": True},
     "nemotron_h": {
         "layers_block_type": ["linear_attention", "full_attention", "mlp", "full_attention", "moe", "full_attention", "full_attention"],
         "num_hidden_layers": 7,

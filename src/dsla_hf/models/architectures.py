@@ -83,10 +83,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2_moe": Architecture(notes="mixture of experts"),
     "seed_oss": Architecture(),
     "starcoder2": Architecture(notes="MLP without a gate; all layers slide where the checkpoint says so (4,096 tokens)"),
+    "stablelm": Architecture(
+        keywords=False, partial_rotary=True, ordered=False, notes="norms of queries and keys of each head, where the checkpoint has them"
+    ),
     "vaultgemma": Architecture(notes="score cap kept in the window; local layers are left out of the plan by default"),
     "falcon_h1": Architecture(keywords=False, notes="attention beside a state-space model in every layer, which stays"),
     "granitemoehybrid": Architecture(keywords=False, notes="attention layers alone are converted; Mamba-2 layers stay"),
     "lfm2": Architecture(keywords=False, names={"o_proj": "out_proj"}, notes="attention layers alone are converted; convolutions stay"),
+    "nemotron": Architecture(keywords=False, partial_rotary=True, notes="MLP without a gate"),
     "nemotron_h": Architecture(
         keywords=False, attention="mixer", notes="attention layers alone are converted; Mamba-2 layers stay; no rotary embedding"
     ),
@@ -113,9 +117,6 @@ SOFTMAX_LAYERS = ("full_attention", "sliding_attention", "attention", "hybrid")
 LAYERS_WITHOUT_MIXER = ("moe", "mlp")
 # Sizes that only configs of models with such layers have.
 LINEAR_SIZES = ("mamba_d_state", "state_size", "linear_num_value_heads")
-# Models whose decoder layers call their attention without the keyword arguments that they are given, by which DSLA hands down which tokens
-# are padding and where texts begin.
-WITHOUT_KEYWORDS = ("nemotron", "stablelm")
 # Models without any softmax attention.
 LINEAR_MODELS = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")
 
@@ -132,8 +133,8 @@ def why_unsupported(config: Any) -> str:
         else "is not supported by DSLA: its attention"
     )
     return (
-        f"model type {getattr(config, 'model_type', None)!r} {beside} has not been tested. DSLAConfig(allow_untested=True) runs the checks on a "
-        f"small model of this type and, if all hold, converts; supported are {', '.join(SUPPORTED_BASES)}"
+        f"model type {getattr(config, 'model_type', None)!r} {beside} has not been tested. DSLAConfig(allow_untested=True) runs the checks "
+        f"on a small model of this type and, if all hold, converts; supported are {', '.join(SUPPORTED_BASES)}"
     )
 
 
@@ -166,8 +167,6 @@ def why_impossible(config: Any) -> str | None:
     # GPT-NeoX, no encoder, has `is_decoder=False`, too.
     if values.get("is_decoder") is False and type(config) in MODEL_FOR_MASKED_LM_MAPPING:
         return f"{named} is an encoder: its attention looks ahead, and a state cannot; {supported}"
-    if model_type in WITHOUT_KEYWORDS:
-        return f"{named} hands no keyword arguments on to its attention, by which DSLA says where texts and padding are; {supported}"
     return None
 
 

@@ -44,8 +44,8 @@ class DSLAConfig(PeftConfig):
     a copy of it, `model.peft_config["default"]`: one config may be given to several models. `DSLAConfig()` has weights for all layers and
     starts at level 0, the original model.
 
-    allow_untested: convert a base of a type that is not among the supported ones, if small models of it pass the checks (seconds on a CPU). Not
-    saved; what is, is which checks it has passed (`checked_base`).
+    allow_untested: convert a base of a type that is not among the supported ones, if small models of it pass the checks (seconds on a CPU).
+    Not saved; what is, is which checks it has passed (`checked_base`).
 
     Raises:
         ValueError: names the field whose value does not fit, before a model is touched.
@@ -135,7 +135,7 @@ class DSLAConfig(PeftConfig):
 
     taken = False  # no field: whether a model has this very object
 
-    def __post_init__(self, allow_untested: bool = False) -> None:
+    def __post_init__(self, allow_untested: bool) -> None:
         super().__post_init__()
         self.allow_untested = allow_untested
         self.peft_type = DSLA

@@ -1,4 +1,4 @@
-"""What types of base models that are not in the table have shown, when they were tried: kept for this process, and in adapters and hybrids."""
+"""What types of base models that are not in the table have shown when they were tried: for this process, and in adapters and hybrids."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def check_record(record: Any, model_type: str | None, source: str) -> dict[str, 
 
 
 def take_record_of_hybrid(model_type: str | None, record: Any, source: str) -> None:
-    """Know the type that a hybrid names, by the record in its config. That the code of the base has changed since is said: its attention may
-    do something else now.
+    """Know the type that a hybrid names, by the record in its config. That the code of the base has changed since is said: its attention
+    may do something else now.
 
     Raises:
         ValueError: as `check_record`.

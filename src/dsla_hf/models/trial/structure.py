@@ -62,8 +62,8 @@ def _check_sizes(attention: Any, output: str, config: Any) -> None:
     expected = (head_dim, kv_heads * head_dim, kv_heads * head_dim, each)
     if sizes != expected or queries not in (each, 2 * each):
         raise ValueError(
-            f"layer {attention.layer_idx}: head size, rows of k_proj and v_proj, and columns of {output} are {sizes}, and {expected} by the "
-            f"config; q_proj has {queries} rows, and {each} or (with a gate) {2 * each} are known"
+            f"layer {attention.layer_idx}: head size, rows of k_proj and v_proj, and columns of {output} are {sizes}, and {expected} by "
+            f"the config; q_proj has {queries} rows, and {each} or (with a gate) {2 * each} are known"
         )
 
 
