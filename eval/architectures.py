@@ -31,7 +31,14 @@ PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 # Rows of the table: an architecture, and options of its config beside those that small models of the tests have.
 ROWS: list[tuple[str, dict[str, Any]]] = [(kind, {}) for kind in ARCHITECTURES]
 ROWS.insert(1 + list(ARCHITECTURES).index("phi3"), ("phi3", {"partial_rotary_factor": 0.75}))
-ROWS.insert(2 + list(ARCHITECTURES).index("starcoder2"), ("starcoder2", {"sliding_window": 12}))
+PER_LAYER_INPUTS = {
+    "attention_k_eq_v": False,
+    "hidden_size_per_layer_input": 4,
+    "vocab_size_per_layer_input": 97,
+    "enable_moe_block": False,
+}
+ROWS.insert(2 + list(ARCHITECTURES).index("gemma4_text"), ("gemma4_text", {**PER_LAYER_INPUTS, "num_key_value_heads": 2}))
+ROWS.insert(3 + list(ARCHITECTURES).index("starcoder2"), ("starcoder2", {"sliding_window": 12}))
 
 
 def base_of(kind: str, options: dict[str, Any], uneven: bool = True) -> Any:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny import ARCHITECTURE_OPTIONS, OTHER_ARCHITECTURE_OPTIONS, tiny_model_of
+from tiny import ARCHITECTURE_OPTIONS, OTHER_ARCHITECTURE_OPTIONS, tiny_config, tiny_model_of
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,9 +20,18 @@ from transformers import (
 from dsla_hf import DSLAConfig, cache_bytes
 from dsla_hf.core.cache import DSLACacheLayer
 from dsla_hf.models.adapter import dsla_layers
-from dsla_hf.models.architectures import ARCHITECTURES, SHORT_WINDOW, SUPPORTED_BASES, projection, sliding_window_of, why_unsupported
+from dsla_hf.models.architectures import (
+    ARCHITECTURES,
+    SHORT_WINDOW,
+    SUPPORTED_BASES,
+    projection,
+    sliding_window_of,
+    why_impossible,
+    why_unsupported,
+)
 from dsla_hf.models.loading import check_convertible
 from dsla_hf.models.trial.checks import layer_order
+from dsla_hf.serving.engine.levels import check_served
 
 ORDER = [2, 0, 3, 1]
 MOST = 3  # where layers take turns, of those that slide and of those that see all some are converted, and softmax layers are left
@@ -357,7 +366,7 @@ REASONS = {
     "qwen3_5": f"holds a text model of type 'qwen3_5_text' .*{ITS_TEXT_MODEL}",
     **dict.fromkeys(("bert", "roberta", "electra"), "is an encoder: its attention looks ahead"),
     **dict.fromkeys(("bart", "t5", "whisper"), "is an encoder-decoder"),
-    **dict.fromkeys(("gpt_neox", "gpt2", "falcon", "phi", "gemma4_text"), NOT_TESTED),
+    **dict.fromkeys(("gpt_neox", "gpt2", "falcon", "phi"), NOT_TESTED),
 }
 
 
@@ -365,6 +374,37 @@ REASONS = {
 def test_refused_types_are_told_why(kind, reason):
     with pytest.raises(ValueError, match=f"^my-model: model type '{kind}' .*{reason}"):
         check_convertible("my-model", AutoConfig.for_model(kind))
+
+
+def test_layers_that_read_keys_of_others_are_refused_in_a_supported_type_too():
+    """Gemma 4 has models with such layers (E2B) and without (31B)."""
+    check_convertible("31b", tiny_config("gemma4_text"))
+    shared = tiny_config("gemma4_text", num_kv_shared_layers=2)
+    with pytest.raises(ValueError, match=r"read the keys and values of another \(num_kv_shared_layers\)"):
+        check_convertible("e2b", shared)
+    with pytest.raises(ValueError, match="num_kv_shared_layers"):
+        get_peft_model(AutoModelForCausalLM.from_config(shared), DSLAConfig(conversion_order=[1]))
+
+
+@pytest.mark.parametrize("kind", SUPPORTED_BASES)
+def test_nothing_speaks_against_a_supported_type(kind):
+    assert why_impossible(tiny_config(kind)) is None
+
+
+@torch.no_grad()
+def test_layers_of_gemma_4_whose_heads_are_smaller_are_refused_by_number():
+    """Global layers have heads of another size and number than local ones, and values that are their keys."""
+    base = tiny_model_of("gemma4_text")
+    with pytest.raises(ValueError, match=r"names layers \[0\], which are no attention that DSLA could replace \(sliding_attention\)"):
+        get_peft_model(base, DSLAConfig(conversion_order=[0]))
+    with pytest.raises(ValueError, match="of layer 1 has no v_proj: leave it out of trained_projections"):
+        get_peft_model(base, DSLAConfig(conversion_order=[1], trained_projections=["v_proj"]))
+    model = get_peft_model(base, DSLAConfig(task_type="CAUSAL_LM"))
+    config = model.peft_config["default"]
+    assert config.conversion_order == [1, 2, 4, 5] and config.base_fingerprint is not None
+    assert (config.kv_heads, config.base_dimensions["head_dim"], config.rotary_dim) == (2, 12, 12)
+    with pytest.raises(ValueError, match="layers whose heads differ in size or number, for which the server has no blocks"):
+        check_served(model.config)
 
 
 def test_convolutions_beside_attention_are_linear_layers():

@@ -14,7 +14,7 @@ from dsla_hf.core.cache import DSLACacheLayer
 from dsla_hf.inference.graph import GraphDecoder
 from dsla_hf.inference.recorder import PlainRecording
 from dsla_hf.models.adapter import dsla_layers
-from dsla_hf.models.architectures import has_linear_layers, query_rows, softmax_layers
+from dsla_hf.models.architectures import convertible_layers, has_linear_layers, query_rows
 from dsla_hf.models.decoder import attentions_of, decoder_layers
 from dsla_hf.models.layout_carrier import MaskWithLayout
 from dsla_hf.models.trial.checks import HEADS, apart, generated, layer_order, pieces, text
@@ -49,7 +49,7 @@ def linear_states(layer):
 def test_the_plan_holds_the_layers_with_softmax_attention(kind):
     base = tiny_model_of(kind)
     layers = [i for i, attention in enumerate(attentions_of(base)) if hasattr(attention, "head_dim")]
-    assert softmax_layers(base.config) == layers and has_linear_layers(base.config)
+    assert convertible_layers(base.config) == layers and has_linear_layers(base.config)
     model = get_peft_model(base, DSLAConfig(task_type="CAUSAL_LM"))
     assert model.peft_config["default"].conversion_order == layers and sorted(dsla_layers(model)) == layers
 
@@ -57,7 +57,9 @@ def test_the_plan_holds_the_layers_with_softmax_attention(kind):
 @pytest.mark.parametrize("kind", ALTERNATING)
 def test_a_linear_layer_in_the_plan_is_refused_by_number(kind):
     base = tiny_model_of(kind)
-    with pytest.raises(ValueError, match=r"names layers \[0\], which have no softmax attention .* those that have are \["):
+    with pytest.raises(
+        ValueError, match=r"names layers \[0\], which are no attention that DSLA could replace \((conv|linear_attention)\); those"
+    ):
         get_peft_model(base, DSLAConfig(conversion_order=[0, layer_order(base)[0]]))
 
 
@@ -79,7 +81,7 @@ def test_rows_of_a_query_head(kind, rows):
 def test_the_attention_of_nemotron_h_has_another_name():
     model = get_peft_model(tiny_model_of("nemotron_h"), DSLAConfig(task_type="CAUSAL_LM"))
     assert model.peft_config["default"].target_modules == ["mixer"]
-    assert model.peft_config["default"].base_dimensions["num_softmax_layers"] == 4
+    assert model.peft_config["default"].base_dimensions["num_convertible_layers"] == 4
 
 
 # --- caches -----------------------------------------------------------------------------------------------------

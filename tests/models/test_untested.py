@@ -84,7 +84,7 @@ def tomorrow(kind="tomorrow"):
 # --- reading the structure --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ARCHITECTURES if kind != "phi3"])
+@pytest.mark.parametrize("kind", [kind for kind in ARCHITECTURES if kind not in ("phi3", "gemma4_text")])
 def test_the_structure_that_is_read_is_that_of_the_table(kind):
     config = tiny_config(kind)
     known, found = ARCHITECTURES[kind], read_structure(tiny_model_of(kind))

@@ -17,7 +17,7 @@ from ..core.draft_cache import LayerPart
 from ..core.tensor_parallel import MERGE_FIRST, cuts_heads, is_tensor_parallel
 from ..levels.generation import generate_with_levels
 from .adapter_layer import DSLALayer
-from .architectures import SHORT_WINDOW, kv_heads_of, sliding_window_of, softmax_layers
+from .architectures import SHORT_WINDOW, convertible_layers, kv_heads_of, sliding_window_of
 from .base_attention import NO_HEADS
 from .base_checks import check_finite, check_full_precision, check_model, check_readable, record_base
 from .before_layers import install_layout_hook, masks_with_padding, remove_layout_hook
@@ -142,7 +142,8 @@ class DSLAModel(BaseTuner):
     def _prepare_model(self, peft_config: DSLAConfig, model: nn.Module) -> None:
         """Checks before anything is changed; records the base in the config, or compares it with what is recorded."""
         check_model(model, peft_config)
-        layers, softmax = decoder_layers(model), softmax_layers(model.config)
+        base: Any = model.config
+        layers, convertible = decoder_layers(model), convertible_layers(model.config)
         attentions: list[Any] = attentions_of(model)
         heads = range(kv_heads_of(model.config))
         if peft_config.window_heads:
@@ -154,7 +155,7 @@ class DSLAModel(BaseTuner):
             raise NotImplementedError(f"tensor parallel: {NO_HEADS}")
         if peft_config.conversion_order is None:
             # Layers with a short sliding window of their own gain nothing: they stay, unless the plan names them.
-            windows = {i: sliding_window_of(attentions[i]) for i in softmax}
+            windows = {i: sliding_window_of(attentions[i]) for i in convertible}
             peft_config.conversion_order = [i for i, window in windows.items() if window is None or window > SHORT_WINDOW]
             if not peft_config.conversion_order:
                 raise ValueError(
@@ -167,10 +168,10 @@ class DSLAModel(BaseTuner):
                 peft_config.level = 0  # as a new LoRA, a new adapter changes nothing
         peft_config.conversion_order = peft_config.check_units(peft_config.conversion_order, len(layers), len(heads))
         peft_config.level = peft_config.check_level(peft_config.level)
-        if linear := [i for i in peft_config.layers_to_transform or () if i not in softmax]:
+        if others := [i for i in peft_config.layers_to_transform or () if i not in convertible]:
             raise ValueError(
-                f"conversion_order names layers {linear}, which have no softmax attention that DSLA could replace; those that have are "
-                f"{softmax}"
+                f"conversion_order names layers {others}, which are no attention that DSLA could replace ("
+                f"{', '.join(sorted({base.layer_types[i] for i in others}))}); those that are: {convertible}"
             )
         if peft_config.base_model_type is None and peft_config.target_modules == ["self_attn"]:  # the default
             peft_config.target_modules = [attention_name(model.config)]
@@ -182,7 +183,6 @@ class DSLAModel(BaseTuner):
                     f"{[name for name, _ in layer.named_children()]}; leave target_modules out"
                 )
             check_readable(attentions[index], peft_config)
-        base: Any = model.config
         if peft_config.base_model_type in (None, base.model_type):  # else the next line says that it is another base
             peft_config.take_rotary(base, base.model_type)
         record_base(peft_config, model)

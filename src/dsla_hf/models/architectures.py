@@ -15,6 +15,9 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING
 # A sliding window up to this long already is what a DSLA layer would be: converting it gains nothing.
 SHORT_WINDOW = 1024
 
+# Kinds of layers with softmax attention, alone or ("hybrid") beside something linear, as configs name them.
+SOFTMAX_LAYERS = ("full_attention", "sliding_attention", "attention", "hybrid")
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -23,7 +26,8 @@ class Architecture:
     ones), all if not. attention: what a decoder layer calls its softmax attention. names: what that calls projections, where it is not
     `q_proj` and the like. keywords: whether decoder layers hand their keyword arguments on to their attention, and to nothing that does not
     know them; `layout_carrier` has another way. ordered: whether heads may lie in another order within the attention, as nothing in it but
-    projections and norms of queries tells one from another. notes: for the table in the docs."""
+    projections and norms of queries tells one from another. kinds: of layers that can be converted, as configs name them. notes: for the
+    table in the docs."""
 
     fused: dict[str, tuple[str, ...]] = field(default_factory=dict)
     rotary_layout: str = "halves"
@@ -32,6 +36,7 @@ class Architecture:
     names: dict[str, str] = field(default_factory=dict)
     keywords: bool = True
     ordered: bool = True
+    kinds: tuple[str, ...] = SOFTMAX_LAYERS
     notes: str = ""
 
 
@@ -65,6 +70,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "exaone_moe": Architecture(notes="mixture of experts; local layers slide over 4,096 tokens, global ones have no rotary embedding"),
     "flex_olmo": Architecture(notes="mixture of experts"),
     "gemma": Architecture(),
+    "gemma4_text": Architecture(
+        kinds=("full_attention",),
+        notes="no layers that read the keys and values of another; local ones (512 or 1,024 tokens), whose heads are smaller, stay",
+    ),
     "glm": Architecture(rotary_layout="interleaved", partial_rotary=True),
     "glm4": Architecture(rotary_layout="interleaved", partial_rotary=True),
     "glm4_moe": Architecture(partial_rotary=True, notes="mixture of experts"),
@@ -112,8 +121,7 @@ TRIED: dict[str, Architecture] = {}
 
 # What types of layers have in place of softmax attention over all earlier tokens, or over the last of them, as configs name it.
 LINEAR_LAYERS = ("linear_attention", "mamba", "conv", "recurrent")
-# Layers with softmax attention, alone or ("hybrid") beside something linear; and those that mix no tokens at all.
-SOFTMAX_LAYERS = ("full_attention", "sliding_attention", "attention", "hybrid")
+# Those that mix no tokens at all.
 LAYERS_WITHOUT_MIXER = ("moe", "mlp")
 # Sizes that only configs of models with such layers have.
 LINEAR_SIZES = ("mamba_d_state", "state_size", "linear_num_value_heads")
@@ -205,12 +213,12 @@ def architecture_of(config: Any) -> Architecture:
     return found
 
 
-def softmax_layers(config: Any) -> list[int]:
-    """The numbers of the decoder layers that have softmax attention: those that can be converted. In most models all."""
-    kinds = getattr(config, "layer_types", None)
+def convertible_layers(config: Any) -> list[int]:
+    """The numbers of the decoder layers whose softmax attention can be converted: in most models all."""
+    kinds, known = getattr(config, "layer_types", None), find_architecture(base_type_of(config))
     if kinds is None:
         return list(range(config.num_hidden_layers))
-    return [i for i, kind in enumerate(kinds) if kind in SOFTMAX_LAYERS]
+    return [i for i, kind in enumerate(kinds) if kind in (SOFTMAX_LAYERS if known is None else known.kinds)]
 
 
 def has_linear_layers(config: Any) -> bool:
@@ -237,13 +245,24 @@ def rotary_of(config: Any, model_type: str) -> tuple[str, int]:
 
 
 def head_dim_of(config: Any) -> int:
-    """Channels of a head, as transformers' rotary embeddings count them."""
+    """Channels of a head of layers that can be converted, as transformers' rotary embeddings count them."""
+    config = _of_convertible_layers(config)
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def kv_heads_of(config: Any) -> int:
-    """Key-value heads of a base with this config, which names them only where they are shared."""
+    """Key-value heads of such layers of a base with this config, which names them only where they are shared."""
+    config = _of_convertible_layers(config)
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def heads_differ(config: Any) -> bool:
+    """Whether a config has sizes of some layers that are not those of others (Gemma 4)."""
+    return getattr(config, "is_heterogeneous", False)
+
+
+def _of_convertible_layers(config: Any) -> Any:
+    return config.per_layer_config[convertible_layers(config)[0]] if heads_differ(config) else config
 
 
 def fused_into(attention: Any, name: str) -> tuple[str, tuple[str, ...]]:
@@ -263,7 +282,11 @@ def projection(attention: Any, name: str) -> tuple[nn.Linear, slice]:
     """The linear module that holds a projection, and which of its output rows are this one's."""
     matrix, parts = fused_into(attention, name)
     if parts == (name,):
-        return getattr(attention, matrix), slice(None)
+        if (linear := getattr(attention, matrix)) is None:
+            raise ValueError(
+                f"{type(attention).__name__} of layer {attention.layer_idx} has no {name}: leave it out of trained_projections"
+            )
+        return linear, slice(None)
     heads = attention.config.num_attention_heads
     kv_heads = kv_heads_of(attention.config)
     rows = {"q_proj": heads * attention.head_dim, "k_proj": kv_heads * attention.head_dim, "v_proj": kv_heads * attention.head_dim}

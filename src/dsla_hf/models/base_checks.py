@@ -10,7 +10,7 @@ from torch import nn
 
 from ..core.tensor_parallel import check_heads, cuts_heads
 from .adapter_layer import DSLALayer
-from .architectures import SUPPORTED_BASES, kv_heads_of, projection, softmax_layers, why_unsupported
+from .architectures import SUPPORTED_BASES, convertible_layers, kv_heads_of, projection, why_impossible, why_unsupported
 from .configuration import DSLAConfig
 from .decoder import attentions_of
 from .fingerprint import check_base, fingerprint_of
@@ -52,6 +52,8 @@ def check_model(model: Any, config: DSLAConfig) -> None:
             "another PEFT method must be merged first, with merge_and_unload(), or taken off"
         )
     base = getattr(model, "config", None)
+    if (obstacle := why_impossible(base)) is not None:
+        raise ValueError(obstacle)
     if (kind := getattr(base, "model_type", None)) not in SUPPORTED_BASES and not may_convert(kind, config):
         raise ValueError(why_unsupported(base))
     if "disk" in getattr(model, "hf_device_map", {}).values():
@@ -79,8 +81,8 @@ def record_base(config: DSLAConfig, model: Any) -> None:
         "num_key_value_heads": kv_heads_of(base),
         "head_dim": next(attention.head_dim for attention in attentions if attention is not None),
     }
-    if (softmax := len(softmax_layers(base))) < base.num_hidden_layers:
-        dimensions["num_softmax_layers"] = softmax
+    if (softmax := len(convertible_layers(base))) < base.num_hidden_layers:
+        dimensions["num_convertible_layers"] = softmax
     attention = {i: attentions[i] for i in config.layers_to_transform or ()}
     if config.base_model_type is None:
         config.base_model_type, config.base_dimensions, config.base_fingerprint = base.model_type, dimensions, fingerprint_of(attention)

@@ -102,7 +102,7 @@ def _before_layers(names: tuple[str, ...], decoder: Any, args: tuple, kwargs: di
     _check_causal(decoder.config, given)
     window = None
     if isinstance(mask, dict):
-        kinds = {_layer_type(decoder.config, attention) for attention in converted}
+        kinds = {_layer_type(decoder.config, attention.layer_idx) for attention in converted}
         mask = {kind: x for kind, x in mask.items() if kind in kinds}
     if isinstance(mask, dict) or getattr(mask, "ndim", 0) == 4:
         windows = {sliding_window_of(attention) for attention in converted} - ({None} if isinstance(mask, dict) else set())
@@ -139,12 +139,7 @@ def _before_layers(names: tuple[str, ...], decoder: Any, args: tuple, kwargs: di
 
 def _lengths(decoder: Any, cache: Any, kind: str | None, past: int, tokens: int) -> set[int]:
     """What the last dimension of a 4-D mask (of layers of this kind, None: of all) must be."""
-    attentions = attentions_of(decoder)
-    layers = [
-        layer
-        for layer, attention in zip(getattr(cache, "layers", ()), attentions, strict=False)
-        if kind is None or _layer_type(decoder.config, attention) == kind
-    ]
+    layers = [layer for i, layer in enumerate(getattr(cache, "layers", ())) if kind is None or _layer_type(decoder.config, i) == kind]
     layers = [layer for layer in layers if counts_tokens(layer)]
     if cached := {layer.get_mask_sizes(tokens)[0] for layer in layers if not isinstance(layer, DSLACacheLayer)}:
         return cached
@@ -152,10 +147,10 @@ def _lengths(decoder: Any, cache: Any, kind: str | None, past: int, tokens: int)
     return places if places and min(places) >= past + tokens else {past + tokens}
 
 
-def _layer_type(config: Any, attention: Any) -> str | None:
-    """By which name a dict of masks has that of this attention."""
+def _layer_type(config: Any, index: int) -> str | None:
+    """By which name a dict of masks has that of the attention of this layer."""
     types = getattr(config, "layer_types", None)
-    kind = None if types is None else types[attention.layer_idx]
+    kind = None if types is None or index >= len(types) else types[index]
     return "full_attention" if kind == "hybrid" else kind
 
 
@@ -163,7 +158,8 @@ def _check_causal(config: Any, given: dict[str, Any]) -> None:
     """Raises ValueError where the base would let tokens see those behind them."""
     causal = given.get("is_causal")
     causal = getattr(config, "is_causal", True) if causal is None else causal
-    if causal is False or getattr(config, "use_bidirectional_attention", None):
+    # "vision": between the tokens of an image, of which a text model knows nothing.
+    if causal is False or getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):
         raise ValueError(
             "attention is asked to be bidirectional (is_causal=False or use_bidirectional_attention), and a state cannot look ahead: "
             "run the original model (set_level(0) or disable_adapter(), where an adapter is used)"

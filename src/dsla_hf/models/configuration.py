@@ -514,7 +514,7 @@ def resolve_level(level: int | str, config: DSLAConfig, num_layers: int) -> int:
     Raises:
         ValueError: if it is none of these, or more than the plan holds; names the value and what is allowed.
     """
-    units, unit = (config.base_dimensions or {}).get("num_softmax_layers", num_layers), config.conversion_unit
+    units, unit = (config.base_dimensions or {}).get("num_convertible_layers", num_layers), config.conversion_unit
     if unit == "head":
         units *= config.kv_heads
     plan = units if config.conversion_order is None else len(config.conversion_order)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architectures import SUPPORTED_BASES, base_type_of, find_architecture, softmax_layers
+from .architectures import SUPPORTED_BASES, base_type_of, convertible_layers, find_architecture
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -36,10 +36,10 @@ def attention_name(config: Any) -> str:
 
 
 def attentions_of(model: nn.Module) -> list[Any]:
-    """The softmax attention of each decoder layer, or what stands in its place; None where a layer has none."""
+    """The attention of each decoder layer that can be converted, or what stands in its place; None for other layers."""
     decoder: Any = decoder_of(model)
-    name, softmax = attention_name(decoder.config), set(softmax_layers(decoder.config))
-    return [getattr(layer, name, None) if i in softmax else None for i, layer in enumerate(decoder.layers)]
+    name, convertible = attention_name(decoder.config), set(convertible_layers(decoder.config))
+    return [getattr(layer, name, None) if i in convertible else None for i, layer in enumerate(decoder.layers)]
 
 
 @contextmanager

@@ -56,7 +56,7 @@ def load_tokenizer(model: str) -> Any:
 def check_convertible(model: str, config: Any, allow_untested: bool = False) -> None:
     """Raises ValueError if DSLA cannot replace the attention of a checkpoint with this config. Of a type that has not been tested only the
     small models of `trial` can tell; `allow_untested` leaves it to them."""
-    if config.model_type in SUPPORTED_BASES or (allow_untested and why_impossible(config) is None):
+    if why_impossible(config) is None and (config.model_type in SUPPORTED_BASES or allow_untested):
         return
     raise ValueError(f"{model}: {why_unsupported(config)}")
 

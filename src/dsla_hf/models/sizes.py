@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ..core.attention import DualStateAttention
 from ..levels.policies import Stats
-from .architectures import softmax_layers
+from .architectures import convertible_layers
 from .configuration import DSLAConfig
 
 
@@ -30,7 +30,7 @@ def core_bytes(core: DualStateAttention, heads: int, itemsize: int) -> dict[str,
 
 def unit_sizes(model: PreTrainedModel, config: DSLAConfig) -> dict[str, Any]:
     """How many units the model has, and what they take, as `Stats` has it: layers, or KV heads where the config counts those."""
-    layers = len(softmax_layers(model.config))
+    layers = len(convertible_layers(model.config))
     if config.conversion_unit == "layer":
         return {"num_layers": layers, **layer_bytes(model)}
     return {"num_layers": layers * config.kv_heads, "unit": "head", **layer_bytes(model, heads=1)}

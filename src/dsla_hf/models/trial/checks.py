@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from ...compat.attributes import attention_implementation
 from ...core.cache import DSLACacheLayer
-from ..architectures import has_linear_layers, softmax_layers
+from ..architectures import convertible_layers, has_linear_layers
 from ..configuration import DSLAConfig
 from ..decoder import attentions_of, decoder_layers
 
@@ -44,7 +44,7 @@ def holds(value: Any) -> bool:
 
 def layer_order(base: Any) -> list[int]:
     """A plan of all layers of a small model that can be converted."""
-    layers = softmax_layers(base.config)
+    layers = convertible_layers(base.config)
     return [layers[place] for place in ORDER]
 
 
@@ -256,7 +256,7 @@ def heads(make: Make, folder: Path) -> float:
     """Levels that count heads: decoded against read (dynamic and static), with buffers in the order of conversion against composed
     projections, merged; and at level 0 the base."""
     base, ids, worst = make(), text(), 0.0
-    layers, expected = softmax_layers(base.config), base(ids).logits
+    layers, expected = convertible_layers(base.config), base(ids).logits
     model = adapter(base, conversion_unit="head", conversion_order=[(layers[place], head) for place, head in HEADS])
     model.set_level(0)
     worst = 0.0 if torch.equal(model(ids).logits, expected) else float("inf")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ..architectures import Architecture, head_dim_of, kv_heads_of, softmax_layers
+from ..architectures import Architecture, convertible_layers, head_dim_of, kv_heads_of
 from ..decoder import decoder_layers, decoder_of
 from .checks import ORDER, without_linear_layers
 
@@ -26,7 +26,7 @@ def read_structure(model: Any) -> Architecture:
     """
     if not isinstance(getattr(decoder_of(model), "layers", None), nn.ModuleList):
         raise ValueError(f"{type(decoder_of(model)).__name__} has no list of decoder layers of this name")
-    layers = [decoder_layers(model)[i] for i in softmax_layers(model.config)]
+    layers = [decoder_layers(model)[i] for i in convertible_layers(model.config)]
     if len(layers) < len(ORDER):
         raise ValueError(f"it has {len(layers)} layers with softmax attention by its config, and checks take {len(ORDER)}")
     attention, name = _attention(layers[0])
@@ -77,7 +77,7 @@ def _rotation(model: Any) -> tuple[str, bool]:
     cache = DynamicCache(config=model.config)
     with without_linear_layers(model):
         model(torch.full((1, PROBED), 5), past_key_values=cache)
-    keys: list[Any] = [cache.layers[i].keys[0] for i in softmax_layers(model.config)]  # [heads, positions, channels] of each layer
+    keys: list[Any] = [cache.layers[i].keys[0] for i in convertible_layers(model.config)]  # [heads, positions, channels] of each layer
     turned = {int(i) for x in keys for i in ((x - x[:, :1]).abs().amax((0, 1)) > TOLERANCE * x.abs().amax()).nonzero()}
     if not turned:
         return "halves", False  # without a rotary embedding any two may share a decay

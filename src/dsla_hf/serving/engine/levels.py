@@ -11,7 +11,7 @@ from peft import PeftModel
 from ...core.attention import DualStateAttention
 from ...core.heads import HeadSplit
 from ...models.adapter import active_config, dsla_layers, set_level
-from ...models.architectures import base_type_of, has_linear_layers, kv_heads_of
+from ...models.architectures import base_type_of, has_linear_layers, heads_differ, kv_heads_of
 from ...models.base_attention import DSLAAttentionMixin
 from ...models.decoder import attentions_of, decoder_layers
 from ...models.sizes import core_bytes
@@ -22,7 +22,13 @@ Head = tuple[int, int]  # layer, KV head
 
 
 def check_served(config: Any) -> None:
-    """Raises ValueError for a model with this config whose layers keep something beside keys, values and DSLA states."""
+    """Raises ValueError for a model with this config whose layers keep something beside keys, values and DSLA states, or not the same of
+    them."""
+    if heads_differ(config):
+        raise ValueError(
+            f"{base_type_of(config)!r} has layers whose heads differ in size or number, for which the server has no blocks of memory: use "
+            "generate() of the model"
+        )
     if has_linear_layers(config):
         raise ValueError(
             f"{base_type_of(config)!r} has layers that are linear already, whose states the server does not keep: use generate() of the "
