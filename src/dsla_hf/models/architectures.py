@@ -72,7 +72,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma": Architecture(),
     "gemma4_text": Architecture(
         kinds=("full_attention",),
-        notes="no layers that read the keys and values of another; local ones (512 or 1,024 tokens), whose heads are smaller, stay",
+        notes="no layers that read the keys and values of another; local ones, whose heads are smaller, stay; no kernels for heads of 512",
     ),
     "glm": Architecture(rotary_layout="interleaved", partial_rotary=True),
     "glm4": Architecture(rotary_layout="interleaved", partial_rotary=True),
