@@ -354,7 +354,7 @@ NOT_TESTED = "is not supported by DSLA: its attention has not been tested"
 ITS_TEXT_MODEL = "save that one in a folder of its own and convert it, as docs/architectures.md says"
 REASONS = {
     **dict.fromkeys(("rwkv", "mamba2", "falcon_mamba", "xlstm"), "has no softmax attention: all its layers are linear already"),
-    **dict.fromkeys(("olmo_hybrid", "minimax"), "linear already \\(linear_attention\\) beside its attention, which has not been tested"),
+    "minimax": "linear already \\(linear_attention\\) beside its attention, which has not been tested",
     "jamba": "linear already \\(a state-space model\\) beside its attention",
     "recurrent_gemma": "linear already \\(recurrent\\) beside its attention",
     **dict.fromkeys(("deepseek_v3", "youtu", "minicpm3", "kimi_linear"), "has latent attention \\(MLA, kv_lora_rank\\)"),
@@ -408,7 +408,7 @@ def test_layers_of_gemma_4_whose_heads_are_smaller_are_refused_by_number():
 
 
 def test_convolutions_beside_attention_are_linear_layers():
-    config = AutoConfig.for_model("lfm2_moe", layer_types=["conv", "full_attention"], num_hidden_layers=2)
+    config = AutoConfig.for_model("lfm3", layer_types=["conv", "full_attention"], num_hidden_layers=2)
     assert "linear already (conv) beside its attention" in why_unsupported(config)
 
 

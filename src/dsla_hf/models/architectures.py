@@ -98,6 +98,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "vaultgemma": Architecture(notes="score cap kept in the window; local layers are left out of the plan by default"),
     "falcon_h1": Architecture(keywords=False, notes="attention beside a state-space model in every layer, which stays"),
     "granitemoehybrid": Architecture(keywords=False, notes="attention layers alone are converted; Mamba-2 layers stay"),
+    "lfm2_moe": Architecture(
+        keywords=False,
+        names={"o_proj": "out_proj"},
+        notes="mixture of experts; attention layers alone are converted; convolutions stay",
+    ),
+    "olmo_hybrid": Architecture(keywords=False, notes="attention layers alone are converted; DeltaNet layers stay"),
+    "qwen3_5_moe_text": Architecture(keywords=False, partial_rotary=True, notes="mixture of experts; as `qwen3_5_text`"),
     "lfm2": Architecture(keywords=False, names={"o_proj": "out_proj"}, notes="attention layers alone are converted; convolutions stay"),
     "nemotron": Architecture(keywords=False, partial_rotary=True, notes="MLP without a gate"),
     "nemotron_h": Architecture(
