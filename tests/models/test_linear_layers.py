@@ -182,7 +182,7 @@ def test_bytes_of_linear_layers_count_and_are_constant(adapter_model, kind):
 @torch.no_grad()
 def test_what_cannot_be_taken_back_is_refused(adapter_model, kind):
     model = converted(adapter_model, tiny_model_of(kind), level=2)
-    with pytest.raises(ValueError, match="linear, or has a linear part, which cannot take guesses back"):
+    with pytest.raises(ValueError, match="draft_level=4: this base has linear layers, which cannot take guesses back"):
         generated(model, text(1, 20), draft_level=4)
     if kind == "lfm2":  # convolutions alone, which can
         return
@@ -269,3 +269,19 @@ def test_servers_and_recorded_steps_say_that_they_do_not_know_linear_states(adap
     assert "linear layers, whose states a recorded step does not know" in GraphDecoder(model, record=PlainRecording).obstacle()
     with pytest.raises(ValueError, match="whose states the server does not keep"):
         Levels(model.merge_and_unload())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["lfm2", "falcon_h1", "nemotron_h", "stablelm", "gemma4_text"])
+def test_compiled_calls_get_their_layout_too(kind, adapter_model):
+    """Through hooks of decoder layers, in code that is traced."""
+    model, ids = converted(adapter_model, tiny_model_of(kind), level=3), text()
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    expected = model(ids, attention_mask=mask, use_cache=False).logits[:, 7:]
+    torch._dynamo.reset()
+    compiled = torch.compile(model.get_base_model(), backend="eager")
+    found = compiled(ids, attention_mask=mask, use_cache=False).logits[:, 7:]
+    assert apart(found, expected) < 1e-6
+    alone = model(ids[:1, 7:], use_cache=False).logits
+    assert apart(found[:1], alone) < 1e-4

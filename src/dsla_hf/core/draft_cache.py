@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .attention import DualStateAttention
-from .beside_linear import has_linear_part
 from .cache import RECORDS_PAST, DSLACacheLayer, fold_in_pieces
 from .heads import HeadSplit, of_heads
 from .partial_cache import PartialCacheLayer, join_states, with_heads
@@ -65,10 +64,6 @@ class DraftCache:
         self.cache = cache
         self._layers = []
         for index, (layer, high, low) in enumerate(zip(cache.layers, draft, check, strict=False)):
-            if has_linear_part(layer):
-                raise ValueError(
-                    f"layer {index} of this base is linear, or has a linear part, which cannot take guesses back: leave drafts out"
-                )
             softmax = getattr(layer, "softmax", layer)
             if not isinstance(layer, DSLACacheLayer) and type(softmax) not in (DynamicLayer, DynamicSlidingWindowLayer):
                 raise ValueError(f"layer {index}: a draft cannot read a {type(softmax).__name__}: use a DynamicCache")

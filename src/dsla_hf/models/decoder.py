@@ -38,8 +38,12 @@ def attention_name(config: Any) -> str:
 def attentions_of(model: nn.Module) -> list[Any]:
     """The attention of each decoder layer that can be converted, or what stands in its place; None for other layers."""
     decoder: Any = decoder_of(model)
-    name, convertible = attention_name(decoder.config), set(convertible_layers(decoder.config))
-    return [getattr(layer, name, None) if i in convertible else None for i, layer in enumerate(decoder.layers)]
+    config = decoder.config
+    name, convertible = attention_name(config), convertible_layers(config)
+    found = [getattr(layer, name, None) for layer in decoder.layers]
+    if convertible[: len(found)] == list(range(len(found))):  # a decoder may be cut to its first layers for a while
+        return found
+    return [attention if i in convertible else None for i, attention in enumerate(found)]
 
 
 @contextmanager

@@ -219,6 +219,7 @@ def hybrid_classes(base_model_type: str) -> tuple[type[PreTrainedConfig], type[P
     base_model = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
     names: dict[str, Any] = {"model_type": "dsla", "base_model_type": base_model_type, "__module__": __name__, "__annotations__": {}}
     names["base_model_tp_plan"] = hybrid_plan(base_config.base_model_tp_plan)
+    names["is_custom_code"] = classmethod(lambda cls: base_config.is_custom_code())  # its names of layers are those of the base
     kinds = "layers_block_type"
     if not hasattr(base_config, kinds) and kinds not in base_config.attribute_map:  # bases with linear layers read their own
         names[kinds] = property(_kinds_for_vllm)

@@ -87,6 +87,19 @@ def new_caches(config: Any) -> list[Any]:
 
 
 @contextmanager
+def all_in_fp64() -> Iterator[None]:
+    """Within it what models compute in fp32 whatever their dtype, as rotary embeddings and norms do, is computed in fp64."""
+    to: Any = torch.Tensor.to
+
+    def doubled(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        given = [torch.float64 if y is torch.float32 else y for y in args]
+        return to(x, *given, **{name: torch.float64 if y is torch.float32 else y for name, y in kwargs.items()})
+
+    with patch.object(torch.Tensor, "float", torch.Tensor.double), patch.object(torch.Tensor, "to", doubled):
+        yield
+
+
+@contextmanager
 def without_linear_layers(model: Any) -> Iterator[None]:
     """Within it what else in decoder layers reads earlier tokens gives nothing to them."""
     mixers = [
@@ -185,7 +198,7 @@ def shifted(make: Make, folder: Path) -> float | str:
         for name, parameter in model.double().named_parameters():
             if name.endswith("state_bias"):
                 parameter.fill_(3.0)  # states that are heard
-        with patch.object(torch.Tensor, "float", torch.Tensor.double):
+        with all_in_fp64():
             near, far = (model(input_ids=ids, position_ids=positions + shift, use_cache=False).logits for shift in (0, 1000))
         return apart(far, near)
 
