@@ -83,6 +83,11 @@ def test_an_adapter_that_goes_on_is_as_it_was(tmp_path):
     assert (config.window_size, config.states, config.conversion_unit) == (32, True, "layer")
 
 
+def test_an_untested_type_is_tried_where_that_is_asked(tmp_path):
+    assert not new_config(parsed()[0], tmp_path).allow_untested
+    assert new_config(parsed("--allow_untested", "true")[0], tmp_path).allow_untested
+
+
 def test_facts_are_planted_in_plain_text_unless_it_is_said():
     assert [share_planted(parsed()[0], chats) for chats in (False, True)] == [PLANTED, 0]
     assert [share_planted(parsed("--probes_in_training", 0.2)[0], chats) for chats in (False, True)] == [0.2, 0.2]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny import ARCHITECTURE_OPTIONS, OTHER_ARCHITECTURE_OPTIONS, tiny_model_of
+from tiny import ARCHITECTURE_OPTIONS, OTHER_ARCHITECTURE_OPTIONS, tiny_config, tiny_model_of
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,8 +20,18 @@ from transformers import (
 from dsla_hf import DSLAConfig, cache_bytes
 from dsla_hf.core.cache import DSLACacheLayer
 from dsla_hf.models.adapter import dsla_layers
-from dsla_hf.models.architectures import ARCHITECTURES, SHORT_WINDOW, SUPPORTED_BASES, projection, sliding_window_of, why_unsupported
+from dsla_hf.models.architectures import (
+    ARCHITECTURES,
+    SHORT_WINDOW,
+    SUPPORTED_BASES,
+    projection,
+    sliding_window_of,
+    why_impossible,
+    why_unsupported,
+)
 from dsla_hf.models.loading import check_convertible
+from dsla_hf.models.trial.checks import layer_order
+from dsla_hf.serving.engine.levels import check_served
 
 ORDER = [2, 0, 3, 1]
 MOST = 3  # where layers take turns, of those that slide and of those that see all some are converted, and softmax layers are left
@@ -73,10 +83,11 @@ def test_all_architectures_are_tested():
 def test_is_the_base_at_level_zero_and_inside_its_window_and_decodes_as_it_reads(adapter_model, kind):
     """With norms, biases and sink logits moved from where they start."""
     base, ids = tiny_model_of(kind, uneven=True), text()
+    order = layer_order(base)
     expected, short = base(ids).logits, base(ids[:, :12]).logits
-    fresh = get_peft_model(base, DSLAConfig(task_type="CAUSAL_LM", conversion_order=ORDER, window_size=16)).eval()
+    fresh = get_peft_model(base, DSLAConfig(task_type="CAUSAL_LM", conversion_order=order, window_size=16)).eval()
     close(fresh(ids[:, :12]).logits, short, atol=1e-5)
-    model = adapter_model(fresh.unload(), level=MOST)
+    model = adapter_model(fresh.unload(), level=MOST, conversion_order=order)
     found = model(ids, use_cache=False).logits
     assert (found - expected).abs().max() > 1e-3 * expected.abs().max(), "the adapter does nothing"
     cache = DynamicCache(config=model.config)
@@ -93,7 +104,7 @@ def test_channels_that_rotate_together_share_a_decay(adapter_model, kind):
     """Else states would change when all positions are shifted."""
     base = tiny_model_of(kind)
     base.set_experts_implementation("eager")  # others take no fp64
-    model = adapter_model(base, half_lives=((4.0, 60.0), (2.0, 9.0))).double()
+    model = adapter_model(base, conversion_order=layer_order(base), half_lives=((4.0, 60.0), (2.0, 9.0))).double()
     for name, parameter in model.named_parameters():
         if name.endswith("state_bias"):
             parameter.fill_(3.0)  # states that are heard
@@ -343,20 +354,19 @@ NOT_TESTED = "is not supported by DSLA: its attention has not been tested"
 ITS_TEXT_MODEL = "save that one in a folder of its own and convert it, as docs/architectures.md says"
 REASONS = {
     **dict.fromkeys(("rwkv", "mamba2", "falcon_mamba", "xlstm"), "has no softmax attention: all its layers are linear already"),
-    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "granitemoehybrid", "nemotron_h"), "linear already \\(linear_attention\\) beside its"),
-    **dict.fromkeys(("jamba", "falcon_h1"), "linear already \\(a state-space model\\) beside its attention"),
+    "minimax": "linear already \\(linear_attention\\) beside its attention, which has not been tested",
+    "jamba": "linear already \\(a state-space model\\) beside its attention",
     "recurrent_gemma": "linear already \\(recurrent\\) beside its attention",
-    **dict.fromkeys(("deepseek_v3", "youtu", "minicpm3"), "has latent attention \\(MLA, kv_lora_rank\\)"),
+    **dict.fromkeys(("deepseek_v3", "youtu", "minicpm3", "kimi_linear"), "has latent attention \\(MLA, kv_lora_rank\\)"),
     "gemma3n_text": "read the keys and values of another \\(num_kv_shared_layers\\)",
     "llama4_text": "layers of types that DSLA does not know: chunked_attention",
     "gemma3": f"holds a text model of type 'gemma3_text' .*{ITS_TEXT_MODEL}",
     "llava": f"holds a text model of type 'llama' .*{ITS_TEXT_MODEL}",
     "qwen3_vl": "holds a text model of type 'qwen3_vl_text' .* of other types: .*'qwen3_vl_text' is not supported",
-    "qwen3_5": "holds a text model of type 'qwen3_5_text' .* of other types: .*linear already",
+    "qwen3_5": f"holds a text model of type 'qwen3_5_text' .*{ITS_TEXT_MODEL}",
     **dict.fromkeys(("bert", "roberta", "electra"), "is an encoder: its attention looks ahead"),
     **dict.fromkeys(("bart", "t5", "whisper"), "is an encoder-decoder"),
-    **dict.fromkeys(("nemotron", "stablelm"), "hands no keyword arguments on to its attention"),
-    **dict.fromkeys(("gpt_neox", "gpt2", "falcon", "phi", "gemma4_text"), NOT_TESTED),
+    **dict.fromkeys(("gpt_neox", "gpt2", "falcon", "phi"), NOT_TESTED),
 }
 
 
@@ -366,8 +376,39 @@ def test_refused_types_are_told_why(kind, reason):
         check_convertible("my-model", AutoConfig.for_model(kind))
 
 
+def test_layers_that_read_keys_of_others_are_refused_in_a_supported_type_too():
+    """Gemma 4 has models with such layers (E2B) and without (31B)."""
+    check_convertible("31b", tiny_config("gemma4_text"))
+    shared = tiny_config("gemma4_text", num_kv_shared_layers=2)
+    with pytest.raises(ValueError, match=r"read the keys and values of another \(num_kv_shared_layers\)"):
+        check_convertible("e2b", shared)
+    with pytest.raises(ValueError, match="num_kv_shared_layers"):
+        get_peft_model(AutoModelForCausalLM.from_config(shared), DSLAConfig(conversion_order=[1]))
+
+
+@pytest.mark.parametrize("kind", SUPPORTED_BASES)
+def test_nothing_speaks_against_a_supported_type(kind):
+    assert why_impossible(tiny_config(kind)) is None
+
+
+@torch.no_grad()
+def test_layers_of_gemma_4_whose_heads_are_smaller_are_refused_by_number():
+    """Global layers have heads of another size and number than local ones, and values that are their keys."""
+    base = tiny_model_of("gemma4_text")
+    with pytest.raises(ValueError, match=r"names layers \[0\], which are no attention that DSLA could replace \(sliding_attention\)"):
+        get_peft_model(base, DSLAConfig(conversion_order=[0]))
+    with pytest.raises(ValueError, match="of layer 1 has no v_proj: leave it out of trained_projections"):
+        get_peft_model(base, DSLAConfig(conversion_order=[1], trained_projections=["v_proj"]))
+    model = get_peft_model(base, DSLAConfig(task_type="CAUSAL_LM"))
+    config = model.peft_config["default"]
+    assert config.conversion_order == [1, 2, 4, 5] and config.base_fingerprint is not None
+    assert (config.kv_heads, config.base_dimensions["head_dim"], config.rotary_dim) == (2, 12, 12)
+    with pytest.raises(ValueError, match="layers whose heads differ in size or number, for which the server has no blocks"):
+        check_served(model.config)
+
+
 def test_convolutions_beside_attention_are_linear_layers():
-    config = AutoConfig.for_model("lfm2", layer_types=["conv", "full_attention"], num_hidden_layers=2)
+    config = AutoConfig.for_model("lfm3", layer_types=["conv", "full_attention"], num_hidden_layers=2)
     assert "linear already (conv) beside its attention" in why_unsupported(config)
 
 

@@ -1,7 +1,8 @@
 """Small random models of every supported architecture, with unusual settings: what their configs have, and the models themselves."""
 
-import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from dsla_hf.models.trial.small_models import make_uneven
 
 SIZES = {
     "num_hidden_layers": 4,
@@ -53,6 +54,11 @@ PART = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "part
 GROUPS = {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1, "n_routed_experts": 4}
 ROUTED = {**GROUPS, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 UNTIED = {"tie_word_embeddings": False}
+# Models of which some layers are linear already: four others can be converted.
+MIXED_LAYERS = ["linear_attention", "full_attention", "full_attention", "linear_attention", "full_attention", "full_attention"]
+LINEAR_AND_FULL = {"num_hidden_layers": 6, "layer_types": MIXED_LAYERS}
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+STATE_SPACE = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_chunk_size": 8, "mamba_expand": 2}
 # Of all others, which one test goes over in short, and eval/architectures.py in full.
 OTHER_ARCHITECTURE_OPTIONS = {
     "apertus": {"rope_parameters": LLAMA3, "attention_bias": True},
@@ -74,6 +80,21 @@ OTHER_ARCHITECTURE_OPTIONS = {
     },
     "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2, "attention_bias": True},
     "gemma": {**WIDE, "attention_bias": True},
+    "gemma4_text": {
+        "num_hidden_layers": 6,
+        "layer_types": [kind.replace("linear", "sliding") for kind in MIXED_LAYERS],
+        "sliding_window": 12,
+        "num_key_value_heads": 4,
+        "global_head_dim": 12,
+        "num_global_key_value_heads": 2,
+        "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 0,
+        "final_logit_softcapping": 5.0,
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 16,
+    },
     "glm": {**PART, **UNTIED},
     "glm4": {**PART, **WIDE},
     "glm4_moe": {**PART, **ROUTED, "use_qk_norm": True, "attention_bias": True},
@@ -98,7 +119,65 @@ OTHER_ARCHITECTURE_OPTIONS = {
     },
     "seed_oss": {**WIDE, "attention_out_bias": True},
     "starcoder2": {"sliding_window": None},
+    "stablelm": {**PART, "qk_layernorm": True, "use_qkv_bias": True, "use_parallel_residual": True},
     "vaultgemma": {**LOCAL_AND_GLOBAL, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 5},
+    "falcon_h1": {**STATE_SPACE, "mamba_d_ssm": 64, "key_multiplier": 0.7, "attention_out_multiplier": 0.8, "attention_bias": True},
+    "granitemoehybrid": {
+        **LINEAR_AND_FULL,
+        **STATE_SPACE,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 16,
+        "attention_multiplier": 0.3,
+        "position_embedding_type": "rope",
+        "attention_bias": True,
+    },
+    "lfm2": {**LINEAR_AND_FULL, "layer_types": [kind.replace("linear_attention", "conv") for kind in MIXED_LAYERS], "conv_bias": True},
+    "lfm2_moe": {
+        **LINEAR_AND_FULL,
+        "layer_types": [kind.replace("linear_attention", "conv") for kind in MIXED_LAYERS],
+        "num_dense_layers": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    },
+    "olmo_hybrid": {**LINEAR_AND_FULL, **DELTA, "attention_bias": True},
+    "qwen3_5_moe_text": {
+        **LINEAR_AND_FULL,
+        **DELTA,
+        **PART,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "initializer_range": 0.1,
+    },
+    "nemotron": {**PART, "attention_bias": True, "mlp_bias": True},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "full_attention", "mlp", "full_attention", "moe", "full_attention", "full_attention"],
+        "num_hidden_layers": 7,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 8,
+        "n_groups": 2,
+        "chunk_size": 8,
+        **ROUTED,
+        "moe_shared_expert_intermediate_size": 16,
+        "initializer_range": 0.1,
+        **WIDE,
+        **UNTIED,
+    },
+    "qwen3_5_text": {**LINEAR_AND_FULL, **DELTA, **PART, "attention_bias": True, "initializer_range": 0.1},
+    "qwen3_next": {
+        **LINEAR_AND_FULL,
+        **DELTA,
+        **PART,
+        **WIDE,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
 }
 
 
@@ -116,9 +195,4 @@ def tiny_model_of(kind, uneven=False, **config):
     """
     options = {"attn_implementation": "eager"} if kind in SCORE_CAPPED else {}
     model = AutoModelForCausalLM.from_config(tiny_config(kind, **config), **options).eval()
-    if uneven:
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 1 or parameter.shape[0] in (2, 4):
-                    parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+    return make_uneven(model) if uneven else model

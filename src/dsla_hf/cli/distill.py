@@ -52,7 +52,7 @@ NAMED_LAST = 12  # of the heads of an order
 OPTIONS_FILE, OWN_FILE = "distill.json", "self.jsonl"
 OWN = "self"  # among --data: texts that the checkpoint writes itself
 # Options that do not decide the result, or are checked by what is in the folder.
-NOT_RECORDED = ("model", "data")
+NOT_RECORDED = ("model", "data", "allow_untested")
 RECORDED_BEFORE = {"--alignment_share": 0.5}  # what runs had that were begun before there was such an option
 BATCH = "--per_device_train_batch_size times --gradient_accumulation_steps times processes"
 
@@ -77,7 +77,7 @@ def distill_job(options: DistillOptions, args: DSLATrainingArguments) -> LayerRa
 def _distill_job(options: DistillOptions, args: DSLATrainingArguments, output: Path) -> LayerRanking | UnitRanking | None:
     config = new_config(options, output)
     base_config = load_config(options.model)
-    check_convertible(options.model, base_config)
+    check_convertible(options.model, base_config, config.allow_untested or config.checked_base is not None)
     options = settle(options, args, base_config)
     length = options.length or 0  # which is settled
     heads = config.conversion_unit == "head"
@@ -155,7 +155,12 @@ def new_config(options: DistillOptions, output: Path) -> DSLAConfig:
     if output.is_file():
         raise ValueError(f"{output} is a file: give a folder to save into")
     if options.adapter is None:
-        return DSLAConfig(**of_conversion(options), conversion_unit=options.unit or DEFAULT_UNIT[options.method], task_type="CAUSAL_LM")
+        return DSLAConfig(
+            **of_conversion(options),
+            conversion_unit=options.unit or DEFAULT_UNIT[options.method],
+            task_type="CAUSAL_LM",
+            allow_untested=options.allow_untested,
+        )
     config = read_adapter_config(options.adapter)
     if options.unit not in (None, config.conversion_unit):
         raise ValueError(f"{options.adapter} counts {config.conversion_unit}s: leave --unit {options.unit} out")

@@ -173,6 +173,9 @@ class DistillOptions:
         default="bfloat16", metadata={"help": "Dtype of the frozen base; trained weights are fp32."}
     )
     adapter: str | None = field(default=None, metadata={"help": "Go on from the weights of this DSLA adapter. Default: a new one."})
+    allow_untested: bool = field(
+        default=False, metadata={"help": "Convert a model of a type that is not supported, if small models of it pass the checks."}
+    )
 
     def __post_init__(self) -> None:
         if self.gguf_file is not None:  # from here on one name, as `loading.source` takes it apart

@@ -68,7 +68,7 @@ def order(
     with on_interrupt(lambda: f"{adapter} is as it was"):
         config = read_adapter_config(adapter)
         base_config = load_config(model)
-        check_convertible(model, base_config)
+        check_convertible(model, base_config, config.checked_base is not None)
         unit = unit or config.conversion_unit
         if unit == "layer" and config.conversion_unit == "head":
             raise ValueError(

@@ -309,7 +309,10 @@ def _remember_to_record(activate: Callable[..., None], cache: Cache) -> None:
 def _crop_all_or_none(crop: Callable[..., None], cache: Cache, tokens_to_remove: int) -> None:
     """A crop that one layer refuses leaves the others as they were: layers crop by assignment, never in place."""
     layers = [part for layer in cache.layers for part in getattr(layer, "parts", (layer,))]  # of a `PartialCacheLayer` two
-    before = [dict(vars(layer)) for layer in layers] if any(isinstance(layer, DSLACacheLayer) for layer in layers) else []
+    has_states = any(isinstance(layer, DSLACacheLayer) for layer in layers)
+    if has_states and tokens_to_remove and any(any(getattr(x, "is_recurrent_states_initialized", {}).values()) for x in layers):
+        raise NotImplementedError("linear layers of this base cannot forget tokens (their crop would change nothing): read the text again")
+    before = [dict(vars(layer)) for layer in layers] if has_states else []
     try:
         crop(cache, tokens_to_remove)
     except BaseException:
@@ -328,6 +331,8 @@ def cache_bytes(cache: Cache) -> int:
     for layer in cache.layers:
         if hasattr(layer, "memory_bytes"):  # with DSLA in it
             total += layer.memory_bytes()
-        elif torch.is_tensor(getattr(layer, "keys", None)):
-            total += sum(x.numel() * x.element_size() for x in (layer.keys, layer.values))
+            continue
+        held = [getattr(layer, "keys", None), getattr(layer, "values", None)]
+        held += [x for name in ("conv_states", "recurrent_states") for x in getattr(layer, name, {}).values()]  # linear layers of the base
+        total += sum(x.numel() * x.element_size() for x in held if torch.is_tensor(x))
     return total

@@ -7,10 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndStaticFullAttentionLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 from transformers.utils import logging
 
 from .attention import DualStateAttention
+from .beside_linear import BESIDE_LINEAR, partial_layer, with_linear_part
 from .cache import LEVEL_LOWERED, RECORDS_PAST, DSLACacheLayer, StaticDSLACacheLayer, VisibleStaticLayer, fold_in_pieces
 from .heads import HeadSplit, of_heads
 from .layout import TokenLayout
@@ -19,7 +28,9 @@ from .partial_cache import PartialCacheLayer, join_states, with_heads
 logger = logging.get_logger(__name__)
 
 # Cache layers of which keys and values can be read, so that they can be folded; subclasses may hold them otherwise (quantised, say).
-FOLDABLE = (DynamicLayer, StaticLayer, VisibleStaticLayer, DynamicSlidingWindowLayer, StaticSlidingWindowLayer)
+FOLDABLE = (DynamicLayer, StaticLayer, VisibleStaticLayer, DynamicSlidingWindowLayer, StaticSlidingWindowLayer, *BESIDE_LINEAR)
+# Static ones that keep all tokens.
+FULL_STATIC = (StaticLayer, LinearAttentionAndStaticFullAttentionLayer)
 
 
 def fold(
@@ -106,16 +117,16 @@ def check_cache(cache: Any, converted: Sequence[bool | tuple[int, ...]], rows: i
             _check_foldable(index, layer)
     if recorded or not any(is_dsla for _, is_dsla in layers):
         return cache.get_seq_length()
-    counts = [_tokens_of(part) for layer, _ in layers for part in getattr(layer, "parts", (layer,))]
+    counts = [_tokens_of(part) for layer, _ in layers for part in getattr(layer, "parts", (layer,)) if counts_tokens(part)]
     if len(set(counts)) > 1:
         raise RuntimeError(
             f"the layers of the cache hold different numbers of tokens, {counts}: a call has failed midway. Start again with a new cache"
         )
     for layer, is_dsla in layers:
         layer = layer.softmax if isinstance(layer, PartialCacheLayer) else layer
-        if is_dsla is not True and type(layer) is StaticLayer and counts[0] + tokens > layer.get_max_length():
+        if is_dsla is not True and type(layer) in FULL_STATIC and counts[0] + tokens > _room(layer):
             raise ValueError(
-                f"the static cache has room for {layer.get_max_length()} tokens; {counts[0]} are there, and {tokens} come: make it with a "
+                f"the static cache has room for {_room(layer)} tokens; {counts[0]} are there, and {tokens} come: make it with a "
                 f"max_cache_len of {counts[0] + tokens} or more"
             )
     return counts[0]
@@ -139,6 +150,16 @@ def _check_reaches_back(index: int, layer: PartialCacheLayer) -> None:
         )
 
 
+def counts_tokens(layer: Any) -> bool:
+    """Whether a layer of a cache knows how many tokens it has read: not so those of linear layers, and of layers without any attention."""
+    return isinstance(layer, CacheLayerMixin)
+
+
+def _room(layer: Any) -> int:
+    """For how many tokens a layer of a static cache was made; those beside a linear part do not tell it as others do."""
+    return getattr(layer, "max_cache_len", layer.get_max_length())
+
+
 def _tokens_of(layer: Any) -> int:
     return int(layer.get_seq_length())
 
@@ -158,7 +179,7 @@ def dsla_cache_layer(
     if isinstance(layer, DSLACacheLayer):
         return layer
     new = _states_of(cache, layer_idx, attention, tuple(range(attention.num_kv_heads)), attention.num_kv_heads, layout, exact)
-    cache.layers[layer_idx] = new
+    cache.layers[layer_idx] = new = with_linear_part(new, layer)
     return new
 
 
@@ -187,7 +208,7 @@ def partial_cache_layer(
         raise RuntimeError(f"layer {layer_idx}: {LEVEL_LOWERED}")
     states = _states_of(cache, layer_idx, attention, heads, split.num_kv_heads, layout, exact)
     kept = with_heads(softmax, [held.index(head) for head in split.kept])
-    cache.layers[layer_idx] = new = PartialCacheLayer(kept, states, heads, split.kept)
+    cache.layers[layer_idx] = new = partial_layer(kept, states, split)
     return new
 
 
@@ -213,7 +234,7 @@ def _states_of(
     before = layer if isinstance(layer, PartialCacheLayer) else None
     softmax = layer if before is None else before.softmax
     tokens = _tokens_of(softmax)
-    max_length = max(other.get_max_length() for other in cache.layers) if isinstance(softmax, StaticLayer) else None
+    max_length = max(map(_room, cache.layers)) if isinstance(softmax, StaticLayer) else None
     if tokens == 0:
         new = _empty_layer(max_length)
     else:

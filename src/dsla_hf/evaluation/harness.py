@@ -20,6 +20,7 @@ from ..core.tables import terminal_table
 from ..levels.policies import Stats
 from ..levels.table import CACHE_LENGTHS
 from ..models.adapter import active_config
+from ..models.architectures import convertible_layers
 from ..models.loading import (
     check_at_least_one,
     device,
@@ -355,7 +356,7 @@ def _layers_by_level(model: str, adapter: str | None, levels: Sequence[int | str
         return {len(layers): layers}
     if adapter is None:
         return {0: []}
-    order = _as_stored(read_adapter_config(adapter).conversion_order or list(range(base_config.num_hidden_layers)))
+    order = _as_stored(read_adapter_config(adapter).conversion_order or convertible_layers(base_config))
     return {number: order[:number] for number in (len(order) if number is None else number for number in numbers)}
 
 

@@ -16,7 +16,7 @@ from ..core.results import write_results
 from ..levels.table import COLUMNS, measured_kept, measured_levels, table, warnings
 from ..models.adapter import active_config
 from ..models.cards import adapter_card
-from ..models.decoder import decoder_layers
+from ..models.sizes import unit_sizes
 from .levels import add_cache_sizes, evaluate_levels
 from .short_answers import ShortAnswers, measure_answers
 
@@ -74,7 +74,7 @@ def check_levels(
         before_name: "untrained", or "before" if they are those of an adapter that was trained on.
     """
     config = active_config(model)
-    units = len(decoder_layers(model.get_base_model())) * config.kv_heads if config.conversion_unit == "head" else None
+    units = unit_sizes(model.get_base_model(), config)["num_layers"] if config.conversion_unit == "head" else None
     levels = measured_levels(highest) if units is None else measured_kept(units, highest)
     held_out = list(sequences)[: _affordable(model, sequences, 2 * len(levels) - 1)]
     rows: list[dict[str, Any]] = evaluate_levels(model, held_out, levels, untrained=before)

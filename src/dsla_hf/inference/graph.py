@@ -39,7 +39,7 @@ from ..levels.drafting import (
     rule_for,
 )
 from ..models.adapter import DSLALayer, dsla_layers
-from ..models.architectures import kv_heads_of
+from ..models.architectures import has_linear_layers, kv_heads_of
 from ..models.base_attention import DSLAAttentionMixin
 from ..models.decoder import decoder_layers
 from ..models.level import counts_heads
@@ -306,6 +306,8 @@ class GraphDecoder:
         kinds = {str(entry.get("rope_type")) for entry in (rope, *rope.values()) if isinstance(entry, dict)}
         if changing := sorted(kinds & {"dynamic", "longrope"}):
             return f"rotary embeddings of type {changing} change with the length, which the host would have to look at"
+        if has_linear_layers(config):
+            return "this base has linear layers, whose states a recorded step does not know"
         others = {type(layer).__name__ for layer in StaticCache(config=config, max_cache_len=8).layers} - {StaticLayer.__name__}
         if others:
             return f"the static cache of this model has {sorted(others)}, whose tokens the host counts"
@@ -679,7 +681,5 @@ class GraphDecoder:
 
 def dsla_attention_of(layer: nn.Module) -> Any:
     """The DSLA attention that a decoder layer runs now, of an adapter or a hybrid; None if it runs softmax attention."""
-    attention = getattr(layer, "self_attn", None)
-    if isinstance(attention, DSLALayer):
-        return attention.running_attention()
-    return attention if isinstance(attention, DSLAAttentionMixin) else None
+    attention = next((child for child in layer.children() if isinstance(child, (DSLALayer, DSLAAttentionMixin))), None)
+    return attention.running_attention() if isinstance(attention, DSLALayer) else attention

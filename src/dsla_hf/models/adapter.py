@@ -17,17 +17,18 @@ from ..core.draft_cache import LayerPart
 from ..core.tensor_parallel import MERGE_FIRST, cuts_heads, is_tensor_parallel
 from ..levels.generation import generate_with_levels
 from .adapter_layer import DSLALayer
-from .architectures import SHORT_WINDOW, kv_heads_of, sliding_window_of
+from .architectures import SHORT_WINDOW, convertible_layers, has_linear_layers, kv_heads_of, sliding_window_of
 from .base_attention import NO_HEADS
 from .base_checks import check_finite, check_full_precision, check_model, check_readable, record_base
 from .before_layers import install_layout_hook, masks_with_padding, remove_layout_hook
 from .configuration import DSLAConfig, unit_name
-from .decoder import decoder_layers, decoder_of
+from .decoder import attention_name, attentions_of, decoder_layers, decoder_of
 from .hybrid import hybrid_classes
 from .level import active_config, dsla_layers, get_level, set_level
 from .level_guards import check_training, check_training_at_level_0, guard_level, warn_of_untrained
 from .saving import name_model
 from .sizes import unit_sizes
+from .trial.records import record_of
 
 
 class DSLAModel(BaseTuner):
@@ -113,13 +114,17 @@ class DSLAModel(BaseTuner):
         `draft_level`, a level above that of the model, it guesses tokens at that level and checks them several at a time, one text a call:
         the text is the same (sampled text follows the same probabilities). `draft_tokens`: guesses in a round; None adapts their number.
         Says once if layers that take part were never trained."""
+        if kwargs.get("draft_level") is not None and has_linear_layers(self.model.config):
+            raise ValueError(
+                f"draft_level={kwargs['draft_level']!r}: this base has linear layers, which cannot take guesses back; leave draft_level out"
+            )
         if not self.warned_of_untrained:
             self.warned_of_untrained = warn_of_untrained(self.model, any_level=kwargs.get("level_policy") is not None)
         return generate_with_levels(self.model.generate, self.model, self, args, kwargs)
 
     def layer_parts(self) -> list[LayerPart]:
         """What of each decoder layer is DSLA at the level of now, for drafts."""
-        attentions = [getattr(layer, "self_attn", None) for layer in decoder_layers(self.model)]
+        attentions = attentions_of(self.model)
         running: list[Any] = [x.running_attention() if isinstance(x, DSLALayer) else None for x in attentions]
         return [LayerPart() if x is None else LayerPart(x.dsla, x.split) for x in running]
 
@@ -140,8 +145,10 @@ class DSLAModel(BaseTuner):
 
     def _prepare_model(self, peft_config: DSLAConfig, model: nn.Module) -> None:
         """Checks before anything is changed; records the base in the config, or compares it with what is recorded."""
-        check_model(model)
-        layers = decoder_layers(model)
+        check_model(model, peft_config)
+        base: Any = model.config
+        layers, convertible = decoder_layers(model), convertible_layers(model.config)
+        attentions: list[Any] = attentions_of(model)
         heads = range(kv_heads_of(model.config))
         if peft_config.window_heads:
             raise NotImplementedError(
@@ -152,8 +159,8 @@ class DSLAModel(BaseTuner):
             raise NotImplementedError(f"tensor parallel: {NO_HEADS}")
         if peft_config.conversion_order is None:
             # Layers with a short sliding window of their own gain nothing: they stay, unless the plan names them.
-            windows = [sliding_window_of(layer.self_attn) for layer in layers]
-            peft_config.conversion_order = [i for i, window in enumerate(windows) if window is None or window > SHORT_WINDOW]
+            windows = {i: sliding_window_of(attentions[i]) for i in convertible}
+            peft_config.conversion_order = [i for i, window in windows.items() if window is None or window > SHORT_WINDOW]
             if not peft_config.conversion_order:
                 raise ValueError(
                     f"this model has a sliding window of {SHORT_WINDOW} tokens or fewer in every layer, so DSLA has nothing to gain; "
@@ -165,18 +172,25 @@ class DSLAModel(BaseTuner):
                 peft_config.level = 0  # as a new LoRA, a new adapter changes nothing
         peft_config.conversion_order = peft_config.check_units(peft_config.conversion_order, len(layers), len(heads))
         peft_config.level = peft_config.check_level(peft_config.level)
+        if others := [i for i in peft_config.layers_to_transform or () if i not in convertible]:
+            raise ValueError(
+                f"conversion_order names layers {others}, which are no attention that DSLA could replace ("
+                f"{', '.join(sorted({base.layer_types[i] for i in others}))}); those that are: {convertible}"
+            )
+        if peft_config.base_model_type is None and peft_config.target_modules == ["self_attn"]:  # the default
+            peft_config.target_modules = [attention_name(model.config)]
         for index in peft_config.layers_to_transform or ():
-            layer = layers[index]
+            layer: Any = layers[index]
             if not any(hasattr(getattr(layer, name, None), "head_dim") for name in peft_config.target_modules or ()):
                 raise ValueError(
                     f"target_modules {peft_config.target_modules} names no attention of layer {index}, whose modules are "
                     f"{[name for name, _ in layer.named_children()]}; leave target_modules out"
                 )
-            check_readable(layer.self_attn, peft_config)
-        base: Any = model.config
+            check_readable(attentions[index], peft_config)
         if peft_config.base_model_type in (None, base.model_type):  # else the next line says that it is another base
             peft_config.take_rotary(base, base.model_type)
         record_base(peft_config, model)
+        peft_config.checked_base = record_of(base.model_type)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
@@ -285,6 +299,7 @@ def _become_hybrid(model: Any, hybrid_class: type, config: DSLAConfig) -> None:
             if getattr(module, name, None) is base_config:
                 setattr(module, name, hybrid_config)
     model.__class__ = hybrid_class
+    install_layout_hook(decoder_of(model))  # adapters' layers are gone, and merged ones are there
     hybrid_config.architectures = [hybrid_class.__name__]
     name_model(model, "")  # it lies nowhere yet: whoever loads by name would get the base
     if (quantiser := getattr(model, "hf_quantizer", None)) is not None:

@@ -18,7 +18,7 @@ from ..compat import align_module_device, needed_for
 from ..compat.attributes import children_of, parameters_of, view_of
 from ..core.heads import HeadSplit
 from ..core.tensor_parallel import FEATURE, is_tensor_parallel, whole
-from .architectures import fused_into, projection
+from .architectures import fused_into, projection, query_rows
 from .base_attention import attention_config, dsla_attention_class, head_split, new_dual_state_attention
 from .configuration import PROJECTIONS, DSLAConfig
 from .mixed_projections import MixedColumns, MixedProjection, MixedRows
@@ -294,7 +294,7 @@ def _own_projections(base: Any, own: dict[str, nn.Module], split: HeadSplit | No
         if split is not None and name == "o_proj":
             replaced[matrix] = MixedColumns(getattr(base, matrix), module, split, base.head_dim)
         elif parts == (name,) and split is None:
-            replaced[name] = module
+            replaced[matrix] = module
         elif matrix not in replaced:
             linear = getattr(base, matrix)
             bounds = [projection(base, part)[1].indices(linear.out_features) for part in parts]
@@ -303,7 +303,7 @@ def _own_projections(base: Any, own: dict[str, nn.Module], split: HeadSplit | No
             if split is None:
                 replaced[matrix] = FusedProjection(linear, parts, sizes, mine)
             else:
-                replaced[matrix] = MixedRows(linear, parts, sizes, mine, split, base.head_dim)
+                replaced[matrix] = MixedRows(linear, parts, sizes, mine, split, base.head_dim, query_rows(base))
     return replaced
 
 

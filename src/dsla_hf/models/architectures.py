@@ -15,16 +15,28 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING
 # A sliding window up to this long already is what a DSLA layer would be: converting it gains nothing.
 SHORT_WINDOW = 1024
 
+# Kinds of layers with softmax attention, alone or ("hybrid") beside something linear, as configs name them.
+SOFTMAX_LAYERS = ("full_attention", "sliding_attention", "attention", "hybrid")
+
 
 @dataclass(frozen=True)
 class Architecture:
     """fused: projections that lie in one matrix, by its name, in the order of its rows. rotary_layout: which channels of a head rotate
     together, one of `attention.ROTARY_LAYOUTS`. partial_rotary: whether `partial_rotary_factor` says how many of them rotate (the first
-    ones), all if not. notes: for the table in the docs."""
+    ones), all if not. attention: what a decoder layer calls its softmax attention. names: what that calls projections, where it is not
+    `q_proj` and the like. keywords: whether decoder layers hand their keyword arguments on to their attention, and to nothing that does not
+    know them; `layout_carrier` has another way. ordered: whether heads may lie in another order within the attention, as nothing in it but
+    projections and norms of queries tells one from another. kinds: of layers that can be converted, as configs name them. notes: for the
+    table in the docs."""
 
     fused: dict[str, tuple[str, ...]] = field(default_factory=dict)
     rotary_layout: str = "halves"
     partial_rotary: bool = False
+    attention: str = "self_attn"
+    names: dict[str, str] = field(default_factory=dict)
+    keywords: bool = True
+    ordered: bool = True
+    kinds: tuple[str, ...] = SOFTMAX_LAYERS
     notes: str = ""
 
 
@@ -58,6 +70,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "exaone_moe": Architecture(notes="mixture of experts; local layers slide over 4,096 tokens, global ones have no rotary embedding"),
     "flex_olmo": Architecture(notes="mixture of experts"),
     "gemma": Architecture(),
+    "gemma4_text": Architecture(
+        kinds=("full_attention",),
+        notes="no layers that read the keys and values of another; local ones, whose heads are smaller, stay; no kernels for heads of 512",
+    ),
     "glm": Architecture(rotary_layout="interleaved", partial_rotary=True),
     "glm4": Architecture(rotary_layout="interleaved", partial_rotary=True),
     "glm4_moe": Architecture(partial_rotary=True, notes="mixture of experts"),
@@ -76,26 +92,69 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2_moe": Architecture(notes="mixture of experts"),
     "seed_oss": Architecture(),
     "starcoder2": Architecture(notes="MLP without a gate; all layers slide where the checkpoint says so (4,096 tokens)"),
+    "stablelm": Architecture(
+        keywords=False, partial_rotary=True, ordered=False, notes="norms of queries and keys of each head, where the checkpoint has them"
+    ),
     "vaultgemma": Architecture(notes="score cap kept in the window; local layers are left out of the plan by default"),
+    "falcon_h1": Architecture(keywords=False, notes="attention beside a state-space model in every layer, which stays"),
+    "granitemoehybrid": Architecture(keywords=False, notes="attention layers alone are converted; Mamba-2 layers stay"),
+    "lfm2_moe": Architecture(
+        keywords=False,
+        names={"o_proj": "out_proj"},
+        notes="mixture of experts; attention layers alone are converted; convolutions stay",
+    ),
+    "olmo_hybrid": Architecture(keywords=False, notes="attention layers alone are converted; DeltaNet layers stay"),
+    "qwen3_5_moe_text": Architecture(keywords=False, partial_rotary=True, notes="mixture of experts; as `qwen3_5_text`"),
+    "lfm2": Architecture(keywords=False, names={"o_proj": "out_proj"}, notes="attention layers alone are converted; convolutions stay"),
+    "nemotron": Architecture(keywords=False, partial_rotary=True, notes="MLP without a gate"),
+    "nemotron_h": Architecture(
+        keywords=False, attention="mixer", notes="attention layers alone are converted; Mamba-2 layers stay; no rotary embedding"
+    ),
+    "qwen3_5_text": Architecture(
+        keywords=False,
+        partial_rotary=True,
+        notes="attention layers alone are converted, their output gate with q_proj; DeltaNet layers stay",
+    ),
+    "qwen3_next": Architecture(
+        keywords=False,
+        partial_rotary=True,
+        notes="attention layers alone are converted, their output gate with q_proj; DeltaNet layers stay",
+    ),
 }
 SUPPORTED_BASES = tuple(ARCHITECTURES)
+# Of further types what was found when they were tried: by this process, or by that which wrote an adapter or a hybrid (see `trial`).
+TRIED: dict[str, Architecture] = {}
 
 
 # What types of layers have in place of softmax attention over all earlier tokens, or over the last of them, as configs name it.
 LINEAR_LAYERS = ("linear_attention", "mamba", "conv", "recurrent")
-KNOWN_LAYERS = ("full_attention", "sliding_attention")
+# Those that mix no tokens at all.
+LAYERS_WITHOUT_MIXER = ("moe", "mlp")
 # Sizes that only configs of models with such layers have.
 LINEAR_SIZES = ("mamba_d_state", "state_size", "linear_num_value_heads")
-# Models whose decoder layers call their attention without the keyword arguments that they are given, by which DSLA hands down which tokens
-# are padding and where texts begin.
-WITHOUT_KEYWORDS = ("nemotron", "stablelm")
 # Models without any softmax attention.
 LINEAR_MODELS = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")
 
 
 def why_unsupported(config: Any) -> str:
-    """Why DSLA cannot replace the attention of models with this config, as far as the config tells: by its structure, so that types which
+    """Why DSLA does not replace the attention of models with this config, as far as the config tells: by its structure, so that types which
     are not known by name are told apart, too."""
+    if (obstacle := why_impossible(config)) is not None:
+        return obstacle
+    linear = _linear_layers(config)
+    beside = (
+        f"has layers that are linear already ({linear}) beside its attention, which"
+        if linear
+        else "is not supported by DSLA: its attention"
+    )
+    return (
+        f"model type {getattr(config, 'model_type', None)!r} {beside} has not been tested. DSLAConfig(allow_untested=True) runs the checks "
+        f"on a small model of this type and, if all hold, converts; supported are {', '.join(SUPPORTED_BASES)}"
+    )
+
+
+def why_impossible(config: Any) -> str | None:
+    """Why DSLA cannot replace the attention of models with this config, as far as the config tells; None where it may be tried."""
     model_type = getattr(config, "model_type", None)
     values: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}  # a config may differ by layer, and raise if asked
     supported = f"supported are {', '.join(SUPPORTED_BASES)}"
@@ -110,33 +169,68 @@ def why_unsupported(config: Any) -> str:
             return f"{inner} of other types: {why_unsupported(text)}"
         return f"{inner}: save that one in a folder of its own and convert it, as docs/architectures.md says"
     layer_types = {str(kind) for name in ("layer_types", "layers_block_type", "block_types") for kind in values.get(name) or ()}
-    linear = sorted(layer_types & set(LINEAR_LAYERS))
     if model_type in LINEAR_MODELS:
         return f"{named} has no softmax attention: all its layers are linear already; {supported}"
-    if linear or any(values.get(name) for name in LINEAR_SIZES):
-        return (
-            f"{named} has layers that are linear already ({', '.join(linear) or 'a state-space model'}) beside its attention; {supported}"
-        )
     if values.get("kv_lora_rank"):
         return (
             f"{named} has latent attention (MLA, kv_lora_rank), whose cache holds no keys and values that states could take in; {supported}"
         )
     if values.get("num_kv_shared_layers"):
         return f"{named} has layers that read the keys and values of another (num_kv_shared_layers), which states cannot; {supported}"
-    if other := sorted(layer_types - {*KNOWN_LAYERS, "moe", "mlp", "attention"}):
+    if other := sorted(layer_types - {*SOFTMAX_LAYERS, *LAYERS_WITHOUT_MIXER, *LINEAR_LAYERS}):
         return f"{named} has layers of types that DSLA does not know: {', '.join(other)}; {supported}"
     # GPT-NeoX, no encoder, has `is_decoder=False`, too.
     if values.get("is_decoder") is False and type(config) in MODEL_FOR_MASKED_LM_MAPPING:
         return f"{named} is an encoder: its attention looks ahead, and a state cannot; {supported}"
-    if model_type in WITHOUT_KEYWORDS:
-        return f"{named} hands no keyword arguments on to its attention, by which DSLA says where texts and padding are; {supported}"
-    return f"{named} is not supported by DSLA: its attention has not been tested; {supported}"
+    return None
+
+
+def _linear_layers(config: Any) -> str:
+    """The kinds of linear layers that a config names, in words."""
+    values: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
+    kinds = {str(kind) for name in ("layer_types", "layers_block_type", "block_types") for kind in values.get(name) or ()}
+    found = ", ".join(sorted(kinds & set(LINEAR_LAYERS)))
+    return found or ("a state-space model" if any(values.get(name) for name in LINEAR_SIZES) else "")
 
 
 def _text_config(config: Any) -> Any:
     """The config of the text model inside a multimodal one, None if it is a text model itself."""
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     return None if text is config or not getattr(text, "model_type", None) else text
+
+
+def base_type_of(config: Any) -> str | None:
+    """The `model_type` of a base with this config, or of the base of a hybrid with it."""
+    return getattr(config, "base_model_type", None) or getattr(config, "model_type", None)
+
+
+def find_architecture(model_type: str | None) -> Architecture | None:
+    """The entry of a type, None where there is none."""
+    return ARCHITECTURES.get(model_type or "") or TRIED.get(model_type or "")
+
+
+def architecture_of(config: Any) -> Architecture:
+    """The entry of the base with this config, or of the base of a hybrid with it.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if (found := find_architecture(base_type_of(config))) is None:
+        raise ValueError(why_unsupported(config))
+    return found
+
+
+def convertible_layers(config: Any) -> list[int]:
+    """The numbers of the decoder layers whose softmax attention can be converted: in most models all."""
+    kinds, known = getattr(config, "layer_types", None), find_architecture(base_type_of(config))
+    if kinds is None:
+        return list(range(config.num_hidden_layers))
+    return [i for i, kind in enumerate(kinds) if kind in (SOFTMAX_LAYERS if known is None else known.kinds)]
+
+
+def has_linear_layers(config: Any) -> bool:
+    """Whether decoder layers of a base with this config, or parts of them, are linear already: a cache then has their states, too."""
+    return any(kind in LINEAR_LAYERS or kind == "hybrid" for kind in getattr(config, "layer_types", None) or ())
 
 
 def sliding_window_of(attention: Any) -> int | None:
@@ -150,7 +244,7 @@ def sliding_window_of(attention: Any) -> int | None:
 
 def rotary_of(config: Any, model_type: str) -> tuple[str, int]:
     """How a base with this config rotates the channels of a head: `rotary_layout` and `rotary_dim` of `DualStateAttention`."""
-    architecture = ARCHITECTURES[model_type]
+    architecture = find_architecture(model_type) or Architecture()
     rotated = head_dim_of(config)
     if architecture.partial_rotary:
         rotated = int(rotated * config.rope_parameters.get("partial_rotary_factor", 1.0))
@@ -158,20 +252,34 @@ def rotary_of(config: Any, model_type: str) -> tuple[str, int]:
 
 
 def head_dim_of(config: Any) -> int:
-    """Channels of a head, as transformers' rotary embeddings count them."""
+    """Channels of a head of layers that can be converted, as transformers' rotary embeddings count them."""
+    config = _of_convertible_layers(config)
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def kv_heads_of(config: Any) -> int:
-    """Key-value heads of a base with this config, which names them only where they are shared."""
+    """Key-value heads of such layers of a base with this config, which names them only where they are shared."""
+    config = _of_convertible_layers(config)
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def heads_differ(config: Any) -> bool:
+    """Whether a config has sizes of some layers that are not those of others (Gemma 4)."""
+    return getattr(config, "is_heterogeneous", False)
+
+
+def _of_convertible_layers(config: Any) -> Any:
+    return config.per_layer_config[convertible_layers(config)[0]] if heads_differ(config) else config
 
 
 def fused_into(attention: Any, name: str) -> tuple[str, tuple[str, ...]]:
     """The matrix that holds a projection (`q_proj`, ...), and the projections in it: itself alone for most models."""
     if hasattr(attention, name):
         return name, (name,)
-    for matrix, parts in ARCHITECTURES[attention.config.model_type].fused.items():
+    architecture = architecture_of(attention.config)
+    if name in architecture.names:
+        return architecture.names[name], (name,)
+    for matrix, parts in architecture.fused.items():
         if name in parts:
             return matrix, parts
     raise ValueError(f"{type(attention).__name__} has no projection {name}")
@@ -180,10 +288,21 @@ def fused_into(attention: Any, name: str) -> tuple[str, tuple[str, ...]]:
 def projection(attention: Any, name: str) -> tuple[nn.Linear, slice]:
     """The linear module that holds a projection, and which of its output rows are this one's."""
     matrix, parts = fused_into(attention, name)
+    if parts == (name,):
+        if (linear := getattr(attention, matrix)) is None:
+            raise ValueError(
+                f"{type(attention).__name__} of layer {attention.layer_idx} has no {name}: leave it out of trained_projections"
+            )
+        return linear, slice(None)
     heads = attention.config.num_attention_heads
     kv_heads = kv_heads_of(attention.config)
     rows = {"q_proj": heads * attention.head_dim, "k_proj": kv_heads * attention.head_dim, "v_proj": kv_heads * attention.head_dim}
-    if parts == (name,):
-        return getattr(attention, name), slice(None)
     start = sum(rows[part] for part in parts[: parts.index(name)])
     return getattr(attention, matrix), slice(start, start + rows[name])
+
+
+def query_rows(attention: Any) -> int:
+    """Rows of the query projection that belong to one head: twice its channels where a gate of the head's output lies behind its query."""
+    linear, rows = projection(attention, "q_proj")
+    count = len(range(*rows.indices(linear.out_features)))
+    return attention.head_dim * count // projection(attention, "o_proj")[0].in_features

@@ -10,12 +10,13 @@ from torch import nn
 
 from ..core.tensor_parallel import check_heads, cuts_heads
 from .adapter_layer import DSLALayer
-from .architectures import SUPPORTED_BASES, kv_heads_of, projection, why_unsupported
+from .architectures import SUPPORTED_BASES, convertible_layers, kv_heads_of, projection, why_impossible, why_unsupported
 from .configuration import DSLAConfig
-from .decoder import decoder_layers
+from .decoder import attentions_of
 from .fingerprint import check_base, fingerprint_of
 from .level import dsla_layers
 from .quantised import dequantised, quantised_weight
+from .trial.records import may_convert
 
 
 def check_full_precision(model: Any) -> None:
@@ -44,14 +45,17 @@ def check_readable(attention: Any, config: DSLAConfig) -> None:
             )
 
 
-def check_model(model: Any) -> None:
+def check_model(model: Any, config: DSLAConfig) -> None:
     if isinstance(model, (PeftModel, PeftMixedModel)):
         raise ValueError(
             f"this is a {type(model).__name__} already: a second DSLA adapter is added by model.add_adapter(name, DSLAConfig(...)); one of "
             "another PEFT method must be merged first, with merge_and_unload(), or taken off"
         )
-    if getattr(getattr(model, "config", None), "model_type", None) not in SUPPORTED_BASES:
-        raise ValueError(why_unsupported(getattr(model, "config", None)))
+    base = getattr(model, "config", None)
+    if (obstacle := why_impossible(base)) is not None:
+        raise ValueError(obstacle)
+    if (kind := getattr(base, "model_type", None)) not in SUPPORTED_BASES and not may_convert(kind, config):
+        raise ValueError(why_unsupported(base))
     if "disk" in getattr(model, "hf_device_map", {}).values():
         raise ValueError(
             "the base has layers on disk, over which PEFT cannot load an adapter that wraps whole attention modules: load the base in "
@@ -69,16 +73,17 @@ def check_model(model: Any) -> None:
 def record_base(config: DSLAConfig, model: Any) -> None:
     """Write type, sizes and fingerprint of the base into a new config; compare them with those of a loaded one."""
     base = model.config
-    first: Any = decoder_layers(model)[0]
+    attentions: Any = [getattr(attention, "base_layer", attention) for attention in attentions_of(model)]
     dimensions = {
         "num_hidden_layers": base.num_hidden_layers,
         "hidden_size": base.hidden_size,
         "num_attention_heads": base.num_attention_heads,
         "num_key_value_heads": kv_heads_of(base),
-        "head_dim": first.self_attn.head_dim,
+        "head_dim": next(attention.head_dim for attention in attentions if attention is not None),
     }
-    layers: Any = decoder_layers(model)
-    attention = {i: getattr(layers[i].self_attn, "base_layer", layers[i].self_attn) for i in config.layers_to_transform or ()}
+    if (softmax := len(convertible_layers(base))) < base.num_hidden_layers:
+        dimensions["num_convertible_layers"] = softmax
+    attention = {i: attentions[i] for i in config.layers_to_transform or ()}
     if config.base_model_type is None:
         config.base_model_type, config.base_dimensions, config.base_fingerprint = base.model_type, dimensions, fingerprint_of(attention)
         return

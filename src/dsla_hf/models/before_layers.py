@@ -18,12 +18,14 @@ from transformers.utils import logging
 from ..compat import masks_for_generate
 from ..compat.attributes import attention_implementation
 from ..core.cache import DSLACacheLayer
-from ..core.fold import check_cache
+from ..core.fold import check_cache, counts_tokens
 from ..core.layout import TokenLayout, read_layout
 from ..core.masks import check_shape
 from ..core.partial_cache import PartialCacheLayer
 from ..core.recording import records_steps
 from .architectures import sliding_window_of
+from .decoder import attentions_of
+from .layout_carrier import carry_layouts
 
 logger = logging.get_logger(__name__)
 
@@ -33,18 +35,18 @@ PADDING, MASK = "dsla_padding", "dsla_mask"
 
 
 def install_layout_hook(decoder: nn.Module) -> None:
-    """Make `decoder` (the `LlamaModel` of a `LlamaForCausalLM`) check its calls and hand a `TokenLayout` to its layers. Idempotent."""
-    if getattr(decoder, _HOOK_MARK, None) is None:
-        names = tuple(inspect.signature(type(decoder).forward).parameters)[1:]
-        hook = functools.partial(_before_layers, names)
-        setattr(decoder, _HOOK_MARK, decoder.register_forward_pre_hook(hook, with_kwargs=True))
+    """Make `decoder` (the `LlamaModel` of a `LlamaForCausalLM`) check its calls and hand a `TokenLayout` to its layers. Idempotent, but
+    for attention modules that were exchanged since."""
+    remove_layout_hook(decoder)
+    names = tuple(inspect.signature(type(decoder).forward).parameters)[1:]
+    hook = functools.partial(_before_layers, names)
+    setattr(decoder, _HOOK_MARK, [decoder.register_forward_pre_hook(hook, with_kwargs=True), *carry_layouts(decoder)])
 
 
 def remove_layout_hook(decoder: nn.Module) -> None:
     """Undo `install_layout_hook`."""
-    if (handle := getattr(decoder, _HOOK_MARK, None)) is not None:
+    for handle in decoder.__dict__.pop(_HOOK_MARK, ()):
         handle.remove()
-        delattr(decoder, _HOOK_MARK)
 
 
 def masks_with_padding(make_masks: Any, decoder: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -59,11 +61,6 @@ def masks_with_padding(make_masks: Any, decoder: nn.Module, *args: Any, **kwargs
     if padding is not None and not _folds(decoder, cache):
         padding = padding[:, -call["inputs_embeds"].shape[1] :]
     return {**(masks if isinstance(masks, dict) else {MASK: masks}), PADDING: padding}
-
-
-def attentions_of(decoder: Any) -> list[Any]:
-    """The attention of each decoder layer, None where a layer has none of the usual name."""
-    return [getattr(layer, "self_attn", None) for layer in decoder.layers]
 
 
 def converted_part(attention: Any) -> bool | tuple[int, ...]:
@@ -105,7 +102,7 @@ def _before_layers(names: tuple[str, ...], decoder: Any, args: tuple, kwargs: di
     _check_causal(decoder.config, given)
     window = None
     if isinstance(mask, dict):
-        kinds = {_layer_type(decoder.config, attention) for attention in converted}
+        kinds = {_layer_type(decoder.config, attention.layer_idx) for attention in converted}
         mask = {kind: x for kind, x in mask.items() if kind in kinds}
     if isinstance(mask, dict) or getattr(mask, "ndim", 0) == 4:
         windows = {sliding_window_of(attention) for attention in converted} - ({None} if isinstance(mask, dict) else set())
@@ -142,28 +139,27 @@ def _before_layers(names: tuple[str, ...], decoder: Any, args: tuple, kwargs: di
 
 def _lengths(decoder: Any, cache: Any, kind: str | None, past: int, tokens: int) -> set[int]:
     """What the last dimension of a 4-D mask (of layers of this kind, None: of all) must be."""
-    attentions = attentions_of(decoder)
-    layers = [
-        layer
-        for layer, attention in zip(getattr(cache, "layers", ()), attentions, strict=False)
-        if kind is None or _layer_type(decoder.config, attention) == kind
-    ]
+    layers = [layer for i, layer in enumerate(getattr(cache, "layers", ())) if kind is None or _layer_type(decoder.config, i) == kind]
+    layers = [layer for layer in layers if counts_tokens(layer)]
     if cached := {layer.get_mask_sizes(tokens)[0] for layer in layers if not isinstance(layer, DSLACacheLayer)}:
         return cached
     places = {layer.get_mask_sizes(tokens)[0] for layer in layers}  # of a static cache there are more than tokens
     return places if places and min(places) >= past + tokens else {past + tokens}
 
 
-def _layer_type(config: Any, attention: Any) -> str | None:
+def _layer_type(config: Any, index: int) -> str | None:
+    """By which name a dict of masks has that of the attention of this layer."""
     types = getattr(config, "layer_types", None)
-    return None if types is None else types[attention.layer_idx]
+    kind = None if types is None or index >= len(types) else types[index]
+    return "full_attention" if kind == "hybrid" else kind
 
 
 def _check_causal(config: Any, given: dict[str, Any]) -> None:
     """Raises ValueError where the base would let tokens see those behind them."""
     causal = given.get("is_causal")
     causal = getattr(config, "is_causal", True) if causal is None else causal
-    if causal is False or getattr(config, "use_bidirectional_attention", None):
+    # "vision": between the tokens of an image, of which a text model knows nothing.
+    if causal is False or getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):
         raise ValueError(
             "attention is asked to be bidirectional (is_causal=False or use_bidirectional_attention), and a state cannot look ahead: "
             "run the original model (set_level(0) or disable_adapter(), where an adapter is used)"

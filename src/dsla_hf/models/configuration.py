@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 from peft import PeftConfig
@@ -43,6 +43,9 @@ class DSLAConfig(PeftConfig):
     `DSLAConfig(conversion_order=[3, 1, 2], level=2)` has weights for layers 3, 1 and 2, and runs layers 3 and 1 as DSLA. A model takes
     a copy of it, `model.peft_config["default"]`: one config may be given to several models. `DSLAConfig()` has weights for all layers and
     starts at level 0, the original model.
+
+    allow_untested: convert a base of a type that is not among the supported ones, if small models of it pass the checks (seconds on a CPU).
+    Not saved; what is, is which checks it has passed (`checked_base`).
 
     Raises:
         ValueError: names the field whose value does not fit, before a model is touched.
@@ -124,12 +127,17 @@ class DSLAConfig(PeftConfig):
     base_fingerprint: dict[str, Any] | None = field(
         default=None, repr=False, metadata={"help": "Random projections of the base's attention weights (written by the library)."}
     )
+    checked_base: dict[str, Any] | None = field(
+        default=None, repr=False, metadata={"help": "Of a base of an untested type the checks that it has passed (written by the library)."}
+    )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the file format."})
+    allow_untested: InitVar[bool] = False  # no field: it is not saved
 
     taken = False  # no field: whether a model has this very object
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, allow_untested: bool) -> None:
         super().__post_init__()
+        self.allow_untested = allow_untested
         self.peft_type = DSLA
         check_format_version(self.format_version)
         if self.target_modules is None:
@@ -334,6 +342,7 @@ class DSLAConfig(PeftConfig):
             **name,
             "converted_layers": list(self.converted_layers),
             **({} if self.conversion_unit == "layer" else self._head_entries()),
+            **({} if self.checked_base is None else {"checked_base": self.checked_base}),
             **mathematics,
         }
 
@@ -363,7 +372,7 @@ class DSLAConfig(PeftConfig):
                 f"give all of {sorted(expected)}, or leave it out"
             )
         check_format_version(hybrid["format_version"], source)
-        if unknown := sorted(hybrid.keys() - known - {"base_model_name_or_path"}):
+        if unknown := sorted(hybrid.keys() - known - {"base_model_name_or_path", "checked_base"}):
             raise ValueError(f"{source}: 'dsla_config' has unknown entries {unknown}; known are {sorted(known)}")
         name = hybrid.get("base_model_name_or_path")
         if not isinstance(name, str | None):
@@ -378,6 +387,7 @@ class DSLAConfig(PeftConfig):
                 base_model_type=hybrid["base_model_type"],
                 base_model_name_or_path=name,
                 format_version=hybrid["format_version"],
+                checked_base=hybrid.get("checked_base"),
                 **{name: hybrid[name] for name in MATHEMATICS if name in hybrid},
             )
         except ValueError as error:
@@ -499,11 +509,12 @@ def resolve_level(level: int | str, config: DSLAConfig, num_layers: int) -> int:
     what stays softmax attention (`"kept:10%"`, `"kept:9"` of the model's KV heads).
 
     A share counts all units of the model with its `num_layers` layers, as the paper speaks of 50 % DSLA, also where the plan holds fewer.
+    Layers that are linear already count in no share.
 
     Raises:
         ValueError: if it is none of these, or more than the plan holds; names the value and what is allowed.
     """
-    units, unit = num_layers, config.conversion_unit
+    units, unit = (config.base_dimensions or {}).get("num_convertible_layers", num_layers), config.conversion_unit
     if unit == "head":
         units *= config.kv_heads
     plan = units if config.conversion_order is None else len(config.conversion_order)

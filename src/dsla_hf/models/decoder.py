@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architectures import SUPPORTED_BASES
+from .architectures import SUPPORTED_BASES, base_type_of, convertible_layers, find_architecture
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -26,6 +26,24 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 def decoder_of(model: nn.Module) -> nn.Module:
     """The decoder inside a causal LM, e.g. the `LlamaModel` of a `LlamaForCausalLM` (or the model itself if it is one)."""
     return model.base_model if isinstance(model, PreTrainedModel) else model
+
+
+def attention_name(config: Any) -> str:
+    """What a decoder layer of a model with this config calls its softmax attention: `self_attn`, unless its type is known to call it
+    otherwise."""
+    known = find_architecture(base_type_of(config))
+    return "self_attn" if known is None else known.attention
+
+
+def attentions_of(model: nn.Module) -> list[Any]:
+    """The attention of each decoder layer that can be converted, or what stands in its place; None for other layers."""
+    decoder: Any = decoder_of(model)
+    config = decoder.config
+    name, convertible = attention_name(config), convertible_layers(config)
+    found = [getattr(layer, name, None) for layer in decoder.layers]
+    if convertible[: len(found)] == list(range(len(found))):  # a decoder may be cut to its first layers for a while
+        return found
+    return [attention if i in convertible else None for i, attention in enumerate(found)]
 
 
 @contextmanager

@@ -68,7 +68,8 @@ def fingerprint_of(layers: dict[int, nn.Module], rounded_to: torch.dtype | None 
             if weight.dim() > 1:
                 dtypes.add(_narrowest_dtype(weight))
                 quantised, loss = quantised or held, max(loss, _loss_of_few_bits(weight))
-        if not all(f"{fused_into(attention, part)[0]}.weight" in weights for part in ("q_proj", "k_proj", "v_proj", "o_proj")):
+        matrices = {fused_into(attention, part)[0] for part in ("q_proj", "k_proj", "v_proj", "o_proj")}
+        if not all(f"{name}.weight" in weights for name in matrices if getattr(attention, name) is not None):  # values may be the keys
             return None
     names = sorted({name for weights in figures.values() for name in weights})
     absent = [0.0] * (DIRECTIONS + 1)

@@ -23,13 +23,14 @@ from ..compat import guard_torch_init_functions, needed_for
 from ..core.attention import DualStateAttention
 from ..core.tensor_parallel import FEATURE, asks_for_tensor_parallel, hybrid_plan
 from ..levels.generation import generate_with_levels
-from .architectures import SUPPORTED_BASES, kv_heads_of
+from .architectures import SUPPORTED_BASES, TRIED, find_architecture, kv_heads_of
 from .base_attention import NO_CONTINUOUS_BATCHING, NO_HEADS, dsla_attention_class, head_split, new_dual_state_attention
 from .before_layers import install_layout_hook, masks_with_padding
 from .configuration import DSLAConfig
-from .decoder import decoder_layers, decoder_of
+from .decoder import attention_name, attentions_of, decoder_layers, decoder_of
 from .saving import push_saved, save_hybrid
 from .sizes import unit_sizes
+from .trial.records import take_record_of_hybrid
 
 # By name: a release may lack one.
 OTHER_AUTO_CLASSES = (
@@ -65,12 +66,6 @@ class DSLAHybridConfig(PreTrainedConfig):
         config.take_rotary(self, self.base_model_type, source)
         return config
 
-    @property
-    def layers_block_type(self) -> list[str]:
-        """Kind of each layer in the words that vLLM counts a hybrid's caches by: `"linear_attention"` if it is DSLA as a whole."""
-        converted = set(self.get_dsla_config().converted_layers) if self.dsla_config else set()
-        return ["linear_attention" if i in converted else "attention" for i in range(self.num_hidden_layers)]
-
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:
         """Resolves to the class for the base model that the dict names.
@@ -86,7 +81,9 @@ class DSLAHybridConfig(PreTrainedConfig):
             return super().from_dict(config_dict, **kwargs)
         hybrid = config_dict.get("dsla_config")
         base = hybrid.get("base_model_type") if isinstance(hybrid, dict) else None
-        if base not in SUPPORTED_BASES:
+        if isinstance(hybrid, dict) and base not in SUPPORTED_BASES and hybrid.get("checked_base") is not None:
+            take_record_of_hybrid(base, hybrid["checked_base"], source)
+        if find_architecture(base) is None:
             raise ValueError(
                 f"{source}: 'dsla_config' names the base_model_type {base!r}; supported are {list(SUPPORTED_BASES)}. "
                 "Write hybrids with merge_and_unload() and save_pretrained()"
@@ -103,6 +100,12 @@ class DSLAHybridConfig(PreTrainedConfig):
         """Does nothing: `save_pretrained` writes `auto_map` and the file it points to."""
 
 
+def _kinds_for_vllm(config: Any) -> list[str]:
+    """Kind of each layer in the words that vLLM counts a hybrid's caches by: `"linear_attention"` if it is DSLA as a whole."""
+    converted = set(config.get_dsla_config().converted_layers) if config.dsla_config else set()
+    return ["linear_attention" if i in converted else "attention" for i in range(config.num_hidden_layers)]
+
+
 def _config_file(name_or_path: str | None) -> str:
     return f"{name_or_path}/config.json" if name_or_path else "config.json"
 
@@ -117,12 +120,12 @@ class DSLAHybridMixin:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         dsla_config = config.get_dsla_config()
         for index in dsla_config.layers_to_transform or ():
-            layer: Any = decoder_layers(self)[index]  # type: ignore[arg-type]
-            base: Any = layer.self_attn
+            layer, base = decoder_layers(self)[index], attentions_of(self)[index]  # type: ignore[arg-type]
             split = None if dsla_config.conversion_unit == "layer" else head_split(base, dsla_config.heads_of(index))
             core = new_dual_state_attention(base, dsla_config, None if split is None else len(split.converted))
-            layer.self_attn = dsla_attention_class(base.__class__)(config, index)
-            layer.self_attn.convert(core, split)
+            attention = dsla_attention_class(base.__class__)(config, index)
+            attention.convert(core, split)
+            setattr(layer, attention_name(config), attention)
         install_layout_hook(decoder_of(self))  # type: ignore[arg-type]
         self.post_init()  # type: ignore[attr-defined]
 
@@ -184,6 +187,12 @@ class DSLAHybridMixin:
         return cls.base_model_class._can_set_attn_implementation()
 
     @classmethod
+    def is_custom_code(cls) -> bool:
+        """By this transformers knows whose `_init_weights` heeds what is loaded already: that of the base does, and what a base computes
+        there, without weights of its own, must be computed (Falcon-H1's multipliers)."""
+        return cls.base_model_class.is_custom_code()
+
+    @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return cls.base_model_class._can_set_experts_implementation()
 
@@ -204,12 +213,16 @@ class DSLAHybridMixin:
 @functools.cache
 def hybrid_classes(base_model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
     """The config and model class of hybrids over a base, e.g. `DSLALlamaConfig` and `DSLALlamaForCausalLM`."""
-    if base_model_type not in SUPPORTED_BASES:
+    if find_architecture(base_model_type) is None:
         raise ValueError(f"base model type {base_model_type!r} is not supported; supported are {list(SUPPORTED_BASES)}")
     base_config = CONFIG_MAPPING[base_model_type]
     base_model = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
     names: dict[str, Any] = {"model_type": "dsla", "base_model_type": base_model_type, "__module__": __name__, "__annotations__": {}}
     names["base_model_tp_plan"] = hybrid_plan(base_config.base_model_tp_plan)
+    names["is_custom_code"] = classmethod(lambda cls: base_config.is_custom_code())  # its names of layers are those of the base
+    kinds = "layers_block_type"
+    if not hasattr(base_config, kinds) and kinds not in base_config.attribute_map:  # bases with linear layers read their own
+        names[kinds] = property(_kinds_for_vllm)
     config_class: Any = type(f"DSLA{base_config.__name__}", (DSLAHybridConfig, base_config), names)
     names = {"config_class": config_class, "base_model_class": base_model, "__module__": __name__}
     model_class: Any = type(f"DSLA{base_model.__name__}", (DSLAHybridMixin, base_model), names)
@@ -255,7 +268,7 @@ AutoConfig.register("dsla", DSLAHybridConfig, exist_ok=True)
 
 def __getattr__(name: str) -> Any:
     """Hybrid classes as attributes of this module, made on first use: they import and pickle by name."""
-    for base in SUPPORTED_BASES if name.startswith("DSLA") else ():
+    for base in (*SUPPORTED_BASES, *TRIED) if name.startswith("DSLA") else ():
         for cls in hybrid_classes(base):
             if cls.__name__ == name:
                 return cls

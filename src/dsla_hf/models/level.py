@@ -9,7 +9,7 @@ from torch import nn
 from .adapter_layer import DSLALayer
 from .base_attention import DSLAAttentionMixin
 from .configuration import DSLAConfig, resolve_level
-from .decoder import decoder_of
+from .decoder import attentions_of, decoder_of
 
 
 def dsla_layers(model: nn.Module) -> dict[int, DSLALayer]:
@@ -45,9 +45,8 @@ def get_level(model: nn.Module) -> int:
 def counts_heads(model: nn.Module) -> bool:
     """Whether levels of this causal LM (or decoder) count KV heads, or it is a hybrid with layers converted in part: what knows whole
     layers alone asks."""
-    layers: Any = getattr(decoder_of(model), "layers", ())
-    for layer in layers:
-        attention = getattr(layer, "self_attn", None)
+    decoder: Any = decoder_of(model)
+    for attention in attentions_of(decoder) if hasattr(decoder, "layers") else ():
         if isinstance(attention, DSLALayer) and attention.adapter_name is not None:
             return attention.configs[attention.adapter_name].conversion_unit == "head"
         if isinstance(attention, DSLAAttentionMixin) and attention.split is not None:

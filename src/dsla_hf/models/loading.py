@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from .architectures import SUPPORTED_BASES, why_unsupported
+from .architectures import SUPPORTED_BASES, why_impossible, why_unsupported
 from .base_attention import NO_HEADS
 from .configuration import DSLAConfig, resolve_level
 
@@ -53,10 +53,12 @@ def load_tokenizer(model: str) -> Any:
         ) from None
 
 
-def check_convertible(model: str, config: Any) -> None:
-    """Raises ValueError if DSLA cannot replace the attention of a checkpoint with this config."""
-    if config.model_type not in SUPPORTED_BASES:
-        raise ValueError(f"{model}: {why_unsupported(config)}")
+def check_convertible(model: str, config: Any, allow_untested: bool = False) -> None:
+    """Raises ValueError if DSLA cannot replace the attention of a checkpoint with this config. Of a type that has not been tested only the
+    small models of `trial` can tell; `allow_untested` leaves it to them."""
+    if why_impossible(config) is None and (config.model_type in SUPPORTED_BASES or allow_untested):
+        return
+    raise ValueError(f"{model}: {why_unsupported(config)}")
 
 
 def _first_sentence(error: Exception) -> str:

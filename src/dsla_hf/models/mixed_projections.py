@@ -86,12 +86,22 @@ class MixedRows(MixedProjection):
     """A projection to queries, keys or values, or a base's fused one.
 
     base: the base's, whose rows are those of `parts`, as many of each as `sizes` says. own: DSLA's own of some of them.
-    split: the heads whose rows are DSLA's own. head_dim: rows of each.
+    split: the heads whose rows are DSLA's own. head_dim: rows of each key or value head. query_rows: of each query head.
     """
 
-    def __init__(self, base: nn.Linear, parts: tuple[str, ...], sizes: list[int], own: dict[str, Any], split: HeadSplit, head_dim: int):
+    def __init__(
+        self,
+        base: nn.Linear,
+        parts: tuple[str, ...],
+        sizes: list[int],
+        own: dict[str, Any],
+        split: HeadSplit,
+        head_dim: int,
+        query_rows: int,
+    ):
         super().__init__()
-        self.base, self.parts, self.sizes, self.own, self.split, self.head_dim = base, parts, sizes, nn.ModuleDict(own), split, head_dim
+        self.base, self.parts, self.sizes, self.own, self.split = base, parts, sizes, nn.ModuleDict(own), split
+        self.head_dim, self.query_rows = head_dim, query_rows
 
     def sources(self) -> list[Any]:
         return [self.base, *self.own.values()]
@@ -109,7 +119,8 @@ class MixedRows(MixedProjection):
         pieces = []
         for part, piece in zip(self.parts, base.split(self.sizes, dim), strict=True):
             if part in own:
-                mask = self.split.channels(self.head_dim, part == "q_proj", piece.device)
+                queries = part == "q_proj"
+                mask = self.split.channels(self.query_rows if queries else self.head_dim, queries, piece.device)
                 piece = torch.where(mask[:, None] if dim == 0 and piece.ndim == 2 else mask, own[part].to(piece.dtype), piece)
             pieces.append(piece)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)

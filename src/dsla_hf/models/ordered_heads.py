@@ -16,14 +16,14 @@ from torch import Tensor
 from ..compat.attributes import versions_of, view_of
 from ..core.attention import DualStateAttention
 from ..core.heads import PER_KV_HEAD
-from .architectures import kv_heads_of, projection
+from .architectures import architecture_of, kv_heads_of, projection, query_rows
 from .mixed_projections import is_readable
 
 
 class HeadsInUse(NamedTuple):
     """What a layer reads at a level, kept heads first: views of buffers.
 
-    q_weight: `[Hq * D, hidden]`. q_bias: `[Hq * D]` or None. o_weight: `[hidden, Hq * D]`.
+    q_weight: `[Hq * R, hidden]`, R the rows of a head (see `query_rows`). q_bias: `[Hq * R]` or None. o_weight: `[hidden, Hq * D]`.
     q_norm: `[Hq * D]`, of a norm over the queries of all heads, or None.
     core: what is DSLA's own of the converted heads.
     """
@@ -38,6 +38,8 @@ class HeadsInUse(NamedTuple):
 def cannot_be_ordered(base: Any, own: dict[str, Any]) -> str | None:
     """Why the projections of a base attention, of which `own` are replaced in converted heads, cannot lie in such buffers, in words; None
     where they can."""
+    if not architecture_of(base.config).ordered:
+        return f"{type(base).__name__} tells heads apart by their places, beside its projections"
     for name in ("k_proj", "v_proj"):
         if name in own:
             return f"{name} is trained, too (trained_projections)"
@@ -87,16 +89,20 @@ class OrderedHeads:
 
     def at(self, converted: int) -> HeadsInUse:
         """With so many heads converted; what is returned follows every `refresh`."""
-        size = self._queries * self._base.head_dim
-        rows = slice(converted * size, (converted + len(self._order)) * size)
+        channels, rows = (
+            slice(converted * self._queries * each, (converted + len(self._order)) * self._queries * each)
+            for each in (self._base.head_dim, query_rows(self._base))
+        )
         buffers, core, queries = self._memory, self._core, converted * self._queries
         parameters = {
             name: buffers[f"dsla.{name}"][: converted if name.startswith(PER_KV_HEAD) else queries] for name, _ in core.named_parameters()
         }
-        part = view_of(core, type(core), {}, parameters)
-        part.num_heads, part.num_kv_heads = queries, converted
-        q_bias, q_norm = (None if buffers.get(name) is None else buffers[name][rows] for name in ("q_bias", "q_norm"))
-        return HeadsInUse(buffers["q_weight"][rows], q_bias, buffers["o_weight"][:, rows], q_norm, part)
+        core_part = view_of(core, type(core), {}, parameters)
+        core_part.num_heads, core_part.num_kv_heads = queries, converted
+        q_bias, q_norm = (
+            None if buffers.get(name) is None else buffers[name][part] for name, part in (("q_bias", rows), ("q_norm", channels))
+        )
+        return HeadsInUse(buffers["q_weight"][rows], q_bias, buffers["o_weight"][:, channels], q_norm, core_part)
 
     def _sources(self) -> list[Tensor]:
         norm = _norm_of_all_heads(self._base)
@@ -107,20 +113,24 @@ class OrderedHeads:
     def _values(self) -> dict[str, Tensor]:
         order = self._order
         queries = (order[:, None] * self._queries + torch.arange(self._queries, device=order.device)).flatten()
-        channels = (queries[:, None] * self._base.head_dim + torch.arange(self._base.head_dim, device=order.device)).flatten()
 
-        def ordered(base: Tensor, own: Tensor, dim: int = 0) -> Tensor:
-            return torch.cat([x.to(base.dtype).index_select(dim, channels) for x in (base, own)], dim)
+        def places(each: int) -> Tensor:
+            return (queries[:, None] * each + torch.arange(each, device=order.device)).flatten()
+
+        channels, q_rows = places(self._base.head_dim), places(query_rows(self._base))
+
+        def ordered(base: Tensor, own: Tensor, dim: int = 0, index: Tensor = channels) -> Tensor:
+            return torch.cat([x.to(base.dtype).index_select(dim, index) for x in (base, own)], dim)
 
         (q, rows), (o, _) = (projection(self._base, name) for name in ("q_proj", "o_proj"))
         own_q, own_o = self._own.get("q_proj"), self._own.get("o_proj", o)
         q_weight = q.weight[rows]
         values = {
-            "q_weight": ordered(q_weight, q_weight if own_q is None else own_q.weight),
+            "q_weight": ordered(q_weight, q_weight if own_q is None else own_q.weight, index=q_rows),
             "o_weight": ordered(o.weight, own_o.weight, 1),
         }
         if q.bias is not None:
-            values["q_bias"] = ordered(q.bias[rows], q.bias[rows] if own_q is None else own_q.bias)
+            values["q_bias"] = ordered(q.bias[rows], q.bias[rows] if own_q is None else own_q.bias, index=q_rows)
         if (norm := _norm_of_all_heads(self._base)) is not None:
             values["q_norm"] = ordered(norm.weight, norm.weight)
         for name, x in self._core.named_parameters():

@@ -18,6 +18,7 @@ from .adapter_layer import DSLALayer
 from .base_attention import ATTENTION_FUNCTION, NO_ATTENTION_IMPLEMENTATION
 from .configuration import DSLAConfig
 from .hybrid import DSLAHybridConfig, DSLAHybridMixin
+from .trial.untested import try_untested
 
 GENERATION = "prepare_inputs_for_generation"  # what PEFT's class for causal LMs asks a model for
 
@@ -52,6 +53,8 @@ def _init(
 ) -> None:
     config = peft_config if isinstance(peft_config, PeftConfig) else peft_config[adapter_name]
     check_tuner(model, config)
+    if isinstance(config, DSLAConfig):
+        try_untested(model, config)
     check_task(self, model, config)
     original(self, model, peft_config, adapter_name, *args, **kwargs)
 
@@ -60,6 +63,8 @@ def _add_adapter(
     original: Callable[..., None], self: PeftModel, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any
 ) -> None:
     check_tuner(self, peft_config)
+    if isinstance(peft_config, DSLAConfig):
+        try_untested(self.get_base_model(), peft_config)
     original(self, adapter_name, peft_config, *args, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""What the units of a model (layers, or KV heads) take of a cache, known from sizes alone."""
+"""What the units of a model (layers, or KV heads) take of a cache, known from sizes alone. Layers that are linear already are none."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 
 from ..core.attention import DualStateAttention
 from ..levels.policies import Stats
+from .architectures import convertible_layers
 from .configuration import DSLAConfig
-from .decoder import decoder_layers
 
 
 def layer_bytes(model: PreTrainedModel, heads: int | None = None) -> dict[str, int]:
@@ -30,7 +30,7 @@ def core_bytes(core: DualStateAttention, heads: int, itemsize: int) -> dict[str,
 
 def unit_sizes(model: PreTrainedModel, config: DSLAConfig) -> dict[str, Any]:
     """How many units the model has, and what they take, as `Stats` has it: layers, or KV heads where the config counts those."""
-    layers = len(decoder_layers(model))
+    layers = len(convertible_layers(model.config))
     if config.conversion_unit == "layer":
         return {"num_layers": layers, **layer_bytes(model)}
     return {"num_layers": layers * config.kv_heads, "unit": "head", **layer_bytes(model, heads=1)}

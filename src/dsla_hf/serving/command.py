@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from ..core.interrupts import on_interrupt
 from ..inference.recorder import CudaRecording
 from ..levels.policies import Load, Policy, as_policy
-from ..models.architectures import kv_heads_of
+from ..models.architectures import convertible_layers, kv_heads_of
 from ..models.configuration import resolve_level
 from ..models.loading import (
     device,
@@ -29,6 +29,7 @@ from ..models.loading import (
     read_adapter_config,
 )
 from .engine.engine import Engine, EngineOptions
+from .engine.levels import check_served
 from .engine.request import Event
 from .http.api import ApiOptions, build_app
 from .http.connections import limited_protocol, most_connections
@@ -95,9 +96,10 @@ def load(options: ServeOptions) -> tuple[Engine, Any, ApiOptions]:
         OSError: if a file is missing.
     """
     base_config = load_config(options.model)
+    check_served(base_config)
     level_to_run_at(options.model, base_config, options.adapter, None)
     heads = options.adapter is not None and read_adapter_config(options.adapter).conversion_unit == "head"
-    policy = policy_of(options, base_config.num_hidden_layers * (kv_heads_of(base_config) if heads else 1))
+    policy = policy_of(options, len(convertible_layers(base_config)) * (kv_heads_of(base_config) if heads else 1))
     limit = None
     if options.max_level is not None:
         if options.adapter is None:

@@ -53,8 +53,9 @@ def draw_heads(config: DSLAConfig) -> Any:
     axes.set(xlabel="layer", ylabel="KV head")
     mark_measured(axes.xaxis, range(layers))
     mark_measured(axes.yaxis, range(heads))
-    kept = layers * heads - sum(place <= level for place in found.values())
-    _legend(drawn, colours, level, kept_text(kept, layers * heads, of=True), len(found) < layers * heads)
+    units = (config.base_dimensions or {}).get("num_convertible_layers", layers) * heads
+    kept = units - sum(place <= level for place in found.values())
+    _legend(drawn, colours, level, kept_text(kept, units, of=True), len(found) < layers * heads)
     return drawn
 
 

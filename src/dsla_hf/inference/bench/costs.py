@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from ...core.attention import DualStateAttention
 from ...models.architectures import kv_heads_of
-from ...models.decoder import decoder_layers, decoder_of
+from ...models.decoder import attentions_of, decoder_layers, decoder_of
 from ...models.mixed_projections import MixedProjection
 from ...models.sizes import core_bytes
 from ..graph import dsla_attention_of
@@ -98,9 +98,11 @@ def costs_of(model: Any) -> Costs:
     kv_heads = kv_heads_of(config)
     weights: dict[int, Tensor] = {}
     cores, kept = [], 0
-    layers: Any = decoder_layers(base)
-    for layer in layers:
-        attention = layer.self_attn
+    attentions: list[Any] = attentions_of(base)
+    for layer, attention in zip(decoder_layers(base), attentions, strict=True):
+        if attention is None:  # a layer of the base that is linear already, or mixes no tokens
+            weights |= {id(p): p for p in layer.parameters()}
+            continue
         runs = dsla_attention_of(layer)
         if runs is None:
             kept += kv_heads
@@ -122,7 +124,7 @@ def costs_of(model: Any) -> Costs:
         head_weights=head.numel(),
         kept_heads=kept,
         queries=config.num_attention_heads // kv_heads,
-        key_dim=layers[0].self_attn.head_dim,
+        key_dim=next(attention.head_dim for attention in attentions if attention is not None),
         itemsize=base.dtype.itemsize,
         cores=tuple(cores),
     )

@@ -12,6 +12,7 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ...levels.table import measured_kept
+from ...models.architectures import convertible_layers
 from ...models.configuration import DSLAConfig, resolve_level
 from ...models.loading import load_adapter, load_config, load_model, read_adapter_config
 
@@ -74,7 +75,7 @@ def networks(
     if units is not None and not levels:
         wanted = measured_kept(units, units if plan.conversion_order is None else len(plan.conversion_order))[1:]
     else:
-        wanted = sorted({resolve_level(level, plan, config.num_hidden_layers) for level in levels or ["50%", "100%"]} - {0})
+        wanted = sorted({resolve_level(level, plan, len(convertible_layers(config))) for level in levels or ["50%", "100%"]} - {0})
     if preset:
         kinds = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
         network = random_model(config, kinds[dtype], where)
@@ -100,7 +101,7 @@ def networks(
 
 def _all_heads(plan: DSLAConfig, config: Any) -> int | None:
     """How many KV heads a base with this config has where levels of the plan count them, else None."""
-    return config.num_hidden_layers * plan.kv_heads if plan.conversion_unit == "head" else None
+    return len(convertible_layers(config)) * plan.kv_heads if plan.conversion_unit == "head" else None
 
 
 def preset_config(name: str) -> Any:

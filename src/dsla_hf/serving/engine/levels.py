@@ -11,14 +11,29 @@ from peft import PeftModel
 from ...core.attention import DualStateAttention
 from ...core.heads import HeadSplit
 from ...models.adapter import active_config, dsla_layers, set_level
-from ...models.architectures import kv_heads_of
+from ...models.architectures import base_type_of, has_linear_layers, heads_differ, kv_heads_of
 from ...models.base_attention import DSLAAttentionMixin
-from ...models.decoder import decoder_layers
+from ...models.decoder import attentions_of, decoder_layers
 from ...models.sizes import core_bytes
 
 MOST_RUNGS = 16
 
 Head = tuple[int, int]  # layer, KV head
+
+
+def check_served(config: Any) -> None:
+    """Raises ValueError for a model with this config whose layers keep something beside keys, values and DSLA states, or not the same of
+    them."""
+    if heads_differ(config):
+        raise ValueError(
+            f"{base_type_of(config)!r} has layers whose heads differ in size or number, for which the server has no blocks of memory: use "
+            "generate() of the model"
+        )
+    if has_linear_layers(config):
+        raise ValueError(
+            f"{base_type_of(config)!r} has layers that are linear already, whose states the server does not keep: use generate() of the "
+            "model"
+        )
 
 
 class Levels:
@@ -41,10 +56,11 @@ class Levels:
     def __init__(self, model: Any):
         self.model = model
         causal_lm = model.base_model.model if isinstance(model, PeftModel) else model
+        check_served(causal_lm.config)
         layers = decoder_layers(causal_lm)
         self.num_layers, self.kv_heads = len(layers), kv_heads_of(causal_lm.config)
         self._wrapped = dsla_layers(causal_lm)
-        self._attentions: list[Any] = [layer.self_attn for layer in layers]
+        self._attentions: list[Any] = attentions_of(causal_lm)
         self.unit = "layer"
         self.order: list[Any]
         if self._wrapped:

@@ -1,0 +1,108 @@
+"""Types of base models that are not in the table: tried on small models, and converted if all checks hold."""
+
+from __future__ import annotations
+
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging
+
+from ...core.progress import bar, say
+from ..architectures import SUPPORTED_BASES, why_impossible
+from ..configuration import DSLAConfig
+from .checks import CHECKS, holds
+from .records import check_record, code_of, forget, is_running, keep, new_record, record_of, running
+from .small_models import small_config, small_model
+from .structure import read_structure
+
+# Weights of norms behind the rotary embedding, when uneven, make the base's own scores depend on where a text begins.
+WITH_EVEN_WEIGHTS = ("shifted",)
+HEADS = "heads"  # the check that plans of whole layers do without
+
+
+def try_untested(model: Any, config: DSLAConfig) -> None:
+    """Know the type of `model` if `config` asks for that and it passes; what does not ask, or is refused by its structure, is left to
+    `check_model`. An adapter that was made over code which has not changed since needs no checks.
+
+    Raises:
+        ValueError: names the checks that do not hold.
+    """
+    base = getattr(model, "config", None)
+    kind = getattr(base, "model_type", None)
+    asked = config.allow_untested or config.checked_base is not None
+    if kind is None or kind in SUPPORTED_BASES or is_running() or not asked or why_impossible(base) is not None:
+        return
+    code = code_of(kind)
+    known = [check_record(x, kind, "adapter_config.json") for x in (record_of(kind), config.checked_base) if x is not None]
+    record = next((x for x in known if code is not None and x["code"] == code), None) or _tried(model, kind)
+    _check_passed(record, config.conversion_unit)
+    keep(record)
+
+
+def _check_passed(record: dict[str, Any], unit: str) -> None:
+    """Raises ValueError if a check does not hold that a plan of this unit needs."""
+    needed = {name: value for name, value in record["checks"].items() if unit == "head" or name != HEADS}
+    if failed := {name: value for name, value in needed.items() if not holds(value)}:
+        told = "; ".join(f"{name}: {value}" for name, value in failed.items())
+        way = "conversion_unit='layer' takes it" if list(failed) == [HEADS] else "docs/architectures.md says what each is"
+        raise ValueError(
+            f"model type {record['model_type']!r} has not been tested, and {len(failed)} of {len(needed)} checks on a small model do not "
+            f"hold: {told}. {way}"
+        )
+
+
+def _tried(model: Any, kind: str) -> dict[str, Any]:
+    """The record of a type that has none."""
+    if type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"model type {kind!r} has not been tested, and cannot be: AutoModelForCausalLM knows no model of it")
+    say(f"model type {kind!r} has not been tested with DSLA: running {len(CHECKS)} checks on small models of it")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), running():
+            record = _record(model, kind)
+    finally:
+        forget(kind)
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+    return record
+
+
+def _record(model: Any, kind: str) -> dict[str, Any]:
+    """What all checks found; what one raises is in its place, in words."""
+    try:
+        config = small_config(model.config)
+        record = new_record(config, read_structure(_small(model, config, uneven=False)))
+    except Exception as error:  # whatever unknown code does
+        raise ValueError(
+            f"model type {kind!r} has not been tested, and cannot be: of a small model of it, {type(error).__name__}: {error}"
+        ) from error
+    record["versions"] = {name: version(name) for name in ("dsla-hf", "transformers", "torch")}
+
+    def run(name: str) -> None:
+        keep(record)
+        with tempfile.TemporaryDirectory() as folder:
+            uneven = name not in WITH_EVEN_WEIGHTS
+            try:
+                record["checks"][name] = CHECKS[name](lambda: _small(model, config, uneven), Path(folder))
+            except Exception as error:
+                record["checks"][name] = f"{type(error).__name__}: {error}"
+
+    for name in bar(CHECKS, desc="checks"):
+        run(name)
+    if not holds(record["checks"][HEADS]):  # a gate or a norm behind the attention may have something of each head
+        record["architecture"]["ordered"] = False
+        run(HEADS)
+    return record
+
+
+def _small(model: Any, config: Any, uneven: bool) -> Any:
+    torch.default_generator.manual_seed(0)  # of the CPU alone, which the caller gets back as it was
+    return small_model(model, config, uneven)
