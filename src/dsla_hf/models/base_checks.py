@@ -8,13 +8,14 @@ from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..core.tensor_parallel import check_heads, cuts_heads
+from ..core.tensor_parallel import check_heads, cuts_heads, is_tensor_parallel
 from .adapter_layer import DSLALayer
-from .architectures import SUPPORTED_BASES, kv_heads_of, projection, why_unsupported
+from .architectures import base_type_of, kv_heads_of, projection, why_unsupported
 from .configuration import DSLAConfig
 from .decoder import decoder_layers
 from .fingerprint import check_base, fingerprint_of
 from .level import dsla_layers
+from .multimodal import inner_text_config, text_config_of
 from .quantised import dequantised, quantised_weight
 
 
@@ -50,13 +51,15 @@ def check_model(model: Any) -> None:
             f"this is a {type(model).__name__} already: a second DSLA adapter is added by model.add_adapter(name, DSLAConfig(...)); one of "
             "another PEFT method must be merged first, with merge_and_unload(), or taken off"
         )
-    if getattr(getattr(model, "config", None), "model_type", None) not in SUPPORTED_BASES:
+    if base_type_of(getattr(model, "config", None)) is None:
         raise ValueError(why_unsupported(getattr(model, "config", None)))
     if "disk" in getattr(model, "hf_device_map", {}).values():
         raise ValueError(
             "the base has layers on disk, over which PEFT cannot load an adapter that wraps whole attention modules: load the base in "
             "memory, or save a hybrid (merge_and_unload) and load that with the same device_map"
         )
+    if is_tensor_parallel(model) and inner_text_config(model.config) is not None:
+        raise NotImplementedError("tensor parallel of multimodal models is not supported: load the base without tp_plan")
     if cuts_heads(model):
         check_heads(kv_heads_of(model.config), model.tp_size)
     for name, module in model.named_modules():
@@ -68,7 +71,7 @@ def check_model(model: Any) -> None:
 
 def record_base(config: DSLAConfig, model: Any) -> None:
     """Write type, sizes and fingerprint of the base into a new config; compare them with those of a loaded one."""
-    base = model.config
+    base, base_type = text_config_of(model.config), base_type_of(model.config)
     first: Any = decoder_layers(model)[0]
     dimensions = {
         "num_hidden_layers": base.num_hidden_layers,
@@ -80,10 +83,10 @@ def record_base(config: DSLAConfig, model: Any) -> None:
     layers: Any = decoder_layers(model)
     attention = {i: getattr(layers[i].self_attn, "base_layer", layers[i].self_attn) for i in config.layers_to_transform or ()}
     if config.base_model_type is None:
-        config.base_model_type, config.base_dimensions, config.base_fingerprint = base.model_type, dimensions, fingerprint_of(attention)
+        config.base_model_type, config.base_dimensions, config.base_fingerprint = base_type, dimensions, fingerprint_of(attention)
         return
     for what, recorded, found in (
-        ("model type", config.base_model_type, base.model_type),
+        ("model type", config.base_model_type, base_type),
         ("sizes", config.base_dimensions, dimensions),
     ):
         if recorded != found:

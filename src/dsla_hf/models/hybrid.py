@@ -12,8 +12,10 @@ import transformers
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -28,9 +30,12 @@ from .base_attention import NO_CONTINUOUS_BATCHING, NO_HEADS, dsla_attention_cla
 from .before_layers import install_layout_hook, masks_with_padding
 from .configuration import DSLAConfig
 from .decoder import decoder_layers, decoder_of
+from .image_blocks import install_image_guard
+from .multimodal import MULTIMODAL, attention_type, text_config_of
 from .saving import push_saved, save_hybrid
 from .sizes import unit_sizes
 
+HYBRID_BASES = (*SUPPORTED_BASES, *MULTIMODAL)
 # By name: a release may lack one.
 OTHER_AUTO_CLASSES = (
     "AutoModel",
@@ -57,19 +62,20 @@ class DSLAHybridConfig(PreTrainedConfig):
     def get_dsla_config(self) -> DSLAConfig:
         """The conversion that this hybrid is, checked."""
         source = _config_file(self.name_or_path)
-        config = DSLAConfig.from_hybrid_dict(self.dsla_config, source, kv_heads_of(self))
+        text = text_config_of(self)
+        config = DSLAConfig.from_hybrid_dict(self.dsla_config, source, kv_heads_of(text))
         try:
-            config.check_units(config.conversion_order, self.num_hidden_layers, name="converted_layers")
+            config.check_units(config.conversion_order, text.num_hidden_layers, name="converted_layers")
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
-        config.take_rotary(self, self.base_model_type, source)
+        config.take_rotary(text, self.base_model_type if text is self else attention_type(text.model_type), source)
         return config
 
     @property
     def layers_block_type(self) -> list[str]:
         """Kind of each layer in the words that vLLM counts a hybrid's caches by: `"linear_attention"` if it is DSLA as a whole."""
         converted = set(self.get_dsla_config().converted_layers) if self.dsla_config else set()
-        return ["linear_attention" if i in converted else "attention" for i in range(self.num_hidden_layers)]
+        return ["linear_attention" if i in converted else "attention" for i in range(text_config_of(self).num_hidden_layers)]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:
@@ -80,15 +86,16 @@ class DSLAHybridConfig(PreTrainedConfig):
         """
         source = _config_file(kwargs.get("name_or_path") or config_dict.get("_name_or_path"))
         if "dsla_config" in kwargs:  # would replace the stored one as a whole
-            heads = config_dict.get("num_key_value_heads") or config_dict.get("num_attention_heads")
+            sizes = config_dict.get("text_config") or config_dict
+            heads = sizes.get("num_key_value_heads") or sizes.get("num_attention_heads")
             DSLAConfig.from_hybrid_dict(kwargs["dsla_config"], source, heads)
         if cls is not DSLAHybridConfig:
             return super().from_dict(config_dict, **kwargs)
         hybrid = config_dict.get("dsla_config")
         base = hybrid.get("base_model_type") if isinstance(hybrid, dict) else None
-        if base not in SUPPORTED_BASES:
+        if base not in HYBRID_BASES:
             raise ValueError(
-                f"{source}: 'dsla_config' names the base_model_type {base!r}; supported are {list(SUPPORTED_BASES)}. "
+                f"{source}: 'dsla_config' names the base_model_type {base!r}; supported are {list(HYBRID_BASES)}. "
                 "Write hybrids with merge_and_unload() and save_pretrained()"
             )
         return hybrid_classes(base)[0].from_dict(config_dict, **kwargs)
@@ -121,9 +128,10 @@ class DSLAHybridMixin:
             base: Any = layer.self_attn
             split = None if dsla_config.conversion_unit == "layer" else head_split(base, dsla_config.heads_of(index))
             core = new_dual_state_attention(base, dsla_config, None if split is None else len(split.converted))
-            layer.self_attn = dsla_attention_class(base.__class__)(config, index)
+            layer.self_attn = dsla_attention_class(base.__class__)(base.config, index)
             layer.self_attn.convert(core, split)
         install_layout_hook(decoder_of(self))  # type: ignore[arg-type]
+        install_image_guard(self, config.base_model_type)  # type: ignore[arg-type]
         self.post_init()  # type: ignore[attr-defined]
 
     @classmethod
@@ -204,21 +212,23 @@ class DSLAHybridMixin:
 @functools.cache
 def hybrid_classes(base_model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
     """The config and model class of hybrids over a base, e.g. `DSLALlamaConfig` and `DSLALlamaForCausalLM`."""
-    if base_model_type not in SUPPORTED_BASES:
-        raise ValueError(f"base model type {base_model_type!r} is not supported; supported are {list(SUPPORTED_BASES)}")
+    if base_model_type not in HYBRID_BASES:
+        raise ValueError(f"base model type {base_model_type!r} is not supported; supported are {list(HYBRID_BASES)}")
     base_config = CONFIG_MAPPING[base_model_type]
-    base_model = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
+    multimodal = base_model_type in MULTIMODAL
+    base_model = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if multimodal else MODEL_FOR_CAUSAL_LM_MAPPING)[base_config]
     names: dict[str, Any] = {"model_type": "dsla", "base_model_type": base_model_type, "__module__": __name__, "__annotations__": {}}
     names["base_model_tp_plan"] = hybrid_plan(base_config.base_model_tp_plan)
     config_class: Any = type(f"DSLA{base_config.__name__}", (DSLAHybridConfig, base_config), names)
     names = {"config_class": config_class, "base_model_class": base_model, "__module__": __name__}
     model_class: Any = type(f"DSLA{base_model.__name__}", (DSLAHybridMixin, base_model), names)
-    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
-    for name in OTHER_AUTO_CLASSES:
+    own = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+    own.register(config_class, model_class, exist_ok=True)
+    for name in (*OTHER_AUTO_CLASSES, "AutoModelForCausalLM") if multimodal else OTHER_AUTO_CLASSES:
         auto_class = getattr(transformers, name, None)
         if auto_class is None:
             continue
-        names = {"config_class": config_class, "auto_class": name, "__module__": __name__}
+        names = {"config_class": config_class, "auto_class": name, "own_class": own.__name__, "__module__": __name__}
         auto_class.register(config_class, type(f"DSLA{base_config.__name__}Refused", (_Refused,), names), exist_ok=True)
     return config_class, model_class
 
@@ -227,10 +237,12 @@ class _Refused:
     """What other Auto classes find for a hybrid."""
 
     auto_class: str
+    own_class: str
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError(f"DSLA hybrids are causal language models: load them with AutoModelForCausalLM, not {cls.auto_class}")
+        kind = "this DSLA hybrid reads images, too" if cls.own_class != "AutoModelForCausalLM" else "DSLA hybrids are causal language models"
+        raise ValueError(f"{kind}: load them with {cls.own_class}, not {cls.auto_class}")
 
     _from_config = from_pretrained
 
@@ -255,7 +267,7 @@ AutoConfig.register("dsla", DSLAHybridConfig, exist_ok=True)
 
 def __getattr__(name: str) -> Any:
     """Hybrid classes as attributes of this module, made on first use: they import and pickle by name."""
-    for base in SUPPORTED_BASES if name.startswith("DSLA") else ():
+    for base in HYBRID_BASES if name.startswith("DSLA") else ():
         for cls in hybrid_classes(base):
             if cls.__name__ == name:
                 return cls
