@@ -27,7 +27,7 @@ from .hybrid import hybrid_classes
 from .image_blocks import install_image_guard, remove_image_guard
 from .level import active_config, dsla_layers, get_level, set_level
 from .level_guards import check_training, check_training_at_level_0, guard_level, warn_of_untrained
-from .multimodal import MULTIMODAL, text_config_of
+from .multimodal import MULTIMODAL, inner_text_config, text_config_of
 from .saving import name_model
 from .sizes import unit_sizes
 
@@ -116,6 +116,11 @@ class DSLAModel(BaseTuner):
         `draft_level`, a level above that of the model, it guesses tokens at that level and checks them several at a time, one text a call:
         the text is the same (sampled text follows the same probabilities). `draft_tokens`: guesses in a round; None adapts their number.
         Says once if layers that take part were never trained."""
+        if kwargs.get("draft_level") is not None and inner_text_config(self.model.config) is not None:
+            raise ValueError(
+                f"draft_level with {type(self.model).__name__}: drafts read text alone, and images would be left out; text_model(model) gives "
+                "the text model, which drafts"
+            )
         if not self.warned_of_untrained:
             self.warned_of_untrained = warn_of_untrained(self.model, any_level=kwargs.get("level_policy") is not None)
         return generate_with_levels(self.model.generate, self.model, self, args, kwargs)

@@ -14,8 +14,6 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -31,7 +29,7 @@ from .before_layers import install_layout_hook, masks_with_padding
 from .configuration import DSLAConfig
 from .decoder import decoder_layers, decoder_of
 from .image_blocks import install_image_guard
-from .multimodal import MULTIMODAL, attention_type, text_config_of
+from .multimodal import MULTIMODAL, attention_type, auto_class_of, text_config_of
 from .saving import push_saved, save_hybrid
 from .sizes import unit_sizes
 
@@ -215,20 +213,20 @@ def hybrid_classes(base_model_type: str) -> tuple[type[PreTrainedConfig], type[P
     if base_model_type not in HYBRID_BASES:
         raise ValueError(f"base model type {base_model_type!r} is not supported; supported are {list(HYBRID_BASES)}")
     base_config = CONFIG_MAPPING[base_model_type]
-    multimodal = base_model_type in MULTIMODAL
-    base_model = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if multimodal else MODEL_FOR_CAUSAL_LM_MAPPING)[base_config]
+    mapping = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if base_model_type in MULTIMODAL else MODEL_FOR_CAUSAL_LM_MAPPING
+    base_model = mapping[base_config]
     names: dict[str, Any] = {"model_type": "dsla", "base_model_type": base_model_type, "__module__": __name__, "__annotations__": {}}
     names["base_model_tp_plan"] = hybrid_plan(base_config.base_model_tp_plan)
     config_class: Any = type(f"DSLA{base_config.__name__}", (DSLAHybridConfig, base_config), names)
     names = {"config_class": config_class, "base_model_class": base_model, "__module__": __name__}
     model_class: Any = type(f"DSLA{base_model.__name__}", (DSLAHybridMixin, base_model), names)
-    own = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
-    own.register(config_class, model_class, exist_ok=True)
-    for name in (*OTHER_AUTO_CLASSES, "AutoModelForCausalLM") if multimodal else OTHER_AUTO_CLASSES:
+    own = auto_class_of(base_model_type)
+    getattr(transformers, own).register(config_class, model_class, exist_ok=True)
+    for name in OTHER_AUTO_CLASSES if own == "AutoModelForCausalLM" else (*OTHER_AUTO_CLASSES, "AutoModelForCausalLM"):
         auto_class = getattr(transformers, name, None)
         if auto_class is None:
             continue
-        names = {"config_class": config_class, "auto_class": name, "own_class": own.__name__, "__module__": __name__}
+        names = {"config_class": config_class, "auto_class": name, "own_class": own, "__module__": __name__}
         auto_class.register(config_class, type(f"DSLA{base_config.__name__}Refused", (_Refused,), names), exist_ok=True)
     return config_class, model_class
 
@@ -241,8 +239,8 @@ class _Refused:
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        kind = "this DSLA hybrid reads images, too" if cls.own_class != "AutoModelForCausalLM" else "DSLA hybrids are causal language models"
-        raise ValueError(f"{kind}: load them with {cls.own_class}, not {cls.auto_class}")
+        kind = "are causal language models" if cls.own_class == "AutoModelForCausalLM" else "of multimodal models read images, too"
+        raise ValueError(f"DSLA hybrids {kind}: load them with {cls.own_class}, not {cls.auto_class}")
 
     _from_config = from_pretrained
 

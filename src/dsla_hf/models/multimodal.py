@@ -48,6 +48,11 @@ def attention_type(model_type: str) -> str:
     return SAME_ATTENTION.get(model_type, model_type)
 
 
+def auto_class_of(model_type: str | None) -> str:
+    """The Auto class of transformers that loads models of this type, and hybrids over them."""
+    return "AutoModelForImageTextToText" if model_type in MULTIMODAL else "AutoModelForCausalLM"
+
+
 def reads_image_blocks(model_type: str | None) -> bool:
     """Whether a model of this type lets tokens of an image see those behind them."""
     return model_type in MULTIMODAL and MULTIMODAL[model_type].image_blocks

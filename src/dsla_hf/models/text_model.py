@@ -1,0 +1,74 @@
+"""The causal LM inside a multimodal model, to distil and measure on text alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from accelerate import init_empty_weights
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from ..compat.attributes import attention_implementation
+from .adapter_layer import DSLALayer
+from .architectures import SUPPORTED_BASES, why_unsupported
+from .base_attention import DSLAAttentionMixin
+from .multimodal import attention_type, inner_text_config
+from .quantised import quantised_weight
+
+OF_AXES = ("mrope_section", "mrope_interleaved")  # of `rope_parameters`
+
+
+def text_config_alone(config: Any) -> Any:
+    """The config of the causal LM inside a multimodal model with this config, named after it; `config` itself if it is none, or its text
+    model is of no supported type."""
+    text = inner_text_config(config)
+    if text is None or getattr(config, "model_type", None) == "dsla" or attention_type(text.model_type) not in SUPPORTED_BASES:
+        return config
+    values = {name: value for name, value in text.to_dict().items() if name != "model_type"}
+    kind = attention_type(text.model_type)
+    if kind != text.model_type and values.get("rope_parameters"):
+        values["rope_parameters"] = {name: x for name, x in values["rope_parameters"].items() if name not in OF_AXES}
+    alone = CONFIG_MAPPING[kind](**values)
+    alone.tie_word_embeddings = bool(config.tie_word_embeddings or text.tie_word_embeddings)
+    alone.architectures, alone.name_or_path = None, config.name_or_path
+    return alone
+
+
+def text_model(model: Any) -> PreTrainedModel:
+    """The causal LM inside a multimodal model: the same weights, which are not copied, and the same logits of text.
+
+    An adapter of it fits the multimodal model, and the other way round; so a plan can be ranked and distilled on text alone. Where positions
+    have three dimensions (Qwen2.5-VL, Qwen3-VL), it is the model that has the same in all three (Qwen2, Qwen3).
+
+    Raises:
+        ValueError: if `model` is not multimodal, or its text model is of no supported type, converted or quantised.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(model, PreTrainedModel) or inner_text_config(config) is None:
+        raise ValueError(f"{type(model).__name__} is no multimodal model of transformers: it has no text model to take out")
+    if any(isinstance(module, (DSLALayer, DSLAAttentionMixin)) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} has DSLA layers: take the text model of the original one, and load the adapter over it")
+    if (name := quantised_weight(model)) is not None:
+        raise ValueError(f"{name} is quantised, and a text model is made of whole weights: load the model without quantization_config")
+    alone = text_config_alone(config)
+    if alone is config:
+        raise ValueError(why_unsupported(config))
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    embeddings = model.get_input_embeddings()
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no output embeddings: load it by AutoModelForImageTextToText")
+    alone.tie_word_embeddings = head.weight is embeddings.weight
+    with init_empty_weights():
+        text: Any = AutoModelForCausalLM.from_config(
+            alone, dtype=model.dtype, attn_implementation=attention_implementation(inner_text_config(config))
+        )
+    text.get_decoder().load_state_dict(decoder.state_dict(), assign=True)
+    text.get_output_embeddings().load_state_dict(head.state_dict(), assign=True)
+    text.tie_weights()
+    modules = dict(decoder.named_modules())
+    for name, module in text.get_decoder().named_modules():  # what no file has, such as frequencies of rotary embeddings
+        for buffer, _ in list(module.named_buffers(recurse=False)):
+            setattr(module, buffer, getattr(modules[name], buffer))
+    text.text_of = config.model_type  # for the card of an adapter, which is of the whole, too
+    text.generation_config = copy.deepcopy(model.generation_config)
+    return text.train(model.training)
