@@ -118,8 +118,8 @@ class DSLAModel(BaseTuner):
         Says once if layers that take part were never trained."""
         if kwargs.get("draft_level") is not None and inner_text_config(self.model.config) is not None:
             raise ValueError(
-                f"draft_level with {type(self.model).__name__}: drafts read text alone, and images would be left out; text_model(model) gives "
-                "the text model, which drafts"
+                f"draft_level with {type(self.model).__name__}: drafts read text alone, and images would be left out; text_model(model) "
+                "gives the text model, which drafts"
             )
         if not self.warned_of_untrained:
             self.warned_of_untrained = warn_of_untrained(self.model, any_level=kwargs.get("level_policy") is not None)
@@ -141,7 +141,7 @@ class DSLAModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: DSLAConfig, model_config: dict) -> DSLAConfig:
         return peft_config
 
-    def _check_target_module_exists(self, peft_config: DSLAConfig, key: str) -> Any:  # type: ignore[override]
+    def _check_target_module_exists(self, peft_config: DSLAConfig, key: str) -> Any:
         if not key.startswith(self.decoder_name):  # layers of what reads images have the same names
             return False
         # PEFT finds the number of a layer only in names that have something before "layers", which those of a bare decoder lack.

@@ -1,7 +1,7 @@
 """Models whose images are read in blocks, in which tokens see those behind them (Gemma 3): refused where a layer is DSLA.
 
-Seen before the masks are made, from what the whole model is called with: flash attention gets no mask that shows it, and steps over a static
-cache get masks whose values nobody looks at.
+Seen before the masks are made, from what the whole model is called with: flash attention gets no mask that shows it, and steps over a
+static cache get masks whose values nobody looks at.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def _before_images(names: tuple[str, ...], whole: Any, args: tuple, kwargs: dict
         return None
     if _has_images(given):
         raise ValueError(
-            f"{type(whole).__name__} reads the tokens of an image in both directions, and a state cannot look ahead: prompts with images are "
-            "read at level 0. The level may rise behind the prompt, generate(..., level_policy=lambda stats: 0 if stats.tokens == "
-            "stats.prompt_tokens else 4); for the call as it is set_level(0) or disable_adapter(). A hybrid has one level and takes text alone"
+            f"{type(whole).__name__} reads the tokens of an image in both directions, and a state cannot look ahead: prompts with images "
+            "are read at level 0, set_level(0) or disable_adapter(). The level may rise behind the prompt, generate(..., level_policy="
+            "lambda stats: 0 if stats.tokens == stats.prompt_tokens else 4). A hybrid has one level and takes text alone"
         )
     if isinstance(mask := given.get("attention_mask"), Tensor) and mask.ndim == 2:
         return (), {**given, PADDING: mask}

@@ -37,14 +37,15 @@ def text_config_alone(config: Any) -> Any:
 def text_model(model: Any) -> PreTrainedModel:
     """The causal LM inside a multimodal model: the same weights, which are not copied, and the same logits of text.
 
-    An adapter of it fits the multimodal model, and the other way round; so a plan can be ranked and distilled on text alone. Where positions
-    have three dimensions (Qwen2.5-VL, Qwen3-VL), it is the model that has the same in all three (Qwen2, Qwen3).
+    An adapter of it fits the multimodal model, and the other way round; so a plan can be ranked and distilled on text alone. Where
+    positions have three dimensions (Qwen2.5-VL, Qwen3-VL), it is the model that has the same in all three (Qwen2, Qwen3).
 
     Raises:
         ValueError: if `model` is not multimodal, or its text model is of no supported type, converted or quantised.
     """
     config = getattr(model, "config", None)
-    if not isinstance(model, PreTrainedModel) or inner_text_config(config) is None:
+    inner = inner_text_config(config)
+    if not isinstance(model, PreTrainedModel) or inner is None:
         raise ValueError(f"{type(model).__name__} is no multimodal model of transformers: it has no text model to take out")
     if any(isinstance(module, (DSLALayer, DSLAAttentionMixin)) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has DSLA layers: take the text model of the original one, and load the adapter over it")
@@ -60,7 +61,7 @@ def text_model(model: Any) -> PreTrainedModel:
     alone.tie_word_embeddings = head.weight is embeddings.weight
     with init_empty_weights():
         text: Any = AutoModelForCausalLM.from_config(
-            alone, dtype=model.dtype, attn_implementation=attention_implementation(inner_text_config(config))
+            alone, dtype=model.dtype, attn_implementation=attention_implementation(inner)
         )
     text.get_decoder().load_state_dict(decoder.state_dict(), assign=True)
     text.get_output_embeddings().load_state_dict(head.state_dict(), assign=True)
