@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from architectures import GREEDY, HEADS, MOST, ORDER, TOLERANCE, adapter, apart, holds
@@ -161,7 +160,7 @@ def packed(make: Callable[..., Any], folder: Path) -> float:
 
 
 def shifted(make: Callable[..., Any], folder: Path) -> float:
-    """How much the logits change when positions are moved, each axis by a number of its own, in fp64, angles of the rotary embedding too."""
+    """How much the logits change when positions are moved, each axis by a number of its own, in fp64 but for the angles."""
     base = make()
     model = adapter(base, half_lives=((4.0, 60.0), (2.0, 9.0))).double()
     inputs = prompt(base, after=120)

@@ -195,8 +195,8 @@ def _check_kind(name: str, config: dict[str, Any], converts: bool) -> None:
         raise ValueError(f"{name} is an encoder-decoder ({kind}): DSLA is for decoders, models that write one token after the other")
     if not config.get("text_config") and ("vision_config" in config or "llm_config" in config or "thinker_config" in config):
         raise ValueError(
-            f"{name} is a multimodal model ({kind}) whose text model is not where commands look for it (text_config): save that in a folder "
-            "of its own, docs/multimodal.md shows how, and give the folder"
+            f"{name} is a multimodal model ({kind}) whose text model is not where commands look for it (text_config): save that in a "
+            "folder of its own, docs/multimodal.md shows how, and give the folder"
         )
     architectures = [str(architecture) for architecture in config.get("architectures") or ()]
     masked = bool(architectures) and all(architecture.endswith(("ForMaskedLM", "ForPreTraining")) for architecture in architectures)

@@ -1,8 +1,18 @@
 """Small random multimodal models with unusual settings, and prompts with images for them."""
 
+import copy
+
 import torch
 from tiny import SIZES, YARN, tiny_config
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 
 IMAGE = 90  # the token that stands for a part of an image
 NOT_TEXT = {"tie_word_embeddings", "initializer_range"}
@@ -96,3 +106,17 @@ def without_images(inputs):
     ids = inputs["input_ids"].clone()
     ids[ids == IMAGE] = 7
     return {"input_ids": ids, "attention_mask": inputs["attention_mask"]}
+
+
+def save_llava(folder, text_config, tokenizer):
+    """A LLaVA over a text model with these sizes, with its processor."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=1, image_size=8, patch_size=4)
+    text = text_config.__class__(**{**text_config.to_dict(), "vocab_size": len(tokenizer)})
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=image)
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    images = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    strategy = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    LlavaProcessor(image_processor=images, tokenizer=tokenizer, **strategy).save_pretrained(folder)

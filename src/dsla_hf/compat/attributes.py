@@ -31,6 +31,12 @@ def copy_implementations(source: Any, target: Any) -> None:
             copy_implementations(getattr(source, name), getattr(target, name))
 
 
+def forget_conversions(model: Any) -> None:
+    """Let `save_pretrained` name weights as the class of the model does now, and not as the checkpoint did that it was loaded from: what
+    undoes the conversions is found by the class when it is loaded again."""
+    model.__dict__.pop("_weight_conversions", None)
+
+
 def carries_adapter(model: Any) -> bool:
     """Whether transformers has put an adapter into this model, by its `load_adapter` or `add_adapter`."""
     return getattr(model, "_hf_peft_config_loaded", False)

@@ -12,7 +12,7 @@ from peft.utils import register_peft_method
 from torch import nn
 from transformers import GenerationMixin
 
-from ..compat.attributes import copy_implementations
+from ..compat.attributes import copy_implementations, forget_conversions
 from ..core.draft_cache import LayerPart
 from ..core.tensor_parallel import MERGE_FIRST, cuts_heads, is_tensor_parallel
 from ..levels.generation import generate_with_levels
@@ -304,6 +304,7 @@ def _become_hybrid(model: Any, hybrid_class: type, config: DSLAConfig) -> None:
             if (config_of_module := getattr(module, name, None)) is not None and id(config_of_module) in taken:
                 setattr(module, name, taken[id(config_of_module)])
     model.__class__ = hybrid_class
+    forget_conversions(model)
     hybrid_config.architectures = [hybrid_class.__name__]
     name_model(model, "")  # it lies nowhere yet: whoever loads by name would get the base
     if (quantiser := getattr(model, "hf_quantizer", None)) is not None:

@@ -45,7 +45,7 @@ def text_model(model: Any) -> PreTrainedModel:
     """
     config = getattr(model, "config", None)
     inner = inner_text_config(config)
-    if not isinstance(model, PreTrainedModel) or inner is None:
+    if config is None or inner is None or not isinstance(model, PreTrainedModel):
         raise ValueError(f"{type(model).__name__} is no multimodal model of transformers: it has no text model to take out")
     if any(isinstance(module, (DSLALayer, DSLAAttentionMixin)) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has DSLA layers: take the text model of the original one, and load the adapter over it")
@@ -60,9 +60,7 @@ def text_model(model: Any) -> PreTrainedModel:
         raise ValueError(f"{type(model).__name__} has no output embeddings: load it by AutoModelForImageTextToText")
     alone.tie_word_embeddings = head.weight is embeddings.weight
     with init_empty_weights():
-        text: Any = AutoModelForCausalLM.from_config(
-            alone, dtype=model.dtype, attn_implementation=attention_implementation(inner)
-        )
+        text: Any = AutoModelForCausalLM.from_config(alone, dtype=model.dtype, attn_implementation=attention_implementation(inner))
     text.get_decoder().load_state_dict(decoder.state_dict(), assign=True)
     text.get_output_embeddings().load_state_dict(head.state_dict(), assign=True)
     text.tie_weights()
