@@ -20,15 +20,29 @@ class Multimodal:
 
 
 MULTIMODAL: dict[str, Multimodal] = {
+    "aya_vision": Multimodal(notes="over any supported text model"),
     "gemma3": Multimodal(image_blocks=True, notes="images at level 0; it may rise behind the prompt"),
+    "idefics3": Multimodal(notes="over any supported text model"),
+    "internvl": Multimodal(notes="over any supported text model"),
     "llava": Multimodal(notes="over any supported text model"),
+    "llava_next": Multimodal(notes="over any supported text model"),
+    "llava_onevision": Multimodal(notes="over any supported text model"),
+    "mistral3": Multimodal(notes="over any supported text model"),
     "qwen2_5_vl": Multimodal(notes="positions in three dimensions"),
+    "qwen2_vl": Multimodal(notes="positions in three dimensions"),
     "qwen3_vl": Multimodal(notes="positions in three dimensions, interleaved; features of several depths of the vision model"),
+    "qwen3_vl_moe": Multimodal(notes="as Qwen3-VL; mixture of experts"),
+    "smolvlm": Multimodal(notes="over any supported text model"),
 }
 
 # Text models inside which are another one whose positions have three dimensions. Each rotary pair follows one of them, so a decay per pair
 # commutes with its rotation as ever; text has the same position in all three, and is the other model's.
-SAME_ATTENTION = {"qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+SAME_ATTENTION = {
+    "qwen2_5_vl_text": "qwen2",
+    "qwen2_vl_text": "qwen2",
+    "qwen3_vl_moe_text": "qwen3_moe",
+    "qwen3_vl_text": "qwen3",
+}
 
 
 def inner_text_config(config: Any) -> Any:
