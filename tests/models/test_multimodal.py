@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from multimodal_models import DAILY, KINDS, SIGLIP, prompt_with_images, tiny_multimodal, without_images
+from multimodal_models import DAILY, IMAGE, KINDS, SIGLIP, prompt_with_images, tiny_multimodal, without_images
 from peft import PeftModel, get_peft_model
 from tiny import tiny_config
 from transformers import (
@@ -26,6 +26,7 @@ from dsla_hf.models.decoder import decoder_of
 from dsla_hf.models.image_blocks import install_image_guard
 from dsla_hf.models.multimodal import MULTIMODAL
 
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "suppress_tokens": list(range(IMAGE, 97))}
 IN_BOTH_WAYS = "reads the tokens of an image in both directions, and a state cannot look ahead"
 
 
@@ -87,16 +88,56 @@ def test_memory_does_not_grow_with_images(kind, adapter_model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_an_image_and_a_video(kind, adapter_model):
+    model = adapter_model(tiny_multimodal(kind), level=3)
+    ids, types = torch.randint(2, 90, (1, 40)), torch.zeros(1, 40, dtype=torch.long)
+    frames = [slice(12, 16), slice(18, 22)] if kind == "qwen3_vl" else [slice(12, 20)]  # Qwen3 writes times between frames
+    for places, token, number in ([slice(3, 7)], IMAGE, 1), (frames, IMAGE + 1, 2):
+        for place in places:
+            ids[:, place], types[:, place] = token, number
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": types}
+    inputs |= {"pixel_values": torch.randn(16, 96), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    inputs |= {"pixel_values_videos": torch.randn(32, 96), "video_grid_thw": torch.tensor([[2, 4, 4]])}
+    expected = model.generate(**inputs, use_cache=False, **GREEDY)
+    assert torch.equal(model.generate(**inputs, **GREEDY), expected)
+    assert torch.equal(model.generate(**inputs, cache_implementation="static", **GREEDY), expected)
+    assert torch.equal(model.generate(**inputs, num_beams=3, **GREEDY), model.generate(**inputs, num_beams=3, use_cache=False, **GREEDY))
+    other = {**inputs, "pixel_values_videos": torch.randn(32, 96)}
+    assert not torch.allclose(model(**other).logits, model(**inputs).logits, atol=1e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind, level", [("llava", 3), ("smolvlm", 3), ("gemma3", 0)])
+def test_another_image_later_in_the_text(kind, level, adapter_model):
+    """Over the cache of what came before, as if all had been read at once."""
+    model = adapter_model(tiny_multimodal(kind), level=level)
+    first, second = (prompt_with_images(model.get_base_model(), rows=1) for _ in range(2))
+    found = model.generate(**first, return_dict_in_generate=True, **GREEDY)
+    text = {"input_ids": torch.cat([found.sequences, second["input_ids"]], 1)}
+    text["attention_mask"] = torch.ones_like(text["input_ids"])
+    if kind == "gemma3":
+        text["token_type_ids"] = (text["input_ids"] == IMAGE).long()
+    images = torch.cat([first["pixel_values"], second["pixel_values"]], 1 if kind == "smolvlm" else 0)
+    expected = model.generate(**text, pixel_values=images, **GREEDY)
+    goes_on = {"past_key_values": found.past_key_values, "pixel_values": second["pixel_values"]}
+    assert torch.equal(model.generate(**text, **goes_on, **GREEDY), expected)
+    if kind == "gemma3":
+        model.set_level(2)
+        with pytest.raises(ValueError, match=IN_BOTH_WAYS):
+            model.generate(**text, **goes_on, **GREEDY)
+
+
+@torch.no_grad()
 def test_prompts_are_read_in_chunks(adapter_model):
     """Transformers from 5.23 reads images once, and the prompt in parts."""
     for kind in ("llava", "qwen3_vl"):
         model = adapter_model(tiny_multimodal(kind), level=3)
         inputs = prompt_with_images(model.get_base_model())
-        options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
         if "mm_encoder_outputs" not in inspect.signature(type(model.get_base_model()).forward).parameters:
             pytest.skip("this release of transformers reads prompts with images at once")
-        found = model.generate(**inputs, prefill_chunk_size=7, **options)
-        assert torch.equal(found, model.generate(**inputs, **options)), kind
+        found = model.generate(**inputs, prefill_chunk_size=7, **GREEDY)
+        assert torch.equal(found, model.generate(**inputs, **GREEDY)), kind
 
 
 def test_an_adapter_in_the_model_by_transformers_own_methods(adapter_model, tmp_path):
