@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 import dsla_hf
 from dsla_hf import DSLAConfig, DSLALayer, GraphDecoder, cache_bytes, text_model
-from dsla_hf.models.architectures import SUPPORTED_BASES, base_type_of, why_unsupported
+from dsla_hf.models.architectures import SUPPORTED_BASES, text_base_of, why_unsupported
 from dsla_hf.models.decoder import decoder_of
 from dsla_hf.models.image_blocks import install_image_guard
 from dsla_hf.models.multimodal import MULTIMODAL
@@ -363,7 +363,7 @@ def test_the_text_model_shares_every_weight(kind, tied):
     known = {p.data_ptr() for p in whole.parameters()}
     assert all(p.data_ptr() in known for p in text.parameters()) and {p.dtype for p in text.parameters()} == {torch.bfloat16}
     assert (text.lm_head.weight.data_ptr() == text.get_input_embeddings().weight.data_ptr()) is tied
-    assert text.config.model_type == base_type_of(whole.config) and text.training == whole.training
+    assert text.config.model_type == text_base_of(whole.config) and text.training == whole.training
     inputs = without_images(prompt_with_images(whole))
     with torch.no_grad():
         assert torch.equal(text(**inputs).logits, whole(**inputs).logits)
@@ -426,14 +426,14 @@ REASONS = {
 @pytest.mark.parametrize("kind", REASONS)
 def test_other_types_are_told_what_works(kind):
     config = AutoConfig.for_model(kind)
-    assert base_type_of(config) is None
+    assert text_base_of(config) is None
     with pytest.raises(ValueError, match=REASONS[kind]):
         raise ValueError(why_unsupported(config))
 
 
 def test_a_text_model_of_another_type_inside_a_type_that_is_tested():
     config = AutoConfig.for_model("llava", text_config={"model_type": "gpt2"})
-    assert base_type_of(config) is None and "'gpt2' is not supported" in why_unsupported(config)
+    assert text_base_of(config) is None and "'gpt2' is not supported" in why_unsupported(config)
 
 
 def test_a_multimodal_type_of_tomorrow_is_told_apart_by_its_structure():
@@ -442,7 +442,7 @@ def test_a_multimodal_type_of_tomorrow_is_told_apart_by_its_structure():
         sub_configs = {"text_config": AutoConfig}
 
     config = Tomorrow(text_config=AutoConfig.for_model("llama"))
-    assert base_type_of(config) is None and "text_model(model) gives" in why_unsupported(config)
+    assert text_base_of(config) is None and "text_model(model) gives" in why_unsupported(config)
 
 
 def test_drafts_would_leave_images_out(adapter_model):

@@ -17,7 +17,7 @@ from ..core.draft_cache import LayerPart
 from ..core.tensor_parallel import MERGE_FIRST, cuts_heads, is_tensor_parallel
 from ..levels.generation import generate_with_levels
 from .adapter_layer import DSLALayer
-from .architectures import SHORT_WINDOW, base_type_of, kv_heads_of, sliding_window_of
+from .architectures import SHORT_WINDOW, text_base_of, kv_heads_of, sliding_window_of
 from .base_attention import NO_HEADS
 from .base_checks import check_finite, check_full_precision, check_model, check_readable, record_base
 from .before_layers import install_layout_hook, masks_with_padding, remove_layout_hook
@@ -183,7 +183,7 @@ class DSLAModel(BaseTuner):
                     f"{[name for name, _ in layer.named_children()]}; leave target_modules out"
                 )
             check_readable(layer.self_attn, peft_config)
-        base_type: Any = base_type_of(model.config)
+        base_type: Any = text_base_of(model.config)
         if peft_config.base_model_type in (None, base_type):  # else the next line says that it is another base
             peft_config.take_rotary(text_config_of(model.config), base_type)
         record_base(peft_config, model)

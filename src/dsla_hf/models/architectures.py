@@ -83,7 +83,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 SUPPORTED_BASES = tuple(ARCHITECTURES)
 
 
-def base_type_of(config: Any) -> str | None:
+def text_base_of(config: Any) -> str | None:
     """The supported type whose attention a model with this config has, of a multimodal one that of its text model; None if there is
     none."""
     text = inner_text_config(config)

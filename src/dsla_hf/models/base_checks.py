@@ -10,7 +10,7 @@ from torch import nn
 
 from ..core.tensor_parallel import check_heads, cuts_heads, is_tensor_parallel
 from .adapter_layer import DSLALayer
-from .architectures import base_type_of, kv_heads_of, projection, why_unsupported
+from .architectures import text_base_of, kv_heads_of, projection, why_unsupported
 from .configuration import DSLAConfig
 from .decoder import decoder_layers
 from .fingerprint import check_base, fingerprint_of
@@ -51,7 +51,7 @@ def check_model(model: Any) -> None:
             f"this is a {type(model).__name__} already: a second DSLA adapter is added by model.add_adapter(name, DSLAConfig(...)); one of "
             "another PEFT method must be merged first, with merge_and_unload(), or taken off"
         )
-    if base_type_of(getattr(model, "config", None)) is None:
+    if text_base_of(getattr(model, "config", None)) is None:
         raise ValueError(why_unsupported(getattr(model, "config", None)))
     if "disk" in getattr(model, "hf_device_map", {}).values():
         raise ValueError(
@@ -71,7 +71,7 @@ def check_model(model: Any) -> None:
 
 def record_base(config: DSLAConfig, model: Any) -> None:
     """Write type, sizes and fingerprint of the base into a new config; compare them with those of a loaded one."""
-    base, base_type = text_config_of(model.config), base_type_of(model.config)
+    base, base_type = text_config_of(model.config), text_base_of(model.config)
     first: Any = decoder_layers(model)[0]
     dimensions = {
         "num_hidden_layers": base.num_hidden_layers,
