@@ -10,7 +10,7 @@ from torch import nn
 
 from ..core.tensor_parallel import check_heads, cuts_heads, is_tensor_parallel
 from .adapter_layer import DSLALayer
-from .architectures import text_base_of, kv_heads_of, projection, why_unsupported
+from .architectures import kv_heads_of, projection, text_base_of, why_unsupported
 from .configuration import DSLAConfig
 from .decoder import decoder_layers
 from .fingerprint import check_base, fingerprint_of
