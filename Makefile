@@ -54,8 +54,9 @@ test-upstream: ## run the tests with transformers' and peft's main branches, in 
 	.venv-upstream/bin/python -m pip install --upgrade $(UPSTREAM)
 	$(MAKE) test VENV=.venv-upstream
 
-architectures: $(VENV)/.installed-dev ## run every check over every supported architecture; writes the table in docs/architectures.md
+architectures: $(VENV)/.installed-dev ## run every check over every supported architecture; writes the tables in docs/architectures.md and multimodal.md
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python eval/architectures.py
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python eval/multimodal.py
 
 # vLLM pins torch and much else, so it has an environment of its own. Its CPU build draws in torchvision, torchaudio and torchcodec, whose
 # CUDA builds break the import of transformers beside a CPU build of torch.

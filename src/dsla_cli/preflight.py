@@ -193,12 +193,10 @@ def _check_kind(name: str, config: dict[str, Any], converts: bool) -> None:
         raise ValueError(f"{name}/config.json names no model_type, so it is not of transformers: give a checkpoint that transformers loads")
     if config.get("is_encoder_decoder") or kind in ENCODER_DECODERS:
         raise ValueError(f"{name} is an encoder-decoder ({kind}): DSLA is for decoders, models that write one token after the other")
-    text = config.get("text_config") or config.get("llm_config") or config.get("thinker_config")
-    if text is not None or "vision_config" in config:
-        inner = text.get("model_type") if isinstance(text, dict) else None
+    if not config.get("text_config") and ("vision_config" in config or "llm_config" in config or "thinker_config" in config):
         raise ValueError(
-            f"{name} is a multimodal model ({kind}): DSLA is for its text model{f' ({inner})' if inner else ''} alone. Save "
-            "that in a folder of its own, docs/architectures.md shows how, and give the folder"
+            f"{name} is a multimodal model ({kind}) whose text model is not where commands look for it (text_config): save that in a "
+            "folder of its own, docs/multimodal.md shows how, and give the folder"
         )
     architectures = [str(architecture) for architecture in config.get("architectures") or ()]
     masked = bool(architectures) and all(architecture.endswith(("ForMaskedLM", "ForPreTraining")) for architecture in architectures)

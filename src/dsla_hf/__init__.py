@@ -22,6 +22,7 @@ from .models.hybrid import DSLAForCausalLM, DSLAHybridConfig
 if TYPE_CHECKING:
     from .evaluation.levels import evaluate_levels
     from .inference.graph import GraphDecoder
+    from .models.text_model import text_model
     from .training.arguments import DSLATrainingArguments
     from .training.ranking import rank_layers
     from .training.recipe import distill
@@ -59,6 +60,7 @@ __all__ = [
     "rank_layers",
     "rank_units",
     "set_level",
+    "text_model",
 ]
 
 
@@ -71,6 +73,7 @@ _LAZY = {
     "evaluate_levels": "evaluation.levels",
     "rank_layers": "training.ranking",
     "rank_units": "training.unit_ranking",
+    "text_model": "models.text_model",
 }
 
 

@@ -63,7 +63,7 @@ WRONG_MODELS = {
     "encoder": ("bert", {}, ["is an encoder (bert)", "give a decoder"]),
     "encoder by its head": ("odd", {}, ["is an encoder (odd_bert)"]),
     "encoder-decoder": ("t5", {}, ["is an encoder-decoder (t5)"]),
-    "multimodal": ("llava", {}, ["is a multimodal model (llava)", "its text model (llama)", "docs/architectures.md"]),
+    "multimodal": ("omni", {}, ["is a multimodal model (qwen2_5_omni)", "text_config", "docs/multimodal.md"]),
     "multimodal without parts": ("vision", {}, ["is a multimodal model (qwen2_vl)"]),
     "linear": ("mamba", {}, ["has no softmax attention", "linear already"]),
     "hybrid": ("hybrid", {"converts": True}, ["is a hybrid already", "give the original model, some/base"]),
@@ -104,7 +104,7 @@ def wrong(make, tmp_path, monkeypatch):
     make("bert", {"model_type": "bert", "architectures": ["BertModel"]})
     make("odd", {"model_type": "odd_bert", "architectures": ["OddForMaskedLM"]})
     make("t5", {"model_type": "t5", "is_encoder_decoder": True})
-    make("llava", {"model_type": "llava", "text_config": {"model_type": "llama"}, "vision_config": {}})
+    make("omni", {"model_type": "qwen2_5_omni", "thinker_config": {"text_config": {"model_type": "qwen2"}}})
     make("vision", {"model_type": "qwen2_vl", "vision_config": {}})
     make("mamba", {"model_type": "mamba"})
     make("hybrid", {"model_type": "dsla", "dsla_config": {"base_model_name_or_path": "some/base"}})

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from multimodal_models import save_llava
 from peft import get_peft_model
-from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsla_hf import DSLAConfig
 from dsla_hf.cli.quickstart import train_tokenizer
@@ -72,10 +74,8 @@ def prepared(tmp_path_factory):
     )
     LlamaForCausalLM(config).save_pretrained(folder / "my-checkpoint")
     tokenizer.save_pretrained(folder / "my-checkpoint")
-    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=4)
-    wrapper = LlavaConfig(text_config=config, vision_config=vision)
-    LlavaForConditionalGeneration(wrapper).save_pretrained(folder / "my-multimodal-checkpoint")
-    tokenizer.save_pretrained(folder / "my-multimodal-checkpoint")
+    save_llava(folder / "my-multimodal-checkpoint", config, tokenizer)
+    Image.new("RGB", (12, 10), (200, 30, 30)).save(folder / "my_image.png")
     (folder / "my_text.txt").write_text("\0".join(texts))
     base = LlamaForCausalLM.from_pretrained(folder / "my-checkpoint")
     get_peft_model(base, DSLAConfig(task_type="CAUSAL_LM", level=4)).save_pretrained(folder / "my-adapter")

@@ -23,9 +23,18 @@ def set_attention_implementation(config: Any, name: str | None) -> None:
 
 
 def copy_implementations(source: Any, target: Any) -> None:
-    """Let a config choose the attention and the experts that another one does."""
+    """Let a config choose the attention and the experts that another one does, and each config in it likewise."""
     target._attn_implementation = source._attn_implementation
     target._experts_implementation = getattr(source, "_experts_implementation", None)
+    for name in source.sub_configs:  # behind the whole, which hands its own choice on to them
+        if getattr(source, name, None) is not None:
+            copy_implementations(getattr(source, name), getattr(target, name))
+
+
+def forget_conversions(model: Any) -> None:
+    """Let `save_pretrained` name weights as the class of the model does now, and not as the checkpoint did that it was loaded from: what
+    undoes the conversions is found by the class when it is loaded again."""
+    model.__dict__.pop("_weight_conversions", None)
 
 
 def carries_adapter(model: Any) -> bool:

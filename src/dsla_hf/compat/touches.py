@@ -108,5 +108,6 @@ ATTRIBUTES = {
     "_old_forward": Touch("of a module: what accelerate's hook calls"),
     "_pad_token_tensor": Touch("of generation settings: what is written behind the end of a text"),
     "_parameters": Touch("of a module: shared by the view; parts of cut weights for as long as it computes"),
+    "_weight_conversions": Touch("of a model: how its checkpoint names and stacks weights, which that of a hybrid does not"),
     "_version": Touch("of a tensor: how often it was written in place"),
 }

@@ -288,6 +288,8 @@ class GraphDecoder:
         """Why `generate(**options)` cannot replay graphs, in words, or None."""
         model = self.causal_lm
         config = model.config.get_text_config(decoder=True)
+        if config is not model.config:
+            return f"{type(model).__name__} reads images, too, which no step here does: give GraphDecoder its text model, text_model(model)"
         if self.recorder.record is CudaRecording and model.device.type != "cuda":
             return f"CUDA graphs need a CUDA device, and this model is on {model.device.type}"
         if (rounds_to := autocast_dtype(model.device)) is not None:

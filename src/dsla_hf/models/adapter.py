@@ -12,20 +12,22 @@ from peft.utils import register_peft_method
 from torch import nn
 from transformers import GenerationMixin
 
-from ..compat.attributes import copy_implementations
+from ..compat.attributes import copy_implementations, forget_conversions
 from ..core.draft_cache import LayerPart
 from ..core.tensor_parallel import MERGE_FIRST, cuts_heads, is_tensor_parallel
 from ..levels.generation import generate_with_levels
 from .adapter_layer import DSLALayer
-from .architectures import SHORT_WINDOW, convertible_layers, has_linear_layers, kv_heads_of, sliding_window_of
+from .architectures import SHORT_WINDOW, convertible_layers, has_linear_layers, kv_heads_of, sliding_window_of, text_base_of
 from .base_attention import NO_HEADS
 from .base_checks import check_finite, check_full_precision, check_model, check_readable, record_base
 from .before_layers import install_layout_hook, masks_with_padding, remove_layout_hook
 from .configuration import DSLAConfig, unit_name
 from .decoder import attention_name, attentions_of, decoder_layers, decoder_of
 from .hybrid import hybrid_classes
+from .image_blocks import install_image_guard, remove_image_guard
 from .level import active_config, dsla_layers, get_level, set_level
 from .level_guards import check_training, check_training_at_level_0, guard_level, warn_of_untrained
+from .multimodal import MULTIMODAL, inner_text_config, text_config_of
 from .saving import name_model
 from .sizes import unit_sizes
 from .trial.records import record_of
@@ -38,6 +40,7 @@ class DSLAModel(BaseTuner):
     tuner_layer_cls = DSLALayer
     target_module_mapping: dict[str, list[str]] = {}
     warned_of_untrained = False  # True: `generate` does not say so, or not again
+    decoder_name = ""  # in the model
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
         shared = getattr(model, "peft_config", None)  # PEFT writes into it before anything is checked
@@ -118,6 +121,11 @@ class DSLAModel(BaseTuner):
             raise ValueError(
                 f"draft_level={kwargs['draft_level']!r}: this base has linear layers, which cannot take guesses back; leave draft_level out"
             )
+        if kwargs.get("draft_level") is not None and inner_text_config(self.model.config) is not None:
+            raise ValueError(
+                f"draft_level with {type(self.model).__name__}: drafts read text alone, and images would be left out; text_model(model) "
+                "gives the text model, which drafts"
+            )
         if not self.warned_of_untrained:
             self.warned_of_untrained = warn_of_untrained(self.model, any_level=kwargs.get("level_policy") is not None)
         return generate_with_levels(self.model.generate, self.model, self, args, kwargs)
@@ -138,18 +146,22 @@ class DSLAModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: DSLAConfig, model_config: dict) -> DSLAConfig:
         return peft_config
 
-    @staticmethod
-    def _check_target_module_exists(peft_config: DSLAConfig, key: str) -> Any:
+    def _check_target_module_exists(self, peft_config: DSLAConfig, key: str) -> Any:
+        if not key.startswith(self.decoder_name):  # layers of what reads images have the same names
+            return False
         # PEFT finds the number of a layer only in names that have something before "layers", which those of a bare decoder lack.
         return BaseTuner._check_target_module_exists(peft_config, f".{key}" if key.startswith("layers.") else key)
 
     def _prepare_model(self, peft_config: DSLAConfig, model: nn.Module) -> None:
         """Checks before anything is changed; records the base in the config, or compares it with what is recorded."""
         check_model(model, peft_config)
-        base: Any = model.config
-        layers, convertible = decoder_layers(model), convertible_layers(model.config)
+        decoder, layers = decoder_of(model), decoder_layers(model)
+        self.decoder_name = next(name for name, module in model.named_modules() if module is decoder)
+        base: Any = text_config_of(model.config)
+        base_type = text_base_of(model.config) or base.model_type
+        convertible = convertible_layers(base)
         attentions: list[Any] = attentions_of(model)
-        heads = range(kv_heads_of(model.config))
+        heads = range(kv_heads_of(base))
         if peft_config.window_heads:
             raise NotImplementedError(
                 f"window_heads {peft_config.window_heads[:5]}: heads that keep a window alone are reserved for a later release; leave the "
@@ -187,10 +199,10 @@ class DSLAModel(BaseTuner):
                     f"{[name for name, _ in layer.named_children()]}; leave target_modules out"
                 )
             check_readable(attentions[index], peft_config)
-        if peft_config.base_model_type in (None, base.model_type):  # else the next line says that it is another base
-            peft_config.take_rotary(base, base.model_type)
+        if peft_config.base_model_type in (None, base_type):  # else the next line says that it is another base
+            peft_config.take_rotary(base, base_type)
         record_base(peft_config, model)
-        peft_config.checked_base = record_of(base.model_type)
+        peft_config.checked_base = record_of(base_type)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
@@ -209,6 +221,7 @@ class DSLAModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         decoder: Any = decoder_of(self.model)
         install_layout_hook(decoder)
+        install_image_guard(self.model, self.model.config.model_type)
         if isinstance(self.model, GenerationMixin):
             make_masks = getattr(type(self.model), "create_masks_for_generate", None)
             self.model.create_masks_for_generate = functools.partial(masks_with_padding, make_masks, decoder)
@@ -265,7 +278,7 @@ class DSLAModel(BaseTuner):
             if is_tensor_parallel(model):
                 raise ValueError(f"each process holds a part of base and adapter, which are merged whole: {MERGE_FIRST}")
             check_full_precision(model)
-            hybrid_class = hybrid_classes(config.base_model_type or "")[1]
+            hybrid_class = hybrid_classes(_hybrid_type(model, config))[1]
             if not issubclass(hybrid_class, type(model)):
                 raise ValueError(
                     f"only a causal LM becomes a hybrid, not {type(model).__name__}: load the adapter over AutoModelForCausalLM, "
@@ -279,27 +292,36 @@ class DSLAModel(BaseTuner):
         model.__dict__.pop("create_masks_for_generate", None)
         if hybrid_class is None or config is None:
             remove_layout_hook(decoder)
+            remove_image_guard(model)
         else:
             _become_hybrid(model, hybrid_class, config)
         return model
+
+
+def _hybrid_type(model: Any, config: DSLAConfig) -> str:
+    """The `base_model_type` of the hybrid that a model becomes: its own where it is multimodal, as the adapter names its text model's."""
+    return model.config.model_type if model.config.model_type in MULTIMODAL else config.base_model_type or ""
 
 
 def _become_hybrid(model: Any, hybrid_class: type, config: DSLAConfig) -> None:
     """Turn the base, whose converted layers are in place, into the hybrid class; the config object of the base stays as it was."""
     values = {name: value for name, value in model.config.to_dict().items() if name not in ("model_type", "architectures")}
     values.pop("quantization_config", None)  # of a file whose weights were dequantised as they were loaded
-    dsla_config = config.to_hybrid_dict()
+    dsla_config = config.to_hybrid_dict() | {"base_model_type": _hybrid_type(model, config)}
     if model.config.name_or_path:
         dsla_config.setdefault("base_model_name_or_path", model.config.name_or_path)
     hybrid_config = hybrid_class.config_class(**values, dsla_config=dsla_config)  # type: ignore[attr-defined]
     copy_implementations(model.config, hybrid_config)
     base_config = model.config
+    taken = {id(base_config): hybrid_config}
+    taken |= {id(getattr(base_config, name)): getattr(hybrid_config, name) for name in base_config.sub_configs}
     for module in model.modules():
         for name in ("config", "softmax_config"):
-            if getattr(module, name, None) is base_config:
-                setattr(module, name, hybrid_config)
+            if (config_of_module := getattr(module, name, None)) is not None and id(config_of_module) in taken:
+                setattr(module, name, taken[id(config_of_module)])
     model.__class__ = hybrid_class
     install_layout_hook(decoder_of(model))  # adapters' layers are gone, and merged ones are there
+    forget_conversions(model)
     hybrid_config.architectures = [hybrid_class.__name__]
     name_model(model, "")  # it lies nowhere yet: whoever loads by name would get the base
     if (quantiser := getattr(model, "hf_quantizer", None)) is not None:

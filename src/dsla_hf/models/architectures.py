@@ -12,6 +12,8 @@ from typing import Any
 from torch import nn
 from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
+from .multimodal import MULTIMODAL, attention_type, inner_text_config
+
 # A sliding window up to this long already is what a DSLA layer would be: converting it gains nothing.
 SHORT_WINDOW = 1024
 
@@ -126,6 +128,16 @@ SUPPORTED_BASES = tuple(ARCHITECTURES)
 TRIED: dict[str, Architecture] = {}
 
 
+def text_base_of(config: Any) -> str | None:
+    """The supported type whose attention a model with this config has, of a multimodal one that of its text model; None if there is
+    none."""
+    text = inner_text_config(config)
+    if text is not None and getattr(config, "model_type", None) not in MULTIMODAL:
+        return None
+    kind = attention_type(getattr(config if text is None else text, "model_type", None) or "")
+    return kind if kind in ARCHITECTURES else None
+
+
 # What types of layers have in place of softmax attention over all earlier tokens, or over the last of them, as configs name it.
 LINEAR_LAYERS = ("linear_attention", "mamba", "conv", "recurrent")
 # Those that mix no tokens at all.
@@ -163,11 +175,16 @@ def why_impossible(config: Any) -> str | None:
     named = f"model type {model_type!r}"
     if values.get("is_encoder_decoder"):
         return f"{named} is an encoder-decoder, whose cross-attention has no recurrent form; {supported}"
-    if (text := _text_config(config)) is not None:
-        inner = f"{named} holds a text model of type {text.model_type!r} beside what reads images or sound, and DSLA converts text models"
-        if text.model_type not in SUPPORTED_BASES:
-            return f"{inner} of other types: {why_unsupported(text)}"
-        return f"{inner}: save that one in a folder of its own and convert it, as docs/architectures.md says"
+    if (text := inner_text_config(config)) is not None:
+        inner = f"{named} holds a text model of type {text.model_type!r} beside what reads images or sound"
+        if attention_type(text.model_type) not in SUPPORTED_BASES:
+            return f"{inner}, and DSLA converts text models of other types: {why_unsupported(text)}"
+        if model_type in MULTIMODAL:
+            return f"{inner}, and what is asked for takes text models alone: text_model(model) gives it, as docs/multimodal.md says"
+        return (
+            f"{inner}, and of such models {', '.join(MULTIMODAL)} are tested: convert the text model alone, which text_model(model) gives, "
+            "as docs/multimodal.md says"
+        )
     layer_types = {str(kind) for name in ("layer_types", "layers_block_type", "block_types") for kind in values.get(name) or ()}
     if model_type in LINEAR_MODELS:
         return f"{named} has no softmax attention: all its layers are linear already; {supported}"
@@ -193,15 +210,10 @@ def _linear_layers(config: Any) -> str:
     return found or ("a state-space model" if any(values.get(name) for name in LINEAR_SIZES) else "")
 
 
-def _text_config(config: Any) -> Any:
-    """The config of the text model inside a multimodal one, None if it is a text model itself."""
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    return None if text is config or not getattr(text, "model_type", None) else text
-
-
 def base_type_of(config: Any) -> str | None:
-    """The `model_type` of a base with this config, or of the base of a hybrid with it."""
-    return getattr(config, "base_model_type", None) or getattr(config, "model_type", None)
+    """The type whose attention the base with this config has, or the base of a hybrid with it. Inside a multimodal model give the config of
+    its decoder."""
+    return attention_type(getattr(config, "base_model_type", None) or getattr(config, "model_type", None) or "") or None
 
 
 def find_architecture(model_type: str | None) -> Architecture | None:

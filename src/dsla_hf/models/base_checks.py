@@ -8,13 +8,14 @@ from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..core.tensor_parallel import check_heads, cuts_heads
+from ..core.tensor_parallel import check_heads, cuts_heads, is_tensor_parallel
 from .adapter_layer import DSLALayer
-from .architectures import SUPPORTED_BASES, convertible_layers, kv_heads_of, projection, why_impossible, why_unsupported
+from .architectures import convertible_layers, kv_heads_of, projection, text_base_of, why_impossible, why_unsupported
 from .configuration import DSLAConfig
 from .decoder import attentions_of
 from .fingerprint import check_base, fingerprint_of
 from .level import dsla_layers
+from .multimodal import inner_text_config, text_config_of
 from .quantised import dequantised, quantised_weight
 from .trial.records import may_convert
 
@@ -52,15 +53,18 @@ def check_model(model: Any, config: DSLAConfig) -> None:
             "another PEFT method must be merged first, with merge_and_unload(), or taken off"
         )
     base = getattr(model, "config", None)
-    if (obstacle := why_impossible(base)) is not None:
+    supported = text_base_of(base) is not None
+    if (obstacle := why_impossible(text_config_of(base) if supported else base)) is not None:
         raise ValueError(obstacle)
-    if (kind := getattr(base, "model_type", None)) not in SUPPORTED_BASES and not may_convert(kind, config):
+    if not supported and not may_convert(getattr(base, "model_type", None), config):
         raise ValueError(why_unsupported(base))
     if "disk" in getattr(model, "hf_device_map", {}).values():
         raise ValueError(
             "the base has layers on disk, over which PEFT cannot load an adapter that wraps whole attention modules: load the base in "
             "memory, or save a hybrid (merge_and_unload) and load that with the same device_map"
         )
+    if is_tensor_parallel(model) and inner_text_config(model.config) is not None:
+        raise NotImplementedError("tensor parallel of multimodal models is not supported: load the base without tp_plan")
     if cuts_heads(model):
         check_heads(kv_heads_of(model.config), model.tp_size)
     for name, module in model.named_modules():
@@ -72,7 +76,8 @@ def check_model(model: Any, config: DSLAConfig) -> None:
 
 def record_base(config: DSLAConfig, model: Any) -> None:
     """Write type, sizes and fingerprint of the base into a new config; compare them with those of a loaded one."""
-    base = model.config
+    base = text_config_of(model.config)
+    base_type = text_base_of(model.config) or base.model_type
     attentions: Any = [getattr(attention, "base_layer", attention) for attention in attentions_of(model)]
     dimensions = {
         "num_hidden_layers": base.num_hidden_layers,
@@ -85,10 +90,10 @@ def record_base(config: DSLAConfig, model: Any) -> None:
         dimensions["num_convertible_layers"] = softmax
     attention = {i: attentions[i] for i in config.layers_to_transform or ()}
     if config.base_model_type is None:
-        config.base_model_type, config.base_dimensions, config.base_fingerprint = base.model_type, dimensions, fingerprint_of(attention)
+        config.base_model_type, config.base_dimensions, config.base_fingerprint = base_type, dimensions, fingerprint_of(attention)
         return
     for what, recorded, found in (
-        ("model type", config.base_model_type, base.model_type),
+        ("model type", config.base_model_type, base_type),
         ("sizes", config.base_dimensions, dimensions),
     ):
         if recorded != found:

@@ -32,6 +32,7 @@ logger = logging.get_logger(__name__)
 _HOOK_MARK = "_dsla_layout_hook"
 # Entries of the dict of masks that `generate` gets from us for a static cache.
 PADDING, MASK = "dsla_padding", "dsla_mask"
+TEXT_AND_AXES = 4  # rows of `position_ids`: place in the text, time, height, width
 
 
 def install_layout_hook(decoder: nn.Module) -> None:
@@ -81,8 +82,11 @@ def _before_layers(names: tuple[str, ...], decoder: Any, args: tuple, kwargs: di
     """The forward pre-hook."""
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     mask: Any = given.get("attention_mask")
-    carried = isinstance(mask, dict) and PADDING in mask
-    if carried:
+    beside = given.pop(PADDING, None)  # the 2-D mask of a model that makes masks of it before the decoder is called
+    carried = beside is not None or (isinstance(mask, dict) and PADDING in mask)
+    if beside is not None:
+        mask = beside
+    elif carried:
         others = {kind: x for kind, x in mask.items() if kind != PADDING}
         given["attention_mask"], mask = others.get(MASK, others), mask[PADDING]
     attentions = attentions_of(decoder)
@@ -115,9 +119,10 @@ def _before_layers(names: tuple[str, ...], decoder: Any, args: tuple, kwargs: di
                     x, ids.shape[0], heads, ids.shape[1], _lengths(decoder, cache, kind, past, ids.shape[1]) if x.ndim == 4 else set()
                 )
     alone = mask is None and not carried
+    positions = _of_text(given.get("position_ids"))
     layout = read_layout(
         mask,
-        given.get("position_ids") if alone and _may_pack(given.get("position_ids"), past) else None,
+        positions if alone and _may_pack(positions, past) else None,
         past=past,
         rows=ids.shape[0],
         tokens=ids.shape[1],
@@ -164,6 +169,14 @@ def _check_causal(config: Any, given: dict[str, Any]) -> None:
             "attention is asked to be bidirectional (is_causal=False or use_bidirectional_attention), and a state cannot look ahead: "
             "run the original model (set_level(0) or disable_adapter(), where an adapter is used)"
         )
+
+
+def _of_text(position_ids: Any) -> Tensor | None:
+    """The places of tokens in their text, where positions have three dimensions (of images): those before them, as their models have it, or
+    none."""
+    if getattr(position_ids, "ndim", 0) != 3:
+        return position_ids
+    return position_ids[0] if position_ids.shape[0] == TEXT_AND_AXES else None
 
 
 def _may_pack(position_ids: Tensor | None, past: Any) -> bool:

@@ -8,6 +8,7 @@ from ..core.heads import head_map
 from ..core.tables import markdown_table
 from ..levels.table import CACHE_LENGTHS, card_table, kept_text, warnings, written
 from .configuration import DSLAConfig, unit_name
+from .multimodal import MULTIMODAL, auto_class_of, inner_text_config
 from .sizes import text_bytes, unit_sizes
 
 _HEADER = """---
@@ -42,7 +43,7 @@ model.set_level({level})  # 0 to {depth}, at any time, also while text is genera
 {heads}{metrics}Window size {window}, {base_type} base. Made with [dsla-hf](https://pypi.org/project/dsla-hf), format {version}.
 """
 
-_HYBRID = """Needs the package: `pip install dsla-hf`, and `import dsla_hf` before `AutoModelForCausalLM` loads it. The base's own class (as
+_HYBRID = """Needs the package: `pip install dsla-hf`, and `import dsla_hf` before `{auto_class}` loads it. The base's own class (as
 `LlamaForCausalLM`) would make another model of it.
 
 # Hybrid of {base}
@@ -52,9 +53,9 @@ others are the softmax attention of the {base_type} base.
 
 ```python
 import dsla_hf  # registers the architecture
-from transformers import AutoModelForCausalLM
+from transformers import {auto_class}
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/model")
+model = {auto_class}.from_pretrained("path/to/this/model")
 ```
 
 {heads}Where the package is installed, `trust_remote_code=True` loads it without the import. Window size {window}. Made with
@@ -69,6 +70,7 @@ _TASKS = {
     "QUESTION_ANS": ("AutoModelForQuestionAnswering", "question-answering"),
 }
 _CAUSAL_LM = ("AutoModelForCausalLM", "text-generation")
+_MULTIMODAL = ("AutoModelForImageTextToText", "image-text-to-text")
 
 
 def adapter_card(config: DSLAConfig, model: Any = None) -> str:
@@ -76,7 +78,8 @@ def adapter_card(config: DSLAConfig, model: Any = None) -> str:
     heads."""
     order, base = config.conversion_order or [], _base(config, getattr(model, "config", None))
     level = len(order) if config.level is None else config.level
-    auto_class, pipeline = _TASKS.get(config.task_type or "", _CAUSAL_LM)
+    whole = inner_text_config(getattr(model, "config", None)) is not None or hasattr(model, "text_of")
+    auto_class, pipeline = _TASKS.get(config.task_type or "", _MULTIMODAL if whole else _CAUSAL_LM)
     return _HEADER.format(library="peft", base=base, pipeline=pipeline) + _ADAPTER.format(
         base=base,
         auto_class=auto_class,
@@ -97,8 +100,10 @@ def hybrid_card(config: DSLAConfig, model: Any = None) -> str:
     base = _base(config)  # not the model's own name, which is the hybrid's
     converted = sorted((config.conversion_order or [])[: config.level])
     by_layer = config.conversion_unit == "layer"
-    return _HEADER.format(library="transformers", base=base, pipeline=_CAUSAL_LM[1]) + _HYBRID.format(
+    pipeline = (_MULTIMODAL if config.base_model_type in MULTIMODAL else _CAUSAL_LM)[1]
+    return _HEADER.format(library="transformers", base=base, pipeline=pipeline) + _HYBRID.format(
         base=base,
+        auto_class=auto_class_of(config.base_model_type),
         units=f"Layers {', '.join(map(unit_name, converted))}" if by_layer else f"{len(converted):,} KV heads with their query heads",
         heads=_heads(config, len(converted), model),
         window=config.window_size,

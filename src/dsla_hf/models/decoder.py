@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .architectures import SUPPORTED_BASES, base_type_of, convertible_layers, find_architecture
+from .multimodal import inner_text_config
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -24,8 +25,11 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The decoder inside a causal LM, e.g. the `LlamaModel` of a `LlamaForCausalLM` (or the model itself if it is one)."""
-    return model.base_model if isinstance(model, PreTrainedModel) else model
+    """The decoder inside a causal LM, e.g. the `LlamaModel` of a `LlamaForCausalLM` (or the model itself if it is one); of a multimodal
+    model that of its text model."""
+    if not isinstance(model, PreTrainedModel):
+        return model
+    return model.base_model if inner_text_config(model.config) is None else model.get_decoder()
 
 
 def attention_name(config: Any) -> str:

@@ -12,8 +12,8 @@ import transformers
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -28,10 +28,13 @@ from .base_attention import NO_CONTINUOUS_BATCHING, NO_HEADS, dsla_attention_cla
 from .before_layers import install_layout_hook, masks_with_padding
 from .configuration import DSLAConfig
 from .decoder import attention_name, attentions_of, decoder_layers, decoder_of
+from .image_blocks import install_image_guard
+from .multimodal import MULTIMODAL, attention_type, auto_class_of, text_config_of
 from .saving import push_saved, save_hybrid
 from .sizes import unit_sizes
 from .trial.records import take_record_of_hybrid
 
+HYBRID_BASES = (*SUPPORTED_BASES, *MULTIMODAL)
 # By name: a release may lack one.
 OTHER_AUTO_CLASSES = (
     "AutoModel",
@@ -58,12 +61,13 @@ class DSLAHybridConfig(PreTrainedConfig):
     def get_dsla_config(self) -> DSLAConfig:
         """The conversion that this hybrid is, checked."""
         source = _config_file(self.name_or_path)
-        config = DSLAConfig.from_hybrid_dict(self.dsla_config, source, kv_heads_of(self))
+        text = text_config_of(self)
+        config = DSLAConfig.from_hybrid_dict(self.dsla_config, source, kv_heads_of(text))
         try:
-            config.check_units(config.conversion_order, self.num_hidden_layers, name="converted_layers")
+            config.check_units(config.conversion_order, text.num_hidden_layers, name="converted_layers")
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
-        config.take_rotary(self, self.base_model_type, source)
+        config.take_rotary(text, self.base_model_type if text is self else attention_type(text.model_type), source)
         return config
 
     @classmethod
@@ -75,17 +79,18 @@ class DSLAHybridConfig(PreTrainedConfig):
         """
         source = _config_file(kwargs.get("name_or_path") or config_dict.get("_name_or_path"))
         if "dsla_config" in kwargs:  # would replace the stored one as a whole
-            heads = config_dict.get("num_key_value_heads") or config_dict.get("num_attention_heads")
+            sizes = config_dict.get("text_config") or config_dict
+            heads = sizes.get("num_key_value_heads") or sizes.get("num_attention_heads")
             DSLAConfig.from_hybrid_dict(kwargs["dsla_config"], source, heads)
         if cls is not DSLAHybridConfig:
             return super().from_dict(config_dict, **kwargs)
         hybrid = config_dict.get("dsla_config")
         base = hybrid.get("base_model_type") if isinstance(hybrid, dict) else None
-        if isinstance(hybrid, dict) and base not in SUPPORTED_BASES and hybrid.get("checked_base") is not None:
+        if isinstance(hybrid, dict) and base not in HYBRID_BASES and hybrid.get("checked_base") is not None:
             take_record_of_hybrid(base, hybrid["checked_base"], source)
-        if find_architecture(base) is None:
+        if not _can_be_hybrid(base):
             raise ValueError(
-                f"{source}: 'dsla_config' names the base_model_type {base!r}; supported are {list(SUPPORTED_BASES)}. "
+                f"{source}: 'dsla_config' names the base_model_type {base!r}; supported are {list(HYBRID_BASES)}. "
                 "Write hybrids with merge_and_unload() and save_pretrained()"
             )
         return hybrid_classes(base)[0].from_dict(config_dict, **kwargs)
@@ -103,7 +108,12 @@ class DSLAHybridConfig(PreTrainedConfig):
 def _kinds_for_vllm(config: Any) -> list[str]:
     """Kind of each layer in the words that vLLM counts a hybrid's caches by: `"linear_attention"` if it is DSLA as a whole."""
     converted = set(config.get_dsla_config().converted_layers) if config.dsla_config else set()
-    return ["linear_attention" if i in converted else "attention" for i in range(config.num_hidden_layers)]
+    return ["linear_attention" if i in converted else "attention" for i in range(text_config_of(config).num_hidden_layers)]
+
+
+def _can_be_hybrid(base_model_type: str | None) -> bool:
+    """Whether hybrids over bases of this type can be made: over those of the tables, and over types that were tried."""
+    return base_model_type in MULTIMODAL or find_architecture(base_model_type) is not None
 
 
 def _config_file(name_or_path: str | None) -> str:
@@ -123,10 +133,11 @@ class DSLAHybridMixin:
             layer, base = decoder_layers(self)[index], attentions_of(self)[index]  # type: ignore[arg-type]
             split = None if dsla_config.conversion_unit == "layer" else head_split(base, dsla_config.heads_of(index))
             core = new_dual_state_attention(base, dsla_config, None if split is None else len(split.converted))
-            attention = dsla_attention_class(base.__class__)(config, index)
+            attention = dsla_attention_class(base.__class__)(base.config, index)
             attention.convert(core, split)
-            setattr(layer, attention_name(config), attention)
+            setattr(layer, attention_name(text_config_of(config)), attention)
         install_layout_hook(decoder_of(self))  # type: ignore[arg-type]
+        install_image_guard(self, config.base_model_type)  # type: ignore[arg-type]
         self.post_init()  # type: ignore[attr-defined]
 
     @classmethod
@@ -213,10 +224,11 @@ class DSLAHybridMixin:
 @functools.cache
 def hybrid_classes(base_model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
     """The config and model class of hybrids over a base, e.g. `DSLALlamaConfig` and `DSLALlamaForCausalLM`."""
-    if find_architecture(base_model_type) is None:
-        raise ValueError(f"base model type {base_model_type!r} is not supported; supported are {list(SUPPORTED_BASES)}")
+    if not _can_be_hybrid(base_model_type):
+        raise ValueError(f"base model type {base_model_type!r} is not supported; supported are {list(HYBRID_BASES)}")
     base_config = CONFIG_MAPPING[base_model_type]
-    base_model = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
+    mapping = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if base_model_type in MULTIMODAL else MODEL_FOR_CAUSAL_LM_MAPPING
+    base_model = mapping[base_config]
     names: dict[str, Any] = {"model_type": "dsla", "base_model_type": base_model_type, "__module__": __name__, "__annotations__": {}}
     names["base_model_tp_plan"] = hybrid_plan(base_config.base_model_tp_plan)
     names["is_custom_code"] = classmethod(lambda cls: base_config.is_custom_code())  # its names of layers are those of the base
@@ -226,12 +238,13 @@ def hybrid_classes(base_model_type: str) -> tuple[type[PreTrainedConfig], type[P
     config_class: Any = type(f"DSLA{base_config.__name__}", (DSLAHybridConfig, base_config), names)
     names = {"config_class": config_class, "base_model_class": base_model, "__module__": __name__}
     model_class: Any = type(f"DSLA{base_model.__name__}", (DSLAHybridMixin, base_model), names)
-    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
-    for name in OTHER_AUTO_CLASSES:
+    own = auto_class_of(base_model_type)
+    getattr(transformers, own).register(config_class, model_class, exist_ok=True)
+    for name in OTHER_AUTO_CLASSES if own == "AutoModelForCausalLM" else (*OTHER_AUTO_CLASSES, "AutoModelForCausalLM"):
         auto_class = getattr(transformers, name, None)
         if auto_class is None:
             continue
-        names = {"config_class": config_class, "auto_class": name, "__module__": __name__}
+        names = {"config_class": config_class, "auto_class": name, "own_class": own, "__module__": __name__}
         auto_class.register(config_class, type(f"DSLA{base_config.__name__}Refused", (_Refused,), names), exist_ok=True)
     return config_class, model_class
 
@@ -240,10 +253,12 @@ class _Refused:
     """What other Auto classes find for a hybrid."""
 
     auto_class: str
+    own_class: str
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError(f"DSLA hybrids are causal language models: load them with AutoModelForCausalLM, not {cls.auto_class}")
+        kind = "are causal language models" if cls.own_class == "AutoModelForCausalLM" else "of multimodal models read images, too"
+        raise ValueError(f"DSLA hybrids {kind}: load them with {cls.own_class}, not {cls.auto_class}")
 
     _from_config = from_pretrained
 
@@ -268,7 +283,7 @@ AutoConfig.register("dsla", DSLAHybridConfig, exist_ok=True)
 
 def __getattr__(name: str) -> Any:
     """Hybrid classes as attributes of this module, made on first use: they import and pickle by name."""
-    for base in (*SUPPORTED_BASES, *TRIED) if name.startswith("DSLA") else ():
+    for base in (*HYBRID_BASES, *TRIED) if name.startswith("DSLA") else ():
         for cls in hybrid_classes(base):
             if cls.__name__ == name:
                 return cls

@@ -8,11 +8,16 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers.utils import logging
 
 from .architectures import SUPPORTED_BASES, why_impossible, why_unsupported
 from .base_attention import NO_HEADS
 from .configuration import DSLAConfig, resolve_level
+from .multimodal import inner_text_config
+from .text_model import text_config_alone, text_model
+
+logger = logging.get_logger(__name__)
 
 
 def source(model: str) -> tuple[str, dict[str, Any]]:
@@ -23,17 +28,26 @@ def source(model: str) -> tuple[str, dict[str, Any]]:
 
 
 def load_config(model: str) -> Any:
-    """The config of a checkpoint.
+    """The config of a checkpoint; of a multimodal one that of its text model.
 
     Raises:
-        ValueError: if it is of a kind that transformers does not know.
+        ValueError: if it is of a kind that transformers does not know, or multimodal without a text model that is supported.
         OSError: if a file is missing.
     """
     name, options = source(model)
     try:
-        return AutoConfig.from_pretrained(name, **options)
+        config = AutoConfig.from_pretrained(name, **options)
     except ValueError as error:
         raise ValueError(f"{model}: its config.json cannot be read: {_first_sentence(error)}") from None
+    alone = text_config_alone(config)
+    if alone is not config or inner_text_config(config) is None:
+        return alone
+    if config.model_type == "dsla":
+        raise ValueError(
+            f"{model} is a hybrid that reads images, too, and commands run text models: use it from Python, as docs/multimodal.md says, or "
+            "give the original model and its adapter"
+        )
+    raise ValueError(f"{model}: {why_unsupported(config)}")
 
 
 def load_tokenizer(model: str) -> Any:
@@ -59,6 +73,23 @@ def check_convertible(model: str, config: Any, allow_untested: bool = False) -> 
     if why_impossible(config) is None and (config.model_type in SUPPORTED_BASES or allow_untested):
         return
     raise ValueError(f"{model}: {why_unsupported(config)}")
+
+
+def load_processor(model: str) -> Any:
+    """What prepares inputs of a checkpoint: its tokenizer, of a multimodal one its processor, which has one. Says so where there is none.
+
+    Raises:
+        ValueError, OSError: as `load_tokenizer`.
+    """
+    name, options = source(model)
+    tokenizer = load_tokenizer(model)
+    if options or inner_text_config(AutoConfig.from_pretrained(name)) is None:
+        return tokenizer
+    try:
+        return AutoProcessor.from_pretrained(name)
+    except (ValueError, OSError) as error:
+        logger.warning(f"{model} has no processor of images that can be read, so its tokenizer alone is taken ({_first_sentence(error)})")
+        return tokenizer
 
 
 def _first_sentence(error: Exception) -> str:
@@ -119,15 +150,23 @@ def read_adapter_config(adapter: str) -> DSLAConfig:
 
 
 def load_model(model: str, dtype: str) -> Any:
-    """A checkpoint on the CPU; `dtype` "auto" is the one it was saved in.
+    """A checkpoint on the CPU, of a multimodal one its text model; `dtype` "auto" is the one it was saved in.
 
     Raises:
         ValueError: if it is of an unknown kind, or a file of weights is damaged.
         OSError: if a file is missing.
     """
+    network = load_whole(model, dtype)
+    return network if inner_text_config(network.config) is None else text_model(network)
+
+
+def load_whole(model: str, dtype: str) -> Any:
+    """As `load_model`, but of a multimodal checkpoint all of it."""
     name, options = source(model)
+    multimodal = not options and inner_text_config(AutoConfig.from_pretrained(name)) is not None
+    auto_class: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     try:
-        network = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+        network = auto_class.from_pretrained(name, dtype=dtype, **options)
     except SafetensorError as error:
         raise ValueError(f"{model}: its weights are damaged or incomplete ({error}): copy or download it again") from None
     except ValueError as error:

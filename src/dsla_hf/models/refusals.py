@@ -18,6 +18,7 @@ from .adapter_layer import DSLALayer
 from .base_attention import ATTENTION_FUNCTION, NO_ATTENTION_IMPLEMENTATION
 from .configuration import DSLAConfig
 from .hybrid import DSLAHybridConfig, DSLAHybridMixin
+from .multimodal import auto_class_of
 from .trial.untested import try_untested
 
 GENERATION = "prepare_inputs_for_generation"  # what PEFT's class for causal LMs asks a model for
@@ -99,19 +100,20 @@ around("peft:PeftModel.load_adapter", _load_adapter)
 
 # --- transformers -----------------------------------------------------------------------------------------------
 
-OF_A_HYBRID = "this is a DSLA hybrid, of which {} would make a softmax model with other outputs: load it with AutoModelForCausalLM"
+OF_A_HYBRID = "this is a DSLA hybrid, of which {} would make a softmax model with other outputs: load it with {}"
 
 
 def _from_dict(original: Callable[..., Any], cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
     hybrid = DSLAHybridConfig.model_type
     if config_dict.get("model_type") == hybrid and cls.model_type not in ("", hybrid):
-        raise ValueError(OF_A_HYBRID.format(f"a class of {cls.model_type!r} models"))
+        base = (config_dict.get("dsla_config") or {}).get("base_model_type")
+        raise ValueError(OF_A_HYBRID.format(f"a class of {cls.model_type!r} models", auto_class_of(base)))
     return original(cls, config_dict, **kwargs)
 
 
 def _model_init(original: Callable[..., None], self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
     if isinstance(config, DSLAHybridConfig) and not isinstance(self, DSLAHybridMixin) and self.can_generate():
-        raise ValueError(OF_A_HYBRID.format(type(self).__name__))
+        raise ValueError(OF_A_HYBRID.format(type(self).__name__, auto_class_of(config.base_model_type)))
     original(self, config, *args, **kwargs)
 
 

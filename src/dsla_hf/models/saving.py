@@ -23,6 +23,7 @@ from ..core.tensor_parallel import is_tensor_parallel, wait_for_first
 from .cards import adapter_card, hybrid_card
 from .configuration import DSLAConfig
 from .fingerprint import same_base
+from .multimodal import auto_class_of
 from .quantised import quantised_weight
 
 SHIM_NAME = "modeling_dsla_hf"
@@ -32,7 +33,6 @@ from dsla_hf import DSLAForCausalLM, DSLAHybridConfig
 
 __all__ = ["DSLAForCausalLM", "DSLAHybridConfig"]
 '''
-AUTO_MAP = {"AutoConfig": f"{SHIM_NAME}.DSLAHybridConfig", "AutoModelForCausalLM": f"{SHIM_NAME}.DSLAForCausalLM"}
 
 HUB_OPTIONS = ("commit_message", "private", "token", "revision", "create_pr")
 
@@ -56,7 +56,8 @@ def save_hybrid(model: Any, save: Callable[..., None], save_directory: Any, *arg
     if getattr(model, "hf_quantizer", None) is None:
         _check_not_quantised(model, "save the hybrid")
     push_to_hub = kwargs.pop("push_to_hub", False)
-    model.config.auto_map = AUTO_MAP
+    auto_class = auto_class_of(dsla_config.base_model_type)
+    model.config.auto_map = {"AutoConfig": f"{SHIM_NAME}.DSLAHybridConfig", auto_class: f"{SHIM_NAME}.DSLAForCausalLM"}
     if is_tensor_parallel(model) and torch.distributed.get_rank():  # hands its part to the first process, which writes
         with tempfile.TemporaryDirectory() as unused:
             save(unused, *args, **kwargs)
