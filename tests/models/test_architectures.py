@@ -245,7 +245,8 @@ def test_hybrid_saved_and_loaded_is_bit_equal(model, tmp_path):
 def test_hybrid_over_a_loaded_base_whose_checkpoint_stacks_weights_otherwise(adapter_model, other, tmp_path):
     """transformers stacks experts as it loads them and saves them apart again: a hybrid's class knows of neither."""
     tiny_model_of(other).save_pretrained(tmp_path / "base")
-    model = adapter_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), level=MOST)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = adapter_model(base, level=MOST, conversion_order=layer_order(base))
     ids = text()
     expected = model(ids).logits
     model.merge_and_unload().save_pretrained(tmp_path / "hybrid")

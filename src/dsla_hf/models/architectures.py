@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
-from .multimodal import MULTIMODAL, attention_type, inner_text_config
+from .multimodal import MULTIMODAL, attention_type, inner_text_config, text_config_of
 
 # A sliding window up to this long already is what a DSLA layer would be: converting it gains nothing.
 SHORT_WINDOW = 1024
@@ -234,6 +234,7 @@ def architecture_of(config: Any) -> Architecture:
 
 def convertible_layers(config: Any) -> list[int]:
     """The numbers of the decoder layers whose softmax attention can be converted: in most models all."""
+    config = text_config_of(config)
     kinds, known = getattr(config, "layer_types", None), find_architecture(base_type_of(config))
     if kinds is None:
         return list(range(config.num_hidden_layers))
