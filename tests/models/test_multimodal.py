@@ -396,6 +396,11 @@ def test_a_text_model_that_gives_other_logits_is_refused():
     assert text_model(tiny_multimodal("aya_vision", logit_scale=0.25)).config.logit_scale == 1.0
 
 
+def test_a_text_model_with_other_weights_than_its_causal_lm_is_refused():
+    with pytest.raises(ValueError, match=r"does not make a Ernie4_5_MoeForCausalLM: .* Missing key"):
+        text_model(tiny_multimodal("llava", over="ernie4_5_moe"))
+
+
 def test_a_model_on_several_devices_has_no_text_model_alone():
     whole = tiny_multimodal("llava")
     whole.hf_device_map = {"model.vision_tower": 0, "model.language_model": 1}

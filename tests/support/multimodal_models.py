@@ -92,14 +92,15 @@ DAILY = ("llava", "qwen3_vl", "gemma3", "smolvlm")
 TOKENS = {"gemma3": 16, "llava": 16, "llava_next": 52, "llava_onevision": 52}
 
 
-def tiny_multimodal(kind, uneven=False, tied=None, **text):
+def tiny_multimodal(kind, uneven=False, tied=None, over=None, **text):
     """A small random multimodal model; keyword arguments go to the config of its text model. tied: whether its head has the weights of its
-    embeddings, None: as most checkpoints of the type.
+    embeddings, None: as most checkpoints of the type. over: another type of text model, where there is a choice.
 
     uneven: norms and biases, which start at 0 or 1, are moved, so that one that is left out or of the wrong head is seen.
     """
     options = dict(OPTIONS[kind])
-    text_kind, particulars = options.pop("text")
+    text_kind, particulars = options.pop("text") if over is None else (over, {})
+    options.pop("text", None)
     particulars = {name: value for name, value in {**particulars, **text}.items() if value is not None}
     if "qwen" in kind:  # text models that are none by themselves
         sizes = {name: value for name, value in SIZES.items() if name != "head_dim"}

@@ -51,7 +51,7 @@ def text_model(model: Any) -> PreTrainedModel:
 
     Raises:
         ValueError: if `model` is not multimodal, or its text model is of no supported type, converted or quantised, or gives other logits,
-            which is tried on a few tokens.
+            which is tried on a few tokens, or has other weights than a causal LM of its type.
     """
     config = getattr(model, "config", None)
     inner = inner_text_config(config)
@@ -73,8 +73,12 @@ def text_model(model: Any) -> PreTrainedModel:
     alone.tie_word_embeddings = head.weight is embeddings.weight
     with init_empty_weights():
         text: Any = AutoModelForCausalLM.from_config(alone, dtype=model.dtype, attn_implementation=attention_implementation(inner))
-    text.get_decoder().load_state_dict(decoder.state_dict(), assign=True)
-    text.get_output_embeddings().load_state_dict(head.state_dict(), assign=True)
+    try:
+        text.get_decoder().load_state_dict(decoder.state_dict(), assign=True)
+        text.get_output_embeddings().load_state_dict(head.state_dict(), assign=True)
+    except RuntimeError as error:  # a head with a bias (Ernie 4.5), say
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the text model of {type(model).__name__} does not make a {type(text).__name__}: {reason}") from None
     text.tie_weights()
     modules = dict(decoder.named_modules())
     for name, module in text.get_decoder().named_modules():  # what no file has, such as frequencies of rotary embeddings
