@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from architectures import GREEDY, HEADS, MOST, ORDER, TOLERANCE, adapter, apart, holds
 from peft import PeftModel, get_peft_model
 from reporting import fill_page, rows_table, write_results
 from tqdm import tqdm
@@ -29,6 +28,7 @@ from dsla_hf.core.cache import DSLACacheLayer
 from dsla_hf.models.architectures import SUPPORTED_BASES
 from dsla_hf.models.decoder import decoder_of
 from dsla_hf.models.multimodal import MULTIMODAL
+from dsla_hf.models.trial.checks import GREEDY, HEADS, MOST, ORDER, TOLERANCE, adapter, apart, holds
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 from multimodal_models import IMAGE, prompt_with_images, tiny_multimodal, without_images
