@@ -243,18 +243,17 @@ def test_not_of_another_adapter(tuned, lower, seed):
         reused.append(ear.request.reused > 0)
         texts[name] = ear.tokens
     assert reused == [False, False, True, True] and texts["default"] != texts["other"]
-    roots = {engine.levels.identity()}
+    known = {engine.levels.identity()}
     tuned.base_model.set_conversion_order([1, 3, 0, 2])  # a level is other layers now
-    roots.add(engine.levels.identity())
+    known.add(engine.levels.identity())
     with tuned.disable_adapter():
-        roots.add(engine.levels.identity())
-    assert len(roots) == 3
+        known.add(engine.levels.identity())
+    assert len(known) == 3
 
 
 def test_not_of_another_model(tiny_model, adapter_model):
     engines = [Engine(adapter_model(tiny_model("llama")), 2, SMALL) for _ in range(2)]
-    roots = {engine.levels.identity() for engine in engines}
-    assert len(roots) == 2
+    assert len({engine.levels.identity() for engine in engines}) == 2
     requests = [serve(engine, FOLLOWED[0], 4).request for engine in engines]
     assert not set(requests[0].keys) & set(requests[1].keys) and not any(request.reused for request in requests)
 
@@ -266,10 +265,11 @@ def test_not_of_weights_that_are_gone(tuned):
         for name, parameter in tuned.named_parameters():
             if "dsla_" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    engine.submit(FOLLOWED[0], 8, ear := Ear())
+    request = engine.submit(FOLLOWED[0], 8, Ear())
     with pytest.raises(RuntimeError, match="let them end before forget_prefixes"):
         engine.forget_prefixes()
-    engine.cancel(ear.request) if hasattr(ear, "request") else run(engine)
+    engine.cancel(request)
+    run(engine)
     engine.forget_prefixes()
     assert_empty(engine)
     ear = serve(engine, FOLLOWED[0], 8)
@@ -357,6 +357,14 @@ def test_a_chat_goes_on_from_a_text_that_was_raised(either):
         if not lower:
             assert fourth.tokens == alone(either, fourth.request.prompt, 6, 4)
         assert_empty(engine)
+
+
+def test_lower_prefixes_need_exact_folds(tiny_model, adapter_model):
+    model = adapter_model(tiny_model("llama"), trained_projections=["q_proj", "k_proj", "o_proj"])
+    with pytest.raises(ValueError, match="lower_prefixes True folds keys and values, which"):
+        Engine(model, 2, options(lower_prefixes=True))
+    assert serve(engine := Engine(model, 2, SMALL), FOLLOWED[0], 4).request.reused == 0
+    assert serve(engine, FOLLOWED[1], 4).request.reused == len(PREFIX)
 
 
 def test_lower_prefixes_need_room(tuned):

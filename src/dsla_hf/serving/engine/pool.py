@@ -272,7 +272,7 @@ class BlockPool:
                 self.prefixes.forget(column)
 
     def _take(self, wanted: int) -> list[int]:
-        """So many free blocks, which are there."""
+        """So many free blocks, which are there; one at least."""
         while len(self._free) < wanted:
             self._free.extend(self.prefixes.evict())
         blocks = self._free[-wanted:]

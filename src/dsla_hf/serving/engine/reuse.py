@@ -60,7 +60,7 @@ class PrefixReuse:
 
     def arrived(self, request: Request) -> None:
         """A text waits."""
-        extend_keys(request.keys, request.prompt, self.size, self._root())
+        self._extend(request, request.prompt)
         if self.snapshots.budget:
             for key in request.keys:
                 self._here[key] = self._here.get(key, 0) + 1
@@ -157,7 +157,7 @@ class PrefixReuse:
         whole, first = request.cached // self.size, request.published
         if first >= whole:
             return
-        extend_keys(request.keys, request.text, self.size, self._root())
+        self._extend(request, request.text)
         new = request.keys[first:whole]
         self.memory.pool.publish(request.slot, first, keys_of(new, request.history, request.level, self.size, first))
         request.published = whole
@@ -269,6 +269,9 @@ class PrefixReuse:
 
     def _leaves_states(self, request: Request) -> bool:
         return request.level > 0 and self._leaves(request)
+
+    def _extend(self, request: Request, tokens: list[int]) -> None:
+        extend_keys(request.keys, tokens, self.size, b"" if request.keys else self._root())
 
     def _behind(self, request: Request, blocks: int) -> bytes:
         """The hash of so many whole blocks of a text."""

@@ -99,6 +99,7 @@ class SlotMemory:
         self._layers: dict[int, list[Any]] = {}  # by level
         self._places: dict[int, list[int | Tensor | None]] = {}
         self._converted: dict[int, list[SlotStates]] = {}
+        self._state_bytes: dict[int, int] = {}
 
     def cache(self, level: int, rows: Rows, tokens: int) -> Cache:
         """The cache of a model call at a level, which the model is at, that reads `tokens` more of each of `rows`."""
@@ -140,10 +141,12 @@ class SlotMemory:
 
     def state_bytes(self, level: int) -> int:
         """Of the states of a text at a level, as `copy_states` has them."""
-        heads = [len(heads) for heads in self.levels.converted(level).values()]
-        states = [DualState(*(x[:1] for x in part.all_slots)) for part in self.states_at(level)]
-        of_a_head = [sum(x.numel() * x.element_size() for x in state[:3]) // state.recurrent.shape[1] for state in states]
-        return sum(count * size + 8 for count, size in zip(heads, of_a_head, strict=True))  # and a count of tokens
+        if level not in self._state_bytes:
+            heads = [len(heads) for heads in self.levels.converted(level).values()]
+            states = [part.at(slice(0, 1)) for part in self.states_at(level)]
+            of_a_head = [sum(x.numel() * x.element_size() for x in state[:3]) // state.recurrent.shape[1] for state in states]
+            self._state_bytes[level] = sum(count * size + 8 for count, size in zip(heads, of_a_head, strict=True))  # and a count of tokens
+        return self._state_bytes[level]
 
     def snapshot_bytes(self, level: int) -> int:
         """Of the largest snapshot at a level: the states, and keys and values of all but a block."""
