@@ -48,8 +48,15 @@ def test_the_page(prefix, measured, tmp_path):
     prefix.make_page(measured, page, plot)
     text = page.read_text()
     assert "to be replaced" not in text and "3 texts at once, a prefix of 512 tokens and 40 of their own" in text
-    assert text.count("| 2 of 4 |") == len(prefix.CASES) and "aimed at: 0.25 or less" in text
+    assert (
+        text.count("| 2 of 4 |") == len(prefix.CASES)
+        and "(aimed at: 1.02 at most)" in text
+        and "0.25" not in prefix.verdict(prefix.stored(measured))
+    )
     assert plot.read_bytes().startswith(b"\x89PNG")
+    rows = [{**row, **prefix.AIMED_AT} for row in prefix.stored(measured)]
+    worst = max(row["ratio"] for row in rows if row["reuse"] and row["case"] in ("cold", "warm"))
+    assert f"after {worst:.3f} of the time without reuse (aimed at: 0.25 at most)" in prefix.verdict(rows)
     with pytest.raises(SystemExit, match="has no rows"):
         prefix.make_page(tmp_path / "nowhere", page, plot)
 
