@@ -171,7 +171,7 @@ def measure(options: argparse.Namespace) -> None:
     name = options.name or (options.shape if options.model is None else Path(options.model).name)
     device = torch.cuda.get_device_name() if where.type == "cuda" else "CPU"
     sizes = {size: getattr(options, size) for size in SIZES}
-    said = " ".join(Path(word).name if os.path.isabs(word) else word for word in sys.argv[1:])
+    said = "python eval/prefix.py " + " ".join(Path(word).name if os.path.isabs(word) else word for word in sys.argv[1:])
     for level in levels:
         rows = [
             {"name": name, "device": device, "dtype": str(model.dtype).removeprefix("torch."), **sizes, **row, "command": said}
@@ -242,12 +242,13 @@ def verdict(rows: list[dict[str, Any]]) -> str:
 
 
 def sentence(rows: list[dict[str, Any]]) -> str:
-    row = rows[0]
+    row, rounds = rows[0], sorted({row["rounds"] for row in rows})
+    many = f"medians of {rounds[0]} to {rounds[-1]} rounds" if rounds[-1] > 1 else "one round"
     size = max((row.get("snapshot_bytes", 0) for row in rows), default=0)
     return (
         f"{row['name']}, {row['dtype']}, {row['device']}: {row['texts']} texts at once, a prefix of {row['prefix']:,} tokens and "
-        f"{row['new']:,} of their own, {row['tokens']} generated; chats of {row['turns']} turns; chunks of {row['chunk']:,}; median of "
-        f"{row['rounds']} rounds. The largest snapshot takes {size / 2**20:.2f} MiB."
+        f"{row['new']:,} of their own, {row['tokens']} generated; chats of {row['turns']} turns; chunks of {row['chunk']:,}; {many}."
+        + (f" The largest snapshot takes {size / 2**20:.2f} MiB." if size else "")
     )
 
 
