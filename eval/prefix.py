@@ -253,8 +253,9 @@ def sentence(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time to the first token with reuse over that without, by case and level, a panel for each group."""
-    parts = groups(rows)
+    """Time to the first token with reuse over that without, by case and level, a panel for each group of several cases (or of one, if there
+    is no other)."""
+    parts = [group for group in groups(rows) if len({row["case"] for row in group}) > 1] or groups(rows)
     drawn, axes = figure(1, len(parts), size=(0.6 + 4.2 * len(parts), 3.4), sharey=True)
     for axis, group in zip(axes, parts, strict=True):
         levels = sorted({row["level"] for row in group})
