@@ -428,19 +428,12 @@ def test_prepared_steps_are_there_when_a_text_comes(tuned, monkeypatch):
     assert f'dsla_recordable_calls_total{{how="replayed"}} {calls["replayed"]}.0' in metrics
 
 
-@pytest.fixture
-def in_blocks(monkeypatch):
-    """Calls read keys and values in their blocks, in plain PyTorch: what is tested is what surrounds the kernels."""
-    for name in ("can_attend_where_cached", "uses_triton"):
-        monkeypatch.setattr(f"dsla_hf.serving.engine.runner.{name}", lambda *args: True)
-
-
 @pytest.mark.parametrize("chunk, places", [(8, {"first", "behind windows"}), (6, {"first", "behind windows", "anywhere"})])
 def test_recorded_pieces_read_prompts_of_any_length_anywhere(tuned, in_blocks, watched_recording, monkeypatch, chunk, places):
     """Windows have 8 tokens. Pieces full and padded, behind others, and in slots that have had another text; some texts run."""
     monkeypatch.setattr("dsla_hf.serving.engine.graphs.SMALLEST_PIECE", 1)
     monkeypatch.setattr("dsla_hf.serving.engine.graphs.FINE_PIECES", 4)
-    engine = Engine(tuned, 2, options(chunk=chunk), record=watched_recording)
+    engine = Engine(tuned, 2, options(chunk=chunk, snapshot_bytes=0), record=watched_recording)
     engine.prepare([2])
     _, pieces = recorded(engine)
     sizes = [size for size in (1, 2, 4, 5, 6, 7, 8) if size <= chunk]

@@ -78,10 +78,12 @@ def test_a_chat_goes_on_from_its_answer(tuned):
     assert_empty(engine)
 
 
-def test_no_other_level_finds_what_level_0_has_left(tuned):
+@pytest.mark.parametrize("budget", [None, 0])
+def test_no_other_level_finds_what_one_has_left(tuned, budget):
     level = [0]
-    engine = Engine(tuned, lambda stats: level[0], SMALL)
-    for now, reused in ((0, 0), (2, 0), (3, 0), (0, 1), (2, 0), (0, 1)):
+    engine = Engine(tuned, lambda stats: level[0], options(snapshot_bytes=budget))
+    again = budget is None  # at the levels above 0
+    for now, reused in ((0, 0), (2, 0), (3, 0), (0, 1), (2, again), (3, again), (0, 1), (4, 0)):
         level[0] = now
         engine.step()
         (ear,) = ask(engine, [(FOLLOWED[0], 6)])
@@ -224,8 +226,9 @@ def test_not_with_batch_invariant(tuned):
     assert not Engine(tuned, 0, options(batch_invariant=True, max_tokens=64)).reuses
 
 
-def test_two_turns_over_http(tuned):
-    engine = Engine(tuned, 0, EngineOptions(slots=2, block_size=8, chunk=64, max_tokens=512))
+@pytest.mark.parametrize("level", [0, 2])
+def test_two_turns_over_http(tuned, level):
+    engine = Engine(tuned, level, EngineOptions(slots=2, block_size=8, chunk=64, max_tokens=512))
     with served(build_app(engine, byte_tokenizer(), ApiOptions("tiny"))) as (_, address):
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
 
@@ -239,7 +242,17 @@ def test_two_turns_over_http(tuned):
         figures = httpx.get(f"{address}/metrics").text
     assert first.usage.prompt_tokens_details.cached_tokens == 0
     cached = second.usage.prompt_tokens_details.cached_tokens
-    assert first.usage.prompt_tokens - 16 < cached < second.usage.prompt_tokens and cached % 8 == 0
+    assert first.usage.prompt_tokens - 16 < cached < second.usage.prompt_tokens
+    assert f'dsla_reused_prefixes_total{{what="{"snapshot" if level else "blocks"}"}} 1.0' in figures
+    said = dict(line.rsplit(" ", 1) for line in figures.splitlines() if line.startswith("dsla_snapshot"))
+    assert {name: int(float(value)) for name, value in said.items() if not name.endswith("_created")} == {
+        "dsla_snapshots": len(engine.reuse.snapshots),
+        "dsla_snapshot_bytes": engine.reuse.snapshots.used,
+        "dsla_snapshot_budget_bytes": engine.reuse.snapshots.budget,
+        "dsla_snapshots_taken_total": engine.reuse.snapshots.taken,
+        "dsla_snapshots_evicted_total": 0,
+    }
+    assert bool(engine.reuse.snapshots.used) == bool(level)
     asked = first.usage.prompt_tokens + second.usage.prompt_tokens
     assert f'vllm:prefix_cache_queries_total{{model_name="tiny"}} {float(asked)}' in figures
     assert f'vllm:prefix_cache_hits_total{{model_name="tiny"}} {float(cached)}' in figures

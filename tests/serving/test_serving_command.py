@@ -98,6 +98,10 @@ def test_levels_in_heads_reach_the_engine(tmp_path, tiny_model, adapter_model, l
         (["--kv-gib", "0"], "kv_bytes"),
         (["--api-key", " "], "api key"),
         (["--prompt-share", "0"], "prompt_share"),
+        (["--snapshot-gib", "1e-6"], "snapshot_bytes 1073 hold no snapshot, which takes"),
+        (["--snapshot-gib", "1e9"], "are more than the"),
+        (["--snapshot-gib", "1", "--no-prefix-reuse"], "is for prefix_reuse, which is off here"),
+        (["--lower-prefixes", "--batch-invariant"], "lower_prefixes True is for prefix_reuse"),
     ],
 )
 def test_wrong_options_say_what(saved, capsys, options, words):

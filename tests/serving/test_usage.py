@@ -6,12 +6,13 @@ import socket
 import subprocess
 
 import pytest
+from engine_texts import options
 from server import byte_tokenizer, served
 
 from dsla_cli import main
 from dsla_hf.serving.engine.engine import Engine, EngineOptions
 from dsla_hf.serving.http.api import ApiOptions, build_app
-from dsla_hf.serving.usage import address_of, how_to_use
+from dsla_hf.serving.usage import address_of, how_to_use, prefixes_of
 
 NAME = 'it\'s "mine"'  # has to be quoted for shells, JSON and Python
 
@@ -54,6 +55,8 @@ def test_a_dry_run_says_what_would_be_served(saved, capsys):
         "100",
         "--kv-gib",
         "0.001",
+        "--snapshot-gib",
+        "0.01",
         "--api-key",
         "secret",
     ]
@@ -61,7 +64,21 @@ def test_a_dry_run_says_what_would_be_served(saved, capsys):
     said = capsys.readouterr().out
     assert "my-base: LlamaForCausalLM, 4 layers, torch.float32" in said and "0 to 2 of 4 layers, now 0, by Load" in said
     assert "3 at a time, of 100 tokens at most" in said and "that length at level 0" in said and "that length at level 2" in said
+    assert "blocks are shared; 0.010 GiB for snapshots of states, " in said
     assert "API key          asked for" in said and "secret" not in said and "http://127.0.0.1:8000" in said
+
+
+@pytest.mark.parametrize(
+    "policy, changes, words",
+    [
+        (0, {}, "blocks are shared"),
+        (2, {"snapshot_bytes": 0}, "blocks are shared at level 0; above it every prompt is read whole"),
+        (2, {"lower_prefixes": True}, "of states, 22 at level 2, also of lower levels"),
+        (2, {"prefix_reuse": False}, "every prompt is read whole"),
+    ],
+)
+def test_what_texts_share(tiny_model, adapter_model, policy, changes, words):
+    assert prefixes_of(Engine(adapter_model(tiny_model("llama")), policy, options(**changes))).endswith(words)
 
 
 def test_a_dry_run_refuses_what_serving_would(saved, capsys):

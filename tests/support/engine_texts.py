@@ -79,4 +79,15 @@ def assert_empty(engine):
     idle = [block for column in engine.memory.pool.prefixes._idle.values() for block in column.blocks]
     assert len(engine.memory.pool.prefixes._columns) == len(engine.memory.pool.prefixes._idle) and not engine.memory.pool._shared
     assert sorted(engine.memory.pool._free + idle) == list(range(1, engine.memory.pool.num_blocks + 1))
+    assert engine.memory.pool.prefixes.idle_blocks == len(idle)
     assert not engine.memory.pool.tables.any() and not engine.scheduler.running and not engine.busy
+    snapshots, kept = engine.reuse.snapshots, list(engine.reuse.snapshots._by_name.values())
+    assert snapshots.used == sum(held_bytes(snapshot) for snapshot in kept) <= snapshots.budget
+    assert sum(map(len, snapshots._behind.values())) == len(kept) and not engine.reuse._here
+
+
+def held_bytes(snapshot):
+    """Of the tensors of a snapshot, which have memory of their own."""
+    tensors = [snapshot.keys, snapshot.values, *(x for state in snapshot.states for x in state)]
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in tensors)
+    return sum(x.nbytes for x in tensors)

@@ -78,7 +78,18 @@ def add_to(commands: Any, name: str) -> None:
         "--no-prefix-reuse",
         dest="prefix_reuse",
         action="store_false",
-        help="read every prompt whole, also where another text at level 0 began with the same tokens",
+        help="read every prompt whole, also where another text began with the same tokens",
+    )
+    sizes.add_argument(
+        "--snapshot-gib",
+        type=float,
+        metavar="X",
+        help="GiB for snapshots of states, from which texts above level 0 go on that begin alike; 0: none (default: an eighth of --kv-gib)",
+    )
+    sizes.add_argument(
+        "--lower-prefixes",
+        action="store_true",
+        help="texts may begin with what was read at lower levels, raised as running texts are; else only with what was read at their own",
     )
     sizes.add_argument(
         "--step-timeout",

@@ -50,6 +50,7 @@ class ServeOptions:
     policy: a name or a level, see `as_policy`; "load" with the thresholds that are given, `step` units (layers, or KV heads) or a share of
         the model's at a time (an eighth if None). max_level: a number, a share such as "50%", or of heads what is kept, "kept:10%".
     kv_gib: GiB for keys and values. graphs: on a CUDA device, replay model calls from CUDA graphs.
+    snapshot_gib: GiB for snapshots of states, see `EngineOptions.snapshot_bytes`.
     """
 
     model: str
@@ -78,6 +79,8 @@ class ServeOptions:
     graphs: bool = True
     batch_invariant: bool = False
     prefix_reuse: bool = True
+    snapshot_gib: float | None = None
+    lower_prefixes: bool = False
     step_timeout: float = 120.0
 
 
@@ -129,6 +132,8 @@ def load(options: ServeOptions) -> tuple[Engine, Any, ApiOptions]:
         step_timeout=options.step_timeout,
         batch_invariant=options.batch_invariant,
         prefix_reuse=None if options.prefix_reuse else False,
+        snapshot_bytes=None if options.snapshot_gib is None else int(options.snapshot_gib * 2**30),
+        lower_prefixes=options.lower_prefixes,
     )
     record = CudaRecording if options.graphs and device() == "cuda" else None
     return Engine(model.to(device()).eval(), policy, engine_options, record=record), tokenizer, api_options

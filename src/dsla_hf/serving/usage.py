@@ -57,7 +57,22 @@ def what_is_served(engine: Engine, name: str, *, chats: bool, key: bool) -> str:
         "texts": f"{options.slots} at a time, of {engine.max_tokens:,} tokens at most; {options.max_waiting} may wait",
         "keys and values": f"{pool.num_blocks:,} blocks of {options.block_size} tokens, {room / GIB:,.2f} GiB: "
         + ", ".join(at_once(level) for level in dict.fromkeys((levels.lowest, control.highest))),
+        "prefixes": prefixes_of(engine),
         "chats": "with the tokenizer's template" if chats else "refused: the tokenizer has no chat template",
         "API key": "asked for" if key else "none",
     }
     return "\n".join(f"{what:<17}{how}" for what, how in rows.items())
+
+
+def prefixes_of(engine: Engine) -> str:
+    """What texts that begin alike share, in words."""
+    if not engine.reuses:
+        return "every prompt is read whole"
+    snapshots, highest = engine.reuse.snapshots, engine.control.highest
+    if not highest:
+        return "blocks are shared"
+    if not snapshots.budget:
+        return "blocks are shared at level 0; above it every prompt is read whole"
+    count = snapshots.budget // engine.memory.snapshot_bytes(highest)
+    folded = ", also of lower levels" if engine.options.lower_prefixes else ""
+    return f"blocks are shared; {snapshots.budget / GIB:,.3f} GiB for snapshots of states, {count} at level {highest}{folded}"

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -29,9 +31,9 @@ from .graphs import GraphRunner
 from .health import Health
 from .levels import Levels
 from .pool import OutOfBlocks
-from .prefixes import extend_keys
 from .recent import RecentMean
 from .request import Event, Request, Sampling
+from .reuse import Match, PrefixReuse
 from .runner import ModelRunner
 from .scheduler import QueueFull, Scheduler
 from .slots import SlotMemory
@@ -47,6 +49,7 @@ MIN_CHUNK = 16
 LOGITS_BYTES = 2**28  # of a piece of a prompt whose log-probabilities are asked for: such pieces are shorter
 # In configs of mixtures of experts: what an expert multiplies depends on which tokens come to it, and so on company.
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+SNAPSHOT_SHARE = 1 / 8  # of the memory for keys and values, for snapshots beside it, where nobody says how much
 CHUNK_RECOVERY_SECONDS = 60.0  # after a lack of memory, until chunks are twice as long again
 
 
@@ -81,8 +84,12 @@ class EngineOptions:
     batch_invariant: each text has the same sums in the same order in any company, so that it is equal to the bit. Every step then costs
         what one with all slots taken costs (and gathers keys and values of `max_tokens`, where they are not read in their blocks), and a
         prompt shares its chunk with no other.
-    prefix_reuse: texts at level 0 begin with keys and values that others have left, block by block, where they begin with the same tokens.
-        None: yes, but for `batch_invariant`, for what a text's beginning was read with changes its sums.
+    prefix_reuse: texts begin with what others have left, where they begin with the same tokens: keys and values, block by block, and above
+        level 0 snapshots of states. None: yes, but for `batch_invariant`, for what a text's beginning was read with changes its sums.
+    snapshot_bytes: memory for snapshots, those used least recently go first; 0: texts above level 0 are read whole. None: an eighth of
+        `kv_bytes`, where that holds one.
+    lower_prefixes: texts may begin with what others have read at lower levels, and are raised behind it; otherwise only with what was read
+        at their own level.
     """
 
     slots: int = 32
@@ -100,8 +107,15 @@ class EngineOptions:
     step_timeout: float = 120.0
     batch_invariant: bool = False
     prefix_reuse: bool | None = None
+    snapshot_bytes: int | None = None
+    lower_prefixes: bool = False
 
     def __post_init__(self) -> None:
+        if not self.reuses and (self.snapshot_bytes or self.lower_prefixes):
+            named = f"snapshot_bytes {self.snapshot_bytes}" if self.snapshot_bytes else "lower_prefixes True"
+            raise ValueError(f"{named} is for prefix_reuse, which is off here: leave one of them out")
+        if self.snapshot_bytes is not None and self.snapshot_bytes < 0:
+            raise ValueError(f"snapshot_bytes must be 0 or more, got {self.snapshot_bytes}")
         if self.prefix_reuse and self.batch_invariant:
             raise ValueError("prefix_reuse True is not for batch_invariant: sums depend on what was read before; leave one of them out")
         for name in ("slots", "max_waiting", "block_size", "chunk"):
@@ -113,6 +127,11 @@ class EngineOptions:
             raise ValueError(f"prompt_patience must be a number of seconds, got {self.prompt_patience}")
         if not 0 <= self.step_timeout < math.inf:
             raise ValueError(f"step_timeout must be a number of seconds, or 0 for none, got {self.step_timeout}")
+
+    @property
+    def reuses(self) -> bool:
+        """Whether texts begin with what others have left."""
+        return not self.batch_invariant if self.prefix_reuse is None else self.prefix_reuse
 
 
 class Engine:
@@ -177,10 +196,15 @@ class Engine:
             cool_down=options.cool_down,
             clock=clock,
         )
+        if options.lower_prefixes and not levels.exact_fold:
+            raise ValueError(
+                "lower_prefixes True folds keys and values, which this adapter's own projections make approximate: leave it out"
+            )
+        num_blocks, snapshot_bytes = self._memory_sizes(highest)
         self.memory = SlotMemory(
             levels,
             num_slots=options.slots,
-            num_blocks=self._num_blocks(highest),
+            num_blocks=num_blocks,
             block_size=options.block_size,
             max_tokens=self.max_tokens,
             max_level=highest,
@@ -197,7 +221,8 @@ class Engine:
         self.health = Health()
         self.watchdog = Watchdog(options.step_timeout, lambda: self.runner.preparing, clock)
         self.finished: dict[str, int] = {"stop": 0, "length": 0, "cancelled": 0, "error": 0}
-        self.reuses = not one if options.prefix_reuse is None else options.prefix_reuse
+        self.reuse = PrefixReuse(self.memory, self._snapshots_fit(snapshot_bytes), options.lower_prefixes)
+        self.reuses = options.reuses
         self.generated_tokens = self.read_tokens = 0
         self.prefix_queries = self.prefix_hits = 0  # prompt tokens that were looked for, and found
         self.tokens_at_level = [0] * (highest + 1)  # generated, by the level they were generated at
@@ -378,6 +403,8 @@ class Engine:
             "read_tokens": self.read_tokens,
             "prefix_queries": self.prefix_queries,
             "prefix_hits": self.prefix_hits,
+            "prefix_texts": dict(self.reuse.hits),
+            "snapshots": self.reuse.snapshots.figures(),
             "generated_tokens": self.generated_tokens,
             "tokens_at_level": list(self.tokens_at_level),
             "finished": dict(self.finished),
@@ -401,7 +428,17 @@ class Engine:
         if self.levels.device.type == "cuda":
             self.memory.rehearse_folds(self.expected_levels())
             self.next_tokens.rehearse(self.levels.dtype)
-        self.runner.prepare(self.expected_levels() if levels is None else levels)
+        self.runner.prepare(self.expected_levels() if levels is None else levels, anywhere=self.reuse.snapshots.budget > 0)
+
+    def forget_prefixes(self) -> None:
+        """Let no text begin with what was read until now: for weights that were changed in place. Another adapter needs none of that.
+
+        Raises:
+            RuntimeError: while requests are here, for they were begun with the old weights.
+        """
+        if self.busy:
+            raise RuntimeError("requests are running or waiting: let them end before forget_prefixes()")
+        self.reuse.forget()
 
     def expected_levels(self) -> list[int]:
         """The levels that the policy goes through, as far as it tells: all, if it does not."""
@@ -516,8 +553,11 @@ class Engine:
 
     def _open_inbox(self) -> None:
         with self._lock:
-            self.scheduler.waiting.extend(self._inbox)
+            arrived = list(self._inbox)
+            self.scheduler.waiting.extend(arrived)
             self._inbox.clear()
+        for request in arrived if self.reuses else ():
+            self.reuse.arrived(request)
 
     # --- levels ---------------------------------------------------------------------------------------------------
 
@@ -536,6 +576,10 @@ class Engine:
     def _change_level(self, level: int, reason: str) -> None:
         """Raise all running texts, exactly; or lower newcomers only, for keys and values of converted layers are gone."""
         if level > self.control.level and self.levels.exact_fold:
+            if not self.options.lower_prefixes:
+                for request in self.scheduler.running:
+                    if request.pinned is None and request.given and request.cached == request.given:
+                        self.reuse.leave(request, level)  # of what it begins with nothing was read at the new level
             for group in self._folded_together():
                 self._raise(group, level)
         self.control.change(level, reason, self.levels.note(level))
@@ -563,7 +607,9 @@ class Engine:
             for request in requests:
                 self._begin_anew(request)  # at the level that needs less
         for request in requests:
-            request.level = level
+            request.reads_at(level)
+            if self.options.lower_prefixes:
+                request.published = 0  # what it keeps of its blocks can be found at this level
             request.levels.append((request.length, level))
 
     # --- the queue ------------------------------------------------------------------------------------------------
@@ -574,20 +620,21 @@ class Engine:
         while waiting and (slot := self.scheduler.free_slot()) is not None:
             request, pool = waiting[0], self.memory.pool
             level = self.control.level if request.pinned is None else request.pinned
-            if self.memory.blocks_for(request.most_tokens, level) > pool.free_blocks:
+            match = self.reuse.match(request, level) if self.reuses else Match()
+            # Blocks that others hold are not needed again.
+            if self.memory.blocks_for(request.most_tokens, level) - pool.prefixes.blocks_in_use(match.columns) > pool.free_blocks:
                 if self.scheduler.running or request.pinned is not None:
                     return
                 level = next(
                     higher for higher in self.control.from_here() if self.memory.blocks_for(request.most_tokens, higher) <= pool.free_blocks
                 )
                 self._change_level(level, f"a text of {request.most_tokens} tokens does not fit into memory at a lower level")
-            if self.reuses and level == 0:  # what it will begin with is to be evicted last
-                extend_keys(request.keys, request.text, pool.block_size)
-                pool.prefixes.find(request.keys)
-            self.memory.allocate(slot, request.most_tokens, level)
+                match = self.reuse.match(request, level) if self.reuses else Match()
+            self.memory.allocate(slot, request.most_tokens, level, match.columns)
             self.scheduler.place(request, slot)
-            request.level = level
+            request.reads_at(level)
             request.levels.append((len(request.prompt), level))
+            self.reuse.begin(request, match)
 
     # --- model calls ----------------------------------------------------------------------------------------------
 
@@ -600,15 +647,22 @@ class Engine:
         if self.chunk < self.options.chunk and self.clock() - self._chunk_changed >= CHUNK_RECOVERY_SECONDS:
             self._set_chunk(self.chunk * 2)
         budget = self.chunk
-        for request in self.scheduler.to_read():
-            if budget == 0:
-                break
-            if request.cached == 0:
-                self._reuse(request)
+        unread = deque(self.scheduler.to_read())
+        while unread and budget:
+            request = unread[0]
+            if first := request.cached == request.given and self.reuses:  # others may have left more since it was admitted
+                self.reuse.begin(request, self.reuse.match(request, request.level, lower=request.cached == 0))
             tokens = self._piece(request, self.chunk if self.options.batch_invariant else budget)
             if not 0 < tokens <= budget:
                 break
+            keeps = False
+            if self.reuses:
+                if tokens == request.unread and not first:
+                    self.reuse.keep(request)
+                tokens, keeps = self.reuse.piece(request, tokens)
             budget -= tokens
+            if not keeps or tokens == request.unread:
+                unread.popleft()
             try:
                 logits = self._read_scored(request, tokens) if request.scores_prompt else self.runner.prefill(request, tokens)
                 token = self.next_tokens(logits[None], [request])[0] if tokens == request.unread else None
@@ -618,40 +672,16 @@ class Engine:
             self.health.succeeded("prefill")
             request.cached += tokens
             self.read_tokens += tokens
-            self._publish(request)
+            if self.reuses:
+                if first and not request.tokens and not request.scores_prompt:
+                    self.prefix_queries += request.length
+                    self.prefix_hits += request.given
+                if first and request.given:
+                    self.reuse.count(request)
+                (self.reuse.keep if keeps or token is not None else self.reuse.publish)(request)
             if token is not None:
                 self._accept(request, token)
         return budget < self.chunk
-
-    def _reuse(self, request: Request) -> None:
-        """Begin a text, of which nothing is read, with what is in blocks already; at least its last token is read, for its logits."""
-        if not self._shares(request) or request.scores_prompt:
-            return
-        assert request.slot is not None
-        size = self.options.block_size
-        extend_keys(request.keys, request.text, size)
-        request.cached = self.memory.pool.reuse(request.slot, request.keys[: (request.length - 1) // size])
-        request.published = request.cached // size
-        if not request.tokens:
-            request.reused = request.cached
-            self.prefix_queries += request.length
-            self.prefix_hits += request.cached
-
-    def _publish(self, request: Request) -> None:
-        """Let others find the whole blocks of what is cached of a text."""
-        if not self._shares(request):
-            return
-        assert request.slot is not None
-        size = self.options.block_size
-        whole = request.cached // size
-        if request.published < whole:
-            extend_keys(request.keys, request.text, size)
-            self.memory.pool.publish(request.slot, request.published, request.keys[request.published : whole])
-            request.published = whole
-
-    def _shares(self, request: Request) -> bool:
-        """Whether all of a text is read as others may have: at level 0, without states."""
-        return self.reuses and request.slot is not None and request.level == 0
 
     def _piece(self, request: Request, budget: int) -> int:
         """How many tokens of a prompt to read now. What comes behind whole windows is less work, so all pieces but the last end with one,
@@ -660,6 +690,11 @@ class Engine:
         if request.scores_prompt:
             most = min(most, max(LOGITS_BYTES // (self.vocab_size * self.levels.dtype.itemsize), MIN_CHUNK))
         tokens = min(budget, most, request.unread)
+        if tokens == request.unread and tokens <= window:
+            return tokens
+        if window and most >= window and request.level and (within := request.cached % window):
+            # Behind a snapshot: what begins within a window is more work, and so ends with it.
+            return window - within if budget >= window - within else 0
         if tokens == request.unread or not window or most < window or request.cached % window:
             return tokens
         return tokens - tokens % window
@@ -737,6 +772,7 @@ class Engine:
             for request in requests:
                 self._end(request, error=error)
             return
+        self.reuse.snapshots.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self._set_chunk(self.chunk // 2)
@@ -752,7 +788,8 @@ class Engine:
     def _begin_anew(self, request: Request) -> None:
         """What is cached of a text is worthless: it is read again, into blocks that no other text sees."""
         assert request.slot is not None
-        request.cached = request.published = 0
+        request.cached = request.published = request.given = 0
+        request.reads_at(request.level)
         try:
             self.memory.pool.unshare(request.slot)
         except OutOfBlocks as error:
@@ -768,9 +805,11 @@ class Engine:
         if request.finished is not None:
             return
         if request.slot is not None:
-            if error is None:
-                self._publish(request)  # a chat goes on from its answer
+            if error is None and self.reuses:
+                self.reuse.keep(request)  # a chat goes on from its answer
             self.memory.release(request.slot)
+        if self.reuses:
+            self.reuse.gone(request)
         self.scheduler.remove(request)
         request.finished = self.clock()
         with self._lock:  # other threads count what they read
@@ -803,17 +842,44 @@ class Engine:
         levels = self.levels
         return 2 * self.options.block_size * levels.columns * levels.head_dim * levels.dtype.itemsize
 
-    def _num_blocks(self, max_level: int) -> int:
+    def _memory_sizes(self, max_level: int) -> tuple[int, int]:
+        """Blocks, and bytes for snapshots."""
         levels, options = self.levels, self.options
-        room = options.kv_bytes
-        if room is None and levels.device.type == "cuda":
+        free, limit = None, physical_memory()
+        if levels.device.type == "cuda":
             heads = levels.converted(levels.highest).items()
             states = sum(4 * 2 * len(some) * levels.cores[i].key_dim * levels.cores[i].value_dim for i, some in heads) * options.slots
-            room = int(0.9 * torch.cuda.mem_get_info(levels.device)[0]) - states
-        room = 2**29 if room is None else room
+            free = limit = int(0.9 * torch.cuda.mem_get_info(levels.device)[0]) - states
+        room, snapshots = options.kv_bytes, options.snapshot_bytes
+        if snapshots is not None and snapshots > limit:
+            raise ValueError(f"snapshot_bytes {snapshots} are more than the {limit} bytes of memory that there are: give less")
+        share = SNAPSHOT_SHARE if snapshots is None and options.reuses and max_level else 0.0
+        if room is None:
+            room = 2**29 if free is None else int((free - (snapshots or 0)) * (1 - share))
+        if snapshots is None:
+            snapshots = int(share * room) if free is None else max(min(int(share * room), free - room), 0)
         # More than all slots can fill is of no use.
         useful = options.slots * max(len(levels.groups), 1) * -(-self.max_tokens // options.block_size)
         blocks = min(room // self.bytes_per_block, useful)
         if blocks < 1:
             raise ValueError(f"kv_bytes {room} hold no block of {self.bytes_per_block} bytes: give more memory for keys and values")
-        return blocks
+        return blocks, snapshots
+
+    def _snapshots_fit(self, budget: int) -> int:
+        """The bytes for snapshots, if they hold one of any level in use; none are kept where an engine that was told nothing of them has
+        less."""
+        levels = (level for level in self.levels.ladder if 0 < level <= self.control.highest)
+        largest = max(map(self.memory.snapshot_bytes, levels), default=0)
+        if budget >= largest > 0 or budget == 0:
+            return budget
+        if self.options.snapshot_bytes is None:
+            logger.info("a snapshot of states takes %d bytes, %d are there: texts above level 0 are read whole", largest, budget)
+            return 0
+        if not largest:
+            raise ValueError(f"snapshot_bytes {budget} are of no use: this engine runs at level 0 alone, where texts share blocks; give 0")
+        raise ValueError(f"snapshot_bytes {budget} hold no snapshot, which takes {largest} bytes: give as much or more, or 0 for none")
+
+
+def physical_memory() -> int:
+    """Bytes of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

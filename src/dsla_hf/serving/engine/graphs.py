@@ -52,7 +52,7 @@ class GraphRunner(ModelRunner):
         self._read_by: dict[Hashable, list[Any]] = {}
 
     @torch.no_grad()
-    def prepare(self, levels: Iterable[int]) -> None:
+    def prepare(self, levels: Iterable[int], anywhere: bool = False) -> None:
         """Record what these levels need with any number of rows, so that no text waits for it. For an idle engine; where recordings are
         for a length too, those of longer texts are left to their first step."""
         self.recorder.try_again()
@@ -65,6 +65,10 @@ class GraphRunner(ModelRunner):
                     self._run(level, [0] * count, [0] * count, [False] * count)
             for size, start in itertools.product(self.sizes, (0, self.levels.window or 1)):
                 self._prepare_piece(level, size, 0, start)
+            for size in self.sizes if anywhere and level and self.levels.window else ():
+                self._prepare_piece(level, size, 0, 1)
+                if size >= self.levels.window:
+                    break
 
     @torch.no_grad()
     def prefill(self, request: Request, tokens: int) -> Tensor:
@@ -101,7 +105,7 @@ class GraphRunner(ModelRunner):
 
         Before that a call runs as it is, on a piece without tokens behind the `start` ones in `slot`, which changes nothing there.
         """
-        place = self._place(start)
+        place = self._place(level, start)
         key = level, size, place
         slots, starts, counts = self.piece[:3].split(1)
 
@@ -139,12 +143,12 @@ class GraphRunner(ModelRunner):
         assert self._logits is not None
         return self._logits
 
-    def _place(self, start: int) -> str:
-        """What kind of piece begins behind `start` tokens."""
+    def _place(self, level: int, start: int) -> str:
+        """What kind of piece begins behind `start` tokens. Without DSLA layers it is the same behind any."""
         if start == 0:
             return "first"
         window = self.levels.window
-        return "behind windows" if window and start % window == 0 else "anywhere"
+        return "behind windows" if window and (level == 0 or start % window == 0) else "anywhere"
 
 
 def piece_sizes(chunk: int) -> list[int]:

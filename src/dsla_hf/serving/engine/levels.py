@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from hashlib import blake2b
 from typing import Any
 
 from peft import PeftModel
@@ -128,6 +129,16 @@ class Levels:
             return []
         running = (wrapped.running_attention() for wrapped in self._wrapped.values())
         return [attention for attention in running if attention is not None and attention.split is not None]
+
+    def identity(self) -> bytes:
+        """Tells apart what reads texts now from what did before: another adapter, or another order of units, is another model at the same
+        level. Weights that are changed in place cannot be told."""
+        active = next((layer for layer in self._wrapped.values() if layer.adapter_name), None)
+        adapter = None
+        if active is not None:
+            name: Any = active.adapter_name
+            adapter = name, id(active.dsla_core[name]), active.disable_adapters, active.configs[name].conversion_order
+        return blake2b(repr((id(self.causal_lm), adapter)).encode(), digest_size=32).digest()
 
     def use(self, level: int) -> None:
         """Run at this level from the next forward on."""

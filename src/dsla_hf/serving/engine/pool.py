@@ -10,6 +10,7 @@ H heads of a layer, T new tokens, L past tokens.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from dsla_kernels import append
 
-from .prefixes import Column, Prefixes
+from .prefixes import Column, Key, Prefixes
 
 
 @dataclass(frozen=True)
@@ -123,19 +124,29 @@ class BlockPool:
         index = torch.tensor(heads, dtype=torch.int32, device=self.tables.device)
         return HeadPlaces(index, heads[0][0] if heads == whole else None)
 
-    def allocate(self, slot: int, tokens: int, first: int) -> None:
-        """Give a slot blocks of all groups from `first` on for a text of `tokens`.
+    def allocate(self, slot: int, tokens: int, first: int, begins: list[Column] | None = None) -> None:
+        """Give a slot blocks of all groups from `first` on for a text of `tokens`, which begins with these columns.
 
         Raises:
             OutOfBlocks: if they are not there; nothing has changed then.
         """
-        each, groups = self.blocks_for(tokens), self.num_groups - first
+        each, groups, begins = self.blocks_for(tokens), self.num_groups - first, begins or []
         wanted = each * groups
-        if wanted > self.free_blocks:
-            raise OutOfBlocks(f"{wanted} blocks wanted, {self.free_blocks} of {self.num_blocks} are free")
+        if (missing := wanted - self.prefixes.blocks_in_use(begins)) > self.free_blocks:
+            raise OutOfBlocks(f"{missing} blocks wanted, {self.free_blocks} of {self.num_blocks} are free")
         if not wanted:
             return
-        blocks = self._take(wanted)
+        for column in begins:
+            self.prefixes.join(column)
+        own = each - len(begins)
+        blocks = taken = self._take(own * groups)
+        if begins:
+            self._shared[slot] = dict(enumerate(begins))
+            blocks = [
+                block
+                for group in range(groups)
+                for block in (*(column.blocks[group] for column in begins), *taken[group * own : (group + 1) * own])
+            ]
         self._owned[slot] = first, each, blocks
         numbers = torch.frombuffer(array("q", blocks), dtype=torch.long)  # of a list PyTorch makes a tensor slowly
         self.tables[first:, slot, :each] = numbers.view(groups, each).to(self.tables.device)  # at once: each copy waits
@@ -161,31 +172,81 @@ class BlockPool:
             self._owned[slot] = until, each, blocks[gone:]
         self.tables[first:until, slot] = 0
 
-    def publish(self, slot: int, start: int, keys: list[bytes]) -> None:
-        """Whole blocks of the text in a slot, from column `start` on, have been read and hold what `keys` stand for: others find them. The
-        slot has blocks of all groups."""
+    def publish(self, slot: int, start: int, keys: Iterable[Key]) -> None:
+        """Whole blocks of the text in a slot, from place `start` on, have been read and hold what `keys` stand for: others find them."""
+        if slot not in self._owned:
+            return
         first, each, blocks = self._owned[slot]
-        assert first == 0, "columns lack the blocks of groups that went over"
         shared = self._shared.setdefault(slot, {})
         for place, key in enumerate(keys, start):
-            if place not in shared and key not in self.prefixes:
-                shared[place] = self.prefixes.add(key, blocks[place::each])
+            if place in shared:
+                self.prefixes.find_raised(shared[place], key, first)
+            elif key not in self.prefixes:
+                shared[place] = self.prefixes.add(key, first, blocks[place::each])
 
-    def reuse(self, slot: int, keys: list[bytes]) -> int:
-        """Let the text in a slot, of which nothing is read, begin with blocks that hold the same; how many tokens that are. The blocks that
-        it had for them are free."""
-        found = self.prefixes.find(keys)
-        if not found:
-            return 0
-        _, each, blocks = self._owned[slot]
-        for place, column in enumerate(found):
+    def reuse(self, slot: int, columns: list[Column]) -> None:
+        """Let the text in a slot, of which nothing is read, begin with these columns. Those that it begins with already are the first of
+        them; the blocks that it had for the others are free."""
+        known = len(self._shared.get(slot, ()))
+        if len(columns) <= known:
+            return
+        first, each, blocks = self._owned[slot]
+        shared = self._shared.setdefault(slot, {})
+        for place, column in enumerate(columns[known:], known):
             self._free.extend(blocks[place::each])
             blocks[place::each] = column.blocks
             self.prefixes.join(column)
-        self._shared[slot] = dict(enumerate(found))
-        numbers = torch.tensor([column.blocks for column in found]).t()
-        self.tables[:, slot, : len(found)] = numbers.to(self.tables.device)
-        return len(found) * self.block_size
+            shared[place] = column
+        numbers = torch.tensor([column.blocks for column in columns[known:]]).t()
+        self.tables[first:, slot, known : len(columns)] = numbers.to(self.tables.device)
+
+    def part_of_block(self, slot: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """A copy of keys and values of a slot's text from its last whole block to its first `tokens`, `[groups, tokens % P, C, D]`."""
+        keys, values = self._whole_blocks()
+        blocks, rest = self._block_at(slot, tokens), tokens % self.block_size
+        return keys[blocks, :rest], values[blocks, :rest]
+
+    def put_part_of_block(self, slot: int, tokens: int, keys: Tensor, values: Tensor) -> None:
+        """Such keys and values are those of a slot's text: they go into a block that is its own."""
+        blocks, rest = self._block_at(slot, tokens), tokens % self.block_size
+        for kept, new in zip(self._whole_blocks(), (keys, values), strict=True):
+            kept[blocks, :rest] = new
+
+    def put_columns(self, slot: int, columns: list[Column]) -> None:
+        """Copy what lies in columns into the first blocks of a slot, which are its own; both have the same groups."""
+        _, each, blocks = self._owned[slot]
+        source = torch.tensor([block for column in columns for block in column.blocks], device=self.tables.device)
+        goal = torch.tensor([block for place in range(len(columns)) for block in blocks[place::each]], device=self.tables.device)
+        for kept in self._whole_blocks():
+            kept[goal] = kept[source]
+
+    def columns_of(self, slot: int) -> list[Column]:
+        """Those that the text in a slot shares, or lets others find, in their order."""
+        return list(self._shared.get(slot, {}).values())
+
+    def part_bytes(self, groups: int, tokens: int) -> int:
+        """Of what `part_of_block` gives of so many groups."""
+        return 2 * groups * (tokens % self.block_size) * self.keys[0].numel() * self.keys.element_size()
+
+    def leave(self, column: Column) -> None:
+        """Who joined a column without a slot needs it no more."""
+        self._free.extend(self.prefixes.leave(column, column.first, self.num_groups))
+
+    def forget_idle(self) -> None:
+        """Find nothing of texts that are over."""
+        while self.prefixes.idle_blocks:
+            self._free.extend(self.prefixes.evict())
+
+    def _whole_blocks(self) -> tuple[Tensor, Tensor]:
+        """Keys and values `[N + 1, P, C, D]`, views."""
+        return self.keys.unflatten(0, (-1, self.block_size)), self.values.unflatten(0, (-1, self.block_size))
+
+    def _block_at(self, slot: int, tokens: int) -> Tensor:
+        """Of each group that a slot has, the block where its token of this number lies."""
+        if slot not in self._owned:
+            return torch.zeros(0, dtype=torch.long, device=self.tables.device)
+        first = self._owned[slot][0]
+        return self.tables[first:, slot, tokens // self.block_size]
 
     def unshare(self, slot: int) -> None:
         """The text in a slot is about to be read anew: give it blocks of its own for those that others use, and let none be found.
@@ -211,7 +272,7 @@ class BlockPool:
                 self.prefixes.forget(column)
 
     def _take(self, wanted: int) -> list[int]:
-        """So many free blocks, which are there."""
+        """So many free blocks, which are there; one at least."""
         while len(self._free) < wanted:
             self._free.extend(self.prefixes.evict())
         blocks = self._free[-wanted:]
@@ -261,7 +322,7 @@ class BlockPool:
             at = places.of(self._write), places.columns
             self.keys[at], self.values[at] = k.transpose(0, 1), v.transpose(0, 1)
         if self._index is None:
-            return self.keys.unflatten(0, (-1, self.block_size)), self.values.unflatten(0, (-1, self.block_size))
+            return self._whole_blocks()
         if self._index.shape == self._write.shape:  # nothing came before
             return k, v
         keys, values = self._at(places, places.of(self._index))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ...inference.sampling import Constraint, Sampling
+from .prefixes import History
 
 _numbers = itertools.count(1)
 
@@ -45,8 +46,9 @@ class Request:
     tokens: generated so far. cached: tokens in the cache. slot, level: of a running text. levels: (tokens of the text, level) at the
         start and after each change: with the same history `generate`, or `GraphDecoder` with the same seed, gives the same text.
     scored: of the prompt, where its log-probabilities are asked for: of each piece that was read its end and what `tokens.scored` gave.
-    prompt_logprobs: until they have been told. keys: of the text's whole blocks, see `extend_keys`. reused: tokens of the prompt that were
-        not read, because another text had. published: whole blocks that others may find. Times are of the engine's clock.
+    prompt_logprobs: until they have been told. keys: hashes of the text's whole blocks, see `extend_keys`. history: the levels its cached
+        tokens were read at. given: of these the first ones, that another text had read; reused: as many of the prompt.
+        published: whole blocks that others may find. Times are of the engine's clock.
     """
 
     prompt: list[int]
@@ -71,6 +73,8 @@ class Request:
     scored: list[tuple[int, Tensor]] = field(default_factory=list)
     prompt_logprobs: tuple[Logprob, ...] | None = None
     keys: list[bytes] = field(default_factory=list)
+    history: History = ((0, 0),)
+    given: int = 0
     reused: int = 0
     published: int = 0
     seed: int = field(init=False)
@@ -86,8 +90,8 @@ class Request:
 
     @property
     def text(self) -> list[int]:
-        """All tokens, prompt first."""
-        return self.prompt + self.tokens
+        """All tokens, prompt first; not to be changed."""
+        return self.prompt + self.tokens if self.tokens else self.prompt
 
     @property
     def length(self) -> int:
@@ -103,6 +107,11 @@ class Request:
     def unread(self) -> int:
         """Tokens to read before the next one can be generated; 1 while decoding."""
         return self.length - self.cached
+
+    def reads_at(self, level: int) -> None:
+        """From the next token on; what is cached was read as it was."""
+        self.level = level
+        self.history = (*self.history, (self.cached, level)) if self.cached else ((0, level),)
 
     @property
     def decoding(self) -> bool:

@@ -38,8 +38,9 @@ class ModelRunner:
             levels.causal_lm.set_attn_implementation(ATTENTION_FUNCTION)
 
     @torch.no_grad()
-    def prepare(self, levels: Iterable[int]) -> None:
-        """Get ready for steps at these levels; nothing to do here."""
+    def prepare(self, levels: Iterable[int], anywhere: bool = False) -> None:
+        """Get ready for steps at these levels, and for pieces of prompts; with `anywhere` also for short ones that begin within a window.
+        Nothing to do here."""
 
     @torch.no_grad()
     def prefill(self, request: Request, tokens: int) -> Tensor:

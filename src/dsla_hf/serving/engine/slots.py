@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ...core.attention import DualState
+from ...core.attention import DualState, clone_state
 from ...core.cache import FOLDED_AT_ONCE, DSLACacheLayer
 from ...core.heads import of_heads
 from ...core.partial_cache import PartialCacheLayer
 from ...inference.batching import out_of_memory
 from .levels import Levels
 from .pool import BlockPool, PagedLayer, Rows
+from .prefixes import Column
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,8 @@ class SlotMemory:
         self._at = {head: (group, column) for group, heads in enumerate(levels.groups) for column, head in enumerate(heads)}
         self._layers: dict[int, list[Any]] = {}  # by level
         self._places: dict[int, list[int | Tensor | None]] = {}
+        self._converted: dict[int, list[SlotStates]] = {}
+        self._state_bytes: dict[int, int] = {}
 
     def cache(self, level: int, rows: Rows, tokens: int) -> Cache:
         """The cache of a model call at a level, which the model is at, that reads `tokens` more of each of `rows`."""
@@ -118,17 +121,52 @@ class SlotMemory:
         """Blocks that a text of so many tokens needs at a level."""
         return self.pool.blocks_for(tokens) * (self.pool.num_groups - self.levels.rung(level))
 
-    def allocate(self, slot: int, tokens: int, level: int) -> None:
-        """Take all blocks that a text may come to need.
+    def allocate(self, slot: int, tokens: int, level: int, begins: list[Column] | None = None) -> None:
+        """Take all blocks that a text may come to need, but for those of the columns that it begins with.
 
         Raises:
             OutOfBlocks: if they are not there; nothing has changed then.
         """
-        self.pool.allocate(slot, tokens, self.levels.rung(level))
+        self.pool.allocate(slot, tokens, self.levels.rung(level), begins)
 
     def release(self, slot: int) -> None:
         """The text in a slot is over."""
         self.pool.release(slot)
+
+    def states_at(self, level: int) -> list[SlotStates]:
+        """The states of the heads that are DSLA at a level, layer by layer."""
+        if level not in self._converted:
+            self._converted[level] = [self._states_of(layer, heads) for layer, heads in self.levels.converted(level).items()]
+        return self._converted[level]
+
+    def state_bytes(self, level: int) -> int:
+        """Of the states of a text at a level, as `copy_states` has them."""
+        if level not in self._state_bytes:
+            heads = [len(heads) for heads in self.levels.converted(level).values()]
+            states = [part.at(slice(0, 1)) for part in self.states_at(level)]
+            of_a_head = [sum(x.numel() * x.element_size() for x in state[:3]) // state.recurrent.shape[1] for state in states]
+            self._state_bytes[level] = sum(count * size + 8 for count, size in zip(heads, of_a_head, strict=True))  # and a count of tokens
+        return self._state_bytes[level]
+
+    def snapshot_bytes(self, level: int) -> int:
+        """Of the largest snapshot at a level: the states, and keys and values of all but a block."""
+        pool = self.pool
+        return self.state_bytes(level) + pool.part_bytes(pool.num_groups - self.levels.rung(level), pool.block_size - 1)
+
+    @torch.no_grad()
+    def copy_states(self, slot: int, level: int) -> list[DualState]:
+        """What the heads that are DSLA at a level remember of the text in a slot, layer by layer, in memory of its own."""
+        copies = []
+        for part in self.states_at(level):
+            state = part.at(slice(slot, slot + 1))
+            copies.append(clone_state(state if part.state_heads is None else state.of_heads(part.state_heads.long())))
+        return copies
+
+    @torch.no_grad()
+    def put_states(self, slot: int, level: int, states: list[DualState]) -> None:
+        """The text in a slot goes on from such copies, which are left as they are."""
+        for part, state in zip(self.states_at(level), states, strict=True):
+            part.store(slice(slot, slot + 1), state)
 
     @torch.no_grad()
     def fold(self, slots: list[int], tokens: list[int], old: int, new: int) -> None:

@@ -59,6 +59,21 @@ class EngineCollector(Collector):
         for finish, count in now["finished"].items():
             ended.add_metric([finish], count)
         yield ended
+        begun = CounterMetricFamily(
+            "dsla_reused_prefixes", "Requests that began with what others had read, by what it was", labels=["what"]
+        )
+        for what, count in now["prefix_texts"].items():
+            begun.add_metric([what], count)
+        yield begun
+        snapshots = now["snapshots"]
+        for name, key, what in (
+            ("dsla_snapshots", "kept", "Snapshots of states"),
+            ("dsla_snapshot_bytes", "bytes", "Memory that they take"),
+            ("dsla_snapshot_budget_bytes", "budget", "Memory that they may take"),
+        ):
+            yield GaugeMetricFamily(name, what, value=snapshots[key])
+        yield CounterMetricFamily("dsla_snapshots_taken", "Snapshots of states, with those that are gone", value=snapshots["taken"])
+        yield CounterMetricFamily("dsla_snapshots_evicted", "Snapshots that others took the place of", value=snapshots["evicted"])
         calls = CounterMetricFamily("dsla_recordable_calls", "Calls of the model that CUDA graphs are for, by how they ran", labels=["how"])
         for how, count in now["calls"].items():
             calls.add_metric([how], count)
