@@ -196,6 +196,8 @@ class StaticDSLACacheLayer(DSLACacheLayer):
         self.max_length = max_length
         self.tokens, self.seen = torch.tensor(0), None
         self._empty = True  # what the host knows of `tokens`: a prompt after `reset` is read as the first one is
+        # Keys and values `[B, most tokens, heads, D]`, while tokens are read that may be taken back: they go there, and the state stays.
+        self.scratch: tuple[Tensor, Tensor] | None = None
 
     def current_state(self, attention: DualStateAttention) -> DualState | None:
         if self._empty or self.state is None:
@@ -212,6 +214,10 @@ class StaticDSLACacheLayer(DSLACacheLayer):
         self._empty = False
 
     def advance(self, state: DualState, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> None:
+        if self.scratch is not None:
+            for mine, new in zip(self.scratch, (k, v), strict=True):
+                mine[:, : k.shape[1]].copy_(new)
+            return
         if self.state is None:
             self.state, self.is_initialized = clone_state(state), True
             self.tokens = torch.as_tensor(self.tokens, device=k.device).clone()
