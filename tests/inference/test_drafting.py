@@ -6,6 +6,7 @@ import pytest
 import torch
 from captured_texts import IDS
 
+from dsla_hf.inference import decode_attention
 from dsla_hf.inference.graph import GraphDecoder
 
 pytestmark = pytest.mark.usefixtures("small_views")
@@ -244,16 +245,23 @@ def test_a_recorded_step_never_waits_for_a_value(tiny_model, adapter_model, unit
     assert {key[1] for key in decoder.recorder.recordings} >= {"follow", "draft", "check", *(["commit"] if check else [])}
 
 
-@pytest.mark.parametrize("unit, check", [("layers", 0), ("heads", 0), ("heads", 1)])
-def test_kernels_of_drafts(tiny_model, adapter_model, recorder, unit, check, interpreted_kernels, monkeypatch):
-    """Steps of guesses run in them, over states that are written in place."""
+@pytest.mark.parametrize("unit, check, padded", [("layers", 0, True), ("heads", 0, False), ("heads", 1, True)])
+def test_kernels_of_drafts(tiny_model, adapter_model, recorder, unit, check, padded, interpreted_kernels, monkeypatch):
+    """Steps of guesses run in them, over states that are written in place, and checks of several tokens."""
     order = [[1, 0], [0, 1], [1, 1]] if unit == "heads" else [1, 0]
     config = {"conversion_order": order, "conversion_unit": unit.removesuffix("s")}
     model = adapter_model(tiny_model("llama", num_hidden_layers=2), level=check, **config).requires_grad_(False)
-    options = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
-    decoder = recorder.decoder_of(model, draft_level=len(order), draft_tokens=2)
+    mask = torch.ones_like(TEXT)
+    mask[:, :5] = 0 if padded else 1
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
+    decoder, checked = recorder.decoder_of(model, draft_level=len(order), draft_tokens=2), []
+    kernel = decode_attention.softmax_decode
+    monkeypatch.setattr(
+        decode_attention, "softmax_decode", lambda q, *args, **kwargs: checked.append(q.shape[1]) or kernel(q, *args, **kwargs)
+    )
     found = decoder.generate(TEXT, **options)
     monkeypatch.undo()
+    assert 3 in checked
     expected = model.generate(TEXT, draft_level=len(order), draft_tokens=2, **options)
     assert decoder.workspace.by_length
     assert torch.equal(found.sequences, expected.sequences) and drafted(found) == drafted(expected)

@@ -10,6 +10,7 @@ takes in what was accepted afterwards.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from ..core.heads import of_heads
 from ..core.partial_cache import PartialCacheLayer, heads_from, join_states
 from ..core.past import DualState, clone_state
 from ..levels.acceptance import Rule, Scores
-from .decode_attention import run_token
+from .decode_attention import CachedTokens, over_cache, run_token
 from .draws import Sampler
 from .recorder import Recorder, shown_tokens
 
@@ -319,7 +320,7 @@ class GraphEngine:
             self.drafts.folded_tokens = 0
         drafts = self.drafts
         behind = space.read - drafts.folded_tokens
-        view = space.length if space.by_length else min(shown_tokens(space.read + tokens + 1), space.length)
+        view = self._view(tokens + 1)
         self.set_level(self.levels[1])
         try:
             if drafts.folded_tokens == 0 or behind > drafts.longest + 1:
@@ -353,7 +354,7 @@ class GraphEngine:
             return space.logits.clone()
         assert drafts is not None
         drafts.checked[:, :count] = tokens
-        view = min(shown_tokens(space.read + count), space.length)
+        view = self._view(count)
         key = (drafts.checked_parts, "check", space.padded, view, count, drafts.longest)
         self.recorder.run(key, lambda: self._check(drafts, count, view))
         return drafts.checked_logits[:count].clone()
@@ -371,6 +372,11 @@ class GraphEngine:
             drafts.count.fill_(tokens)
             self.recorder.run((drafts.checked_parts, "commit", drafts.longest), drafts.commit)
 
+    def _view(self, tokens: int) -> int:
+        """How many places of the cache steps up to so many tokens further need to see."""
+        space = self.space
+        return space.length if space.by_length else min(shown_tokens(space.read + tokens), space.length)
+
     def _guess(self, drafts: DraftSpace, view: int) -> None:
         space = self.space
         drafts.show(view)
@@ -382,16 +388,14 @@ class GraphEngine:
     def _check(self, drafts: DraftSpace, count: int, view: int) -> None:
         space = self.space
         space.show(view)
+        mask = space.mask[:, :view] if space.padded else None
+        # Without padding these are the places in the cache. Given, they could mark packed texts, which is seen from values alone.
+        positions = space.positions + torch.arange(count, device=space.positions.device) if space.padded else None
+        given = {"attention_mask": mask, "position_ids": positions, "past_key_values": space.cache, "use_cache": True}
         drafts.hold_back(True)
         try:
-            logits = self.model(
-                input_ids=drafts.checked[:, :count],
-                attention_mask=space.mask[:, :view] if space.padded else None,
-                # Without padding these are the places in the cache. Given, they could mark packed texts, which is seen from values alone.
-                position_ids=space.positions + torch.arange(count, device=space.positions.device) if space.padded else None,
-                past_key_values=space.cache,
-                use_cache=True,
-            ).logits
+            with over_cache(CachedTokens(space.lengths + (count - 1), mask)) if space.by_length else nullcontext():
+                logits = self.model(input_ids=drafts.checked[:, :count], **given).logits
         finally:
             drafts.hold_back(False)
         drafts.checked_logits[:count].copy_(logits[0])
