@@ -25,6 +25,7 @@ from ...inference.sampling import Constraint
 from ...levels.policies import FixedLevel, Load, Policy, Stats, as_policy
 from ..control import LevelControl
 from .buckets import TOKEN_SECONDS, Buckets
+from .drafts import Drafts, check_draft_level, drafts_of
 from .graphs import GraphRunner
 from .health import Health
 from .levels import Levels
@@ -81,6 +82,9 @@ class EngineOptions:
     batch_invariant: each text has the same sums in the same order in any company, so that it is equal to the bit. Every step then costs
         what one with all slots taken costs (and gathers keys and values of `max_tokens`, where they are not read in their blocks), and a
         prompt shares its chunk with no other.
+    draft_level: while few texts run, the model guesses tokens at this level, above that of the texts, and several are checked in one call:
+        texts stay what they are. None: it does not. draft_lookup: what followed the same tokens before is guessed.
+    draft_tokens: guesses in a call; None: as many as pay, by measured times. draft_rows: texts that may run while tokens are guessed.
     prefix_reuse: texts at level 0 begin with keys and values that others have left, block by block, where they begin with the same tokens.
         None: yes, but for `batch_invariant`, for what a text's beginning was read with changes its sums.
     """
@@ -100,12 +104,22 @@ class EngineOptions:
     step_timeout: float = 120.0
     batch_invariant: bool = False
     prefix_reuse: bool | None = None
+    draft_level: int | None = None
+    draft_lookup: bool = False
+    draft_tokens: int | None = None
+    draft_rows: int = 4
 
     def __post_init__(self) -> None:
+        if self.draft_level is not None and self.draft_lookup:
+            raise ValueError(f"draft_level {self.draft_level} beside draft_lookup: one thing drafts; leave one of them out")
+        if self.draft_tokens is not None and self.draft_level is None and not self.draft_lookup:
+            raise ValueError(f"draft_tokens {self.draft_tokens} without draft_level or draft_lookup: nothing drafts; give one of them")
+        if self.batch_invariant and (self.draft_level is not None or self.draft_lookup):
+            raise ValueError("drafts are not for batch_invariant: how many tokens a call reads hangs on the load; leave one of them out")
         if self.prefix_reuse and self.batch_invariant:
             raise ValueError("prefix_reuse True is not for batch_invariant: sums depend on what was read before; leave one of them out")
-        for name in ("slots", "max_waiting", "block_size", "chunk"):
-            if getattr(self, name) < 1:
+        for name in ("slots", "max_waiting", "block_size", "chunk", "draft_rows", "draft_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if not 0 < self.prompt_share <= 1:
             raise ValueError(f"prompt_share must be above 0 and at most 1, got {self.prompt_share}")
@@ -167,6 +181,7 @@ class Engine:
         if levels.unit == "head":
             self._stats_of_levels["ladder"] = tuple(levels.ladder)
             logger.info("levels in use, in KV heads of %d that are DSLA: %s", levels.num_units, levels.ladder)
+        check_draft_level(levels, options.draft_level, highest if isinstance(policy, FixedLevel) else levels.lowest)
         self.control = LevelControl(
             policy,
             lowest=levels.lowest,
@@ -193,9 +208,11 @@ class Engine:
         )
         self.next_tokens = NextTokens(options.slots, self.vocab_size, eos_tokens, levels.device, one)
         self.scheduler = Scheduler(options.slots, options.max_waiting)
+        self.drafts = drafts_of(options, self.runner, record, clock)
         self.chunk = options.chunk
         self.health = Health()
-        self.watchdog = Watchdog(options.step_timeout, lambda: self.runner.preparing, clock)
+        runners = [self.runner] if self.drafts is None else [self.runner, *self.drafts.runners]
+        self.watchdog = Watchdog(options.step_timeout, lambda: any(runner.preparing for runner in runners), clock)
         self.finished: dict[str, int] = {"stop": 0, "length": 0, "cancelled": 0, "error": 0}
         self.reuses = not one if options.prefix_reuse is None else options.prefix_reuse
         self.generated_tokens = self.read_tokens = 0
@@ -382,6 +399,7 @@ class Engine:
             "tokens_at_level": list(self.tokens_at_level),
             "finished": dict(self.finished),
             "calls": self.runner.calls(),
+            "drafts": None if self.drafts is None else self.drafts.counts(),
             "draining": self._draining,
             "problem": self.problem,
             "failed_steps": self.health.failed_steps,
@@ -401,7 +419,10 @@ class Engine:
         if self.levels.device.type == "cuda":
             self.memory.rehearse_folds(self.expected_levels())
             self.next_tokens.rehearse(self.levels.dtype)
-        self.runner.prepare(self.expected_levels() if levels is None else levels)
+        levels = self.expected_levels() if levels is None else list(levels)
+        self.runner.prepare(levels)
+        if self.drafts is not None:
+            self.drafts.prepare(levels)
 
     def expected_levels(self) -> list[int]:
         """The levels that the policy goes through, as far as it tells: all, if it does not."""
@@ -680,6 +701,11 @@ class Engine:
         return logits[-1]
 
     def _generate(self, level: int, requests: list[Request]) -> None:
+        scheduler, drafts = self.scheduler, self.drafts
+        most = 0 if drafts is None else drafts.most(level, requests, len(scheduler.running), len(scheduler.waiting))
+        if drafts is not None and most and self._generate_drafted(drafts, level, requests, most):
+            return
+        begin = self.clock()
         try:
             logits = self.runner.decode(level, requests)
             # A GPU is at work now: the host has time to tell, also for what listeners set off in other threads.
@@ -688,9 +714,37 @@ class Engine:
             self._failed(requests, error)
             return
         self.health.succeeded("decode")
+        if drafts is not None:
+            drafts.plain(most, self.clock() - begin)
         for request, token in zip(requests, tokens, strict=True):
             request.cached += 1
             self._accept(request, token)
+
+    def _generate_drafted(self, drafts: Drafts, level: int, requests: list[Request], most: int) -> bool:
+        """As `_generate`, up to `most` + 1 tokens of each text in one call; whether there was a draft."""
+        try:
+            done = drafts.check(level, requests, most)
+            if done is None:
+                return False
+            going, place = list(range(len(requests))), 0
+            while going:  # token by token, as without drafts: what is asked of a token hangs on those before it
+                texts = [requests[number] for number in going]
+                tokens = self.next_tokens(done.logits[going, place], texts, self._tell_all if place == 0 else None)
+                went_on = []
+                for number, request, token in zip(going, texts, tokens, strict=True):
+                    request.cached += 1
+                    self._accept(request, token)
+                    if done.took(number, token.token) and request.finished is None and not request.cancelled:
+                        went_on.append(number)
+                going, place = went_on, place + 1
+            drafts.keep(done, most)
+        except Exception as error:
+            if not (running := [request for request in requests if request.finished is None]):
+                raise
+            self._failed(running, error)
+            return True
+        self.health.succeeded("decode")
+        return True
 
     def _accept(self, request: Request, drawn: NextToken) -> None:
         """A new token of a text."""
@@ -808,7 +862,8 @@ class Engine:
         room = options.kv_bytes
         if room is None and levels.device.type == "cuda":
             heads = levels.converted(levels.highest).items()
-            states = sum(4 * 2 * len(some) * levels.cores[i].key_dim * levels.cores[i].value_dim for i, some in heads) * options.slots
+            rows = options.slots + (0 if options.draft_level is None else 2 * options.draft_rows)
+            states = sum(4 * 2 * len(some) * levels.cores[i].key_dim * levels.cores[i].value_dim for i, some in heads) * rows
             room = int(0.9 * torch.cuda.mem_get_info(levels.device)[0]) - states
         room = 2**29 if room is None else room
         # More than all slots can fill is of no use.
