@@ -6,7 +6,7 @@ from engine_texts import SMALL, Ear, alone, ask, assert_empty, options, prompts,
 from prometheus_client import generate_latest
 
 from dsla_hf import Load
-from dsla_hf.inference.recorder import PlainRecording
+from dsla_hf.inference.recorder import CudaRecording, PlainRecording
 from dsla_hf.inference.sampling import Sampling
 from dsla_hf.serving.engine.engine import Engine, EngineOptions
 from dsla_hf.serving.http.metrics import Metrics
@@ -65,6 +65,50 @@ def test_greedy_texts_and_guesses_are_those_of_generate_alone(tiny_model, adapte
         right += engine.drafts.accepted
         assert_empty(engine)
     assert right > 0
+
+
+@pytest.mark.parametrize("unit", ["layers", "heads"])
+def test_recorded_steps_look_at_no_value(tiny_model, adapter_model, unit, watched_recording):
+    model = adapter_model(tiny_model("llama"), **UNITS[unit])
+    engine = Engine(model, 1, options(draft_level=3, draft_tokens=2), record=watched_recording)
+    engine.prepare()
+    kinds = {key[0] for runner in (engine.runner, *engine.drafts.runners) for key in runner.recorder.recordings}
+    assert {1, 3, "check"} <= kinds
+    wanted = [(prompt, 20) for prompt in prompts(2)]
+    assert [ear.tokens for ear in texts(engine, wanted)] == [alone(model, prompt, tokens, 1) for prompt, tokens in wanted]
+    for runner, kind in ((engine.runner, "keep"), (engine.drafts.guesses.runner, "follow")):
+        assert kind in {key[0] for key in runner.recorder.recordings}
+        assert runner.recorder.reason is None
+
+
+@pytest.mark.parametrize("unit", ["layers", "heads"])
+def test_kernels_read_drafts_and_checks_in_blocks(tiny_model, adapter_model, unit, interpreted_kernels, monkeypatch):
+    order = [[1, 0], [0, 1], [1, 1]] if unit == "heads" else [1, 0]
+    model = adapter_model(tiny_model("llama", num_hidden_layers=2), **UNITS[unit] | {"conversion_order": order})
+    engine = Engine(model, 1, options(draft_level=len(order), draft_tokens=2, draft_rows=2), record=PlainRecording)
+    wanted = [([5, 6, 7, 8], 7), ([9, 3, 4], 5)]
+    ears = texts(engine, wanted)
+    assert engine.runner.in_blocks and engine.drafts.rounds > 2
+    monkeypatch.setattr("dsla_kernels.dispatch.choice", "auto")
+    expected = of_generate(model, wanted, 1, len(order), 2)
+    assert ([ear.tokens for ear in ears], engine.drafts.drafted, engine.drafts.accepted) == expected
+    assert_empty(engine)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("drafts", [{"draft_level": 4}, {"draft_lookup": True}], ids=str)
+@pytest.mark.parametrize("unit", ["layers", "heads"])
+def test_captured_drafts(tiny_model, adapter_model, unit, drafts):
+    model = adapter_model(tiny_model("llama", hidden_size=64, head_dim=16), **UNITS[unit]).cuda()
+    wanted = [(prompt * 2, 40) for prompt in prompts(3)]
+    found = []
+    for changes in ({}, drafts):
+        engine = Engine(model, 1, options(**changes), record=CudaRecording)
+        engine.prepare()
+        found.append([ear.tokens for ear in texts(engine, wanted)])
+    assert found[0] == found[1] and engine.drafts.rounds > 0
+    assert all(runner.recorder.reason is None for runner in (engine.runner, *engine.drafts.runners))
 
 
 @pytest.mark.parametrize("kind", ["gemma3_text", "phi3", "gpt_oss", "cohere2", "mixtral"])

@@ -48,7 +48,7 @@ class ServeOptions:
 
     policy: a name or a level, see `as_policy`; "load" with the thresholds that are given, `step` units (layers, or KV heads) or a share of
         the model's at a time (an eighth if None). max_level: a number, a share such as "50%", or of heads what is kept, "kept:10%".
-    kv_gib: GiB for keys and values. graphs: on a CUDA device, replay model calls from CUDA graphs.
+    draft_level: likewise. kv_gib: GiB for keys and values. graphs: on a CUDA device, replay model calls from CUDA graphs.
     """
 
     model: str
@@ -77,6 +77,10 @@ class ServeOptions:
     graphs: bool = True
     batch_invariant: bool = False
     prefix_reuse: bool = True
+    draft_level: int | str | None = None
+    draft_lookup: bool = False
+    draft_tokens: int | None = None
+    draft_rows: int = 4
     step_timeout: float = 120.0
 
 
@@ -98,11 +102,10 @@ def load(options: ServeOptions) -> tuple[Engine, Any, ApiOptions]:
     level_to_run_at(options.model, base_config, options.adapter, None)
     heads = options.adapter is not None and read_adapter_config(options.adapter).conversion_unit == "head"
     policy = policy_of(options, base_config.num_hidden_layers * (kv_heads_of(base_config) if heads else 1))
-    limit = None
-    if options.max_level is not None:
-        if options.adapter is None:
-            raise ValueError(f"--max-level needs --adapter: {options.model} alone has one level")
-        limit = resolve_level(options.max_level, read_adapter_config(options.adapter), base_config.num_hidden_layers)
+    limit, draft_level = (
+        _level_of(options, flag, value, base_config.num_hidden_layers)
+        for flag, value in (("--max-level", options.max_level), ("--draft-level", options.draft_level))
+    )
     name = options.name or Path(options.model).name
     api_options = ApiOptions(
         name,
@@ -127,9 +130,22 @@ def load(options: ServeOptions) -> tuple[Engine, Any, ApiOptions]:
         step_timeout=options.step_timeout,
         batch_invariant=options.batch_invariant,
         prefix_reuse=None if options.prefix_reuse else False,
+        draft_level=draft_level,
+        draft_lookup=options.draft_lookup,
+        draft_tokens=options.draft_tokens,
+        draft_rows=options.draft_rows,
     )
     record = CudaRecording if options.graphs and device() == "cuda" else None
     return Engine(model.to(device()).eval(), policy, engine_options, record=record), tokenizer, api_options
+
+
+def _level_of(options: ServeOptions, flag: str, level: int | str | None, layers: int) -> int | None:
+    """The level that an option names, of a model of so many layers."""
+    if level is None:
+        return None
+    if options.adapter is None:
+        raise ValueError(f"{flag} needs --adapter: {options.model} alone has one level")
+    return resolve_level(level, read_adapter_config(options.adapter), layers)
 
 
 def policy_of(options: ServeOptions, units: int) -> Policy:
