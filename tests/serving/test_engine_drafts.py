@@ -321,6 +321,21 @@ def test_ends_cancels_and_failures_leave_nothing_behind(tuned, monkeypatch):
     assert_empty(engine)
 
 
+def test_drafts_without_memory_end_and_texts_go_on(tuned, monkeypatch, caplog):
+    engine = Engine(tuned, 1, options(**LONG))
+    wanted = [(prompt, 20) for prompt in prompts(2)]
+
+    def fails(*_):
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(engine.drafts.guesses.memory, "begin", fails)
+    ears = texts(engine, wanted)
+    assert [ear.tokens for ear in ears] == [alone(tuned, prompt, tokens, 1) for prompt, tokens in wanted]
+    assert engine.drafts.rounds == 0 and [record.message for record in caplog.records if "drafts" in record.message] == [
+        "memory does not suffice for drafts: from now on there are none; for more memory give less to keys and values (kv_bytes, --kv-gib)"
+    ]
+
+
 def test_lookup_finds_what_was_said_before(tuned):
     prompt = [5, 6, 7, 8, 9, 10] * 4
     engine = Engine(tuned, 0, options(draft_lookup=True, draft_tokens=4))

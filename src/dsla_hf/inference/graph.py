@@ -44,7 +44,8 @@ from ..models.base_attention import DSLAAttentionMixin
 from ..models.decoder import decoder_layers
 from ..models.level import counts_heads
 from .decode_attention import attends_where_cached, can_attend_where_cached, over_prompt, run_token
-from .drafting import DraftSpace, GraphEngine, LayerOfLevels, Raced, is_of_drafts
+from .draft_space import DraftSpace, LayerOfLevels, is_of_drafts
+from .drafting import GraphEngine, Raced
 from .draws import Sampler
 from .fusion import LONG_PROMPT
 from .recorder import CudaRecording, Record, Recorder, shown_tokens

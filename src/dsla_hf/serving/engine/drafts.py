@@ -6,16 +6,19 @@ chosen from the logits of its own level, by its own seed, whatever was guessed.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ...inference.batching import out_of_memory
 from ...inference.recorder import Record
-from ...levels.draft_length import LENGTHS, DraftLength, FixedLength, Lengths
+from ...levels.draft_length import Lengths
+from ...levels.drafting import lengths_for
 from .checks import Checks
 from .draft_memory import DraftMemory
-from .graphs import GraphRunner
+from .graphs import FOR_MEMORY, GraphRunner
 from .guesses import Guesses, LevelGuesses, LookupGuesses
 from .levels import Levels
 from .request import Request
@@ -23,6 +26,8 @@ from .runner import ModelRunner
 
 if TYPE_CHECKING:
     from .engine import EngineOptions
+
+logger = logging.getLogger(__name__)
 
 
 class Round:
@@ -50,7 +55,7 @@ class Drafts:
 
     Args:
         guesses: makes drafts. runner: of the texts.
-        rows: texts that may run while there are drafts. tokens: of a draft; None: as many as pay, by measured times.
+        rows: texts that may run while there are drafts. lengths: of drafts.
         level: of drafts by level, None where texts at any level have them.
         clock: seconds.
 
@@ -58,24 +63,32 @@ class Drafts:
         rounds: calls that checked drafts. drafted, accepted: tokens guessed, and of them those that were right.
     """
 
-    def __init__(self, guesses: Guesses, runner: ModelRunner, rows: int, tokens: int | None, level: int | None, clock: Callable[[], float]):
+    def __init__(self, guesses: Guesses, runner: ModelRunner, rows: int, lengths: Lengths, level: int | None, clock: Callable[[], float]):
         self.guesses, self.rows, self.level, self.clock = guesses, rows, level, clock
-        self.lengths: Lengths = DraftLength() if tokens is None else FixedLength(tokens)
+        self.lengths = lengths
         self.checks = Checks(runner, rows, self.lengths.longest + 1)
         self.rounds = self.drafted = self.accepted = 0
         self._times = 0.0, 0.0  # when the last draft began, and its check
+        self._ended = False
         self._asked = False  # whether there could have been a draft, when that was last asked
 
     def most(self, level: int, requests: Sequence[Request], running: int, waiting: int) -> int:
         """Tokens to guess now of texts at a level, while so many texts run and wait; 0: none."""
-        off = running > self.rows or waiting > 0 or (self.level is not None and level >= self.level)
+        off = self._ended or running > self.rows or waiting > 0 or (self.level is not None and level >= self.level)
         self._asked = not off and any(_room(request) for request in requests)
         return self.lengths.next() if self._asked else 0
 
     def check(self, level: int, requests: Sequence[Request], most: int) -> Round | None:
-        """Guess tokens, and read them; None where there is nothing to guess."""
+        """Guess tokens, and read them; None where there is nothing to guess, or no memory for it: then there are no more drafts."""
         begin = self.clock()
-        found = self.guesses.guess(level, requests, most)
+        try:
+            found = self.guesses.guess(level, requests, most)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            self._ended = True
+            logger.warning("memory does not suffice for drafts: from now on there are none; for more memory %s", FOR_MEMORY)
+            return None
         guesses = [guess[: _room(request)] for guess, request in zip(found, requests, strict=True)]
         if not any(guesses):
             return None
@@ -135,13 +148,12 @@ def drafts_of(options: EngineOptions, runner: ModelRunner, record: Record | None
     """What an engine's options ask for."""
     if options.draft_level is None and not options.draft_lookup:
         return None
-    rows = min(options.draft_rows, options.slots)
+    rows, lengths = min(options.draft_rows, options.slots), lengths_for(options.draft_tokens)
     if options.draft_level is None:
-        return Drafts(LookupGuesses(), runner, rows, options.draft_tokens, None, clock)
-    longest = LENGTHS[-1] if options.draft_tokens is None else options.draft_tokens
+        return Drafts(LookupGuesses(), runner, rows, lengths, None, clock)
     memory = DraftMemory(runner.memory, rows, options.draft_level)
     guesser = ModelRunner(runner.levels, memory) if record is None else GraphRunner(runner.levels, memory, record, 0)
-    return Drafts(LevelGuesses(memory, guesser, longest), runner, rows, options.draft_tokens, options.draft_level, clock)
+    return Drafts(LevelGuesses(memory, guesser, lengths.longest), runner, rows, lengths, options.draft_level, clock)
 
 
 def _room(request: Request) -> int:
