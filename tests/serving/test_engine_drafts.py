@@ -321,6 +321,24 @@ def test_ends_cancels_and_failures_leave_nothing_behind(tuned, monkeypatch):
     assert_empty(engine)
 
 
+def test_at_its_end_a_text_is_whole_in_its_states(tuned, monkeypatch):
+    """Others may go on from them. In the middle of a draft, too."""
+    prompt, held = prompts(1, 9, 9)[0], []
+    for changes in ({}, LONG):
+        engine = Engine(tuned, 2, options(**changes))
+        release = engine.memory.release
+
+        def look(slot, engine=engine, release=release):
+            held.append([x[slot].clone() for _, _, states in engine.memory.states(2) for x in states.all_slots])
+            release(slot)
+
+        monkeypatch.setattr(engine.memory, "release", look)
+        ask(engine, [(prompt, 23), (prompt[2:], 30)])
+        run(engine)
+    for plain, drafted in zip(held[:2], held[2:], strict=True):
+        torch.testing.assert_close(drafted, plain, atol=1e-4, rtol=1e-4)
+
+
 def test_drafts_without_memory_end_and_texts_go_on(tuned, monkeypatch, caplog):
     engine = Engine(tuned, 1, options(**LONG))
     wanted = [(prompt, 20) for prompt in prompts(2)]

@@ -33,21 +33,28 @@ logger = logging.getLogger(__name__)
 class Round:
     """A draft of some texts that was read at their level.
 
-    guesses: of each text. logits: `[R, most + 1, V]`, after its last token and after each guess. counts: tokens of each text that stayed.
-    accepted: guesses that were right.
+    guesses: of each text. logits: `[R, most + 1, V]`, after its last token and after each guess. counts: tokens of each text that stay and
+    are not in its states yet. accepted: guesses that were right.
     """
 
-    def __init__(self, guesses: list[list[int]], logits: Tensor):
-        self.guesses, self.logits = guesses, logits
+    def __init__(self, checks: Checks, requests: Sequence[Request], guesses: list[list[int]], logits: Tensor):
+        self.checks, self.requests, self.guesses, self.logits = checks, requests, guesses, logits
         self.counts, self.accepted = [0] * len(guesses), [0] * len(guesses)
 
     def took(self, number: int, token: int) -> bool:
-        """Text `number` has got a token; whether its next one can be told from here, too."""
+        """A token of text `number` has been chosen; whether its next one can be told from here, too, if it goes on."""
         place = self.counts[number]
         self.counts[number] += 1
         right = place < len(self.guesses[number]) and self.guesses[number][place] == token
         self.accepted[number] += right
         return right
+
+    def settle(self, request: Request | None = None) -> None:
+        """The states of a text, or of all, take in the tokens that stay."""
+        due = [count if request in (None, text) else 0 for text, count in zip(self.requests, self.counts, strict=True)]
+        if any(due):
+            self.checks.keep(due)
+            self.counts = [count - taken for count, taken in zip(self.counts, due, strict=True)]
 
 
 class Drafts:
@@ -94,11 +101,11 @@ class Drafts:
             return None
         self._times = begin, self.clock()
         tokens = [[request.tokens[-1], *guess] for request, guess in zip(requests, guesses, strict=True)]
-        return Round(guesses, self.checks.read(level, requests, tokens, most + 1))
+        return Round(self.checks, requests, guesses, self.checks.read(level, requests, tokens, most + 1))
 
     def keep(self, done: Round, most: int) -> None:
         """Texts have taken what they take of what was read last."""
-        self.checks.keep(done.counts)
+        done.settle()
         self.rounds += 1
         self.drafted += sum(map(len, done.guesses))
         self.accepted += sum(done.accepted)

@@ -25,7 +25,7 @@ from ...inference.sampling import Constraint
 from ...levels.policies import FixedLevel, Load, Policy, Stats, as_policy
 from ..control import LevelControl
 from .buckets import TOKEN_SECONDS, Buckets
-from .drafts import Drafts, check_draft_level, drafts_of
+from .drafts import Drafts, Round, check_draft_level, drafts_of
 from .graphs import GraphRunner
 from .health import Health
 from .levels import Levels
@@ -223,6 +223,7 @@ class Engine:
         self._chunk_changed = 0.0
         self._alone = True  # whether no cohort of another level runs: else what a token takes says nothing of the level
         self._owed = 0.0  # seconds of generation before prompts are read again
+        self._round: Round | None = None  # of drafts, while its tokens are told
         self._untold: list[tuple[Request, Event]] = []
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)
@@ -726,6 +727,7 @@ class Engine:
             done = drafts.check(level, requests, most)
             if done is None:
                 return False
+            self._round = done
             going, place = list(range(len(requests))), 0
             while going:  # token by token, as without drafts: what is asked of a token hangs on those before it
                 texts = [requests[number] for number in going]
@@ -733,8 +735,9 @@ class Engine:
                 went_on = []
                 for number, request, token in zip(going, texts, tokens, strict=True):
                     request.cached += 1
+                    right = done.took(number, token.token)
                     self._accept(request, token)
-                    if done.took(number, token.token) and request.finished is None and not request.cancelled:
+                    if right and request.finished is None and not request.cancelled:
                         went_on.append(number)
                 going, place = went_on, place + 1
             drafts.keep(done, most)
@@ -743,6 +746,8 @@ class Engine:
                 raise
             self._failed(running, error)
             return True
+        finally:
+            self._round = None
         self.health.succeeded("decode")
         return True
 
@@ -823,6 +828,8 @@ class Engine:
             return
         if request.slot is not None:
             if error is None:
+                if self._round is not None:
+                    self._round.settle(request)  # what others go on from is whole
                 self._publish(request)  # a chat goes on from its answer
             self.memory.release(request.slot)
         self.scheduler.remove(request)
