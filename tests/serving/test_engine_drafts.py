@@ -1,14 +1,17 @@
 """Drafts in the server: every text is what it is without them, at any level, in any company, and nothing leaks."""
 
+import openai
 import pytest
 import torch
 from engine_texts import SMALL, Ear, alone, ask, assert_empty, options, prompts, run
 from prometheus_client import generate_latest
+from server import byte_tokenizer, served
 
 from dsla_hf import Load
 from dsla_hf.inference.recorder import CudaRecording, PlainRecording
 from dsla_hf.inference.sampling import Sampling
 from dsla_hf.serving.engine.engine import Engine, EngineOptions
+from dsla_hf.serving.http.api import ApiOptions, build_app
 from dsla_hf.serving.http.metrics import Metrics
 
 HEADS = {"conversion_unit": "head", "conversion_order": [[1, 0], [3, 1], [0, 1], [3, 0], [2, 0], [1, 1], [2, 1], [0, 0]]}
@@ -421,3 +424,26 @@ def test_what_cannot_be_drafted_is_refused(tuned, tiny_model):
     ]:
         with pytest.raises(ValueError, match=words):
             EngineOptions(**wrong)
+
+
+def test_answers_over_http_are_those_without_drafts(tuned):
+    """With a stop string, which is found in the middle of a draft; whole and streamed."""
+    answers = []
+    for changes in ({}, LONG, {"draft_lookup": True, "draft_tokens": 4}):
+        engine = Engine(tuned, 0, options(**changes))
+        with served(build_app(engine, byte_tokenizer(), ApiOptions("tiny"))) as (_, address):
+            client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+            def complete(client=client, **asked):
+                return client.completions.create(model="tiny", prompt="abcabcab", seed=3, max_tokens=30, **asked)
+
+            whole = complete(temperature=0.0)
+            stop = whole.choices[0].text[12:14]
+            ended = complete(temperature=0.0, stop=stop)
+            drawn = complete(temperature=0.9, n=2, logprobs=1)
+            pieces = "".join(piece.choices[0].text for piece in complete(temperature=0.0, stop=stop, stream=True))
+        assert ended.choices[0].text == pieces == whole.choices[0].text.split(stop)[0] and ended.choices[0].finish_reason == "stop"
+        said = [(choice.text, choice.finish_reason) for one in (whole, ended, drawn) for choice in one.choices]
+        answers.append((said, [one.usage.completion_tokens for one in (whole, ended, drawn)], drawn.choices[1].logprobs.tokens))
+        assert bool(changes) == (engine.drafts is not None and engine.drafts.rounds > 0)
+    assert answers[0] == answers[1] == answers[2]
