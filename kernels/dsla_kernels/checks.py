@@ -225,9 +225,10 @@ BLOCK_TABLE = {"block_table": "B most_blocks; int32 or int64"}
 HEADS = {"heads": "Hkv 2; int32; (of each KV head its table and its column in blocks)"}
 BLOCK_TABLES = HEADS | {"block_table": "tables B most_blocks; int32 or int64; (one table more than a row's, as heads is given)"}
 STARTS = {"starts": "B; as lengths"}
-SOFTMAX_DECODE = _softmax("B 1", "B Hkv T", {"mask": "B T; bool; optional; (True at tokens that are seen)"} | SINK_LOGITS)
-PAGED_DECODE = _softmax("B 1", "blocks block_size Hkv", BLOCK_TABLE | SINK_LOGITS)
-PAGED_DECODE_OF_HEADS = _softmax("B 1", "blocks block_size columns", BLOCK_TABLES | SINK_LOGITS)
+OF_DECODE = SINK_LOGITS | {"starts": "B; int32 or int64; optional; (tokens of each row before the queries)"}
+SOFTMAX_DECODE = _softmax("B queries", "B Hkv T", {"mask": "B T; bool; optional; (True at tokens that are seen)"} | OF_DECODE)
+PAGED_DECODE = _softmax("B queries", "blocks block_size Hkv", BLOCK_TABLE | OF_DECODE)
+PAGED_DECODE_OF_HEADS = _softmax("B queries", "blocks block_size columns", BLOCK_TABLES | OF_DECODE)
 SOFTMAX_PROMPT = _softmax("B T", "blocks block_size Hkv", BLOCK_TABLE | STARTS)
 SOFTMAX_PROMPT_OF_HEADS = _softmax("B T", "blocks block_size columns", BLOCK_TABLES | STARTS)
 
@@ -243,9 +244,10 @@ def check_softmax_decode_inputs(
     block_table: Tensor | None = None,
     mask: Tensor | None = None,
     heads: Tensor | None = None,
+    starts: Tensor | None = None,
 ) -> None:
     """Raises ValueError that names the argument which does not fit the contract of `softmax_decode`."""
-    given = {"q": q, "keys": keys, "values": values, "lengths": lengths, "sink_logits": sink_logits}
+    given = {"q": q, "keys": keys, "values": values, "lengths": lengths, "sink_logits": sink_logits, "starts": starts}
     if block_table is None:
         if heads is not None:
             raise ValueError("heads goes with block tables [tables, B, most blocks]: give block_table")
@@ -257,8 +259,14 @@ def check_softmax_decode_inputs(
         lines = PAGED_DECODE if heads is None else PAGED_DECODE_OF_HEADS
         sizes = check(lines, given | {"block_table": block_table, "heads": heads})
         room = sizes["block_size"] * sizes["most_blocks"]
+    _check_queries(q, sizes["queries"])
     _check_softmax(sizes, room, window)
     check_softcap(softcap)
+
+
+def _check_queries(q: Tensor, queries: int) -> None:
+    if queries == 0:
+        raise ValueError(f"q must be [B, T, Hq, D] with a token at least, got {list(q.shape)}")
 
 
 def check_softmax_prompt_inputs(
@@ -274,8 +282,7 @@ def check_softmax_prompt_inputs(
     """Raises ValueError that names the argument which does not fit the contract of `softmax_prompt`."""
     given = {"q": q, "keys": keys, "values": values, "lengths": lengths, "block_table": block_table, "starts": starts, "heads": heads}
     sizes = check(SOFTMAX_PROMPT if heads is None else SOFTMAX_PROMPT_OF_HEADS, given)
-    if sizes["T"] == 0:
-        raise ValueError(f"q must be [B, T, Hq, D] with a token at least, got {list(q.shape)}")
+    _check_queries(q, sizes["T"])
     _check_softmax(sizes, sizes["block_size"] * sizes["most_blocks"], window)
 
 

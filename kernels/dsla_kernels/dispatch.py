@@ -159,7 +159,7 @@ def final_state(k: Tensor, v: Tensor, gate_logits: Tensor, **options) -> Tensor:
 
 
 def softmax_decode(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, **options) -> Tensor:
-    """Softmax attention of one token a row over its cache, see `reference.softmax_decode`. On a GPU it has no gradient."""
+    """Softmax attention of a token a row, or of a few, over its cache, see `reference.softmax_decode`. On a GPU it has no gradient."""
     if uses_triton(q, values):
         from .ops import softmax
 

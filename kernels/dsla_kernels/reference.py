@@ -566,29 +566,32 @@ def softmax_decode(
     block_table: Tensor | None = None,
     mask: Tensor | None = None,
     heads: Tensor | None = None,
+    starts: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention of one token a row over its keys and values, of which its own are the last.
+    """Softmax attention of the last token of each row, or the last few, over its keys and values. Each sees those before it and its own.
 
     Args:
-        q: `[B, 1, Hq, K]`.
+        q: `[B, queries, Hq, K]`.
         keys, values: `[B, Hkv, T, K]` and `[B, Hkv, T, V]`, a row's tokens from its start on; or, with a block table, a pool
             `[blocks, block_size, Hkv, K]` and `[..., V]`.
-        lengths: int `[B]`, tokens of each row; what lies behind them is not read. A row without tokens gives zeros.
+        lengths: int `[B]`, tokens of each row, those of the queries included; what lies behind them is not read.
         scale: of the scores; `K ** -0.5` when None.
         softcap, sink_logits `[Hq]`: see `dual_state_window_attention`.
-        window: the query sees this many tokens, its own included; all if None.
+        window: a query sees this many tokens, its own included; all if None.
         block_table: int `[B, most blocks]`; token j of a row lies in block `block_table[row, j // block_size]`.
         mask: bool `[B, T]`, False at tokens that nobody sees, such as padding on the left. Not with a block table.
         heads: int32 `[Hkv, 2]`, with a pool whose blocks hold heads of other layers too, in columns `[blocks, block_size, columns, D]`, and
             several tables `[tables, B, most blocks]`: KV head h lies in blocks of table `heads[h, 0]`, in column `heads[h, 1]`.
+        starts: int `[B]`, tokens of each row before those of the queries, where rows have fewer of them than others: a query behind its
+            row's length gives zeros. None: the queries are the last tokens of each row (and those before its first give zeros).
 
     Returns:
-        o `[B, 1, Hq, V]` in q's dtype; the sums are in fp32 (fp64 for fp64 inputs).
+        o `[B, queries, Hq, V]` in q's dtype; the sums are in fp32 (fp64 for fp64 inputs).
 
     Raises:
         ValueError: names the argument that does not fit.
     """
-    check_softmax_decode_inputs(q, keys, values, lengths, softcap, sink_logits, window, block_table, mask, heads)
+    check_softmax_decode_inputs(q, keys, values, lengths, softcap, sink_logits, window, block_table, mask, heads, starts)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if block_table is not None:
         blocks = block_table.long().clamp(0, keys.shape[0] - 1)  # behind a row's length they may be anything
@@ -598,24 +601,27 @@ def softmax_decode(
             table, column = heads.long().unbind(1)
             keys, values = (x[blocks[table], :, column[:, None, None]].flatten(2, 3).transpose(0, 1) for x in (keys, values))
     token = torch.arange(keys.shape[2], device=q.device)
-    visible = token < lengths[:, None]
+    lengths = lengths.clamp(0, keys.shape[2])
+    places = (lengths - q.shape[1] if starts is None else starts)[:, None] + torch.arange(q.shape[1], device=q.device)
+    places = places.masked_fill(places >= lengths[:, None], -1)
+    visible = (token < lengths[:, None, None]) & (token <= places[..., None])  # [B, queries, T]
     if window is not None:
-        visible = visible & (token >= lengths[:, None] - window)
+        visible = visible & (token > places[..., None] - window)
     if mask is not None:
-        visible = visible & mask
-    visible = visible[:, None]  # [B, 1, T]
-    keys, values = (x.to(dtype).masked_fill(~visible[..., None], 0) for x in (keys, values))
-    q_grouped = q[:, 0].to(dtype).unflatten(1, (keys.shape[1], -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    scores = torch.einsum("bhrk,bhtk->bhrt", q_grouped, keys)
+        visible = visible & mask[:, None]
+    unseen = ~visible.any(1)[:, None, :, None]
+    keys, values = (x.to(dtype).masked_fill(unseen, 0) for x in (keys, values))
+    q_grouped = q.to(dtype).unflatten(2, (keys.shape[1], -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = torch.einsum("bqhrk,bhtk->bqhrt", q_grouped, keys)
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
-    scores = scores.masked_fill(~visible[:, None], float("-inf"))
+    scores = scores.masked_fill(~visible[:, :, None, None], float("-inf"))
     log_denominator = scores.logsumexp(-1)
     if sink_logits is not None:
         log_denominator = log_denominator.logaddexp(sink_logits.to(dtype).unflatten(0, (keys.shape[1], -1)))
-    # Of a row that sees nothing the denominator is zero, and so are all weights.
+    # Of a query that sees nothing the denominator is zero, and so are all weights.
     weights = (scores - log_denominator.masked_fill(log_denominator.isneginf(), 0)[..., None]).exp()
-    return torch.einsum("bhrt,bhtv->bhrv", weights, values).flatten(1, 2)[:, None].to(q.dtype)
+    return torch.einsum("bqhrt,bhtv->bqhrv", weights, values).flatten(2, 3).to(q.dtype)
 
 
 def softmax_prompt(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from captured_texts import IDS
 
+from dsla_hf.inference import decode_attention
 from dsla_hf.inference.graph import GraphDecoder
 
 pytestmark = pytest.mark.usefixtures("small_views")
@@ -51,6 +52,52 @@ def test_greedy_text_and_guesses_are_those_of_generate(tiny_model, adapter_model
             rates.append(found.accepted / found.compared)
     assert min(rates) < 0.9 and max(rates) > 0.1
     assert recorder.replayed > 2 * recorder.recorded
+
+
+@pytest.mark.parametrize(
+    "kind, unit, config",
+    [("llama", "heads", {}), ("llama", "layers", {"window_size": 0}), ("llama", "heads", {"states": False}), ("cohere", "layers", {})],
+)
+def test_a_level_above_0_checks(tiny_model, adapter_model, recorder, kind, unit, config):
+    """Its states take in what was accepted alone, and the draft knows them."""
+    model = adapter(tiny_model, adapter_model, kind, **config, **UNITS[unit])
+    most = model.level_sizes()["max_level"]
+    options = {"max_new_tokens": 30, "do_sample": False, "return_dict_in_generate": True}
+    rates = []
+    for check, draft in ((1, most), (2, 3), (most - 1, most)):
+        model.set_level(check)
+        decoder = recorder.decoder_of(model, draft_level=draft, draft_tokens=3)
+        for ids in (torch.randint(2, 97, (1, 25)), TEXT):
+            expected = model.generate(ids, draft_level=draft, draft_tokens=3, **options)
+            found = decoder.generate(ids, **options)
+            assert torch.equal(found.sequences, expected.sequences), (check, draft)
+            assert torch.equal(found.sequences, model.generate(ids, max_new_tokens=30, do_sample=False))
+            assert drafted(found) == drafted(expected)
+            assert model.get_level() == check and decoder.workspace.read == expected.sequences.shape[1] - 1
+            rates.append(found.accepted / found.compared)
+    assert min(rates) < 0.9 and max(rates) > 0.1
+    assert recorder.replayed > 2 * recorder.recorded
+
+
+def test_the_checking_level_changes_between_texts_and_within_one(tiny_model, adapter_model, recorder, units):
+    model = adapter(tiny_model, adapter_model, **units)
+    decoder = recorder.decoder_of(model, draft_level=4, draft_tokens=3, max_length=80)
+    options = {"do_sample": False, "return_dict_in_generate": True}
+    for check in (2, 0, 3):
+        model.set_level(check)
+        expected = model.generate(TEXT, max_new_tokens=20, draft_level=4, draft_tokens=3, **options)
+        found = decoder.generate(TEXT, max_new_tokens=20, **options)
+        assert torch.equal(found.sequences, expected.sequences) and drafted(found) == drafted(expected)
+    model.set_level(1)
+    first = decoder.generate(TEXT, max_new_tokens=10, **options)
+    cache = model.generate(TEXT, max_new_tokens=10, **options).past_key_values
+    model.set_level(3)
+    expected = model.generate(first.sequences, past_key_values=cache, max_new_tokens=20, do_sample=False)
+    found = decoder.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=20, **options)
+    assert torch.equal(found.sequences, expected) and found.drafted > 0
+    model.set_level(2)
+    with pytest.raises(RuntimeError, match="level was lowered"):
+        decoder.generate(found.sequences, past_key_values=found.past_key_values, max_new_tokens=5, **options)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -178,9 +225,6 @@ def test_what_cannot_be_drafted_is_refused(tiny_model, adapter_model, recorder):
     decoder = recorder.decoder_of(model, draft_level=2)
     with pytest.raises(ValueError, match="2 texts in a batch"):
         decoder.generate(IDS)
-    model.set_level(1)
-    with pytest.raises(ValueError, match="drafts for level 0, and the model is at level 1"):
-        decoder.generate(TEXT)
     model.set_level(3)
     with pytest.raises(ValueError, match="above the level that checks"):
         decoder.generate(TEXT)
@@ -189,27 +233,35 @@ def test_what_cannot_be_drafted_is_refused(tiny_model, adapter_model, recorder):
     assert decoder.workspace is None
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_a_recorded_step_never_waits_for_a_value(tiny_model, adapter_model, units, watched_recording, padded):
+@pytest.mark.parametrize("check, padded", [(0, False), (0, True), (1, True), (2, False)])
+def test_a_recorded_step_never_waits_for_a_value(tiny_model, adapter_model, units, watched_recording, check, padded):
     model = adapter(tiny_model, adapter_model, **units)
+    model.set_level(check)
     mask = torch.ones_like(TEXT)
     mask[:, :5] = 0 if padded else 1
     options = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False}
     decoder = GraphDecoder(model, draft_level=3, draft_tokens=3, record=watched_recording)
     assert torch.equal(decoder.generate(TEXT, **options), model.generate(TEXT, **options))
-    assert {key[1] for key in decoder.recorder.recordings} >= {"follow", "draft", "check"}
+    assert {key[1] for key in decoder.recorder.recordings} >= {"follow", "draft", "check", *(["commit"] if check else [])}
 
 
-@pytest.mark.parametrize("unit", UNITS)
-def test_kernels_of_drafts(tiny_model, adapter_model, recorder, unit, interpreted_kernels, monkeypatch):
-    """Steps of guesses run in them, over states that are written in place."""
-    order = [[1, 0], [1, 1], [0, 1]] if unit == "heads" else [1, 0]
+@pytest.mark.parametrize("unit, check, padded", [("layers", 0, True), ("heads", 0, False), ("heads", 1, True)])
+def test_kernels_of_drafts(tiny_model, adapter_model, recorder, unit, check, padded, interpreted_kernels, monkeypatch):
+    """Steps of guesses run in them, over states that are written in place, and checks of several tokens."""
+    order = [[1, 0], [0, 1], [1, 1]] if unit == "heads" else [1, 0]
     config = {"conversion_order": order, "conversion_unit": unit.removesuffix("s")}
-    model = adapter_model(tiny_model("llama", num_hidden_layers=2), level=0, **config).requires_grad_(False)
-    options = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
-    decoder = recorder.decoder_of(model, draft_level=len(order), draft_tokens=2)
+    model = adapter_model(tiny_model("llama", num_hidden_layers=2), level=check, **config).requires_grad_(False)
+    mask = torch.ones_like(TEXT)
+    mask[:, :5] = 0 if padded else 1
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
+    decoder, checked = recorder.decoder_of(model, draft_level=len(order), draft_tokens=2), []
+    kernel = decode_attention.softmax_decode
+    monkeypatch.setattr(
+        decode_attention, "softmax_decode", lambda q, *args, **kwargs: checked.append(q.shape[1]) or kernel(q, *args, **kwargs)
+    )
     found = decoder.generate(TEXT, **options)
     monkeypatch.undo()
+    assert 3 in checked
     expected = model.generate(TEXT, draft_level=len(order), draft_tokens=2, **options)
     assert decoder.workspace.by_length
     assert torch.equal(found.sequences, expected.sequences) and drafted(found) == drafted(expected)
@@ -217,9 +269,9 @@ def test_kernels_of_drafts(tiny_model, adapter_model, recorder, unit, interprete
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("states", [False, True])
-def test_captured_drafts_give_the_text_of_generate(tiny_model, adapter_model, units, states):
-    model = adapter_model(tiny_model("llama", hidden_size=64, head_dim=16), level=0, states=states, **units).cuda()
+@pytest.mark.parametrize("states, check", [(False, 0), (True, 0), (True, 1)])
+def test_captured_drafts_give_the_text_of_generate(tiny_model, adapter_model, units, states, check):
+    model = adapter_model(tiny_model("llama", hidden_size=64, head_dim=16), level=check, states=states, **units).cuda()
     ids = torch.randint(3, 97, (1, 40), device="cuda")
     options = {"max_new_tokens": 80, "do_sample": False}
     expected = model.generate(ids, **options)

@@ -40,10 +40,10 @@ def random(*shape):
     return torch.randn(*shape, device=DEVICE)
 
 
-def make_inputs(lengths, room, key_dim=32, value_dim=None, kv_heads=2, group=2, dtype=torch.float32):
+def make_inputs(lengths, room, key_dim=32, value_dim=None, kv_heads=2, group=2, dtype=torch.float32, queries=1):
     """q, keys, values, lengths; behind the lengths NaN, which must not leak."""
     rows = len(lengths)
-    q = random(rows, 1, kv_heads * group, key_dim).to(dtype)
+    q = random(rows, queries, kv_heads * group, key_dim).to(dtype)
     keys, values = (random(rows, kv_heads, room, size).to(dtype) for size in (key_dim, value_dim or key_dim))
     for row, length in enumerate(lengths):
         keys[row, :, length:] = float("nan")
@@ -128,6 +128,65 @@ def test_heads_anywhere_in_blocks_of_several_layers(kv_heads, group, block_size,
     torch.testing.assert_close(found, alone)
     two_of_three = torch.stack([tables, tables], 2)[:, :, 0]  # tables of any strides
     torch.testing.assert_close(check(q, pool_keys, pool_values, lengths, splits, block_table=two_of_three, heads=heads), found)
+
+
+def test_the_truth_of_several_queries_is_scaled_dot_product_attention():
+    """Of the last tokens of a row, some of which are not there; of tokens from a start on, some of them behind the row's end."""
+    q, keys, values, lengths = make_inputs([9, 12, 2, 0], 12, 8, 6, dtype=torch.float64, queries=3)
+    for starts in (None, torch.tensor([6, 10, 1, 0])):
+        found = reference.softmax_decode(q, keys, values, lengths, scale=0.3, starts=starts)
+        for row, length in enumerate(lengths.tolist()):
+            for query in range(3):
+                place = query + (length - 3 if starts is None else int(starts[row]))
+                if not 0 <= place < length:
+                    assert not found[row, query].any()
+                    continue
+                read = (x[row : row + 1, :, : place + 1] for x in (keys, values))
+                expected = F.scaled_dot_product_attention(q[row : row + 1, query, :, None], *read, scale=0.3, enable_gqa=True)
+                torch.testing.assert_close(found[row, query], expected[0, :, 0])
+
+
+@pytest.mark.parametrize("splits", [0, 1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("queries, kv_heads, group", [(2, 2, 1), (3, 1, 7), (5, 2, 4), (9, 1, 9)])
+def test_several_queries_a_row(queries, kv_heads, group, dtype, splits):
+    q, keys, values, lengths = make_inputs([0, 4, 65, 130], 130, kv_heads=kv_heads, group=group, dtype=dtype, queries=queries)
+    static = check(q, keys, values, lengths, splits)
+    for block_size in (BLOCK_SIZE, 128):
+        pool_keys, pool_values, table = paged(keys, values, lengths, block_size)
+        found = check(q, pool_keys, pool_values, lengths, splits, block_table=table)
+        if splits:
+            torch.testing.assert_close(found, static)
+    last = check(q[:, -1:], keys, values, lengths, splits)  # each is what it would be alone
+    torch.testing.assert_close(static[:, -1:], last, atol=2 * BOUNDS[dtype], rtol=BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 1}, {"window": 70}, {"window": 3, "softcap": 2.0, "sink_logits": 1.0}, {"mask": True}], ids=str
+)
+def test_rows_with_other_numbers_of_queries(options, splits):
+    """From their starts on; what is behind a row's end is padding."""
+    q, keys, values, lengths = make_inputs([190, 0, 66, 150, 129, 3], 192, 20, 12, kv_heads=1, queries=4)
+    starts = torch.tensor([186, 0, 65, 147, 127, 0], device=DEVICE)
+    options = dict(options)
+    if "sink_logits" in options:
+        options["sink_logits"] = options["sink_logits"] + random(q.shape[2])
+    if "mask" in options:
+        options["mask"] = torch.arange(192, device=DEVICE) >= torch.tensor([100, 0, 66, 3, 0, 1], device=DEVICE)[:, None]
+    found = check(q, keys, values, lengths, splits, starts=starts, **options)
+    behind = starts[:, None] + torch.arange(4, device=DEVICE) >= lengths[:, None]
+    assert not found[behind].any() and behind.sum() == 4 + 3 + 1 + 2 + 1
+    if "mask" not in options:
+        pool_keys, pool_values, tables, heads = paged_by_heads(keys, values, lengths, 64)
+        torch.testing.assert_close(
+            check(q, pool_keys, pool_values, lengths, splits, starts=starts.int(), block_table=tables, heads=heads, **options), found
+        )
+
+
+def test_queries_of_large_groups_and_heads_are_cut_into_programs():
+    for queries, group, size in ((9, 9, 32), (5, 8, 256), (17, 1, 64), (2, 40, 16)):
+        check(*make_inputs([70, 5], 80, size, kv_heads=1, group=group, queries=queries), 2)
 
 
 def test_heads_that_do_not_fit_are_refused():
@@ -290,7 +349,7 @@ def test_compiled_whole_graph(dynamic):
     assert torch.equal(found, step(*inputs))
     torch.library.opcheck(
         torch.ops.dsla_kernels.softmax_decode,
-        (*inputs, None, None, None, 0.2, None, None, 0, None),
+        (*inputs, None, None, None, 0.2, None, None, 0, None, None),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -313,7 +372,9 @@ def test_a_cuda_graph_follows_lengths_and_cache():
 
 
 WRONG = {
-    "two tokens": ({"q": lambda x: x.expand(-1, 2, -1, -1)}, r"q must be floating-point \[B, 1, Hq, D\]"),
+    "three dimensions of q": ({"q": lambda x: x[:, 0]}, r"q must be floating-point \[B, queries, Hq, D\]"),
+    "no queries": ({"q": lambda x: x[:, :0]}, "with a token at least"),
+    "starts": ({"starts": torch.zeros(3, dtype=torch.long)}, r"starts must be int32 or int64 \[2\]"),
     "heads": ({"q": lambda x: x[:, :, :3]}, "multiple of the 2"),
     "no rows": ({name: (lambda x: x[:0]) for name in ("q", "keys", "values", "lengths")}, "no rows"),
     "rows": ({"keys": lambda x: x[:1]}, "keys must be"),

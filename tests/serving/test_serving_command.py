@@ -75,6 +75,14 @@ def test_options_reach_the_engine(saved):
     assert engine.memory.pool.num_blocks == 2**30 // 1000 // (2 * EngineOptions.block_size * 2 * 8 * 4)
 
 
+def test_drafts_reach_the_engine(saved):
+    by_level = load_app(ServeOptions(saved[0], saved[1], policy="1", draft_level="100%", draft_tokens=3, draft_rows=2)).state.engine.drafts
+    assert by_level.level == 4 and by_level.lengths.longest == 3 and by_level.rows == 2
+    by_lookup = load_app(ServeOptions(saved[0], draft_lookup=True)).state.engine.drafts
+    assert by_lookup.level is None and by_lookup.lengths.longest > 3 and by_lookup.rows == 4
+    assert load_app(ServeOptions(saved[0])).state.engine.drafts is None
+
+
 @pytest.mark.parametrize("level, expected, step", [("kept:50%", 4, 1), ("75%", 6, 2)])
 def test_levels_in_heads_reach_the_engine(tmp_path, tiny_model, adapter_model, level, expected, step):
     base = tiny_model("llama")
@@ -102,12 +110,21 @@ def test_levels_in_heads_reach_the_engine(tmp_path, tiny_model, adapter_model, l
         (["--snapshot-gib", "1e9"], "are more than the"),
         (["--snapshot-gib", "1", "--no-prefix-reuse"], "is for prefix_reuse, which is off here"),
         (["--lower-prefixes", "--batch-invariant"], "lower_prefixes True is for prefix_reuse"),
+        (["--policy", "3", "--draft-level", "50%"], "draft_level 2 is not above level 3"),
+        (["--draft-level", "9"], "9"),
+        (["--draft-tokens", "3"], "nothing drafts"),
+        (["--draft-lookup", "--batch-invariant"], "batch_invariant"),
     ],
 )
 def test_wrong_options_say_what(saved, capsys, options, words):
     assert main(["serve", saved[0], "--adapter", saved[1], *options]) == 1
     *_, error = capsys.readouterr().err.splitlines()  # after the bar of loading, if it came so far
     assert error.startswith("dsla serve: ") and words in error
+
+
+def test_a_draft_level_needs_an_adapter(saved, capsys):
+    assert main(["serve", saved[0], "--draft-level", "2"]) == 1
+    assert "--draft-level needs --adapter" in capsys.readouterr().err
 
 
 def test_formats_of_tools_are_those_of_the_command(capsys):

@@ -98,6 +98,18 @@ def add_to(commands: Any, name: str) -> None:
         metavar="S",
         help="seconds after which a step that has not ended makes /health answer 503; 0: never (default: %(default)s)",
     )
+    drafts = parser.add_argument_group("drafts", "of texts that stay what they are, while few of them run")
+    which = drafts.add_mutually_exclusive_group()
+    which.add_argument(
+        "--draft-level",
+        metavar="L",
+        help="guess tokens at this level, above that of the texts: a number or a share such as 100%% (default: none)",
+    )
+    which.add_argument("--draft-lookup", action="store_true", help="guess what followed the same tokens before")
+    drafts.add_argument("--draft-tokens", type=positive, metavar="K", help="guesses in a call (default: as many as pay)")
+    drafts.add_argument(
+        "--draft-rows", type=positive, default=4, metavar="N", help="texts that may run while tokens are guessed (default: %(default)s)"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="check model, memory and settings, generate a token, say what would be served, and end"
     )

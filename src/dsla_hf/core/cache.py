@@ -45,6 +45,9 @@ class DSLACacheLayer(CacheLayerMixin):
     whole_windows = False  # whether every entry of `state.lengths` is known to be a multiple of the window's size, and not 0
     state_heads: Tensor | None = None  # where `state` has further heads: which of its heads are those of the layer that fills it
     counts = True  # whether a step of one token adds to lengths and tokens; False where somebody does it for all layers at once
+    # While tokens are read that may be taken back: their keys and values `[rows, tokens, heads, D]` go there, and the state stays. For
+    # layers at fixed addresses, which do not record.
+    scratch: tuple[Tensor, Tensor] | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,6 +87,14 @@ class DSLACacheLayer(CacheLayerMixin):
         self.state, self.is_initialized = state, True
         self.tokens = self.tokens + k.shape[1]
         self.seen = None if self.seen is None or padding_mask is not None else self.seen + k.shape[1]
+
+    def holds_back(self, k: Tensor, v: Tensor) -> bool:
+        """Whether tokens with these k, v `[B, T, heads, D]` are not to change the state; they are in `scratch` then."""
+        if self.scratch is None:
+            return False
+        for mine, new in zip(self.scratch, (k, v), strict=True):
+            mine[: k.shape[0], : k.shape[1]].copy_(new)
+        return True
 
     def activate_past_recording(self) -> None:
         """From now on keep what `crop` needs."""
@@ -212,6 +223,8 @@ class StaticDSLACacheLayer(DSLACacheLayer):
         self._empty = False
 
     def advance(self, state: DualState, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> None:
+        if self.holds_back(k, v):
+            return
         if self.state is None:
             self.state, self.is_initialized = clone_state(state), True
             self.tokens = torch.as_tensor(self.tokens, device=k.device).clone()

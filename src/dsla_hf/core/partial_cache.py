@@ -148,8 +148,14 @@ def with_heads(softmax: Any, places: list[int]) -> Any:
 
 def last_heads(softmax: Any, heads: int) -> Any:
     """A static cache layer of so many heads in the memory of the last ones of `softmax`, which counts tokens for both."""
+    return heads_from(softmax, softmax.num_heads - heads, heads)
+
+
+def heads_from(softmax: Any, first: int, heads: int) -> Any:
+    """The same of heads that lie side by side, from the place `first` on."""
     part = copy.copy(softmax)
-    part.keys, part.values, part.num_heads = softmax.keys[:, -heads:], softmax.values[:, -heads:], heads
+    part.keys, part.values = (x[:, first : first + heads] for x in (softmax.keys, softmax.values))
+    part.num_heads = heads
     return part
 
 

@@ -1,9 +1,9 @@
 """Softmax attention over a cache that is read as far as it is filled, and where it lies.
 
 transformers hands an attention function keys, values and a mask of the same length. A static cache is then read to its end, a paged one
-is copied first, and a prompt that goes on behind a cache has a mask, with which SDPA cannot run its flash kernel. Steps of one token
-inside `over_cache` use the split-KV kernel instead, which knows lengths and block tables, and pieces of prompts over blocks one that knows
-them too; prompts inside `over_prompt` need no mask.
+is copied first, and a prompt that goes on behind a cache has a mask, with which SDPA cannot run its flash kernel. Steps of one token or a
+few inside `over_cache` use the split-KV kernel instead, which knows lengths and block tables, and pieces of prompts over blocks one that
+knows them too; prompts inside `over_prompt` need no mask.
 Everything else goes to SDPA as it would without this module.
 """
 
@@ -27,6 +27,7 @@ from ..compat.attention_functions import ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTEN
 from ..compat.attributes import attention_implementation
 
 ATTENTION_FUNCTION = "dsla_decode"
+FEW = 16  # tokens a row up to which the cache is cut into parts, as for one: there are too few queries to keep a GPU at work
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class CachedTokens:
         (`[blocks, block_size, heads, D]`); None for `[B, Hkv, T, D]`.
     places: with block tables, by layer, where its heads lie: the number of its own table, or int32 `[Hkv, 2]`, of each its table and which
         of the heads of a block it is.
-    starts: int `[B]`, tokens of each row before the new ones, where these are several (with block tables only).
+    starts: int `[B]`, tokens of each row before the new ones, where rows differ in these, or they are more than `FEW` (with block tables).
     """
 
     lengths: Tensor
@@ -72,7 +73,7 @@ def attends_where_cached(model: Any) -> Iterator[None]:
 
 @contextmanager
 def over_cache(cached: CachedTokens) -> Iterator[None]:
-    """Calls of the model inside are steps of one token a row, or of as many as `cached` says, over caches that hold `cached`."""
+    """Calls of the model inside read one token a row, or some, over caches that hold `cached` with them."""
     token = _cached.set(cached)
     try:
         yield
@@ -122,10 +123,10 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
         place = cached.places[module.layer_idx]
         table, heads = (cached.block_tables, place) if isinstance(place, Tensor) else (cached.block_tables[place], None)
     q = query.transpose(1, 2)
-    if cached.starts is not None and table is not None:
+    if cached.starts is not None and table is not None and query.shape[2] > FEW:
         return softmax_prompt(q, key, value, cached.starts, cached.lengths, table, scale=scale, window=window, heads=heads), None
     options: dict[str, Any] = {"scale": scale, "window": window, "mask": cached.mask, "block_table": table, "heads": heads}
-    return softmax_decode(q, key, value, cached.lengths, **options), None
+    return softmax_decode(q, key, value, cached.lengths, starts=cached.starts, **options), None
 
 
 def _behind_cache(new: int, tokens: int, window: int | None, device: torch.device) -> Any:

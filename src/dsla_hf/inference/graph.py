@@ -44,7 +44,8 @@ from ..models.base_attention import DSLAAttentionMixin
 from ..models.decoder import decoder_layers
 from ..models.level import counts_heads
 from .decode_attention import attends_where_cached, can_attend_where_cached, over_prompt, run_token
-from .drafting import DraftSpace, GraphEngine, Raced, is_of_drafts
+from .draft_space import DraftSpace, LayerOfLevels, is_of_drafts
+from .drafting import GraphEngine, Raced
 from .draws import Sampler
 from .fusion import LONG_PROMPT
 from .recorder import CudaRecording, Record, Recorder, shown_tokens
@@ -242,8 +243,8 @@ class GraphDecoder:
         keep: hold the keys and values of layers that were raised, so that the next text begins without new captures. False frees them.
         fuse: compile norms, MLPs and rotations, each into one kernel (`dsla_hf.inference.fusion`); takes seconds, once for a kind of model,
             and once more for long prompts.
-        draft_level: guess tokens at this level, and check several of them in one forward of level 0, at which the model must be: texts stay
-            what they are, one a call. A level, or a share as `set_level` takes it. See `docs/generate.md`.
+        draft_level: guess tokens at this level, and check several of them in one forward of the model's own, which must be lower: texts
+            stay what they are, one a call. A level, or a share as `set_level` takes it. See `docs/generate.md`.
         draft_tokens: guesses in a round; None adapts their number, to none where they do not pay.
         record: what records a step; for tests.
 
@@ -445,15 +446,9 @@ class GraphDecoder:
                 f"draft_level: {type(self.model).__name__} has no levels; give a PeftModel with a DSLA adapter, or leave it out"
             )
         settings = options.get("generation_config") or self.causal_lm.generation_config
-        level = check_draft_options(
+        return check_draft_options(
             self.model, self.draft_level, self.draft_tokens, lambda name: options.get(name, getattr(settings, name, None))
         )
-        if (now := self.model.get_level()) > 0:
-            raise ValueError(
-                f"GraphDecoder drafts for level 0, and the model is at level {now}: set_level(0), or use generate(draft_level=...) of the "
-                "model"
-            )
-        return level
 
     def _decode_drafted(
         self,
@@ -469,11 +464,9 @@ class GraphDecoder:
     ) -> Any:
         """As `_decode`, one text with drafts."""
         space = self._begun(input_ids, mask, settings.max_length, goes_on)
-        if goes_on and any(part_of(layer) is not False for layer in space.cache.layers):
-            raise RuntimeError("the cache is of a higher level, and drafts are checked at level 0: start again without past_key_values")
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        lengths = lengths_for(self.draft_tokens)
+        lengths, levels = lengths_for(self.draft_tokens), (self.model.get_level(), draft_level)
         rule: Rule = rule_for(logits_processor, settings.do_sample)
         if settings.do_sample and seed is not None:
             padding = 0 if mask is None else int((~mask.bool()).sum())
@@ -484,9 +477,9 @@ class GraphDecoder:
             self.recorder,
             lambda ids: self._read(space, ids, settings.prefill_chunk_size),
             lambda token: self._step(space, token),
-            lambda: self._drafts(space, draft_level, lengths.longest),
+            lambda: self._drafts(space, levels, lengths.longest),
             self.model.set_level,
-            draft_level,
+            levels,
         )
         ids, counts = draft_and_check(
             engine,
@@ -504,20 +497,22 @@ class GraphDecoder:
             return DraftedOutput(sequences=ids, past_key_values=space.cache, **vars(counts))
         return ids
 
-    def _drafts(self, space: Workspace, level: int, longest: int) -> DraftSpace:
-        """What drafts at a level have beside `space`: what was there for them before, if it fits."""
+    def _drafts(self, space: Workspace, levels: tuple[int, int], longest: int) -> DraftSpace:
+        """What drafts at the second level have beside `space`, at the first: what was there for them before, if it fits."""
+        check, draft = map(self._layers_at, levels)
+        self.model.set_level(levels[0])
+        if space.drafts is None or not space.drafts.fits(draft, check, longest):
+            self.recorder.drop(is_of_drafts)
+            space.drafts = None  # what is not needed any more goes before the new one comes
+            config = self.causal_lm.config.get_text_config(decoder=True)
+            space.drafts = DraftSpace(space, config, draft, check, longest)
+        return space.drafts
+
+    def _layers_at(self, level: int) -> list[LayerOfLevels]:
+        """What each layer is at a level, which the model then has."""
         self.model.set_level(level)
-        try:
-            parts = self._parts_now(anew=True)
-            attentions = [dsla_attention_of(layer) for layer in decoder_layers(self.causal_lm)]
-            if space.drafts is None or not space.drafts.fits(parts, attentions, longest):
-                self.recorder.drop(is_of_drafts)
-                space.drafts = None  # what is not needed any more goes before the new one comes
-                config = self.causal_lm.config.get_text_config(decoder=True)
-                space.drafts = DraftSpace(space, config, parts, attentions, longest)
-            return space.drafts
-        finally:
-            self.model.set_level(0)
+        attentions = [dsla_attention_of(layer) for layer in decoder_layers(self.causal_lm)]
+        return [LayerOfLevels(*pair) for pair in zip(self._parts_now(anew=True), attentions, strict=True)]
 
     def prepare(self, levels: Iterable[int], *, max_length: int, rows: int = 1, tokens: int | None = None, padded: bool = False) -> None:
         """Capture these levels before a text of at most `max_length` tokens needs them, so that a raise waits for its fold only.

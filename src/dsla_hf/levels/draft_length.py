@@ -22,6 +22,7 @@ class Lengths(Protocol):
     """Decides how many tokens are drafted in each round, and is told what came of it."""
 
     longest: int  # of what `next` says
+    lengths: list[int]  # that it may say, beside 0
 
     def next(self) -> int:
         """How many tokens to draft now; 0: none, the checking level makes a token as usual."""
@@ -29,17 +30,23 @@ class Lengths(Protocol):
     def record(self, drafted: int, accepted: int, draft_seconds: float, check_seconds: float) -> None:
         """A round: tokens drafted, and of them those that stayed until the first other one; what the draft and the rest took."""
 
+    def record_texts(self, drafted: int, texts: list[tuple[int, int]], draft_seconds: float, check_seconds: float) -> None:
+        """A round of several texts: of each that had a draft its length, which may be below `drafted`, and the tokens that stayed."""
+
 
 class FixedLength:
     """So many tokens in each round."""
 
     def __init__(self, tokens: int):
-        self.longest = tokens
+        self.longest, self.lengths = tokens, [tokens]
 
     def next(self) -> int:
         return self.longest
 
     def record(self, drafted: int, accepted: int, draft_seconds: float, check_seconds: float) -> None:
+        """Nothing changes."""
+
+    def record_texts(self, drafted: int, texts: list[tuple[int, int]], draft_seconds: float, check_seconds: float) -> None:
         """Nothing changes."""
 
 
@@ -91,8 +98,11 @@ class DraftLength:
             self._plain.append(check_seconds)
             self._wait = max(self._wait - 1, 0)
             return
-        self._accepted = FORGETS * self._accepted + accepted
-        self._compared = FORGETS * self._compared + min(accepted + 1, drafted)
+        self.record_texts(drafted, [(drafted, accepted)], draft_seconds, check_seconds)
+
+    def record_texts(self, drafted: int, texts: list[tuple[int, int]], draft_seconds: float, check_seconds: float) -> None:
+        self._accepted = FORGETS * self._accepted + sum(accepted for _, accepted in texts)
+        self._compared = FORGETS * self._compared + sum(min(accepted + 1, guessed) for guessed, accepted in texts)
         self._guess.append(max(draft_seconds + check_seconds - min(self._plain), 0) / drafted)
         self._rounds += 1
         if self._rounds % REFRESH == 0:

@@ -49,7 +49,7 @@ class ServeOptions:
 
     policy: a name or a level, see `as_policy`; "load" with the thresholds that are given, `step` units (layers, or KV heads) or a share of
         the model's at a time (an eighth if None). max_level: a number, a share such as "50%", or of heads what is kept, "kept:10%".
-    kv_gib: GiB for keys and values. graphs: on a CUDA device, replay model calls from CUDA graphs.
+    draft_level: likewise. kv_gib: GiB for keys and values. graphs: on a CUDA device, replay model calls from CUDA graphs.
     snapshot_gib: GiB for snapshots of states, see `EngineOptions.snapshot_bytes`.
     """
 
@@ -81,6 +81,10 @@ class ServeOptions:
     prefix_reuse: bool = True
     snapshot_gib: float | None = None
     lower_prefixes: bool = False
+    draft_level: int | str | None = None
+    draft_lookup: bool = False
+    draft_tokens: int | None = None
+    draft_rows: int = 4
     step_timeout: float = 120.0
 
 
@@ -103,11 +107,10 @@ def load(options: ServeOptions) -> tuple[Engine, Any, ApiOptions]:
     level_to_run_at(options.model, base_config, options.adapter, None)
     heads = options.adapter is not None and read_adapter_config(options.adapter).conversion_unit == "head"
     policy = policy_of(options, len(convertible_layers(base_config)) * (kv_heads_of(base_config) if heads else 1))
-    limit = None
-    if options.max_level is not None:
-        if options.adapter is None:
-            raise ValueError(f"--max-level needs --adapter: {options.model} alone has one level")
-        limit = resolve_level(options.max_level, read_adapter_config(options.adapter), base_config.num_hidden_layers)
+    limit, draft_level = (
+        _level_of(options, flag, value, base_config.num_hidden_layers)
+        for flag, value in (("--max-level", options.max_level), ("--draft-level", options.draft_level))
+    )
     name = options.name or Path(options.model).name
     api_options = ApiOptions(
         name,
@@ -134,9 +137,22 @@ def load(options: ServeOptions) -> tuple[Engine, Any, ApiOptions]:
         prefix_reuse=None if options.prefix_reuse else False,
         snapshot_bytes=None if options.snapshot_gib is None else int(options.snapshot_gib * 2**30),
         lower_prefixes=options.lower_prefixes,
+        draft_level=draft_level,
+        draft_lookup=options.draft_lookup,
+        draft_tokens=options.draft_tokens,
+        draft_rows=options.draft_rows,
     )
     record = CudaRecording if options.graphs and device() == "cuda" else None
     return Engine(model.to(device()).eval(), policy, engine_options, record=record), tokenizer, api_options
+
+
+def _level_of(options: ServeOptions, flag: str, level: int | str | None, layers: int) -> int | None:
+    """The level that an option names, of a model of so many layers."""
+    if level is None:
+        return None
+    if options.adapter is None:
+        raise ValueError(f"{flag} needs --adapter: {options.model} alone has one level")
+    return resolve_level(level, read_adapter_config(options.adapter), layers)
 
 
 def policy_of(options: ServeOptions, units: int) -> Policy:

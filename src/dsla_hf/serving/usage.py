@@ -50,11 +50,14 @@ def what_is_served(engine: Engine, name: str, *, chats: bool, key: bool) -> str:
         texts = min(pool.num_blocks // max(engine.memory.blocks_for(engine.max_tokens - 1, level), 1), options.slots)
         return f"{texts} of that length at level {level}"
 
+    by = "by lookup" if options.draft_level is None else f"at level {options.draft_level}"
+    drafts = f"{by}, {options.draft_tokens or 'as many as pay'} tokens a call, while {options.draft_rows} texts at most run"
     rows = {
         "model": f"{name}: {type(levels.causal_lm).__name__}, {levels.num_layers} layers, {levels.dtype}, {weights / GIB:,.2f} GiB",
         "device": str(levels.device),
         "levels": f"{levels.lowest} to {control.highest} of {levels.num_units} {units}, now {control.level}, by {policy}",
         "texts": f"{options.slots} at a time, of {engine.max_tokens:,} tokens at most; {options.max_waiting} may wait",
+        **({} if engine.drafts is None else {"drafts": drafts}),
         "keys and values": f"{pool.num_blocks:,} blocks of {options.block_size} tokens, {room / GIB:,.2f} GiB: "
         + ", ".join(at_once(level) for level in dict.fromkeys((levels.lowest, control.highest))),
         "prefixes": prefixes_of(engine),

@@ -1,8 +1,8 @@
-"""Plain softmax attention of one token a row over its keys and values, for the layers of a model that stay softmax.
+"""Plain softmax attention of a token a row, or of a few, over its keys and values, for the layers of a model that stay softmax.
 
-What counts are the bytes of the cache, each read once: the query heads of a KV head share a program, and where rows and heads are
-few their tokens are cut into parts that run side by side (split-KV, as Flash-Decoding: Dao et al., 2023). A small second kernel joins
-the parts. The cut is made on the device, of the length that a row has and not of the room in the cache: neither does the host read a
+What counts are the bytes of the cache, each read once: the queries of a KV head share a program, those of all tokens, and where rows and
+heads are few their tokens are cut into parts that run side by side (split-KV, as Flash-Decoding: Dao et al., 2023). A small second kernel
+joins the parts. The cut is made on the device, of the length that a row has and not of the room in the cache: neither does the host read a
 length, nor does a short text in a large cache leave processors idle. Grid and addresses stay, so a step can be captured in a CUDA graph.
 """
 
@@ -22,16 +22,19 @@ from .tiles import NOTHING, load_tokens
 
 
 @triton.jit
-def _cut(lengths, row, room, window, parts, least, BN: tl.constexpr):
-    """Of a row: its length, the first token that is seen, and its tiles of BN tokens: the first, how many, and how many a part."""
+def _cut(lengths, starts, row, room, window, parts, least, T: tl.constexpr, BN: tl.constexpr):
+    """Of a row: its length, the place of its first query, and the tiles of BN tokens that any of its queries sees: the first, how many, and
+    how many a part."""
     length = tl.load(lengths + row).to(tl.int32)
     length = tl.minimum(tl.maximum(length, 0), room)
-    seen = length * 0
+    start = length - T
+    if starts is not None:
+        start = tl.load(starts + row).to(tl.int32)
+    first = length * 0
     if window is not None:
-        seen = tl.maximum(length - window, 0)
-    first = seen // BN
+        first = tl.minimum(tl.maximum(start + 1 - window, 0), length) // BN
     tiles = (length + BN - 1) // BN - first
-    return length, seen, first, tiles, tl.maximum((tiles + parts - 1) // parts, least)
+    return length, start, first, tiles, tl.maximum((tiles + parts - 1) // parts, least)
 
 
 @triton.jit
@@ -42,17 +45,18 @@ def _load_mask(mask, tile, length, BN: tl.constexpr):
 
 @triton.jit(do_not_specialize=COUNTS)
 def _softmax_decode_kernel(
-    q,  # [B, Hq, K]
+    q,  # [B, T, Hq, K]
     keys,  # [B, Hkv, T, K], or with a block table [blocks, BLOCK, Hkv, K]
     values,
     lengths,  # [B]
+    starts,  # [B] or None
     mask,  # uint8 [B, T] or None
     block_table,  # [B, most blocks] or None; with places [tables, B, most blocks]
     places,  # [Hkv, 2] or None
     sink_logits,  # [Hq] or None
-    o,  # [B, Hq, V]
-    pieces,  # fp32 [B * Hq, parts, V], for the join; None with one part
-    softmax,  # fp32 [B * Hq, 2, parts]: their tops and denominators
+    o,  # [B, T, Hq, V]
+    pieces,  # fp32 [B * T * Hq, parts, V], for the join; None with one part
+    softmax,  # fp32 [B * T * Hq, 2, parts]: their tops and denominators
     k_block,  # strides: of a block or, without a table, a row; of a head; of a token
     k_head,
     k_token,
@@ -68,6 +72,7 @@ def _softmax_decode_kernel(
     scale,
     softcap,  # or None
     HKV,
+    T: tl.constexpr,
     R: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -79,21 +84,23 @@ def _softmax_decode_kernel(
     DOT: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """A part of a row's tokens, for the query heads of a KV head (BM of them at most)."""
+    """A part of a row's tokens, for the queries of a KV head (BM of them at most)."""
     if OVERLAP:
         gdc_launch_dependents()
-    GROUPS: tl.constexpr = (R + BM - 1) // BM
+    GROUPS: tl.constexpr = (T * R + BM - 1) // BM
     number, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     row, head = (number // (HKV * GROUPS)).to(tl.int64), number // GROUPS % HKV
-    length, seen, first, tiles, share = _cut(lengths, row, room, window, parts, least, BN)
+    length, start, first, tiles, share = _cut(lengths, starts, row, room, window, parts, least, T, BN)
     begin = first + part * share
     end = tl.minimum(begin + share, first + tiles)
     if (part > 0) & (begin >= end):  # the first part is there for rows without tokens too
         return
 
-    group = number % GROUPS * BM + tl.arange(0, BM)
-    group_ok = group < R
-    heads = row * HKV * R + head * R + group
+    query = number % GROUPS * BM + tl.arange(0, BM)  # of a KV head: token by token its query heads
+    query_ok = query < T * R
+    rows = (row * T + query // R) * HKV * R + head * R + query % R
+    place = start + query // R
+    place = tl.where(place < length, place, -1)  # behind the row's tokens a query sees nothing
     columns = tl.arange(0, BK)
     column_ok = columns < K
     channels = tl.arange(0, BV)
@@ -104,11 +111,11 @@ def _softmax_decode_kernel(
         column = tl.load(places + head * 2 + 1)
     keys += column.to(tl.int64) * k_head
     values += column.to(tl.int64) * v_head
-    q_tile = load_rows(q, heads, group_ok, K, columns, column_ok)
+    q_tile = load_rows(q, rows, query_ok, K, columns, column_ok)
     top = tl.full([BM], NOTHING, tl.float32)
     denominator = tl.zeros([BM], tl.float32)
     if sink_logits is not None and pieces is None:  # with several parts the join counts it
-        logit = tl.load(sink_logits + head * R + group, mask=group_ok, other=0.0).to(tl.float32) * LOG2_E
+        logit = tl.load(sink_logits + head * R + query % R, mask=query_ok, other=0.0).to(tl.float32) * LOG2_E
         top = tl.maximum(top, logit)
         denominator = tl.exp2(logit - top)
     result = tl.zeros([BM, BV], tl.float32)
@@ -119,29 +126,37 @@ def _softmax_decode_kernel(
         shown = _load_mask(mask, begin, length, BN)
     for tile in range(begin, end):
         token = tile * BN + tl.arange(0, BN)
-        visible = (token >= seen) & (token < length)
+        there = token < length
+        if window is not None:
+            there = there & (token > start - window)
         if mask is not None:
-            visible = visible & (shown != 0)
+            there = there & (shown != 0)
             shown = _load_mask(mask, tile + 1, length, BN)
         if block_table is None:
             block, inside = row, token
         elif BLOCK % BN == 0:  # a tile lies in one block
             block, inside = tl.load(block_table + row * table_row + tile * BN // BLOCK).to(tl.int64), token % BLOCK
         else:
-            block = tl.load(block_table + row * table_row + token // BLOCK, mask=visible, other=0).to(tl.int64)
+            block = tl.load(block_table + row * table_row + token // BLOCK, mask=there, other=0).to(tl.int64)
             inside = token % BLOCK
-        k_tile = load_tokens(keys, block, inside, visible, k_block, k_token, columns, column_ok)
-        v_tile = load_tokens(values, block, inside, visible, v_block, v_token, channels, channel_ok)
+        k_tile = load_tokens(keys, block, inside, there, k_block, k_token, columns, column_ok)
+        v_tile = load_tokens(values, block, inside, there, v_block, v_token, channels, channel_ok)
+        if T == 1 and starts is None:  # the last token of its row sees all of them
+            visible = there[None, :]
+        else:
+            visible = there[None, :] & (token[None, :] <= place[:, None])
+            if window is not None:
+                visible = visible & (token[None, :] > place[:, None] - window)
         scores = softmax_scores(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), scale, softcap)
-        top, denominator, result = softmax_step(scores, visible[None, :], v_tile, top, denominator, result, DOT, "ieee")
-    store_ok = group_ok[:, None] & channel_ok[None, :]
+        top, denominator, result = softmax_step(scores, visible, v_tile, top, denominator, result, DOT, "ieee")
+    store_ok = query_ok[:, None] & channel_ok[None, :]
     if pieces is None:
         result /= tl.where(denominator > 0, denominator, 1.0)[:, None]
-        tl.store(o + heads[:, None] * V + channels[None, :], result.to(o.dtype.element_ty), mask=store_ok)
+        tl.store(o + rows[:, None] * V + channels[None, :], result.to(o.dtype.element_ty), mask=store_ok)
     else:
-        tl.store(pieces + (heads * parts + part)[:, None] * V + channels[None, :], result, mask=store_ok)
-        tl.store(softmax + heads * 2 * parts + part, top, mask=group_ok)
-        tl.store(softmax + (heads * 2 + 1) * parts + part, denominator, mask=group_ok)
+        tl.store(pieces + (rows * parts + part)[:, None] * V + channels[None, :], result, mask=store_ok)
+        tl.store(softmax + rows * 2 * parts + part, top, mask=query_ok)
+        tl.store(softmax + (rows * 2 + 1) * parts + part, denominator, mask=query_ok)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -149,6 +164,7 @@ def _join_kernel(
     pieces,
     softmax,
     lengths,
+    starts,
     sink_logits,
     o,
     parts,
@@ -156,18 +172,19 @@ def _join_kernel(
     least,
     window,
     HQ,
+    T: tl.constexpr,
     V: tl.constexpr,
     BV: tl.constexpr,
     BN: tl.constexpr,
     BP: tl.constexpr,  # parts at a time
     OVERLAP: tl.constexpr,
 ):
-    """Joins the parts of one row and query head, those that had tokens: the others have written nothing."""
+    """Joins the parts of one query, those that had tokens: the others have written nothing."""
     number = tl.program_id(0).to(tl.int64)
-    row, head = number // HQ, number % HQ
+    row, head = number // (T * HQ), number % HQ
     channels = tl.arange(0, BV)
     channel_ok = channels < V
-    length, seen, first, tiles, share = _cut(lengths, row, room, window, parts, least, BN)
+    length, start, first, tiles, share = _cut(lengths, starts, row, room, window, parts, least, T, BN)
     written = tl.maximum((tiles + share - 1) // share, 1)
     top = tl.full([1], NOTHING, tl.float32)
     denominator = tl.zeros([1], tl.float32)
@@ -209,10 +226,11 @@ def _softmax_decode(
     window: int | None,
     splits: int,
     places: Tensor | None,
+    starts: Tensor | None,
 ) -> Tensor:
     plan = make_plan(q, keys, values, block_table, window, splits, places)
     order = (0, 1, 2) if block_table is None else (0, 2, 1)  # a row or block, a head, a token
-    rows, parts = q.shape[0] * q.shape[2], plan.grid[1]
+    rows, parts = q.shape[:3].numel(), plan.grid[1]
     o = new_output(q, values)
     pieces = softmax = None
     if parts > 1:
@@ -223,6 +241,7 @@ def _softmax_decode(
         keys,
         values,
         lengths,
+        starts,
         None if mask is None else mask.view(torch.uint8),  # which every backend can load
         block_table,
         places,
@@ -243,7 +262,7 @@ def _softmax_decode(
         **plan.options,
     )
     if pieces is not None:
-        _join_kernel[(rows,)](pieces, softmax, lengths, sink_logits, o, parts, plan.room, plan.least, window, **plan.join)
+        _join_kernel[(rows,)](pieces, softmax, lengths, starts, sink_logits, o, parts, plan.room, plan.least, window, **plan.join)
     return o
 
 
@@ -265,16 +284,17 @@ def softmax_decode(
     block_table: Tensor | None = None,
     mask: Tensor | None = None,
     heads: Tensor | None = None,
+    starts: Tensor | None = None,
     splits: int = 0,
 ) -> Tensor:
-    """Softmax attention of one token a row over its keys and values, which include its own. No gradient.
+    """Softmax attention of a token a row, or of a few, over its keys and values, which include theirs. No gradient.
 
     Arguments, result and errors as `reference.softmax_decode`, in bf16, fp32 or fp16, with heads of up to 256, and
 
         keys, values: of any strides, but for a dense last dimension; read where they are.
         splits: parts that a row's tokens are cut into; 0 chooses by shape.
     """
-    check_softmax_decode_inputs(q, keys, values, lengths, softcap, sink_logits, window, block_table, mask, heads)
+    check_softmax_decode_inputs(q, keys, values, lengths, softcap, sink_logits, window, block_table, mask, heads, starts)
     check_softmax_kernel_inputs(q, keys, values)
     if splits < 0:
         raise ValueError(f"splits must be 0 (chosen by shape) or a number of parts, got {splits}")
@@ -291,4 +311,5 @@ def softmax_decode(
         window,
         splits,
         None if heads is None else heads.contiguous(),
+        None if starts is None else starts.contiguous(),
     )

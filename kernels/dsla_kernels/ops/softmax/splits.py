@@ -11,7 +11,9 @@ from ...common import processors
 from ...overlap import can_overlap, overlapping
 from .tiles import DOT_TYPES, Launch, head_tiles
 
-GROUP_TILE = 16  # query heads of a product, as few as tensor cores take; a larger group has several programs
+GROUP_TILE = 16  # queries of a product, as few as tensor cores take; a larger group of query heads has several programs
+# Those of several tokens share a program as far as registers hold what they give, so that keys and values are read once.
+MOST_QUERIES, MOST_RESULTS = 64, 8192
 LEAST_TOKENS = 128  # a part, unless the caller wants a number of parts
 # The same of rows in blocks, if there are several: of short ones the first part does all, and the others leave at once.
 LEAST_OF_MANY = 512
@@ -85,12 +87,16 @@ def _plan(
     device: torch.device,
     wanted: Launch | None,
 ) -> Plan:
-    batch, _, heads, key_dim = q
+    batch, queries, heads, key_dim = q
     room, block = (tokens, 0) if blocks is None else (tokens * blocks, tokens)
     block_key, block_value = head_tiles(key_dim, value_dim)
     launch = wanted or choose_launch(max(block_key, block_value) * dtype.itemsize)
-    tiles = triton.cdiv(room if window is None else min(room, window), launch.tokens)
-    programs = batch * kv_heads * triton.cdiv(heads // kv_heads, GROUP_TILE)
+    tiles = triton.cdiv(room if window is None else min(room, window + queries - 1), launch.tokens)
+    of_a_head = queries * (heads // kv_heads)
+    together = (
+        GROUP_TILE if queries == 1 else max(GROUP_TILE, min(triton.next_power_of_2(of_a_head), MOST_QUERIES, MOST_RESULTS // block_value))
+    )
+    programs = batch * kv_heads * triton.cdiv(of_a_head, together)
     uneven = blocks is not None and batch > 1
     least = 1 if splits else triton.cdiv(LEAST_OF_MANY if uneven else LEAST_TOKENS, launch.tokens)
     if splits:
@@ -100,13 +106,13 @@ def _plan(
     else:
         parts = choose_splits(programs, tiles, least, 2 * processors(device))
     overlap = parts > 1 and can_overlap(device)
-    shared = {"V": value_dim, "BV": block_value, "BN": launch.tokens, "OVERLAP": overlap}
+    shared = {"T": queries, "V": value_dim, "BV": block_value, "BN": launch.tokens, "OVERLAP": overlap}
     options = shared | {
         "HKV": kv_heads,
         "R": heads // kv_heads,
         "K": key_dim,
         "BK": block_key,
-        "BM": GROUP_TILE,
+        "BM": together,
         "BLOCK": block,
         "DOT": DOT_TYPES[dtype],
         "num_warps": launch.warps,

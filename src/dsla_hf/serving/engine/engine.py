@@ -27,6 +27,7 @@ from ...inference.sampling import Constraint
 from ...levels.policies import FixedLevel, Load, Policy, Stats, as_policy
 from ..control import LevelControl
 from .buckets import TOKEN_SECONDS, Buckets
+from .drafts import Drafts, Round, check_draft_level, drafts_of
 from .graphs import GraphRunner
 from .health import Health
 from .levels import Levels
@@ -90,6 +91,9 @@ class EngineOptions:
         `kv_bytes`, where that holds one.
     lower_prefixes: texts may begin with what others have read at lower levels, and are raised behind it; otherwise only with what was read
         at their own level.
+    draft_level: while few texts run, the model guesses tokens at this level, above that of the texts, and several are checked in one call:
+        texts stay what they are. None: it does not. draft_lookup: what followed the same tokens before is guessed.
+    draft_tokens: guesses in a call; None: as many as pay, by measured times. draft_rows: texts that may run while tokens are guessed.
     """
 
     slots: int = 32
@@ -109,6 +113,10 @@ class EngineOptions:
     prefix_reuse: bool | None = None
     snapshot_bytes: int | None = None
     lower_prefixes: bool = False
+    draft_level: int | None = None
+    draft_lookup: bool = False
+    draft_tokens: int | None = None
+    draft_rows: int = 4
 
     def __post_init__(self) -> None:
         if not self.reuses and (self.snapshot_bytes or self.lower_prefixes):
@@ -116,10 +124,16 @@ class EngineOptions:
             raise ValueError(f"{named} is for prefix_reuse, which is off here: leave one of them out")
         if self.snapshot_bytes is not None and self.snapshot_bytes < 0:
             raise ValueError(f"snapshot_bytes must be 0 or more, got {self.snapshot_bytes}")
+        if self.draft_level is not None and self.draft_lookup:
+            raise ValueError(f"draft_level {self.draft_level} beside draft_lookup: one thing drafts; leave one of them out")
+        if self.draft_tokens is not None and self.draft_level is None and not self.draft_lookup:
+            raise ValueError(f"draft_tokens {self.draft_tokens} without draft_level or draft_lookup: nothing drafts; give one of them")
+        if self.batch_invariant and (self.draft_level is not None or self.draft_lookup):
+            raise ValueError("drafts are not for batch_invariant: how many tokens a call reads hangs on the load; leave one of them out")
         if self.prefix_reuse and self.batch_invariant:
             raise ValueError("prefix_reuse True is not for batch_invariant: sums depend on what was read before; leave one of them out")
-        for name in ("slots", "max_waiting", "block_size", "chunk"):
-            if getattr(self, name) < 1:
+        for name in ("slots", "max_waiting", "block_size", "chunk", "draft_rows", "draft_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if not 0 < self.prompt_share <= 1:
             raise ValueError(f"prompt_share must be above 0 and at most 1, got {self.prompt_share}")
@@ -186,6 +200,7 @@ class Engine:
         if levels.unit == "head":
             self._stats_of_levels["ladder"] = tuple(levels.ladder)
             logger.info("levels in use, in KV heads of %d that are DSLA: %s", levels.num_units, levels.ladder)
+        check_draft_level(levels, options.draft_level, highest if isinstance(policy, FixedLevel) else levels.lowest)
         self.control = LevelControl(
             policy,
             lowest=levels.lowest,
@@ -217,9 +232,11 @@ class Engine:
         )
         self.next_tokens = NextTokens(options.slots, self.vocab_size, eos_tokens, levels.device, one)
         self.scheduler = Scheduler(options.slots, options.max_waiting)
+        self.drafts = drafts_of(options, self.runner, record, clock)
         self.chunk = options.chunk
         self.health = Health()
-        self.watchdog = Watchdog(options.step_timeout, lambda: self.runner.preparing, clock)
+        runners = [self.runner] if self.drafts is None else [self.runner, *self.drafts.runners]
+        self.watchdog = Watchdog(options.step_timeout, lambda: any(runner.preparing for runner in runners), clock)
         self.finished: dict[str, int] = {"stop": 0, "length": 0, "cancelled": 0, "error": 0}
         self.reuse = PrefixReuse(self.memory, self._snapshots_fit(snapshot_bytes), options.lower_prefixes)
         self.reuses = options.reuses
@@ -231,6 +248,7 @@ class Engine:
         self._chunk_changed = 0.0
         self._alone = True  # whether no cohort of another level runs: else what a token takes says nothing of the level
         self._owed = 0.0  # seconds of generation before prompts are read again
+        self._round: Round | None = None  # of drafts, while its tokens are told
         self._untold: list[tuple[Request, Event]] = []
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)
@@ -409,6 +427,7 @@ class Engine:
             "tokens_at_level": list(self.tokens_at_level),
             "finished": dict(self.finished),
             "calls": self.runner.calls(),
+            "drafts": None if self.drafts is None else self.drafts.counts(),
             "draining": self._draining,
             "problem": self.problem,
             "failed_steps": self.health.failed_steps,
@@ -428,7 +447,10 @@ class Engine:
         if self.levels.device.type == "cuda":
             self.memory.rehearse_folds(self.expected_levels())
             self.next_tokens.rehearse(self.levels.dtype)
-        self.runner.prepare(self.expected_levels() if levels is None else levels, anywhere=self.reuse.snapshots.budget > 0)
+        levels = self.expected_levels() if levels is None else list(levels)
+        self.runner.prepare(levels, anywhere=self.reuse.snapshots.budget > 0)
+        if self.drafts is not None:
+            self.drafts.prepare(levels)
 
     def forget_prefixes(self) -> None:
         """Let no text begin with what was read until now: for weights that were changed in place. Another adapter needs none of that.
@@ -715,6 +737,11 @@ class Engine:
         return logits[-1]
 
     def _generate(self, level: int, requests: list[Request]) -> None:
+        scheduler, drafts = self.scheduler, self.drafts
+        most = 0 if drafts is None else drafts.most(level, requests, len(scheduler.running), len(scheduler.waiting))
+        if drafts is not None and most and self._generate_drafted(drafts, level, requests, most):
+            return
+        begin = self.clock()
         try:
             logits = self.runner.decode(level, requests)
             # A GPU is at work now: the host has time to tell, also for what listeners set off in other threads.
@@ -723,9 +750,41 @@ class Engine:
             self._failed(requests, error)
             return
         self.health.succeeded("decode")
+        if drafts is not None:
+            drafts.plain(most, self.clock() - begin)
         for request, token in zip(requests, tokens, strict=True):
             request.cached += 1
             self._accept(request, token)
+
+    def _generate_drafted(self, drafts: Drafts, level: int, requests: list[Request], most: int) -> bool:
+        """As `_generate`, up to `most` + 1 tokens of each text in one call; whether there was a draft."""
+        try:
+            done = drafts.check(level, requests, most)
+            if done is None:
+                return False
+            self._round = done
+            going, place = list(range(len(requests))), 0
+            while going:  # token by token, as without drafts: what is asked of a token hangs on those before it
+                texts = [requests[number] for number in going]
+                tokens = self.next_tokens(done.logits[going, place], texts, self._tell_all if place == 0 else None)
+                went_on = []
+                for number, request, token in zip(going, texts, tokens, strict=True):
+                    request.cached += 1
+                    right = done.took(number, token.token)
+                    self._accept(request, token)
+                    if right and request.finished is None and not request.cancelled:
+                        went_on.append(number)
+                going, place = went_on, place + 1
+            drafts.keep(done, most)
+        except Exception as error:
+            if not (running := [request for request in requests if request.finished is None]):
+                raise
+            self._failed(running, error)
+            return True
+        finally:
+            self._round = None
+        self.health.succeeded("decode")
+        return True
 
     def _accept(self, request: Request, drawn: NextToken) -> None:
         """A new token of a text."""
@@ -805,8 +864,11 @@ class Engine:
         if request.finished is not None:
             return
         if request.slot is not None:
-            if error is None and self.reuses:
-                self.reuse.keep(request)  # a chat goes on from its answer
+            if error is None:
+                if self._round is not None:
+                    self._round.settle(request)  # what others go on from is whole
+                if self.reuses:
+                    self.reuse.keep(request)  # a chat goes on from its answer
             self.memory.release(request.slot)
         if self.reuses:
             self.reuse.gone(request)
@@ -848,7 +910,8 @@ class Engine:
         free, limit = None, physical_memory()
         if levels.device.type == "cuda":
             heads = levels.converted(levels.highest).items()
-            states = sum(4 * 2 * len(some) * levels.cores[i].key_dim * levels.cores[i].value_dim for i, some in heads) * options.slots
+            rows = options.slots + (0 if options.draft_level is None else 2 * options.draft_rows)
+            states = sum(4 * 2 * len(some) * levels.cores[i].key_dim * levels.cores[i].value_dim for i, some in heads) * rows
             free = limit = int(0.9 * torch.cuda.mem_get_info(levels.device)[0]) - states
         room, snapshots = options.kv_bytes, options.snapshot_bytes
         if snapshots is not None and snapshots > limit:

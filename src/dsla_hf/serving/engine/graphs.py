@@ -34,7 +34,7 @@ class GraphRunner(ModelRunner):
 
     Args:
         record: such as `dsla_hf.inference.recorder.CudaRecording`; `PlainRecording` for tests.
-        chunk: tokens of the largest piece. one_shape: of `ModelRunner`.
+        chunk: tokens of the largest piece; 0: it reads no prompts. one_shape: of `ModelRunner`.
     """
 
     def __init__(self, levels: Levels, memory: SlotMemory, record: Record, chunk: int, one_shape: bool = False):
@@ -45,7 +45,7 @@ class GraphRunner(ModelRunner):
         # Of each row the token, tokens before it, and whether it takes part.
         self.inputs = torch.zeros(slots, 3, dtype=torch.long, device=device)
         self._logits: Tensor | None = None  # [slots, V], made by the first step
-        self.sizes = piece_sizes(chunk) if self.in_blocks else []
+        self.sizes = piece_sizes(chunk) if self.in_blocks and chunk else []
         self.piece = torch.zeros(3 + chunk, dtype=torch.long, device=device)  # slot, tokens before, tokens, and these
         self._piece_logits: Tensor | None = None  # [1, V]
         # By key, what a recording reads: a layer of an adapter may compose weights for one level at a time, and these stay.
@@ -126,7 +126,7 @@ class GraphRunner(ModelRunner):
 
     def _run(self, level: int, ids: list[int], lengths: list[int], active: list[bool]) -> Tensor:
         rows = min(power_of_two(len(ids)), self.memory.num_slots)
-        past = 0 if self.in_blocks else shown_tokens(self._past(lengths))
+        past = self.past(lengths)
         key = level, rows, past
         given = [*zip(ids, lengths, active, strict=True), *[(0, 0, False)] * (rows - len(ids))]
         self.inputs[:rows].copy_(torch.tensor(given, dtype=torch.long))  # in one: the host waits for every copy
@@ -142,6 +142,9 @@ class GraphRunner(ModelRunner):
         self.recorder.run(key, step)
         assert self._logits is not None
         return self._logits
+
+    def past(self, lengths: list[int]) -> int:
+        return 0 if self.in_blocks else shown_tokens(super().past(lengths))
 
     def _place(self, level: int, start: int) -> str:
         """What kind of piece begins behind `start` tokens. Without DSLA layers it is the same behind any."""

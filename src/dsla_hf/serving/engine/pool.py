@@ -9,6 +9,7 @@ H heads of a layer, T new tokens, L past tokens.
 
 from __future__ import annotations
 
+import copy
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -284,6 +285,20 @@ class BlockPool:
         position = torch.arange(tokens, device=self.tables.device)
         table = places.of(self.tables)[..., slots, :]
         return self._at(places, table[..., position // self.block_size] * self.block_size + position % self.block_size)
+
+    def read_at(self, places: HeadPlaces, slots: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, T, H, D]` of the tokens `position` `[B, T]` of the texts in slots `[B]`; of those that there are not,
+        anything."""
+        table = places.of(self.tables)[..., slots, :]
+        block = (position // self.block_size).clamp_max(table.shape[-1] - 1).expand(*table.shape[:-1], -1)
+        return self._at(places, table.gather(-1, block) * self.block_size + position % self.block_size)
+
+    def beside(self, num_slots: int) -> BlockPool:
+        """The same blocks with tables for so many other slots, which own none of them."""
+        other = copy.copy(self)
+        other.tables = self.tables.new_zeros(self.num_groups, num_slots, self.tables.shape[2])
+        other._index = other._write = None
+        return other
 
     def _at(self, places: HeadPlaces, index: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, T, H, D]` at `index`, `[B, T]` of a group or `[H, B, T]`."""

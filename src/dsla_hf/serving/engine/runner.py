@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,19 @@ from .levels import Levels
 from .pool import Rows
 from .request import Request
 from .slots import SlotMemory
+
+
+class Running(Protocol):
+    """A text that waits for its next token; see `Request`."""
+
+    @property
+    def slot(self) -> int | None: ...
+
+    @property
+    def tokens(self) -> list[int]: ...
+
+    @property
+    def cached(self) -> int: ...
 
 
 class ModelRunner:
@@ -63,7 +76,7 @@ class ModelRunner:
             return self._logits_of(request.level, ids, rows, None, last)[0]
 
     @torch.no_grad()
-    def decode(self, level: int, requests: list[Request]) -> Tensor:
+    def decode(self, level: int, requests: Sequence[Running]) -> Tensor:
         """The next step of texts of one level; logits `[len(requests), V]` in their order.
 
         The batch spans all slots up to the highest in use: rows in between that do not take part are padding, and states are
@@ -95,9 +108,9 @@ class ModelRunner:
     def _run(self, level: int, ids: list[int], lengths: list[int], active: list[bool]) -> Tensor:
         device = self.levels.device
         tokens, read, takes_part = (torch.tensor(x, device=device) for x in (ids, lengths, active))
-        return self._step(level, tokens, read, takes_part, self._past(lengths))
+        return self._step(level, tokens, read, takes_part, self.past(lengths))
 
-    def _past(self, lengths: list[int]) -> int:
+    def past(self, lengths: list[int]) -> int:
         """Tokens before the new ones that a step is shown, where rows are not read in their blocks."""
         return self.memory.max_tokens if self.one_shape else max(lengths)
 
@@ -112,6 +125,19 @@ class ModelRunner:
         position = torch.arange(past + 1, device=ids.device)
         mask = (position >= (past - lengths)[:, None]) & active[:, None]
         return self._call(level, ids[:, None], rows, mask.long())
+
+    def several(self, level: int, slots: Tensor, ids: Tensor, lengths: Tensor, counts: Tensor, past: int) -> Tensor:
+        """Of each row the first `counts` `[B]` of ids `[B, T]`, behind the `lengths` `[B]` tokens of the text in its slot `[B]`; logits
+        `[B, T, V]`. `past` as in a step. Reads no value on the host."""
+        tokens = ids.shape[1]
+        active = torch.arange(tokens, device=ids.device) < counts[:, None]
+        if self.in_blocks:
+            rows = Rows(slots, active, lengths, 0, in_blocks=True)
+            with self._reading(level, rows, lengths + counts, lengths):
+                return self._logits_of(level, ids, rows, active.long(), tokens)
+        rows = Rows(slots, active, lengths, past)
+        before = torch.arange(past, device=ids.device) >= (past - lengths)[:, None]
+        return self._logits_of(level, ids, rows, torch.cat([before, active], 1).long(), tokens)
 
     def _reading(self, level: int, rows: Rows, lengths: Tensor, starts: Tensor | None = None) -> Any:
         """For a call at a level on `rows`, which have `lengths` tokens with the new ones and `starts` before them."""

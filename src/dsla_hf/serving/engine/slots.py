@@ -65,6 +65,8 @@ class SlotStates(DSLACacheLayer):
 
     def advance(self, state: DualState, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> None:
         assert self._slots is not None, "open() comes before a model call"
+        if self.holds_back(k, v):
+            return
         self.store(self._slots, state, self.state if isinstance(self._slots, slice) else None)  # a kernel writes in place
         self.tokens += k.shape[1]
 
@@ -116,6 +118,15 @@ class SlotMemory:
             softmax = [getattr(layer, "parts", (layer,))[0] for layer in self._layers_at(level)]
             self._places[level] = [x.places.for_attention() if isinstance(x, PagedLayer) else None for x in softmax]
         return self._places[level]
+
+    def states(self, level: int) -> list[tuple[int, tuple[int, ...], SlotStates]]:
+        """Of each layer with DSLA at a level, which the model is at: its number, the converted heads in their order, and their states."""
+        found = []
+        for number, layer in enumerate(self._layers_at(level)):
+            part = layer.converted if isinstance(layer, PartialCacheLayer) else layer
+            if isinstance(part, SlotStates):
+                found.append((number, layer.heads if part is not layer else tuple(range(self.levels.kv_heads)), part))
+        return found
 
     def blocks_for(self, tokens: int, level: int) -> int:
         """Blocks that a text of so many tokens needs at a level."""

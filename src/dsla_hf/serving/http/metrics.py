@@ -94,6 +94,7 @@ class EngineCollector(Collector):
             ("vllm:prefix_cache_queries", now["prefix_queries"], "Prompt tokens looked for among those that other texts have left"),
             ("vllm:prefix_cache_hits", now["prefix_hits"], "Prompt tokens found there, and so not read"),
             ("vllm:generation_tokens", now["generated_tokens"], "Tokens generated"),
+            *self._drafts(now),
         ):
             counter = CounterMetricFamily(name, what, labels=["model_name"])
             counter.add_metric(labels, value)
@@ -106,6 +107,17 @@ class EngineCollector(Collector):
         between = HistogramMetricFamily("vllm:inter_token_latency_seconds", "Between two tokens of a request", labels=["model_name"])
         between.add_metric(labels, [(floatToGoString(limit), count) for limit, count in intervals.cumulated()], intervals.sum)
         yield between
+
+    @staticmethod
+    def _drafts(now: dict[str, Any]) -> list[tuple[str, int, str]]:
+        """Of a server that drafts."""
+        if now["drafts"] is None:
+            return []
+        return [
+            ("vllm:spec_decode_num_drafts", now["drafts"]["rounds"], "Calls that checked drafts"),
+            ("vllm:spec_decode_num_draft_tokens", now["drafts"]["drafted"], "Tokens guessed"),
+            ("vllm:spec_decode_num_accepted_tokens", now["drafts"]["accepted"], "Guesses that are in the text"),
+        ]
 
     @staticmethod
     def _healthy(now: dict[str, Any]) -> float:

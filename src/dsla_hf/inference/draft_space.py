@@ -1,0 +1,256 @@
+"""What drafts in recorded steps have beside the level that checks them, over static caches at addresses that stay.
+
+The checking level has the keys and values of heads that it keeps, and states of the others. A draft reads the keys and values of heads that
+it keeps where they lie, and writes its guesses behind them, over which the check then writes its own; where such heads of a layer do not
+lie side by side, it has a copy. Of heads that it converts it has states: those of the checking level, or the fold of that one's keys and
+values; one copy after the text, where it is a fold, and one that guesses change. A check leaves the states that it reads as they are, and
+takes in what was accepted afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import StaticCache
+
+from ..compat.attributes import versions_of
+from ..core.cache import StaticDSLACacheLayer, VisibleStaticLayer, fold_in_pieces
+from ..core.heads import of_heads
+from ..core.partial_cache import PartialCacheLayer, heads_from, join_states
+from ..core.past import DualState, clone_state
+
+
+def is_of_drafts(key: Any) -> bool:
+    """Whether a key of a recorder is of a step here."""
+    return key[1] in ("follow", "draft", "check", "commit")
+
+
+class LayerOfLevels(NamedTuple):
+    """What a layer is at a level: its part, as `graph.part_of` says it, and the DSLA attention that it runs, None where there is none."""
+
+    part: Any
+    attention: Any
+
+    @property
+    def converted(self) -> tuple[int, ...]:
+        """The converted KV heads, in the order in which they lie in a cache."""
+        if self.part is False:
+            return ()
+        return tuple(range(self.attention.dsla.num_kv_heads)) if self.part is True else self.part[0]
+
+    @property
+    def core(self) -> Any:
+        """What is DSLA's own of the converted heads, a `DualStateAttention`; None where there are none."""
+        return None if self.attention is None else self.attention.converted_core()
+
+
+class DraftSpace:
+    """What drafts at one level have beside a `Workspace` at the level that checks them, at addresses that stay.
+
+    Args:
+        space: the `Workspace`, after its prompt was read. config: of the model.
+        draft, check: of each layer what it is at either level.
+        longest: tokens of a draft at most.
+    """
+
+    def __init__(self, space: Any, config: Any, draft: Sequence[LayerOfLevels], check: Sequence[LayerOfLevels], longest: int):
+        device = space.tokens.device
+        self.space, self.longest = space, longest
+        self.parts, self.checked_parts = (tuple(layer.part for layer in layers) for layers in (draft, check))
+        self.tokens, self.positions, self.lengths = (torch.zeros_like(x) for x in (space.tokens, space.positions, space.lengths))
+        self.logits = torch.zeros_like(space.logits)
+        self.checked = torch.zeros(1, longest + 1, dtype=torch.long, device=device)
+        self.checked_logits = space.logits.new_zeros(longest + 1, space.logits.shape[1])
+        self.count = torch.zeros(1, dtype=torch.long, device=device)  # tokens that are folded next
+        self.folded = torch.zeros(1, dtype=torch.long, device=device)  # tokens in the states, for steps; the host's count:
+        self.folded_tokens = 0
+        layers = space.cache.layers
+        self._made_for = self._seen(draft, check, longest)
+        self._cores = [layer.core for layer in (*draft, *check)]  # as long as they are there, others are not at their addresses
+        self.committed = [_Committed(layer, low, longest + 1) for layer, low in zip(layers, check, strict=True) if low.part is not False]
+        self.converted = [
+            _Converted(layer, high, low, space.length)
+            for layer, high, low in zip(layers, draft, check, strict=True)
+            if high.part is not False
+        ]
+        of_drafts = iter(self.converted)
+        self.cache = StaticCache(config=config, max_cache_len=space.length)
+        self.cache.layers = [layer if part is False else next(of_drafts).layer for layer, part in zip(layers, self.parts, strict=True)]
+        self.shared = [memory for memory in map(_memory, layers) if memory is not None]
+
+    def fits(self, draft: Sequence[LayerOfLevels], check: Sequence[LayerOfLevels], longest: int) -> bool:
+        """Whether this is what such drafts need, as the workspace's memory and the weights lie now."""
+        return self._made_for == self._seen(draft, check, longest)
+
+    def _seen(self, draft: Sequence[LayerOfLevels], check: Sequence[LayerOfLevels], longest: int) -> list[Any]:
+        """What all here rests on."""
+        seen: list[Any] = [longest]
+        for layer, high, low in zip(self.space.cache.layers, draft, check, strict=True):
+            memory, states = _memory(layer), _states(layer)
+            tensors = ([] if memory is None else [memory.keys, memory.values]) + ([] if states is None else list(states.state))
+            # Heads of a core that are its weights picked out are of these weights: another core, or written anew, makes them others.
+            cores = [core for core in (high.core, low.core) if core is not None]
+            weights = [versions_of(core.parameters()) for core in cores]
+            seen.append((high.part, low.part, [x.data_ptr() for x in tensors], list(map(id, cores)), weights))
+        return seen
+
+    def show(self, tokens: int) -> None:
+        """As `Workspace.show`; each layer counts for itself."""
+        for layer in self.cache.layers:
+            for part in getattr(layer, "parts", (layer,)):
+                if isinstance(part, VisibleStaticLayer):
+                    part.visible, part.places = tokens, None
+                else:
+                    part.max_length, part.counts = tokens, True
+
+    def read(self, tokens: int, mask: Tensor | None) -> None:
+        """Fold the text from where the states are up to so many tokens, of any number; mask `[1, T]`, None without padding."""
+        for layer in self.converted:
+            layer.read(self.folded_tokens, tokens, mask)
+        self.folded_tokens = tokens
+        self.folded.fill_(tokens)
+
+    def follow(self) -> None:
+        """Fold the next `count` tokens, `longest` + 1 at most: a step that can be recorded."""
+        new, places = self._new_tokens(self.folded)
+        self.folded.add_(self.count)
+        for layer in self.converted:
+            layer.follow(places, new, self.folded)
+
+    def commit(self) -> None:
+        """Of the tokens that were checked take the first `count` into the checking level's states: a step that can be recorded."""
+        new, _ = self._new_tokens(self.count)
+        for layer in self.committed:
+            layer.take_in(new, self.count)
+
+    def _new_tokens(self, first: Tensor) -> tuple[Tensor, Tensor]:
+        """Of `longest` + 1 tokens from the place `first` on: whether they are among the first `count`, and where they lie."""
+        number = torch.arange(self.longest + 1, device=self.count.device)
+        return (number < self.count)[None], (first + number).clamp_max(self.space.length - 1)
+
+    def hold_back(self, holds: bool) -> None:
+        """Whether tokens that the checking level reads leave its states as they are."""
+        for layer in self.committed:
+            layer.states.scratch = layer.scratch if holds else None
+
+    def after(self, tokens: int) -> None:
+        """What guesses may write to is as after so many tokens of the text, where they have not been checked."""
+        for memory in self.shared:
+            memory.cumulative_length.fill_(tokens)
+
+
+def _memory(layer: Any) -> Any:
+    """Of a layer of a cache the `VisibleStaticLayer` of keys and values; None if there is none."""
+    softmax = layer.softmax if isinstance(layer, PartialCacheLayer) else layer
+    return softmax if isinstance(softmax, VisibleStaticLayer) else None
+
+
+def _states(layer: Any) -> Any:
+    """Of a layer of a cache the `StaticDSLACacheLayer`; None if there is none."""
+    states = layer.converted if isinstance(layer, PartialCacheLayer) else layer
+    return states if isinstance(states, StaticDSLACacheLayer) else None
+
+
+class _Committed:
+    """States of the checking level in a layer, and the keys and values of the tokens that were checked last."""
+
+    def __init__(self, layer: Any, level: LayerOfLevels, tokens: int):
+        self.states, self.core, split = _states(layer), level.core, level.attention.split
+        state = self.states.state
+        device = state.window_k.device
+        self.heads = None if split is None else split.on(device).converted
+        heads = self.core.num_kv_heads if split is None else split.num_kv_heads
+        self.scratch = tuple(x.new_zeros(1, tokens, heads, x.shape[-1]) for x in (state.window_k, state.window_v))
+
+    def take_in(self, new: Tensor, count: Tensor) -> None:
+        k, v = self.scratch
+        state = self.core.fold(k, v, new, self.states.state, padding_at_end=True, kv_heads=self.heads)
+        for mine, theirs in zip(self.states.state, state, strict=True):
+            mine.copy_(theirs)
+        self.states.tokens.add_(count[0])
+
+
+class _Converted:
+    """A layer of a draft that is converted, whole or in part.
+
+    text: states of heads that the draft alone converts, after the tokens of the text that are folded. layer: of the cache, which guesses
+    write to."""
+
+    def __init__(self, checked: Any, draft: LayerOfLevels, check: LayerOfLevels, length: int):
+        self.memory, self.states = _memory(checked), StaticDSLACacheLayer(length)
+        self.known = _states(checked)  # of the checking level
+        heads, known = draft.converted, check.converted
+        own = tuple(head for head in heads if head not in known)
+        held = check.part[1] if isinstance(check.part, tuple) else () if check.part else tuple(range(draft.attention.dsla.num_kv_heads))
+        device = (self.known.state.window_k if self.memory is None else self.memory.keys).device
+        self.order, self.parts = heads, [some for some in (known, own) if some]
+        self.core = of_heads(draft.core, map(heads.index, own)) if own else None
+        self.heads = None if own == held else torch.tensor([held.index(head) for head in own], dtype=torch.int32, device=device)
+        self.places = [torch.tensor(list(map(heads.index, some)), device=device) for some in self.parts]
+        self.text: DualState | None = None
+        self.kept: VisibleStaticLayer | None = None  # keys and values of kept heads that do not lie side by side, a copy
+        self.kept_heads: Any = None
+        self.layer: Any = self.states
+        if draft.part is not True:
+            kept = draft.part[1]
+            first, memory = held.index(kept[0]), self.memory
+            if held[first : first + len(kept)] == kept:
+                softmax = heads_from(memory, first, len(kept))
+            else:
+                softmax = self.kept = VisibleStaticLayer(length)
+                self.kept_heads = torch.tensor(list(map(held.index, kept)), device=device)
+                softmax.lazy_initialization(*(x[:, : len(kept)] for x in (memory.keys, memory.values)))
+            self.layer = PartialCacheLayer(softmax, self.states, *draft.part)
+
+    def read(self, start: int, end: int, mask: Tensor | None) -> None:
+        if self.core is not None:
+            k, v = (x[:, :, start:end].transpose(1, 2) for x in (self.memory.keys, self.memory.values))
+            part = None if mask is None else mask[:, start:end]
+            state = fold_in_pieces(self.core, k, v, part, self.text if start else None, kv_heads=self.heads)
+            if self.text is None:
+                self.text = clone_state(state)
+            else:
+                for mine, new in zip(self.text, state, strict=True):
+                    mine.copy_(new)
+        if self.states.state is None:
+            known = [] if self.known is None else [self.known.state]
+            state = join_states(known + ([] if self.text is None else [self.text]), self.parts, self.order)
+            self.states.advance(state, state.window_k, state.window_v)
+        if self.kept is not None:
+            for mine, theirs in self._pairs():
+                mine[:, :, start:end] = theirs[:, :, start:end].index_select(1, self.kept_heads)
+        self._set(torch.tensor([end], device=self.states.tokens.device))  # type: ignore[union-attr]
+
+    def follow(self, places: Tensor, new: Tensor, tokens: Tensor) -> None:
+        if self.core is not None:
+            assert self.text is not None
+            k, v = (x.index_select(2, places).transpose(1, 2) for x in (self.memory.keys, self.memory.values))
+            state = self.core.fold(k, v, new, self.text, padding_at_end=True, kv_heads=self.heads)
+            for mine, theirs in zip(self.text, state, strict=True):
+                mine.copy_(theirs)
+        if self.kept is not None:  # what lies behind the text is written over before it is seen
+            for mine, theirs in self._pairs():
+                mine.index_copy_(2, places, theirs.index_select(2, places).index_select(1, self.kept_heads))
+        self._set(tokens)
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of kept heads, and those that they are copies of."""
+        assert self.kept is not None
+        return [(self.kept.keys, self.memory.keys), (self.kept.values, self.memory.values)]
+
+    def _set(self, tokens: Tensor) -> None:
+        """Guesses begin after so many tokens `[1]`."""
+        mine = self.states.state
+        assert mine is not None and isinstance(self.states.tokens, Tensor)
+        known = [] if self.known is None else [self.known.state]
+        for theirs, places in zip(known + ([] if self.text is None else [self.text]), self.places, strict=True):
+            mine.recurrent.index_copy_(1, places, theirs.recurrent)
+            mine.window_k.index_copy_(2, places, theirs.window_k)
+            mine.window_v.index_copy_(2, places, theirs.window_v)
+            mine.lengths.copy_(theirs.lengths)
+        self.states.tokens.copy_(tokens[0])
+        if self.kept is not None:
+            self.kept.cumulative_length.copy_(tokens.view_as(self.kept.cumulative_length))
