@@ -54,7 +54,7 @@ def test_another_release_is_said_once(monkeypatch, found, warns):
     dsla_hf.vllm._warn_of_untested_version.cache_clear()
 
 
-@pytest.mark.parametrize("base", ["llama", "mistral"])
+@pytest.mark.parametrize("base", ["llama", "mistral", "qwen2", "qwen3"])
 def test_what_can_be_served(base):
     config = config_of(base)
     config.sliding_window = None
@@ -65,7 +65,7 @@ def test_what_can_be_served(base):
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match=r"of type 'olmo2': it can those of llama, mistral"):
+    with pytest.raises(ValueError, match=r"of type 'olmo2': it can those of llama, mistral, qwen2, qwen3"):
         check_servable(config_of("olmo2"))
     with pytest.raises(ValueError, match="level counts heads"):
         check_servable(config_of(conversion_unit="head", conversion_order=[[0, 1]]))

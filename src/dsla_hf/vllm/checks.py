@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-# Their attention in vLLM calls `self.attn(q, k, v)` on rotated queries and keys, which is where the DSLA layer goes. That of Qwen does too,
-# but vLLM takes a config whose `layer_types` are all "full_attention" for a model without states, whatever its `layers_block_type`.
-SERVED_BASES = "llama", "mistral"
+# Their attention in vLLM calls `self.attn(q, k, v)` on rotated queries and keys, which is where the DSLA layer goes.
+SERVED_BASES = "llama", "mistral", "qwen2", "qwen3"
 
 
 def check_servable(config: Any, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> None:

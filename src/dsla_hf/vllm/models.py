@@ -8,19 +8,11 @@ from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
-from vllm.platforms import current_platform
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
-from .checks import check_graphs, check_servable
 from .mixer import DSLAAttention, DSLAMixer
 from .pages import page_parts
-
-
-def _check(vllm_config: Any) -> Any:
-    """The hybrid's config, if it can be served so."""
-    config, parallel = vllm_config.model_config.hf_config, vllm_config.parallel_config
-    check_servable(config, parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
-    check_graphs(current_platform.device_type, vllm_config.model_config.enforce_eager)
-    return config
 
 
 class _Hybrid:
@@ -30,7 +22,7 @@ class _Hybrid:
     supports_mamba_prefix_caching = True
 
     def __init__(self, *, vllm_config: Any, prefix: str = "", **options: Any) -> None:
-        config = _check(vllm_config)
+        config = vllm_config.model_config.hf_config
         super().__init__(vllm_config=vllm_config, prefix=prefix, **options)  # type: ignore[call-arg]
         registered = vllm_config.compilation_config.static_forward_context
         for index in config.get_dsla_config().converted_layers:
@@ -45,7 +37,7 @@ class _Hybrid:
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: Any) -> Any:
-        config = _check(vllm_config)  # vLLM asks here first, before any process or weight
+        config = vllm_config.model_config.hf_config
         return tuple(shape for shape, _ in page_parts(config, vllm_config.model_config.dtype))
 
     @classmethod
@@ -66,5 +58,13 @@ class DSLAMistralForCausalLM(_Hybrid, MistralForCausalLM, HasInnerState, IsHybri
     pass
 
 
+class DSLAQwen2ForCausalLM(_Hybrid, Qwen2ForCausalLM, HasInnerState, IsHybrid):
+    pass
+
+
+class DSLAQwen3ForCausalLM(_Hybrid, Qwen3ForCausalLM, HasInnerState, IsHybrid):
+    pass
+
+
 class DSLARefused(_Hybrid, LlamaForCausalLM, HasInnerState, IsHybrid):
-    """For hybrids of all other types: what vLLM first asks of a model's class says why they are refused."""
+    """For hybrids of all other types, which `HybridSettings` refuses: vLLM wants to know a class before it asks there."""
