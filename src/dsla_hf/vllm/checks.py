@@ -8,13 +8,14 @@ from typing import Any
 SERVED_BASES = "llama", "mistral", "qwen2", "qwen3"
 
 
-def check_servable(config: Any, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> None:
+def check_servable(config: Any, tensor_parallel: int = 1, pipeline_parallel: int = 1, speculative: bool = False) -> None:
     """Refuse what the models here do not compute.
 
     Args:
         config: of the hybrid, a `DSLAHybridConfig`.
         tensor_parallel: vLLM's `tensor_parallel_size`.
         pipeline_parallel: vLLM's `pipeline_parallel_size`.
+        speculative: whether it is to decode speculatively.
 
     Raises:
         ValueError: names what does not fit and what does.
@@ -22,16 +23,13 @@ def check_servable(config: Any, tensor_parallel: int = 1, pipeline_parallel: int
     base = getattr(config, "base_model_type", None)
     if base not in SERVED_BASES:
         raise ValueError(f"vLLM cannot serve a hybrid of type {base!r}: it can those of {', '.join(SERVED_BASES)}; `dsla serve` takes all")
-    if config.get_dsla_config().conversion_unit != "layer":
-        raise ValueError(
-            f"vLLM cannot serve this hybrid of {base}, whose level counts heads (conversion_unit='head'): it can hybrids by layers "
-            "(conversion_unit='layer'); `dsla serve` takes both"
-        )
     if window := getattr(config, "sliding_window", None):
         raise ValueError(f"vLLM cannot serve this hybrid of {base}, whose own layers slide (sliding_window={window}): `dsla serve` can")
     for name, size in (("tensor_parallel_size", tensor_parallel), ("pipeline_parallel_size", pipeline_parallel)):
         if size != 1:
             raise ValueError(f"vLLM cannot serve DSLA hybrids with {name}={size}: use {name}=1")
+    if speculative:
+        raise ValueError("vLLM cannot serve DSLA hybrids with speculative decoding: leave --speculative-config out")
 
 
 def check_graphs(device_type: str, enforce_eager: bool) -> None:

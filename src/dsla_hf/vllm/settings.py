@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm import envs
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
@@ -36,11 +37,15 @@ class HybridSettings(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Refuse settings with which a hybrid cannot be served.
+        """Refuse settings with which a hybrid cannot be served, and on a CPU let pages of different sizes share blocks.
 
         Raises:
             ValueError: as `check_servable` and `check_graphs`.
         """
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
-        check_servable(model.hf_config, parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
+        speculative = vllm_config.speculative_config is not None
+        check_servable(model.hf_config, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, speculative)
         check_graphs(current_platform.device_type, model.enforce_eager)
+        if current_platform.is_cpu() and envs.VLLM_KV_CACHE_LAYOUT is None:
+            # What `StatePageBackend` asks for. vLLM's attention on CPUs does not offer it, but takes blocks of any stride.
+            vllm_config.cache_config.kv_cache_layout = "BLHNC"
