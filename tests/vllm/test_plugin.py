@@ -65,8 +65,13 @@ def test_what_can_be_served(base):
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match=r"of type 'olmo2': it can those of llama, mistral, qwen2, qwen3"):
+    with pytest.raises(ValueError, match=r"of type 'olmo2': it can those of llama, mistral, qwen2"):
         check_servable(config_of("olmo2"))
+    biased = config_of("gemma")
+    check_servable(biased)
+    biased.attention_bias = True
+    with pytest.raises(ValueError, match=r"gemma, whose attention has biases \(attention_bias=True\)"):
+        check_servable(biased)
     with pytest.raises(ValueError, match="tensor_parallel_size=2"):
         check_servable(config_of(), tensor_parallel=2)
     with pytest.raises(ValueError, match="pipeline_parallel_size=2"):

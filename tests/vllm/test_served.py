@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from tiny import tiny_model_of
+from transformers import AutoModelForCausalLM
 
 from dsla_hf import DSLAConfig
+from dsla_hf.vllm.checks import BIASES, SERVED_BASES, WITH_BIASES
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 pytestmark = pytest.mark.slow
@@ -56,15 +58,13 @@ def hybrid(tmp_path_factory):
     def make(base="llama", kind="windowed"):
         if (base, kind) not in made:
             torch.manual_seed(0)
-            extra = {"sliding_window": None} if base == "mistral" else {}
             sizes = SIZES | (SIZES_OF_HEADS if "heads" in kind else {})
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(base, **sizes, **extra), dtype=torch.float32)
+            biases = {} if base in WITH_BIASES else dict.fromkeys(BIASES, False)
+            model = tiny_model_of(base, uneven=True, **sizes, **biases)
             config = DSLAConfig(gate_rank=4, **PLANS[kind])
             merged = get_peft_model(model, config).merge_and_unload()
             with torch.no_grad():  # states that say much, and differently at each token
                 for name, x in merged.named_parameters():
-                    if name.endswith("_proj.bias"):  # Qwen2's, which begin at 0
-                        x.normal_(0, 0.5)
                     if ".dsla." not in name:
                         continue
                     if "state_bias" in name:
@@ -115,13 +115,14 @@ def served(path, **settings):
 
 def assert_equal_to_generate(model, prompts, said, tokens=40):
     expected = [continued(model, prompt, tokens) for prompt in prompts]
-    assert all(len(set(text)) > 5 for text in said["texts"][0]), "texts that repeat one token would show nothing"
+    varied = [len(set(text)) > 5 for text in said["texts"][0]]
+    assert sum(varied) > 0.8 * len(varied), "texts that repeat one token would show nothing"
     assert sum(map(len, expected)) > 0.9 * tokens * len(prompts), "most tokens must be clear choices"
     for texts in said["texts"]:
         assert [text[: len(clear)] for text, clear in zip(texts, expected, strict=True)] == expected
 
 
-@pytest.mark.parametrize("base", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("base", SERVED_BASES)
 def test_a_batch_is_continued_as_generate_does(hybrid, base):
     path, model = hybrid(base)
     prompts = prompts_of(*LENGTHS)
@@ -171,6 +172,15 @@ def test_requests_that_make_room_and_come_back(hybrid, kind):
     assert_equal_to_generate(model, prompts, said, tokens=200)
 
 
+def test_half_of_the_heads_make_room_for_texts(hybrid):
+    path, model = hybrid(kind="heads")
+    said = served(path, prompts=prompts_of(3), options={"max_model_len": 2048})
+    config = model.config
+    of_the_base = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4  # bytes of a token in fp32
+    # Twice as many tokens, less the states of each text.
+    assert said["room"] > 1.5 * 2**30 / of_the_base
+
+
 @pytest.mark.parametrize("kind", ["windowed", "heads"])
 def test_compiled(hybrid, kind):
     path, model = hybrid(kind=kind)
@@ -187,9 +197,9 @@ def test_states_that_are_never_written_are_seen(hybrid, kind):
     assert [text[: len(clear)] for text, clear in zip(said["texts"][0], expected, strict=True)] != expected
 
 
-@pytest.mark.parametrize("base", ["olmo2", "gemma3_text"])
+@pytest.mark.parametrize("base", ["olmo2", "starcoder2"])
 def test_other_bases_are_refused_in_one_sentence(hybrid, base):
     path, _ = hybrid(base)
     done = started(path, prompts=prompts_of(3))
     assert done.returncode
-    assert f"vLLM cannot serve a hybrid of type {base!r}: it can those of llama, mistral, qwen2, qwen3" in done.stderr + done.stdout
+    assert f"vLLM cannot serve a hybrid of type {base!r}: it can those of {', '.join(SERVED_BASES)};" in done.stderr + done.stdout

@@ -4,8 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-# Their attention in vLLM calls `self.attn(q, k, v)` on rotated queries and keys, which is where the DSLA layer goes.
-SERVED_BASES = "llama", "mistral", "qwen2", "qwen3"
+# Module and name of vLLM's class of each. Its attention calls `self.attn(q, k, v)` on rotated queries and keys, which is where DSLA goes.
+SERVED_BASES = {
+    "llama": ("llama", "LlamaForCausalLM"),
+    "mistral": ("mistral", "MistralForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen2_moe": ("qwen2_moe", "Qwen2MoeForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "qwen3_moe": ("qwen3_moe", "Qwen3MoeForCausalLM"),
+    "phi3": ("phi3", "Phi3ForCausalLM"),
+    "granite": ("granite", "GraniteForCausalLM"),
+    "granitemoe": ("granitemoe", "GraniteMoeForCausalLM"),
+    "gemma": ("gemma", "GemmaForCausalLM"),
+    "apertus": ("apertus", "ApertusForCausalLM"),
+    "ernie4_5": ("ernie45", "Ernie4_5ForCausalLM"),
+    "glm4": ("glm4", "Glm4ForCausalLM"),
+    "cohere": ("commandr", "CohereForCausalLM"),
+}
+# Those of whose attention vLLM loads biases where a config asks for them; of others it leaves them out without a word, or refuses to load.
+WITH_BIASES = "llama", "granite", "apertus", "glm4"
+BIASES = "attention_bias", "use_bias"
 
 
 def check_servable(config: Any, tensor_parallel: int = 1, pipeline_parallel: int = 1, speculative: bool = False) -> None:
@@ -25,6 +43,11 @@ def check_servable(config: Any, tensor_parallel: int = 1, pipeline_parallel: int
         raise ValueError(f"vLLM cannot serve a hybrid of type {base!r}: it can those of {', '.join(SERVED_BASES)}; `dsla serve` takes all")
     if window := getattr(config, "sliding_window", None):
         raise ValueError(f"vLLM cannot serve this hybrid of {base}, whose own layers slide (sliding_window={window}): `dsla serve` can")
+    if base not in WITH_BIASES and (biased := [name for name in BIASES if getattr(config, name, False)]):
+        raise ValueError(
+            f"vLLM cannot serve this hybrid of {base}, whose attention has biases ({biased[0]}=True): its class leaves some out; "
+            "`dsla serve` can"
+        )
     for name, size in (("tensor_parallel_size", tensor_parallel), ("pipeline_parallel_size", pipeline_parallel)):
         if size != 1:
             raise ValueError(f"vLLM cannot serve DSLA hybrids with {name}={size}: use {name}=1")

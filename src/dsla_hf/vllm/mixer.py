@@ -103,17 +103,17 @@ class DSLAHeadsAttention(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q, k, v = (x.reshape(x.shape[0], -1, self.key_dim) for x in (query, key, value))
 
-        def of_heads(x: Tensor, heads: Any) -> Tensor:
+        def chosen(x: Tensor, heads: Any) -> Tensor:
             return x.index_select(1, heads).flatten(1)
 
         outputs = [
-            attention(of_heads(q, queries), of_heads(k, kv_heads), of_heads(v, kv_heads))
+            attention(chosen(q, queries), chosen(k, kv_heads), chosen(v, kv_heads))
             for attention, queries, kv_heads in (
                 (self.dsla_attention, self.converted_queries, self.converted),
                 (self.kept_attention, self.kept_queries, self.kept),
             )
         ]
-        return of_heads(torch.cat(outputs, 1).view_as(q), self.order)
+        return chosen(torch.cat(outputs, 1).view_as(q), self.order)
 
 
 def _dsla_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, layer_name: str) -> None:

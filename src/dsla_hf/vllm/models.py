@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from typing import Any
 
+from torch import nn
 from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 from vllm.model_executor.models.llama import LlamaForCausalLM
-from vllm.model_executor.models.mistral import MistralForCausalLM
-from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
-from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from ..core.heads import split_of
+from ..models.hybrid import hybrid_classes
+from .checks import SERVED_BASES
 from .mixer import DSLAAttention, DSLAHeadsAttention, DSLAMixer
 from .pages import converted_heads, page_parts, places
 from .state_page import StatePage
@@ -80,21 +82,21 @@ class _Hybrid:
         return (get_temporal_copy_spec,) * 3  # at most: states, keys, values
 
 
-class DSLALlamaForCausalLM(_Hybrid, LlamaForCausalLM, HasInnerState, IsHybrid):
-    pass
-
-
-class DSLAMistralForCausalLM(_Hybrid, MistralForCausalLM, HasInnerState, IsHybrid):
-    pass
-
-
-class DSLAQwen2ForCausalLM(_Hybrid, Qwen2ForCausalLM, HasInnerState, IsHybrid):
-    pass
-
-
-class DSLAQwen3ForCausalLM(_Hybrid, Qwen3ForCausalLM, HasInnerState, IsHybrid):
-    pass
-
-
 class DSLARefused(_Hybrid, LlamaForCausalLM, HasInnerState, IsHybrid):
     """For hybrids of all other types, which `HybridSettings` refuses: vLLM wants to know a class before it asks there."""
+
+
+@functools.cache
+def served_class(base: str) -> type[nn.Module]:
+    """vLLM's class for hybrids of a base in `SERVED_BASES`, e.g. `DSLALlamaForCausalLM`."""
+    module, name = SERVED_BASES[base]
+    vllm_class = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), name)
+    return type(f"DSLA{name}", (_Hybrid, vllm_class, HasInnerState, IsHybrid), {"__module__": __name__})
+
+
+def __getattr__(name: str) -> Any:
+    """These classes as attributes of this module: vLLM imports the one that it needs, and no other of its models, by name."""
+    for base in SERVED_BASES if name.startswith("DSLA") else ():
+        if name == hybrid_classes(base)[1].__name__:
+            return served_class(base)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
