@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import dsla_hf.vllm
 from dsla_hf import DSLAConfig, DualState, DualStateAttention
 from dsla_hf.vllm.checks import check_graphs, check_servable
-from dsla_hf.vllm.pages import page_parts, read_state, write_state
+from dsla_hf.vllm.pages import Place, converted_heads, of_heads, page_parts, places, read_state, write_state
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -54,7 +54,7 @@ def test_another_release_is_said_once(monkeypatch, found, warns):
     dsla_hf.vllm._warn_of_untested_version.cache_clear()
 
 
-@pytest.mark.parametrize("base", ["llama", "mistral"])
+@pytest.mark.parametrize("base", ["llama", "mistral", "qwen2", "qwen3"])
 def test_what_can_be_served(base):
     config = config_of(base)
     config.sliding_window = None
@@ -65,14 +65,19 @@ def test_what_can_be_served(base):
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match=r"of type 'olmo2': it can those of llama, mistral"):
+    with pytest.raises(ValueError, match=r"of type 'olmo2': it can those of llama, mistral, qwen2"):
         check_servable(config_of("olmo2"))
-    with pytest.raises(ValueError, match="level counts heads"):
-        check_servable(config_of(conversion_unit="head", conversion_order=[[0, 1]]))
+    biased = config_of("gemma")
+    check_servable(biased)
+    biased.attention_bias = True
+    with pytest.raises(ValueError, match=r"gemma, whose attention has biases \(attention_bias=True\)"):
+        check_servable(biased)
     with pytest.raises(ValueError, match="tensor_parallel_size=2"):
         check_servable(config_of(), tensor_parallel=2)
     with pytest.raises(ValueError, match="pipeline_parallel_size=2"):
         check_servable(config_of(), pipeline_parallel=2)
+    with pytest.raises(ValueError, match="speculative-config"):
+        check_servable(config_of(), speculative=True)
     with pytest.raises(ValueError, match="enforce-eager"):
         check_graphs("cuda", enforce_eager=False)
     check_graphs("cuda", enforce_eager=True)
@@ -93,7 +98,10 @@ def test_a_page_holds_all_of_a_state(dsla):
     q, k, v = torch.randn(2, 7, 4, 8), torch.randn(2, 7, 2, 8), torch.randn(2, 7, 2, 8)
     with torch.no_grad():
         state = layer(q, k, v, output_state=True)[1]
-    page = tuple(torch.full((5, *shape), torch.nan, dtype=dtype) for shape, dtype in page_parts(config, torch.float32))
+    # Of a page of five heads this layer has two, from the second on.
+    parts = page_parts(config, torch.float32, 5)
+    whole = tuple(torch.full((5, *shape), torch.nan, dtype=dtype) for shape, dtype in parts)
+    page = of_heads(whole, 1, 2, layer.states)
     slots = torch.tensor([3, 1])
     write_state(page, slots, state, layer.states)
     back = read_state(page, slots, state.lengths, layer.key_dim, layer.states, bool(layer.window_size))
@@ -102,4 +110,23 @@ def test_a_page_holds_all_of_a_state(dsla):
     begun = read_state(page, torch.tensor([0, 3]), torch.tensor([0, 7]), layer.key_dim, layer.states, bool(layer.window_size))
     assert all(not x[0].any() for x in begun), "what another request left is not a new one's"
     assert torch.equal(begun.recurrent[1], state.recurrent[0])
-    assert all(tensor[[0, 2, 4]].isnan().all() for tensor in page), "pages of others stay as they are"
+    assert all(tensor[[0, 2, 4]].isnan().all() for tensor in whole), "pages of others stay as they are"
+    for first, heads in ((0, 1), (3, 2)):
+        assert all(tensor.isnan().all() for tensor in of_heads(whole, first, heads, layer.states)), "heads of other layers stay, too"
+
+
+def test_the_converted_heads_of_each_layer():
+    assert converted_heads(config_of()) == {2: (0, 1), 0: (0, 1)}
+    heads = config_of(conversion_unit="head", conversion_order=[[0, 1], [2, 1], [2, 0]])
+    assert converted_heads(heads) == {0: (1,), 2: (0, 1)}
+
+
+def test_layers_with_few_converted_heads_share_pages():
+    assert places({4: 3, 0: 1, 7: 2, 2: 3, 5: 1}) == {
+        4: Place(0, 0),
+        2: Place(1, 0),
+        7: Place(2, 0),
+        0: Place(2, 2),
+        5: Place(3, 0),
+    }
+    assert places({1: 2, 0: 2}) == {1: Place(0, 0), 0: Place(1, 0)}

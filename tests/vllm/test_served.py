@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from tiny import tiny_model_of
+from transformers import AutoModelForCausalLM
 
 from dsla_hf import DSLAConfig
+from dsla_hf.vllm.checks import BIASES, SERVED_BASES, WITH_BIASES
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 pytestmark = pytest.mark.slow
@@ -30,9 +32,23 @@ SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+# Below it the two best tokens are as good as equal, and the order of additions decides: what follows says nothing.
+CLEAR = 1e-4
 LENGTHS = (3, 15, 16, 17, 40, 133, 300)
 WINDOWED = {"window_size": 16, "sink_tokens": 2}
-LAYERS = {"windowed": WINDOWED, "pure": {"window_size": 0}, "window alone": {**WINDOWED, "states": False}}
+LAYER = {"conversion_order": [1]}
+# One layer as it was, one converted as a whole, and those between: pages of every size.
+HEADS = {"conversion_unit": "head"}
+HEADS["conversion_order"] = [(1, 2), (2, 0), (2, 2), (2, 3), (3, 0), (3, 3), (4, 0), (4, 1), (4, 2), (4, 3)]
+PLANS = {
+    "windowed": {**LAYER, **WINDOWED},
+    "pure": {**LAYER, "window_size": 0},
+    "window alone": {**LAYER, **WINDOWED, "states": False},
+    "every layer": {**WINDOWED, "conversion_order": [0, 1, 2]},
+    "heads": {**HEADS, **WINDOWED},
+    "heads, pure": {**HEADS, "window_size": 0},
+}
+SIZES_OF_HEADS = {"num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4}
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +58,10 @@ def hybrid(tmp_path_factory):
     def make(base="llama", kind="windowed"):
         if (base, kind) not in made:
             torch.manual_seed(0)
-            extra = {"sliding_window": None} if base == "mistral" else {}
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(base, **SIZES, **extra), dtype=torch.float32)
-            config = DSLAConfig(conversion_order=[1], gate_rank=4, **LAYERS[kind])
+            sizes = SIZES | (SIZES_OF_HEADS if "heads" in kind else {})
+            biases = {} if base in WITH_BIASES else dict.fromkeys(BIASES, False)
+            model = tiny_model_of(base, uneven=True, **sizes, **biases)
+            config = DSLAConfig(gate_rank=4, **PLANS[kind])
             merged = get_peft_model(model, config).merge_and_unload()
             with torch.no_grad():  # states that say much, and differently at each token
                 for name, x in merged.named_parameters():
@@ -74,9 +91,13 @@ def prompts_of(*lengths):
 
 
 def continued(model, prompt, tokens):
+    """The tokens that follow, up to the first that is no clear choice."""
     ids = torch.tensor([prompt])
-    said = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, eos_token_id=None)
-    return said[0, len(prompt) :].tolist()
+    asked = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None}
+    said = model.generate(ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True, output_logits=True, **asked)
+    best = torch.cat(said.logits).topk(2).values
+    clear = (best[:, 0] - best[:, 1] > CLEAR).long().cumprod(0).sum()
+    return said.sequences[0, len(prompt) :][:clear].tolist()
 
 
 def started(path, **settings):
@@ -94,32 +115,35 @@ def served(path, **settings):
 
 def assert_equal_to_generate(model, prompts, said, tokens=40):
     expected = [continued(model, prompt, tokens) for prompt in prompts]
-    assert all(len(set(text)) > 5 for text in expected), "texts that repeat one token would show nothing"
+    varied = [len(set(text)) > 5 for text in said["texts"][0]]
+    assert sum(varied) > 0.8 * len(varied), "texts that repeat one token would show nothing"
+    assert sum(map(len, expected)) > 0.9 * tokens * len(prompts), "most tokens must be clear choices"
     for texts in said["texts"]:
-        assert texts == expected
+        assert [text[: len(clear)] for text, clear in zip(texts, expected, strict=True)] == expected
 
 
-@pytest.mark.parametrize("base", ["llama", "mistral"])
+@pytest.mark.parametrize("base", SERVED_BASES)
 def test_a_batch_is_continued_as_generate_does(hybrid, base):
     path, model = hybrid(base)
     prompts = prompts_of(*LENGTHS)
     assert_equal_to_generate(model, prompts, served(path, prompts=prompts))
 
 
-@pytest.mark.parametrize("kind", ["pure", "window alone"])
+@pytest.mark.parametrize("kind", ["pure", "window alone", "every layer", "heads", "heads, pure"])
 def test_every_kind_of_layer(hybrid, kind):
     path, model = hybrid(kind=kind)
     prompts = prompts_of(*LENGTHS)
     assert_equal_to_generate(model, prompts, served(path, prompts=prompts))
 
 
-def test_prompts_read_in_chunks(hybrid):
-    path, model = hybrid()
+@pytest.mark.parametrize("kind", ["windowed", "heads"])
+def test_prompts_read_in_chunks(hybrid, kind):
+    path, model = hybrid(kind=kind)
     prompts = prompts_of(*LENGTHS)
     assert_equal_to_generate(model, prompts, served(path, prompts=prompts, options={"max_num_batched_tokens": 48}))
 
 
-@pytest.mark.parametrize("kind", ["windowed", "pure"])
+@pytest.mark.parametrize("kind", ["windowed", "pure", "heads"])
 def test_a_prompt_of_one_token_finds_nothing_of_earlier_texts(hybrid, kind):
     """vLLM counts its first step as a decode, in a page that others have written."""
     path, model = hybrid(kind=kind)
@@ -128,17 +152,19 @@ def test_a_prompt_of_one_token_finds_nothing_of_earlier_texts(hybrid, kind):
     assert_equal_to_generate(model, prompts, served(path, prompts=prompts, options=options))
 
 
-def test_cached_prefixes(hybrid):
-    path, model = hybrid()
-    prompts = prompts_of(*LENGTHS)
-    prompts.append(prompts[-1][:290] + [7, 8, 9])
+@pytest.mark.parametrize("kind", ["windowed", "heads"])
+def test_cached_prefixes(hybrid, kind):
+    path, model = hybrid(kind=kind)
+    prompts = prompts_of(*LENGTHS, 600)
+    prompts += [prompts[-1][:590] + [7, 8, 9], prompts[-2][:290] + [7, 8, 9]]
     said = served(path, prompts=prompts, rounds=2, options={"enable_prefix_caching": True})
     assert_equal_to_generate(model, prompts, said)
     assert max(said["cached"][1]) > 0, "the second round must find prefixes of the first"
 
 
-def test_requests_that_make_room_and_come_back(hybrid):
-    path, model = hybrid()
+@pytest.mark.parametrize("kind", ["windowed", "heads"])
+def test_requests_that_make_room_and_come_back(hybrid, kind):
+    path, model = hybrid(kind=kind)
     prompts = prompts_of(*[120] * 8)
     options = {"num_gpu_blocks_override": 14, "enable_prefix_caching": False, "max_model_len": 400}
     said = served(path, prompts=prompts, new_tokens=200, options=options)
@@ -146,22 +172,34 @@ def test_requests_that_make_room_and_come_back(hybrid):
     assert_equal_to_generate(model, prompts, said, tokens=200)
 
 
-def test_compiled(hybrid):
-    path, model = hybrid()
+def test_half_of_the_heads_make_room_for_texts(hybrid):
+    path, model = hybrid(kind="heads")
+    said = served(path, prompts=prompts_of(3), options={"max_model_len": 2048})
+    config = model.config
+    of_the_base = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4  # bytes of a token in fp32
+    # Twice as many tokens, less the states of each text.
+    assert said["room"] > 1.4 * 2**30 / of_the_base
+
+
+@pytest.mark.parametrize("kind", ["windowed", "heads"])
+def test_compiled(hybrid, kind):
+    path, model = hybrid(kind=kind)
     prompts = prompts_of(*LENGTHS)
     assert_equal_to_generate(model, prompts, served(path, prompts=prompts, options={"enforce_eager": False}))
 
 
-def test_states_that_are_never_written_are_seen(hybrid):
-    path, model = hybrid()
+@pytest.mark.parametrize("kind", ["windowed", "heads"])
+def test_states_that_are_never_written_are_seen(hybrid, kind):
+    path, model = hybrid(kind=kind)
     prompts = prompts_of(*LENGTHS)
     said = served(path, prompts=prompts, forget=True)
-    assert said["texts"][0] != [continued(model, prompt, 40) for prompt in prompts]
+    expected = [continued(model, prompt, 40) for prompt in prompts]
+    assert [text[: len(clear)] for text, clear in zip(said["texts"][0], expected, strict=True)] != expected
 
 
-@pytest.mark.parametrize("base", ["olmo2", "qwen3"])
+@pytest.mark.parametrize("base", ["olmo2", "starcoder2"])
 def test_other_bases_are_refused_in_one_sentence(hybrid, base):
     path, _ = hybrid(base)
     done = started(path, prompts=prompts_of(3))
     assert done.returncode
-    assert f"vLLM cannot serve a hybrid of type {base!r}: it can those of llama, mistral" in done.stderr + done.stdout
+    assert f"vLLM cannot serve a hybrid of type {base!r}: it can those of {', '.join(SERVED_BASES)};" in done.stderr + done.stdout

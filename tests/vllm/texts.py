@@ -26,7 +26,8 @@ def main(path, prompts, new_tokens=40, rounds=1, forget=False, options=None):
     counts = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
     texts = [[list(request.outputs[0].token_ids) for request in requests] for requests in said]
     cached = [[request.num_cached_tokens for request in requests] for requests in said]
-    print("\n" + json.dumps({"texts": texts, "cached": cached, "preemptions": counts.get("vllm:num_preemptions", 0)}))
+    room = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
+    print("\n" + json.dumps({"texts": texts, "cached": cached, "preemptions": counts.get("vllm:num_preemptions", 0), "room": room}))
 
 
 if __name__ == "__main__":

@@ -27,12 +27,14 @@ def register() -> None:
     from ..models.architectures import SUPPORTED_BASES
     from ..models.hybrid import hybrid_classes
     from .checks import SERVED_BASES
+    from .settings import MODELS_CONFIG_MAP, HybridSettings
 
     _warn_of_untested_version()
     for base in SUPPORTED_BASES:
         name = hybrid_classes(base)[1].__name__
         served = name if base in SERVED_BASES else "DSLARefused"
         ModelRegistry.register_model(name, f"{__name__}.models:{served}")
+        MODELS_CONFIG_MAP[name] = HybridSettings
 
 
 @functools.cache

@@ -4,18 +4,36 @@ from __future__ import annotations
 
 from typing import Any
 
-# Their attention in vLLM calls `self.attn(q, k, v)` on rotated queries and keys, which is where the DSLA layer goes. That of Qwen does too,
-# but vLLM takes a config whose `layer_types` are all "full_attention" for a model without states, whatever its `layers_block_type`.
-SERVED_BASES = "llama", "mistral"
+# Module and name of vLLM's class of each. Its attention calls `self.attn(q, k, v)` on rotated queries and keys, which is where DSLA goes.
+SERVED_BASES = {
+    "llama": ("llama", "LlamaForCausalLM"),
+    "mistral": ("mistral", "MistralForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen2_moe": ("qwen2_moe", "Qwen2MoeForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "qwen3_moe": ("qwen3_moe", "Qwen3MoeForCausalLM"),
+    "phi3": ("phi3", "Phi3ForCausalLM"),
+    "granite": ("granite", "GraniteForCausalLM"),
+    "granitemoe": ("granitemoe", "GraniteMoeForCausalLM"),
+    "gemma": ("gemma", "GemmaForCausalLM"),
+    "apertus": ("apertus", "ApertusForCausalLM"),
+    "ernie4_5": ("ernie45", "Ernie4_5ForCausalLM"),
+    "glm4": ("glm4", "Glm4ForCausalLM"),
+    "cohere": ("commandr", "CohereForCausalLM"),
+}
+# Those of whose attention vLLM loads biases where a config asks for them; of others it leaves them out without a word, or refuses to load.
+WITH_BIASES = "llama", "granite", "apertus", "glm4"
+BIASES = "attention_bias", "use_bias"
 
 
-def check_servable(config: Any, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> None:
+def check_servable(config: Any, tensor_parallel: int = 1, pipeline_parallel: int = 1, speculative: bool = False) -> None:
     """Refuse what the models here do not compute.
 
     Args:
         config: of the hybrid, a `DSLAHybridConfig`.
         tensor_parallel: vLLM's `tensor_parallel_size`.
         pipeline_parallel: vLLM's `pipeline_parallel_size`.
+        speculative: whether it is to decode speculatively.
 
     Raises:
         ValueError: names what does not fit and what does.
@@ -23,16 +41,18 @@ def check_servable(config: Any, tensor_parallel: int = 1, pipeline_parallel: int
     base = getattr(config, "base_model_type", None)
     if base not in SERVED_BASES:
         raise ValueError(f"vLLM cannot serve a hybrid of type {base!r}: it can those of {', '.join(SERVED_BASES)}; `dsla serve` takes all")
-    if config.get_dsla_config().conversion_unit != "layer":
-        raise ValueError(
-            f"vLLM cannot serve this hybrid of {base}, whose level counts heads (conversion_unit='head'): it can hybrids by layers "
-            "(conversion_unit='layer'); `dsla serve` takes both"
-        )
     if window := getattr(config, "sliding_window", None):
         raise ValueError(f"vLLM cannot serve this hybrid of {base}, whose own layers slide (sliding_window={window}): `dsla serve` can")
+    if base not in WITH_BIASES and (biased := [name for name in BIASES if getattr(config, name, False)]):
+        raise ValueError(
+            f"vLLM cannot serve this hybrid of {base}, whose attention has biases ({biased[0]}=True): its class leaves some out; "
+            "`dsla serve` can"
+        )
     for name, size in (("tensor_parallel_size", tensor_parallel), ("pipeline_parallel_size", pipeline_parallel)):
         if size != 1:
             raise ValueError(f"vLLM cannot serve DSLA hybrids with {name}={size}: use {name}=1")
+    if speculative:
+        raise ValueError("vLLM cannot serve DSLA hybrids with speculative decoding: leave --speculative-config out")
 
 
 def check_graphs(device_type: str, enforce_eager: bool) -> None:

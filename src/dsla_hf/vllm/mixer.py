@@ -1,46 +1,38 @@
-"""The DSLA layer as vLLM runs one: where its attention was, over pages that vLLM's scheduler hands out."""
+"""The DSLA layer as vLLM runs one: where its attention was, over pages that vLLM's scheduler hands out.
+
+To vLLM a page of states is a layer with a cache, whichever layers' states it holds, and so are the kept heads of a layer converted in part.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.utils.torch_utils import direct_register_custom_op
-from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from ..core.attention import DualStateAttention
-from .pages import head_size, page_parts, read_state, write_state
+from ..core.heads import HeadSplit
+from .pages import head_size, of_heads, read_state, write_state
+from .state_page import StatePage, register
 
 
-class DSLAMixer(DualStateAttention, MambaBase):
-    """Takes the place of `self.attn` in an attention layer of vLLM, under the same name.
+class DSLAMixer(DualStateAttention):
+    """DSLA of the converted heads of an attention layer of vLLM.
 
     Args:
         config: of the hybrid, a `DSLAHybridConfig`.
+        heads: the layer's converted KV heads, how many.
         scale: of the scores.
-        prefix: the layer's name in vLLM.
+        prefix: the mixer's name in vLLM.
+        page: what it keeps is there.
+        first: the head of the page that is its own first.
     """
 
-    # Its metadata are lengths and slots alone, decodes before prefills.
-    mamba_type = MambaAttentionBackendEnum.LINEAR
-
-    def __init__(self, config: Any, scale: float, prefix: str) -> None:
-        size = head_size(config)
-        mathematics = config.get_dsla_config().mathematics()
-        super().__init__(config.num_attention_heads, config.num_key_value_heads, size, scale=scale, **mathematics)
-        vllm_config = get_current_vllm_config()
-        self.prefix = prefix
-        self.parts = page_parts(config, vllm_config.model_config.dtype)
-        vllm_config.compilation_config.static_forward_context[prefix] = self
-        self.kv_cache: tuple[Tensor, ...] = (torch.tensor([]),)  # vLLM puts its own here
-
-    def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
-        return tuple(shape for shape, _ in self.parts)
-
-    def get_state_dtype(self) -> tuple[torch.dtype, ...]:
-        return tuple(dtype for _, dtype in self.parts)
+    def __init__(self, config: Any, heads: int, scale: float, prefix: str, page: StatePage, first: int) -> None:
+        queries = config.num_attention_heads // config.num_key_value_heads
+        super().__init__(queries * heads, heads, head_size(config), scale=scale, **config.get_dsla_config().mathematics())
+        self.prefix, self.page, self.first = prefix, page, first
+        register(prefix, self)
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         """Attend for every request of a step: q, out `[tokens, Hq, K]`, k, v `[tokens, Hkv, K]`, requests one behind the other, those
@@ -49,10 +41,8 @@ class DSLAMixer(DualStateAttention, MambaBase):
         if metadata is None:  # vLLM measures memory
             out.zero_()
             return
-        own: Any = metadata[self.prefix]
+        own: Any = metadata[self.page.prefix]
         decodes, requests = own.num_decodes, own.num_decodes + own.num_prefills
-        if own.num_decode_tokens != decodes:
-            raise NotImplementedError("vLLM's speculative decoding is not supported with DSLA hybrids: leave --speculative-config out")
         slots = own.state_indices_tensor.long()
         starts = own.query_start_loc.tolist()
         seen = (own.seq_lens[:requests] - own.query_start_loc.diff()[:requests]).long()
@@ -68,11 +58,14 @@ class DSLAMixer(DualStateAttention, MambaBase):
             self._write(slots[one], new)
             out[tokens] = o[0]
 
+    def _cache(self) -> tuple[Tensor, ...]:
+        return of_heads(self.page.kv_cache, self.first, self.num_kv_heads, self.states)
+
     def _read(self, slots: Tensor, lengths: Tensor) -> Any:
-        return read_state(self.kv_cache, slots, lengths, self.key_dim, self.states, bool(self.window_size))
+        return read_state(self._cache(), slots, lengths, self.key_dim, self.states, bool(self.window_size))
 
     def _write(self, slots: Tensor, state: Any) -> None:
-        write_state(self.kv_cache, slots, state, self.states)
+        write_state(self._cache(), slots, state, self.states)
 
 
 class DSLAAttention(nn.Module):
@@ -90,6 +83,37 @@ class DSLAAttention(nn.Module):
         out = torch.zeros_like(q)
         torch.ops.vllm.dsla_attention(q, k, v, out, self.prefix)
         return out.flatten(1)
+
+
+class DSLAHeadsAttention(nn.Module):
+    """What `self.attn` of a layer converted in part is: vLLM's attention for kept heads, DSLA for the others.
+
+    Args:
+        split: which heads are which.
+        kept: vLLM's attention of the kept heads.
+        mixer: of the converted ones.
+    """
+
+    def __init__(self, split: HeadSplit, kept: nn.Module, mixer: DSLAMixer) -> None:
+        super().__init__()
+        self.kept_attention, self.dsla_attention, self.key_dim = kept, DSLAAttention(mixer), mixer.key_dim
+        for name, heads in split.on(torch.get_default_device())._asdict().items():  # the names of HeadIndices
+            self.register_buffer(name, heads, persistent=False)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        q, k, v = (x.reshape(x.shape[0], -1, self.key_dim) for x in (query, key, value))
+
+        def chosen(x: Tensor, heads: Any) -> Tensor:
+            return x.index_select(1, heads).flatten(1)
+
+        outputs = [
+            attention(chosen(q, queries), chosen(k, kv_heads), chosen(v, kv_heads))
+            for attention, queries, kv_heads in (
+                (self.dsla_attention, self.converted_queries, self.converted),
+                (self.kept_attention, self.kept_queries, self.kept),
+            )
+        ]
+        return chosen(torch.cat(outputs, 1).view_as(q), self.order)
 
 
 def _dsla_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, layer_name: str) -> None:

@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from typing import Any
 
+from torch import nn
 from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 from vllm.model_executor.models.llama import LlamaForCausalLM
-from vllm.model_executor.models.mistral import MistralForCausalLM
-from vllm.platforms import current_platform
 
-from .checks import check_graphs, check_servable
-from .mixer import DSLAAttention, DSLAMixer
-from .pages import page_parts
+from ..core.heads import split_of
+from ..models.hybrid import hybrid_classes
+from .checks import SERVED_BASES
+from .mixer import DSLAAttention, DSLAHeadsAttention, DSLAMixer
+from .pages import converted_heads, page_parts, places
+from .state_page import StatePage
 
 
-def _check(vllm_config: Any) -> Any:
-    """The hybrid's config, if it can be served so."""
-    config, parallel = vllm_config.model_config.hf_config, vllm_config.parallel_config
-    check_servable(config, parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
-    check_graphs(current_platform.device_type, vllm_config.model_config.enforce_eager)
-    return config
+def _page_parts(vllm_config: Any) -> Any:
+    """What a page holds: as many heads as the layer with the most converted ones has."""
+    model = vllm_config.model_config
+    return page_parts(model.hf_config, model.dtype, max(map(len, converted_heads(model.hf_config).values())))
+
+
+def _convert(attention: Any, name: str, heads: tuple[int, ...], page: StatePage, first: int, vllm_config: Any) -> None:
+    """Put DSLA into an attention layer of vLLM with this name, in these of its KV heads; `page`, `first` as in `DSLAMixer`."""
+    config, softmax = vllm_config.model_config.hf_config, attention.attn
+    all_heads = softmax.num_kv_heads
+    del vllm_config.compilation_config.static_forward_context[softmax.layer_name]  # or vLLM would give it pages, too
+    # By the name that its weights have in a hybrid's checkpoint.
+    attention.dsla = DSLAMixer(config, len(heads), attention.scaling, f"{name}.dsla", page, first)
+    if len(heads) == all_heads:
+        attention.attn = DSLAAttention(attention.dsla)
+        return
+    split = split_of(heads, all_heads, softmax.num_heads // all_heads)
+    kept = type(softmax)(
+        len(split.kept) * split.queries,
+        softmax.head_size,
+        attention.scaling,
+        num_kv_heads=len(split.kept),
+        cache_config=vllm_config.cache_config,
+        quant_config=softmax.quant_config,
+        prefix=softmax.layer_name,
+    )
+    attention.attn = DSLAHeadsAttention(split, kept, attention.dsla)
 
 
 class _Hybrid:
@@ -30,41 +55,48 @@ class _Hybrid:
     supports_mamba_prefix_caching = True
 
     def __init__(self, *, vllm_config: Any, prefix: str = "", **options: Any) -> None:
-        config = _check(vllm_config)
+        config = vllm_config.model_config.hf_config
         super().__init__(vllm_config=vllm_config, prefix=prefix, **options)  # type: ignore[call-arg]
-        registered = vllm_config.compilation_config.static_forward_context
-        for index in config.get_dsla_config().converted_layers:
+        converted = converted_heads(config)
+        pages: dict[int, StatePage] = {}
+        for index, place in places({layer: len(heads) for layer, heads in converted.items()}).items():
             attention: Any = self.model.layers[index].self_attn  # type: ignore[attr-defined]
-            softmax = attention.attn
-            del registered[softmax.layer_name]  # or vLLM would give it a page, too
-            attention.dsla = DSLAMixer(config, attention.scaling, softmax.layer_name)
-            attention.attn = DSLAAttention(attention.dsla)
+            name = attention.attn.layer_name.removesuffix(".attn")
+            if place.page not in pages:
+                pages[place.page] = StatePage(_page_parts(vllm_config), f"{name}.dsla_page")
+            _convert(attention, name, converted[index], pages[place.page], place.first, vllm_config)
         # As many as a page has tensors: vLLM refuses more. The class cannot know that, its instance does.
-        copies = (get_temporal_copy_spec,) * len(page_parts(config, vllm_config.model_config.dtype))
+        copies = (get_temporal_copy_spec,) * len(_page_parts(vllm_config))
         self.get_mamba_state_copy_funcs = lambda mamba_types: dict.fromkeys(mamba_types, copies)
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: Any) -> Any:
-        config = _check(vllm_config)  # vLLM asks here first, before any process or weight
-        return tuple(shape for shape, _ in page_parts(config, vllm_config.model_config.dtype))
+        return tuple(shape for shape, _ in _page_parts(vllm_config))
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: Any) -> Any:
-        config = vllm_config.model_config.hf_config
-        return tuple(dtype for _, dtype in page_parts(config, vllm_config.model_config.dtype))
+        return tuple(dtype for _, dtype in _page_parts(vllm_config))
 
     @classmethod
     def get_mamba_state_copy_func(cls) -> Any:
         return (get_temporal_copy_spec,) * 3  # at most: states, keys, values
 
 
-class DSLALlamaForCausalLM(_Hybrid, LlamaForCausalLM, HasInnerState, IsHybrid):
-    pass
-
-
-class DSLAMistralForCausalLM(_Hybrid, MistralForCausalLM, HasInnerState, IsHybrid):
-    pass
-
-
 class DSLARefused(_Hybrid, LlamaForCausalLM, HasInnerState, IsHybrid):
-    """For hybrids of all other types: what vLLM first asks of a model's class says why they are refused."""
+    """For hybrids of all other types, which `HybridSettings` refuses: vLLM wants to know a class before it asks there."""
+
+
+@functools.cache
+def served_class(base: str) -> type[nn.Module]:
+    """vLLM's class for hybrids of a base in `SERVED_BASES`, e.g. `DSLALlamaForCausalLM`."""
+    module, name = SERVED_BASES[base]
+    vllm_class = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), name)
+    return type(f"DSLA{name}", (_Hybrid, vllm_class, HasInnerState, IsHybrid), {"__module__": __name__})
+
+
+def __getattr__(name: str) -> Any:
+    """These classes as attributes of this module: vLLM imports the one that it needs, and no other of its models, by name."""
+    for base in SERVED_BASES if name.startswith("DSLA") else ():
+        if name == hybrid_classes(base)[1].__name__:
+            return served_class(base)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,6 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
-from ...core.progress import bar, say
 from ..architectures import SUPPORTED_BASES, why_impossible
 from ..configuration import DSLAConfig
 from .checks import CHECKS, holds
@@ -59,6 +58,8 @@ def _tried(model: Any, kind: str) -> dict[str, Any]:
     """The record of a type that has none."""
     if type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"model type {kind!r} has not been tested, and cannot be: AutoModelForCausalLM knows no model of it")
+    from ...core.progress import say  # with tqdm, which nothing else of an adapter needs
+
     say(f"model type {kind!r} has not been tested with DSLA: running {len(CHECKS)} checks on small models of it")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -94,6 +95,8 @@ def _record(model: Any, kind: str) -> dict[str, Any]:
                 record["checks"][name] = CHECKS[name](lambda: _small(model, config, uneven), Path(folder))
             except Exception as error:
                 record["checks"][name] = f"{type(error).__name__}: {error}"
+
+    from ...core.progress import bar
 
     for name in bar(CHECKS, desc="checks"):
         run(name)
