@@ -11,7 +11,7 @@ from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from ..core.attention import DualStateAttention
-from ..core.heads import HeadSplit
+from ..core.heads import HeadIndices, HeadSplit
 from .pages import head_size, of_heads, read_state, write_state
 from .state_page import StatePage, register
 
@@ -97,7 +97,7 @@ class DSLAHeadsAttention(nn.Module):
     def __init__(self, split: HeadSplit, kept: nn.Module, mixer: DSLAMixer) -> None:
         super().__init__()
         self.kept_attention, self.dsla_attention, self.key_dim = kept, DSLAAttention(mixer), mixer.key_dim
-        for name, heads in split.on(torch.get_default_device())._asdict().items():  # the names of HeadIndices
+        for name, heads in zip(HeadIndices.__annotations__, split.on(torch.get_default_device()), strict=True):
             self.register_buffer(name, heads, persistent=False)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
