@@ -147,6 +147,12 @@ def test_without_being_asked_it_is_refused_with_the_way():
     check_convertible("there", TomorrowConfig(), allow_untested=True)
 
 
+@pytest.mark.parametrize("value", ["false", 1, None])
+def test_to_ask_is_true_or_false(value):
+    with pytest.raises(ValueError, match=f"allow_untested must be True or False, got {value!r}"):
+        DSLAConfig(task_type="CAUSAL_LM", allow_untested=value)
+
+
 def test_each_call_must_ask(few, counted):
     get_peft_model(tomorrow(), DSLAConfig(**ASKED))
     ran = len(counted)
@@ -230,7 +236,26 @@ def test_over_code_that_has_changed_the_checks_run_again(saved_adapter, counted)
     assert counted == ["converts", "heads"]
 
 
-@pytest.mark.parametrize("entries", [{"model_type": "llama"}, {"architecture": {"shape": 1}}, {"architecture": None}])
+@pytest.mark.parametrize("missing", ["converts", "heads"])
+def test_checks_that_a_record_lacks_run(saved_adapter, counted, missing):
+    changed(saved_adapter, checks={name: 0.0 for name in ("converts", "heads") if name != missing})
+    PeftModel.from_pretrained(tomorrow(), saved_adapter)
+    assert counted == ["converts", "heads"]
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"model_type": "llama"},
+        {"architecture": {"shape": 1}},
+        {"architecture": None},
+        {"architecture": {"attention": 5}},
+        {"architecture": {"names": {"q_proj": ["q"]}}},
+        {"architecture": {"ordered": "no"}},
+        {"checks": {}},
+        {"checks": ["converts"]},
+    ],
+)
 def test_a_broken_record_is_refused(saved_adapter, entries):
     changed(saved_adapter, **entries)
     with pytest.raises(ValueError, match=r"adapter_config.json: 'checked_base' is no record of the checks of model type 'tomorrow'"):

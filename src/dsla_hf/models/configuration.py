@@ -137,6 +137,8 @@ class DSLAConfig(PeftConfig):
 
     def __post_init__(self, allow_untested: bool) -> None:
         super().__post_init__()
+        if not isinstance(allow_untested, bool):
+            raise ValueError(f"allow_untested must be True or False, got {allow_untested!r}")
         self.allow_untested = allow_untested
         self.peft_type = DSLA
         check_format_version(self.format_version)

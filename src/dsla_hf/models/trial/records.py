@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
@@ -72,9 +72,8 @@ def check_record(record: Any, model_type: str | None, source: str) -> dict[str, 
         ValueError: if it is none, or of another type; `source` names the file.
     """
     names = {"model_type", "code", "architecture", "checks"}
-    known = {item.name for item in fields(Architecture)}
-    whole = isinstance(record, dict) and names <= record.keys() and isinstance(record["architecture"], dict)
-    if not whole or record["model_type"] != model_type or not record["architecture"].keys() <= known:
+    whole = isinstance(record, dict) and names <= record.keys() and isinstance(record["checks"], dict) and bool(record["checks"])
+    if not whole or record["model_type"] != model_type or not _is_architecture(record["architecture"]):
         raise ValueError(
             f"{source}: 'checked_base' is no record of the checks of model type {model_type!r}: take it from the source of the weights, or "
             "make the adapter anew with DSLAConfig(allow_untested=True)"
@@ -107,6 +106,16 @@ def code_of(model_type: str | None) -> str | None:
         return None
     lines = (line.strip() for line in source.splitlines())
     return hashlib.sha256("\n".join(line for line in lines if line and not line.startswith("#")).encode()).hexdigest()
+
+
+def _is_architecture(values: Any) -> bool:
+    """Whether all of these values from a file can be those of an `Architecture`."""
+    known = asdict(Architecture())
+    if not (isinstance(values, dict) and values.keys() <= known.keys()):
+        return False
+    kinds = {name: (list, tuple) if isinstance(known[name], tuple) else type(known[name]) for name in values}
+    names = values.get("names", {})
+    return all(isinstance(value, kinds[name]) for name, value in values.items()) and all(isinstance(x, str) for x in names.values())
 
 
 def _architecture(record: dict[str, Any]) -> Architecture:

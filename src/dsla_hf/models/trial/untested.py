@@ -25,7 +25,7 @@ HEADS = "heads"  # the check that plans of whole layers do without
 
 def try_untested(model: Any, config: DSLAConfig) -> None:
     """Know the type of `model` if `config` asks for that and it passes; what does not ask, or is refused by its structure, is left to
-    `check_model`. An adapter that was made over code which has not changed since needs no checks.
+    `check_model`. An adapter that was made over code which has not changed since needs no checks, if its record has all of them.
 
     Raises:
         ValueError: names the checks that do not hold.
@@ -37,7 +37,8 @@ def try_untested(model: Any, config: DSLAConfig) -> None:
         return
     code = code_of(kind)
     known = [check_record(x, kind, "adapter_config.json") for x in (record_of(kind), config.checked_base) if x is not None]
-    record = next((x for x in known if code is not None and x["code"] == code), None) or _tried(model, kind)
+    whole = (x for x in known if code is not None and x["code"] == code and CHECKS.keys() <= x["checks"].keys())
+    record = next(whole, None) or _tried(model, kind)
     _check_passed(record, config.conversion_unit)
     keep(record)
 
