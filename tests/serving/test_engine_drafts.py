@@ -447,3 +447,23 @@ def test_answers_over_http_are_those_without_drafts(tuned):
         answers.append((said, [one.usage.completion_tokens for one in (whole, ended, drawn)], drawn.choices[1].logprobs.tokens))
         assert bool(changes) == (engine.drafts is not None and engine.drafts.rounds > 0)
     assert answers[0] == answers[1] == answers[2]
+
+
+def test_a_text_that_is_whole_ends_though_memory_does_not_suffice_for_its_states(tuned):
+    """What is kept of it for others is lost, and no token comes behind its last."""
+    engine = Engine(tuned, 2, options(**LONG))
+    wanted = [(prompt, tokens) for prompt, tokens in zip(prompts(2, 9, 9), (9, 40), strict=True)]
+    keep, failed = engine.drafts.checks.keep, []
+
+    def failing(counts):
+        if not failed and ears[0].request.tokens and len(ears[0].request.tokens) == 9:
+            failed.append(counts)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return keep(counts)
+
+    engine.drafts.checks.keep = failing
+    ears = ask(engine, wanted)
+    run(engine)
+    assert failed and [ear.finish for ear in ears] == ["length", "length"]
+    assert [ear.tokens for ear in ears] == [alone(tuned, prompt, tokens, 2) for prompt, tokens in wanted]
+    assert_empty(engine)

@@ -56,6 +56,10 @@ class Round:
             self.checks.keep(due)
             self.counts = [count - taken for count, taken in zip(self.counts, due, strict=True)]
 
+    def drop(self, request: Request) -> None:
+        """The states of a text take in nothing more: nobody goes on from them."""
+        self.counts = [0 if request is text else count for count, text in zip(self.counts, self.requests, strict=True)]
+
 
 class Drafts:
     """Drafts and checks.

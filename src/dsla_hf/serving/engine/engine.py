@@ -864,11 +864,8 @@ class Engine:
         if request.finished is not None:
             return
         if request.slot is not None:
-            if error is None:
-                if self._round is not None:
-                    self._round.settle(request)  # what others go on from is whole
-                if self.reuses:
-                    self.reuse.keep(request)  # a chat goes on from its answer
+            if error is None and self._settled(request) and self.reuses:
+                self.reuse.keep(request)  # a chat goes on from its answer
             self.memory.release(request.slot)
         if self.reuses:
             self.reuse.gone(request)
@@ -880,6 +877,21 @@ class Engine:
             else:
                 self.finished["stop" if finish == "length" and request.stopped else finish or "error"] += 1
         self._tell(request, Event(finish=finish, error=error))
+
+    def _settled(self, request: Request) -> bool:
+        """Whether what others go on from is whole. A text that lacks memory for that ends all the same: begun anew it would go on."""
+        if self._round is None:
+            return True
+        try:
+            self._round.settle(request)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            logger.warning("memory does not suffice for the states of request %d: nothing is kept of it", request.number)
+            self._round.drop(request)
+            self.reuse.snapshots.clear()
+            return False
+        return True
 
     def _tell(self, request: Request, event: Event) -> None:
         """Note what the listener of a request is to be told."""
