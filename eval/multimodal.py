@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from dsla_hf.core.cache import DSLACacheLayer
 from dsla_hf.models.architectures import SUPPORTED_BASES
 from dsla_hf.models.decoder import decoder_of
 from dsla_hf.models.multimodal import MULTIMODAL
-from dsla_hf.models.trial.checks import GREEDY, HEADS, MOST, ORDER, TOLERANCE, adapter, apart, holds
+from dsla_hf.models.trial.checks import GREEDY, HEADS, MOST, ORDER, TOLERANCE, adapter, apart, holds, outcome
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 from multimodal_models import IMAGE, prompt_with_images, tiny_multimodal, without_images
@@ -330,11 +329,7 @@ CHECKS: dict[str, Callable[..., Any]] = {
 @torch.no_grad()
 def check(name: str, kind: str, over: str | None = None) -> Any:
     """What a check finds of a type, over another type of text model if one is given; what it raises, in words."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            return CHECKS[name](lambda: base_of(kind, name != "shifted", over), Path(folder))
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
+    return outcome(name, CHECKS[name], lambda uneven: base_of(kind, uneven, over))
 
 
 def fine(value: Any) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,13 +11,11 @@ from transformers.utils import logging
 
 from ..architectures import SUPPORTED_BASES, why_impossible
 from ..configuration import DSLAConfig
-from .checks import CHECKS, holds
+from .checks import CHECKS, holds, outcome
 from .records import check_record, code_of, forget, is_running, keep, new_record, record_of, running
 from .small_models import small_config, small_model
 from .structure import read_structure
 
-# Weights of norms behind the rotary embedding, when uneven, make the base's own scores depend on where a text begins.
-WITH_EVEN_WEIGHTS = ("shifted",)
 HEADS = "heads"  # the check that plans of whole layers do without
 
 
@@ -90,12 +86,7 @@ def _record(model: Any, kind: str) -> dict[str, Any]:
 
     def run(name: str) -> None:
         keep(record)
-        with tempfile.TemporaryDirectory() as folder:
-            uneven = name not in WITH_EVEN_WEIGHTS
-            try:
-                record["checks"][name] = CHECKS[name](lambda: _small(model, config, uneven), Path(folder))
-            except Exception as error:
-                record["checks"][name] = f"{type(error).__name__}: {error}"
+        record["checks"][name] = outcome(name, CHECKS[name], lambda uneven: _small(model, config, uneven))
 
     from ...core.progress import bar
 
