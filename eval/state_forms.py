@@ -11,8 +11,10 @@ Forms, with the window that leaves all of them the same bytes (a state of K x V 
 
 - `window W`: a softmax window and four sinks, nothing else.
 - `null`: a window beside which what lies outside has weight and a value of 0, by the number of its tokens; takes no bytes.
+- `mean`: the mean of all values outside, weighed in the same way; takes what half a token takes.
 - `relu`, `exp`, `softmax`: sums of positive features of keys, and one denominator with the window (LoLCATs, arXiv 2410.10254; exp and
-  softmax features as in Hedgehog, arXiv 2402.04347). `decay`: a gate per token, from its value; `two`: two of them, mixed.
+  softmax features as in Hedgehog, arXiv 2402.04347). `decay`: a gate per token, from its value; `two`: two of them, mixed. A number: how
+  many features there are, where not as many as channels.
 - `layer`: `DualStateAttention`, the library's layer, whose start is matched; `one`: its history state alone.
 
 `gate`: the weight of the states, or of the output where there is no window, also depends on the token. `unrotated`: features of keys and
@@ -50,7 +52,8 @@ LIMIT = 12.0  # of what is exponentiated
 
 @dataclass(frozen=True)
 class Form:
-    """window: tokens, 0 for none. features: of keys and queries, or None. decays: gates per token. layer: states of the library's layer."""
+    """window: tokens, 0 for none. features: of keys and queries, or None. decays: gates per token. layer: states of the library's layer.
+    size: number of features, as many as channels when 0. counted: the weight of what has no value grows with the number of its tokens."""
 
     window: int
     features: str | None = None
@@ -59,13 +62,19 @@ class Form:
     null: bool = False
     rotated: bool = True
     layer: int = 0
+    size: int = 0
+    counted: bool = True
 
 
 FORMS = {
     "window 512": Form(512),
     "window 480": Form(480),
     "null": Form(512, null=True),
+    "null, not counted": Form(512, null=True, counted=False),
     "null, gate": Form(512, null=True, gate=True),
+    "mean": Form(510, "mean", size=1),
+    "mean, gate": Form(510, "mean", size=1, gate=True),
+    "relu, 16, gate": Form(504, "relu", size=16, gate=True),
     "relu": Form(480, "relu"),
     "exp": Form(480, "exp"),
     "softmax": Form(480, "softmax"),
@@ -157,7 +166,7 @@ class Student(nn.Module):
         if form.gate:
             own["gate"] = torch.zeros(self.heads, layer.hidden.shape[-1])
         if form.features:
-            small = torch.eye(self.head_dim) * self.head_dim**-0.25
+            small = torch.eye(self.head_dim, form.size or self.head_dim) * self.head_dim**-0.25
             own["of_q"], own["of_k"] = small.repeat(self.heads, 1, 1), small.repeat(self.kv_heads, 1, 1)
         for number in range(form.decays):  # half-lives of about 100 tokens and of 5
             own[f"decay_bias{number}"] = torch.full((self.kv_heads,), (5.0, 2.0)[number])
@@ -198,7 +207,9 @@ class Student(nn.Module):
         o, log_sum = self._softmax(q, k, v, inside) if form.window else (None, None)
         if form.null:
             count = outside.sum(-1)
-            logit = self.own["bias"] + self.own["gain"] * count.clamp(min=1).log()[:, None] + more
+            logit = self.own["bias"] + more
+            if form.counted:
+                logit = logit + self.own["gain"] * count.clamp(min=1).log()[:, None]
             return F.linear((o * (1 - (logit - log_sum).sigmoid() * (count > 0)[:, None])[..., None]).flatten(2), self.o_proj)
         if form.features:
             read, log_mass = self._read(q if form.rotated else unrotated, own_k, v, outside)
@@ -220,6 +231,7 @@ class Student(nn.Module):
     def _read(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         """The mean of what is seen, by features, and the logarithm of its mass."""
         features = {"relu": lambda x: x.relu() + 1e-4, "exp": lambda x: x.clamp(-LIMIT, LIMIT).exp()}
+        features["mean"] = lambda x: torch.ones_like(x)
         features["softmax"] = lambda x: torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
         of = features[self.form.features or ""]
         of_q, of_k = of(torch.einsum("bthd,hde->bthe", q, self.own["of_q"])), of(torch.einsum("bthd,hde->bthe", k, self.own["of_k"]))
