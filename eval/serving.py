@@ -2,6 +2,7 @@
 
     python eval/serving.py --trace AzureLLMInferenceTrace_conv.csv
     python eval/serving.py --trace AzureLLMInferenceTrace_conv.csv --mix paper --requests 720 --rates 11,9
+    python eval/serving.py --trace AzureLLMInferenceTrace_conv.csv --mix paper --requests 720 --rates 9 --temperature 1,0
     python eval/serving.py --page
 
 One model with random weights and a fresh adapter, one engine. The server of `dsla serve` runs in a thread on a free port of this machine,
@@ -14,9 +15,9 @@ without HTTP. Policies take turns on the engine: `fixed` is level 0, `load` foll
 4. the highest rate of `load`, and `fixed` at that rate.
 
 A run sends `--requests` requests of the trace, one after another, whose mean lengths are those of the whole, sped up or slowed down to the
-rate; `paper` draws their prompts to the paper's mix. All runs of a mix send the same ones. A row is written to
-eval/results/replay.json as soon as it is measured; what is there already is not measured again. `--page` measures nothing: it draws the
-plot and fills docs/measured/serving.md.
+rate; `paper` draws their prompts to the paper's mix. All runs of a mix send the same ones. Tokens are drawn at `--temperature`; with more
+than one, all of this is measured at each. A row is written to eval/results/replay.json as soon as it is measured; what is there already is
+not measured again. `--page` measures nothing: it draws the plot and fills docs/measured/serving.md.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import random
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -227,11 +228,11 @@ def begin_anew(engine: Engine, policy: Policy, highest: int) -> None:
     engine.chunk = options.chunk
 
 
-def warm_up(engine: Engine, highest: int, step: int, temperature: float = 1.0) -> None:
-    """Compile and record what runs will need: prompts, folds, and steps at every level that the policy can reach with any number of rows.
-    To be called before the engine has its thread."""
+def warm_up(engine: Engine, highest: int, step: int, temperatures: Sequence[float] = (1.0,)) -> None:
+    """Compile and record what runs will need: prompts, folds, draws, and steps at every level that the policy can reach with any number of
+    rows. To be called before the engine has its thread."""
 
-    def read(level: int, then: int) -> None:
+    def read(level: int, then: int, temperature: float) -> None:
         begin_anew(engine, FixedLevel(level), level)
         for length in (40, 2 * engine.chunk + 3, LONG_PROMPT + 61):
             prompt = [1] * min(length, engine.max_tokens - 8)
@@ -243,7 +244,9 @@ def warm_up(engine: Engine, highest: int, step: int, temperature: float = 1.0) -
             engine.step()
 
     for level, then in ((0, 0), (highest, highest), (0, highest)):
-        read(level, then)
+        read(level, then, temperatures[0])
+    for temperature in temperatures[1:]:
+        read(0, 0, temperature)
     engine.prepare(sorted({*range(0, highest, step), highest}))
 
 
@@ -345,10 +348,19 @@ class Run:
 
 
 class Measurement:
-    """Runs, and the rows that they leave. A row that is stored already is not measured again."""
+    """Runs at one temperature, and the rows that they leave. A row that is stored already is not measured again."""
 
-    def __init__(self, options: argparse.Namespace, engine: Engine, highest: int, url: str | None, client: Executor, folder: Path):
-        self.options, self.engine, self.highest = options, engine, highest
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        temperature: float,
+        engine: Engine,
+        highest: int,
+        url: str | None,
+        client: Executor,
+        folder: Path,
+    ):
+        self.options, self.temperature, self.engine, self.highest = options, temperature, engine, highest
         self.url, self.client, self.folder = url, client, folder
         self.trace = read_trace(options.trace)
         self.table = yardstick(options.quality)
@@ -357,7 +369,7 @@ class Measurement:
         self.setup = {
             "trace": Path(options.trace).name,
             "requests": options.requests,
-            "temperature": options.temperature,
+            "temperature": temperature,
             "seed": options.seed,
             "max_level": highest,
             **{name: getattr(engine.options, name) for name in sizes},
@@ -411,7 +423,8 @@ class Measurement:
             same = (row["policy"], row["rate"], row["control"]) == (run.policy, run.rate, policy)
             if same and (row["cut"] is None or row["part"] == run.part):
                 return row
-        what = f"{run.mix}, {run.policy}, {'one at a time' if run.rate is None else f'{run.rate:g} requests/s'}"
+        pace = "one at a time" if run.rate is None else f"{run.rate:g} requests/s"
+        what = f"temperature {self.temperature:g}, {run.mix}, {run.policy}, {pace}"
         self.bar.set_description(what)
         found = self.alone(run) if run.rate is None else self.measure(run, run.rate)
         row = {"shape": self.options.shape, **asdict(run), "control": policy, **found, "setup": self.setup}
@@ -476,7 +489,7 @@ class Measurement:
         """What `dsla replay` says of these requests, and why they were cut short, if they were."""
         if self.url is None:
             timed = scaled(requests, speed, max_length=self.engine.max_tokens)
-            future = self.client.submit(send_directly, self.engine, timed, self.options.seed, self.options.temperature)
+            future = self.client.submit(send_directly, self.engine, timed, self.options.seed, self.temperature)
         else:
             path = self.folder / "trace.csv"
             write_trace(requests, path)
@@ -489,7 +502,7 @@ class Measurement:
                 max_length=self.engine.max_tokens,
                 vocab=self.engine.vocab_size,
                 seed=self.options.seed,
-                temperature=self.options.temperature,
+                temperature=self.temperature,
             )
             future = self.client.submit(replay, options)
         why = None
@@ -527,15 +540,16 @@ def told(row: dict[str, Any]) -> str:
 # --- command line -------------------------------------------------------------------------------------------------------------
 
 
-def listed(kind: Callable[[str], Any], allowed: tuple[str, ...] | None = None) -> Callable[[str], list[Any]]:
-    """A parser of comma-separated values."""
+def listed(kind: Callable[[str], Any], allowed: tuple[str, ...] | None = None, *, zero: bool = False) -> Callable[[str], list[Any]]:
+    """A parser of comma-separated values; numbers must be positive, or with `zero` not negative."""
 
     def parse(text: str) -> list[Any]:
         values = [kind(part) for part in text.split(",") if part]
         if wrong := [value for value in values if allowed is not None and value not in allowed]:
             raise argparse.ArgumentTypeError(f"no {wrong}; there are {', '.join(allowed or ())}")
-        if not values or any(isinstance(value, float) and not 0 < value < math.inf for value in values):
-            raise argparse.ArgumentTypeError(f"values must be positive numbers, got {text!r}")
+        numbers = [value for value in values if isinstance(value, float)]
+        if not values or any(not 0 <= value < math.inf or (value == 0 and not zero) for value in numbers):
+            raise argparse.ArgumentTypeError(f"values must be {'numbers of 0 or more' if zero else 'positive numbers'}, got {text!r}")
         return values
 
     return parse
@@ -569,7 +583,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cool-down", type=float, default=1.0, help="load: seconds between two changes")
     parser.add_argument("--step", type=int, default=16, help="load: layers of a change")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the draws; 0: the likeliest tokens")
+    parser.add_argument(
+        "--temperature", type=listed(float, zero=True), default=[1.0], help="of the draws, one or several; 0: the likeliest tokens"
+    )
     parser.add_argument("--quality", type=Path, default=RESULTS / "distillation.json", help="the yardstick's perplexity at every level")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of replay.json")
     parser.add_argument("--page", action="store_true", help="measure nothing; plot and docs/measured/serving.md from the rows")
@@ -629,11 +645,12 @@ def main(arguments: list[str] | None = None) -> None:
         warm_up(engine, highest, options.step, options.temperature)
         print(f"warm-up: {time.perf_counter() - begin:.0f} s", flush=True)
         with reached(engine, client, options) as (url, sender):
-            measurement = Measurement(options, engine, highest, url, sender, Path(folder))
-            for mix in options.mix:
-                measurement.evaluate(mix)
-            measurement.bar.close()
-    print(page_part(measurement.rows))
+            for temperature in options.temperature:
+                measurement = Measurement(options, temperature, engine, highest, url, sender, Path(folder))
+                for mix in options.mix:
+                    measurement.evaluate(mix)
+                measurement.bar.close()
+    print(page_part(stored_rows(options.results)))
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def with_shares(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _kin(row: dict[str, Any]) -> str:
     """What rows have in common whose rates at level 0 can be compared."""
-    setup = {name: value for name, value in row["setup"].items() if name not in ("requests", "max_level")}
+    setup = {name: value for name, value in row["setup"].items() if name not in ("requests", "max_level", "temperature")}
     return json.dumps([row["shape"], row["mix"], setup])
 
 
@@ -82,6 +82,7 @@ def rates_table(rows: list[dict[str, Any]]) -> str:
                         "shape": group[0]["shape"],
                         "mix": group[0]["mix"],
                         "policy": policy,
+                        "temperature": group[0]["setup"].get("temperature", 0.0),
                         "alone, ms a token": None if alone is None else 1e3 * alone["per_token"]["p50"],
                         "highest rate, requests/s": best_rate(group, policy) or "none of those tried",
                     }
@@ -165,6 +166,7 @@ def page_part(rows: list[dict[str, Any]]) -> str:
             f"prompts take at most {setup['prompt_share']:.0%} of the time",
             *([] if setup["kv_bytes"] is None else [f"{setup['kv_bytes'] / 2**30:g} GiB for keys and values"]),
             "without HTTP" if setup["direct"] else "over HTTP",
+            f"temperature {setup['temperature']:g}" if setup.get("temperature") else "the likeliest tokens",
             f"levels up to {setup['max_level']}",
             f"{setup['requests']} requests a run",
             f"prompts of {runs[-1]['prompt_tokens']:.0f} tokens and answers of {runs[-1]['wanted_tokens']:.0f} on average.",
@@ -196,9 +198,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> bool:
                 over_time = [*row["level_over_time"], [row["seconds"], row["level_over_time"][-1][1]]]
                 level.step(*zip(*over_time, strict=True), where="post", label=f"load, {row['rate']:g} requests/s")
         latency.set(xlabel="requests per second", ylabel="latency, s", ylim=(0, None))
-        latency.set_title(
-            f"{group[0]['shape']}, {group[0]['mix']}: {setup['requests']} requests, levels up to {setup['max_level']}", fontsize=9
-        )
+        drawn_at = f", temperature {setup['temperature']:g}" if setup.get("temperature") else ""
+        title = f"{group[0]['shape']}, {group[0]['mix']}: {setup['requests']} requests, levels up to {setup['max_level']}{drawn_at}"
+        latency.set_title(title, fontsize=9)
         first.set(xlabel="requests per second", ylabel="to the first token, s", yscale="log")
         level.set(xlabel="seconds", ylabel="level", ylim=(0, 1.05 * max(setup["max_level"], 1)))
         for axis in (latency, first):

@@ -199,6 +199,30 @@ def test_rows_without_http_and_how_an_interrupted_run_goes_on(serving, trace_fil
     assert len(rows_of(tmp_path)) == 8  # another setup, other rows
 
 
+def test_one_run_measures_several_temperatures(serving, serving_page, trace_file, tmp_path, monkeypatch):
+    """Each has its own requests alone, objective and rows; what is there of one is not measured again for the other."""
+    monkeypatch.setattr(serving, "ALONE", 2)
+    sent, replayed = [], serving.Measurement.replayed
+
+    def watched(self, requests, speed, watch):
+        sent.append(self.temperature)
+        return replayed(self, requests, speed, watch)
+
+    monkeypatch.setattr(serving.Measurement, "replayed", watched)
+    options = arguments(trace_file, tmp_path, "--mix", "plain", "--rates", "24", "--direct")
+    serving.main([*options, "--temperature", "1", "--policies", "fixed"])
+    assert [row["setup"]["temperature"] for row in rows_of(tmp_path)] == [1, 1]
+    serving.main([*options, "--temperature", "1,0"])
+    rows = rows_of(tmp_path)
+    found = [(row["setup"]["temperature"], row["policy"], row["rate"]) for row in rows]
+    assert found == [(t, *run) for t in (1, 0) for run in (("fixed", None), ("fixed", 24), ("load", 24))]
+    assert sent == [1, 1, 1, 1, 0, 0, 0, 0]  # two alone, fixed, load; then all of it
+    check_row(rows[2], rows[0], 6)
+    check_row(rows[5], rows[3], 6)
+    text = serving_page.page_part(rows)
+    assert text.count("temperature 1, levels up to 4") == text.count("the likeliest tokens, levels up to 4") == 1
+
+
 def test_search_then_shares_then_the_other_policy(serving, serving_page, trace_file, tmp_path, monkeypatch):
     """With a fake measurement: level 0 does up to 10 requests a second, the other up to 16."""
     measured = []
@@ -317,7 +341,7 @@ def test_page_without_measurements_and_wrong_options(serving, serving_page, tmp_
     (tmp_path / "page.md").write_text("before\n<!-- replay -->\nold\n<!-- end -->\nafter\n")
     serving.main(["--page", "--results", str(tmp_path)])
     assert (tmp_path / "page.md").read_text() == "before\n<!-- replay -->\nNothing measured yet.\n<!-- end -->\nafter\n"
-    for wrong in (["--mix", "none"], ["--rates", "0"], ["--requests", "1"], []):
+    for wrong in (["--mix", "none"], ["--rates", "0"], ["--requests", "1"], ["--temperature", "-1"], ["--temperature", "inf"], []):
         with pytest.raises(SystemExit):
             serving.parse_arguments([*(["--trace", "x"] if wrong else []), *wrong])
     assert "--trace is needed" in capsys.readouterr().err
