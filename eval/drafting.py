@@ -7,16 +7,20 @@
 
 Prompts are held-out novels and code, and chats that ask about a held-out document where the tokenizer has a chat template; each is read
 once. An interrupted measurement goes on behind its last row. What is counted does not hang on the machine, so a CPU does. `time` fills a
-shape with random weights and accepts guesses by chance, as often as it is told: tokens a second with drafts and without.
+shape with random weights and accepts guesses by chance, as often as it is told: tokens a second of one text with drafts and, right behind
+them, without.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +35,9 @@ from dsla_hf.core.files import write_json, write_whole
 from dsla_hf.core.progress import bar
 from dsla_hf.core.results import origin
 from dsla_hf.inference import graph
-from dsla_hf.inference.bench.models import PRESETS, preset_config, random_model
+from dsla_hf.inference.bench.models import PRESETS, collect, preset_config, random_model
 from dsla_hf.inference.recorder import PlainRecording
+from dsla_hf.levels.draft_length import DraftLength
 from dsla_hf.models.adapter import active_config
 from dsla_hf.models.loading import device, load_adapter, load_config, load_model, load_tokenizer
 from dsla_hf.training.unit_ranking import rank_units
@@ -41,6 +46,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "measured" / "drafting.md"
 KEPT = (0.5, 0.25, 0.1, 0.03, 0.0)  # shares of the model's units
 TEMPERATURES = (0.0, 0.7)
 WINDOW = 512  # of an untrained conversion
+ARM = ("share", "draft_tokens", "acceptance")  # what tells rows of times of one length apart
+ROUNDS_EACH = 3  # of each length of drafts before times count: one as it is, one recorded, one replayed
 QUESTION = "Read this text:\n\n{text}\n\nIn a few sentences, what is it about?"
 HEAD = """# Drafting, measured
 
@@ -148,6 +155,22 @@ class Imposed:
         return guess if self._random.random() < self.acceptance else (guess + 1) % logits.shape[-1]
 
 
+class Each:
+    """Lengths of drafts one after the other, several rounds each: all that `adapts` may come to choose has run then."""
+
+    def __init__(self, adapts: DraftLength):
+        self.longest, self.lengths = adapts.longest, adapts.lengths
+        self._rounds = itertools.cycle([0, *(length for length in self.lengths for _ in range(ROUNDS_EACH))])
+
+    def next(self) -> int:
+        return next(self._rounds)
+
+    def record(self, *args: Any) -> None:
+        """Nothing changes."""
+
+    record_texts = record
+
+
 class Clock:
     """A streamer that keeps when tokens came."""
 
@@ -165,44 +188,93 @@ class Clock:
         return (len(self.times) - 2) / (self.times[-1] - self.times[1])
 
 
+@contextmanager
+def imposed(acceptance: float, lengths: Any = None) -> Iterator[None]:
+    """Within it drafts are accepted so often; lengths: in place of those of the call."""
+    known = graph.rule_for, graph.lengths_for
+    graph.rule_for = lambda *args: Imposed(acceptance)
+    if lengths is not None:
+        graph.lengths_for = lambda tokens: lengths
+    try:
+        yield
+    finally:
+        graph.rule_for, graph.lengths_for = known
+
+
+class Timer:
+    """Tokens a second of one text that goes on from call to call: its prompt is read once.
+
+    Args:
+        ids: the prompt `[1, T]`. new: tokens a call. calls: at most. chunk: tokens of the prompt read at a time.
+    """
+
+    def __init__(self, model: Any, ids: torch.Tensor, new: int, calls: int, chunk: int):
+        record = {} if ids.device.type == "cuda" else {"record": PlainRecording}
+        self.decoder = graph.GraphDecoder(model, max_length=ids.shape[1] + new * (calls + 1), **record)
+        self.ids, self.cache, self.new, self.chunk = ids, None, new, chunk
+        self.run()  # the prompt, and what is compiled and recorded for tokens without a draft
+
+    def run(self, draft_level: int | None = None, draft_tokens: int | None = None) -> float:
+        """Go on by `new` tokens; their rate, but for the first of them."""
+        self.decoder.draft_level, self.decoder.draft_tokens = draft_level, draft_tokens
+        clock = Clock()
+        out = self.decoder.generate(
+            input_ids=self.ids,
+            attention_mask=torch.ones_like(self.ids),
+            past_key_values=self.cache,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            max_new_tokens=self.new,
+            prefill_chunk_size=self.chunk,
+            return_dict_in_generate=True,
+            streamer=clock,
+        )
+        self.ids, self.cache = out.sequences, out.past_key_values
+        return clock.rate()
+
+
 @torch.no_grad()
 def time_drafts(options: argparse.Namespace) -> None:
-    """Writes a row for each length and share of KV heads kept."""
+    """Writes a row for each length, share of KV heads kept, length of drafts and acceptance, as it comes; those in the file stay."""
     where = torch.device(device())
-    plain_rule, record = graph.rule_for, {} if where.type == "cuda" else {"record": PlainRecording}
+    done = json.loads(options.out.read_text()) if options.out.exists() else {**origin(" "), "settings": None, "rows": []}
+    if done["device"] != origin(" ")["device"]:
+        raise SystemExit(f"{options.out} was measured on {done['device']}: give another --out")
     config = preset_config(options.shape) if options.shape in PRESETS else load_config(options.shape)
-    base = random_model(config, getattr(torch, options.dtype), where)
+    name = options.shape if options.shape in PRESETS else Path(options.shape).name
     settings = DSLAConfig(
         task_type="CAUSAL_LM", conversion_unit="head", window_size=options.window, states=options.states, trained_projections=[]
     )
-    model = get_peft_model(base, settings).eval().requires_grad_(False)
-    model.base_model.set_conversion_order(rank_units(model, [], metric="random").order)
-    units = len(active_config(model).conversion_order or ())
-    rows = []
+    model = None
     for tokens in options.prompt_tokens:
+        same = {"what": "time", "model": name, "prompt_tokens": tokens, "window": options.window, "states": options.states}
+        same |= {"dtype": options.dtype, "new_tokens": options.new}
+        known = {tuple(row[key] for key in ARM) for row in done["rows"] if all(row.get(key) == value for key, value in same.items())}
+        arms = [arm for arm in itertools.product(options.kept, options.draft, options.acceptance) if arm not in known]
+        if not arms:
+            continue
+        if model is None:
+            model = get_peft_model(random_model(config, getattr(torch, options.dtype), where), settings).to(where)
+            model = model.eval().requires_grad_(False)
+            model.base_model.set_conversion_order(rank_units(model, [], metric="random").order)
+        units = len(active_config(model).conversion_order or ())
         ids = torch.randint(config.vocab_size, (1, tokens), device=where)
-        call = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        call |= {"max_new_tokens": options.new, "prefill_chunk_size": 4096}
-
-        def rate(call: dict[str, Any] = call, **drafts: Any) -> float:
-            decoder = graph.GraphDecoder(model, **drafts, **record)
-            for clock in (Clock(), Clock()):  # the first one compiles and records
-                decoder.generate(**call, streamer=clock)
-            return clock.rate()
-
-        plain = rate()
-        for kept in dict.fromkeys(round(share * units) for share in options.kept):
-            graph.rule_for = lambda *args: Imposed(options.acceptance)
-            try:
-                drafted = rate(draft_level=units - kept, draft_tokens=options.draft)
-            finally:
-                graph.rule_for = plain_rule
-            rows.append(
-                {"what": "time", "model": options.shape, "prompt_tokens": tokens, "window": options.window, "states": options.states}
-                | {"units": units, "kept": kept, "draft_tokens": options.draft, "acceptance": options.acceptance}
+        timer = Timer(model, ids, options.new, 3 * len(arms), options.chunk)
+        for share, draft, acceptance in bar(arms, total=len(arms), desc=f"{tokens} tokens", unit=" rows"):
+            kept, draft_tokens = round(share * units), draft or None
+            with imposed(acceptance, None if draft else Each(DraftLength())):
+                timer.run(units - kept, draft_tokens)  # compiles and records
+            with imposed(acceptance):
+                drafted = timer.run(units - kept, draft_tokens)
+            plain = timer.run()
+            done["rows"].append(
+                {**same, "share": share, "draft_tokens": draft, "acceptance": acceptance, "units": units, "kept": kept}
                 | {"tokens_per_second": plain, "drafted_tokens_per_second": drafted, "ratio": drafted / plain}
             )
-            write_json(options.out, {**origin(" "), "settings": None, "rows": rows}, indent=1)
+            write_json(options.out, done, indent=1)
+        del timer
+        collect()
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -268,10 +340,11 @@ def main(arguments: list[str] | None = None) -> None:
     clocked.add_argument("--out", type=Path, required=True)
     clocked.add_argument("--dtype", default="bfloat16")
     clocked.add_argument("--prompt-tokens", type=int, nargs="+", required=True)
-    clocked.add_argument("--new", type=int, default=128)
-    clocked.add_argument("--draft", type=int, default=4, help="tokens in a round")
-    clocked.add_argument("--acceptance", type=float, default=0.9)
+    clocked.add_argument("--new", type=int, default=128, help="tokens that are timed")
+    clocked.add_argument("--draft", type=int, nargs="+", default=[4], help="tokens in a round; 0: adapts")
+    clocked.add_argument("--acceptance", type=float, nargs="+", default=[0.9])
     clocked.add_argument("--kept", type=float, nargs="+", default=(0.1,), help="shares of the KV heads")
+    clocked.add_argument("--chunk", type=int, default=4096, help="tokens of the prompt that are read at a time")
     clocked.add_argument("--window", type=int, default=WINDOW)
     clocked.add_argument("--states", action="store_true", help="beside the window")
     clocked.set_defaults(run=time_drafts)

@@ -39,6 +39,24 @@ def measured(drafting, folder, out, *more):
     return json.loads((folder / out).read_text())["rows"]
 
 
+def timed(drafting, folder, *more):
+    sizes = ["--shape", str(folder / "base"), "--prompt-tokens", "40", "--new", "20", "--dtype", "float32", "--window", "16"]
+    drafting.main(["time", *sizes, "--out", str(folder / "c.json"), *more])
+    return json.loads((folder / "c.json").read_text())["rows"]
+
+
+def test_times_go_on_behind_known_rows(drafting, folder, monkeypatch):
+    rows = timed(drafting, folder, "--kept", "0.5", "--draft", "3", "0", "--acceptance", "0.9", "0.2")
+    assert [(row["draft_tokens"], row["acceptance"]) for row in rows] == [(3, 0.9), (3, 0.2), (0, 0.9), (0, 0.2)]
+    more = timed(drafting, folder, "--kept", "0.5", "--draft", "3", "2", "--acceptance", "0.9")
+    assert more[:4] == rows and [row["draft_tokens"] for row in more[4:]] == [2]
+    monkeypatch.setattr(drafting, "Timer", None)  # nothing is left to be timed
+    assert timed(drafting, folder, "--kept", "0.5", "--draft", "3", "0") == more
+    monkeypatch.setattr(drafting, "origin", lambda command: {"device": "another one"})
+    with pytest.raises(SystemExit, match="give another --out"):
+        timed(drafting, folder)
+
+
 def test_rows_and_their_page(drafting, folder, monkeypatch):
     with_adapter = ["--name", "mine", "--adapter", str(folder / "adapter"), "--kept", "0.5", "0"]
     rows = measured(drafting, folder, "a.json", *with_adapter)
@@ -54,9 +72,7 @@ def test_rows_and_their_page(drafting, folder, monkeypatch):
 
     alone = measured(drafting, folder, "b.json", "--name", "its base", "--kept", "0.5", "--window", "16")
     assert {(row["trained"], row["unit"], row["units"], row["kept"]) for row in alone} == {(False, "head", 4, 2)}
-    clocked = ["--shape", str(folder / "base"), "--prompt-tokens", "40", "--new", "20", "--kept", "0.5", "0", "--dtype", "float32"]
-    drafting.main(["time", *clocked, "--window", "16", "--out", str(folder / "c.json")])
-    times = json.loads((folder / "c.json").read_text())["rows"]
+    times = timed(drafting, folder, "--kept", "0.5", "0")
     assert [row["kept"] for row in times] == [2, 0] and all(row["drafted_tokens_per_second"] > 0 for row in times)
 
     page, parts = folder / "page.md", [str(folder / name) for name in ("a.json", "b.json", "c.json")]
