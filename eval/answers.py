@@ -48,6 +48,7 @@ FORMAT_TOKENS, LETTER_TOKENS = 96, 12
 TEMPERATURE = 0.7
 CODE_TASKS = {"code": "needle", "tracking": "variable_tracking"}
 TOKENS_AT_ONCE = {"cuda": 131_072, "cpu": 8_192}  # of all prompts of a batch
+SHORT, MOST_PADDED = 512, 1.25  # tokens of prompts that go into one batch, and the longest beside the shortest of others
 WORDS = {
     "agreement": "top-1 agreement",
     "agreement_share": "of the floor's",
@@ -92,14 +93,13 @@ def stops_of(model: Any, tokenizer: Any) -> list[int]:
 
 
 def in_batches(prompts: Sequence[Sequence[int]], at_once: int) -> list[list[int]]:
-    """Places of prompts, in batches of at most `at_once` tokens: long ones of one length together, which need no padding."""
+    """Places of prompts, in batches of at most `at_once` tokens, those of like lengths together: little is read that is padding."""
     places = sorted(range(len(prompts)), key=lambda place: (len(prompts[place]), place))
     batches: list[list[int]] = []
     for place in places:
         length = len(prompts[place])
         last = batches[-1] if batches else []
-        # Of all but the shortest, padding is spared.
-        alike = last and (len(prompts[last[0]]) == length or length <= 512)
+        alike = last and (length <= SHORT or length <= MOST_PADDED * len(prompts[last[0]]))
         if alike and length * (len(last) + 1) <= at_once:
             last.append(place)
         else:

@@ -177,11 +177,11 @@ def test_answers_differ_first_where_they_differ(answers):
     assert answers.first_difference([1, 2], [1, 2, 3]) == 2
 
 
-def test_batches_hold_every_prompt_once_and_long_ones_of_one_length(answers):
-    prompts = [[0] * length for length in (3, 900, 5, 900, 1000, 900)]
-    batches = answers.in_batches(prompts, 2000)
-    assert sorted(place for batch in batches for place in batch) == list(range(6))
-    assert batches == [[0, 2], [1, 3], [5], [4]]
+def test_batches_hold_every_prompt_once_and_those_of_like_lengths_together(answers):
+    prompts = [[0] * length for length in (3, 900, 5, 900, 1000, 900, 2400)]
+    batches = answers.in_batches(prompts, 3000)
+    assert sorted(place for batch in batches for place in batch) == list(range(7))
+    assert batches == [[0, 2], [1, 3, 5], [4], [6]]
 
 
 def test_agreement_and_kl_are_those_of_the_logits(answers, folder):
