@@ -2,10 +2,11 @@
 
     python eval/state_forms.py MODEL TEXT                          # eval/results/state-forms.json, a table
     python eval/state_forms.py MODEL TEXT --layers 2,9 --forms "window 512" "relu"
+    python eval/state_forms.py page                                # docs/measured/state-forms.md, from the result
 
 Each form takes the place of one layer's softmax, on the original's own inputs: query and output projections and what is the form's own are
 trained on the error of the layer's output, as a share of its energy, which is then measured on rows that were not trained on. Scores of all
-pairs of tokens are written out, so this says what a form can do and nothing of speed.
+pairs of tokens are written out, so this says what a form can do and nothing of speed. Forms that are measured are not measured again.
 
 Forms, with the window that leaves all of them the same bytes (a state of K x V numbers in bf16 takes what K / 2 tokens of a window take):
 
@@ -24,7 +25,9 @@ queries before their rotation. `pure` has no window.
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,10 +41,16 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, apply_rotary_pos_emb
 
 from dsla_hf import DualStateAttention
+from dsla_hf.core.files import write_whole
+from dsla_hf.core.plots import figure, save
 from dsla_hf.core.progress import bar, say
+from dsla_hf.core.tables import markdown_table
 from dsla_hf.models.loading import device, load_model, load_tokenizer
 from dsla_hf.training.text import read_texts
 
+DOCS = Path(__file__).parents[1] / "docs"
+NAME = "state-forms"
+EQUAL = "window 512"  # has the bytes of all forms with a window
 SINKS = 4
 APART = 4  # rows that are measured on
 WARM_UP = 10  # steps
@@ -53,7 +62,7 @@ LIMIT = 12.0  # of what is exponentiated
 @dataclass(frozen=True)
 class Form:
     """window: tokens, 0 for none. features: of keys and queries, or None. decays: gates per token. layer: states of the library's layer.
-    size: number of features, as many as channels when 0. counted: the weight of what has no value grows with the number of its tokens."""
+    size: number of features, as many as channels when 0."""
 
     window: int
     features: str | None = None
@@ -63,14 +72,12 @@ class Form:
     rotated: bool = True
     layer: int = 0
     size: int = 0
-    counted: bool = True
 
 
 FORMS = {
     "window 512": Form(512),
     "window 480": Form(480),
     "null": Form(512, null=True),
-    "null, not counted": Form(512, null=True, counted=False),
     "null, gate": Form(512, null=True, gate=True),
     "mean": Form(510, "mean", size=1),
     "mean, gate": Form(510, "mean", size=1, gate=True),
@@ -207,9 +214,7 @@ class Student(nn.Module):
         o, log_sum = self._softmax(q, k, v, inside) if form.window else (None, None)
         if form.null:
             count = outside.sum(-1)
-            logit = self.own["bias"] + more
-            if form.counted:
-                logit = logit + self.own["gain"] * count.clamp(min=1).log()[:, None]
+            logit = self.own["bias"] + self.own["gain"] * count.clamp(min=1).log()[:, None] + more
             return F.linear((o * (1 - (logit - log_sum).sigmoid() * (count > 0)[:, None])[..., None]).flatten(2), self.o_proj)
         if form.features:
             read, log_mass = self._read(q if form.rotated else unrotated, own_k, v, outside)
@@ -308,6 +313,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["page"]:
+        return page(arguments[1:])
     options, start = parse_arguments(arguments), time.perf_counter()
     torch.set_float32_matmul_precision("high")
     model = load_model(options.model, "float32").to(device()).eval()
@@ -319,25 +327,99 @@ def main(arguments: list[str] | None = None) -> None:
     recorded = record(model, rows, layers)
     del model
     setup = {name: getattr(options, name) for name in ("tokens", "batch", "steps", "learning_rate", "gate_factor", "seed")}
-    measured: list[dict[str, Any]] = []
-    for name in bar(options.forms, desc="forms"):
+    setup |= {"model": Path(options.model).name, "texts": options.rows}
+    measured = known(options.results / f"{NAME}.json", setup, layers)
+    for name in bar([name for name in options.forms if name not in {row["form"] for row in measured}], desc="forms"):
         form = FORMS[name]
         rate = options.learning_rate * (1 if form.window else 3)
         for index in layers:
             before, after = align(form, recorded[index], options.steps, options.batch, rate, options.gate_factor, options.seed)
             measured.append({"form": name, "window": form.window, "layer": index, "error_before": before, "error": after})
-        write_results("state-forms", measured, folder=options.results, model=Path(options.model).name, texts=options.rows, **setup)
+        write_results(NAME, measured, folder=options.results, **setup)
         errors = " ".join(f"{row['layer']}: {row['error']:.4f}" for row in measured if row["form"] == name)
         say(f"{name}: {errors} ({time.perf_counter() - start:.0f} s)")
     print(rows_table(by_form(measured), ["form", "window", *(str(index) for index in layers)]))
 
 
+def known(path: Path, setup: dict[str, Any], layers: Sequence[int]) -> list[dict[str, Any]]:
+    """Rows that a file has already.
+
+    Raises:
+        ValueError: if they were measured otherwise.
+    """
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    if changed := [name for name, value in setup.items() if found.get(name) != value]:
+        raise ValueError(f"{path} was measured with another {', '.join(changed)}: name another folder with --results")
+    if {row["layer"] for row in found["rows"]} - set(layers):
+        raise ValueError(f"{path} has other layers than {list(layers)}: name another folder with --results")
+    return found["rows"]
+
+
 def by_form(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each form, with the error of each layer."""
+    """A row for each form, with the error of each layer, their sum, and the sum of logarithms beside that of a window of equal bytes:
+    `beside` is what a layer's error is multiplied by, in the geometric mean. Of forms without a window there is none."""
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
         found.setdefault(row["form"], {"form": row["form"], "window": row["window"]})[str(row["layer"])] = row["error"]
+    layers = [str(layer) for layer in dict.fromkeys(row["layer"] for row in rows)]
+    for row in found.values():
+        row["sum"] = sum(row[layer] for layer in layers)
+        if row["window"] and (beside := found.get(EQUAL)):
+            row["beside"] = math.exp(sum(math.log(row[layer] / beside[layer]) for layer in layers) / len(layers))
     return list(found.values())
+
+
+def page(arguments: list[str]) -> None:
+    """Write the page of the result."""
+    parser = argparse.ArgumentParser(description=page.__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--docs", type=Path, default=DOCS)
+    options = parser.parse_args(arguments)
+    found = json.loads((options.results / f"{NAME}.json").read_text())
+    rows = by_form(found["rows"])
+    layers = [str(layer) for layer in dict.fromkeys(row["layer"] for row in found["rows"])]
+    plot_forms(rows, options.docs / "images" / f"{NAME}.png")
+    table = markdown_table(["form", "window", *layers, "sum", "beside"], [_shown(row, layers) for row in rows])
+    text = PAGE.format(
+        **{name: found[name] for name in ("command", "model", "device", "texts", "tokens", "steps")}, apart=APART, table=table
+    )
+    path = options.docs / "measured" / f"{NAME}.md"
+    write_whole(path, text)
+    say(f"wrote {path}")
+
+
+def _shown(row: dict[str, Any], layers: Sequence[str]) -> list[str]:
+    """A row in figures for people."""
+    beside = f"{row['beside']:.2f}" if "beside" in row else ""
+    return [row["form"], str(row["window"] or "none"), *(f"{row[layer]:.4f}" for layer in layers), f"{row['sum']:.3f}", beside]
+
+
+def plot_forms(rows: list[dict[str, Any]], path: Path) -> None:
+    """Bars of the errors beside that of the window."""
+    shown = [row for row in rows if "beside" in row]
+    drawn, (axes,) = figure(size=(7, 0.3 * len(shown) + 1))
+    axes.barh([row["form"] for row in shown], [row["beside"] for row in shown], color="tab:blue")
+    axes.axvline(1, color="black", linewidth=1)
+    axes.invert_yaxis()
+    axes.set_xlabel("error of a layer's output beside that of a window of equal bytes (geometric mean)")
+    save(drawn, path)
+
+
+PAGE = """# Forms of a state, layer by layer
+
+Made by `{command}`, whose result is `eval/results/state-forms.json`; {model}, {device}.
+
+Each form takes the place of one layer's softmax, on the original's own inputs, and is trained for {steps} steps on the error of the layer's
+output; the error, as a share of the output's energy, is measured on {apart} of {texts} texts of {tokens} tokens, which were not trained on.
+Windows are shorter by what a form's states take, so that all forms have the same bytes. *beside*: what a layer's error is multiplied by
+when the form takes the place of a window of equal bytes, in the geometric mean. Forms are described in `eval/state_forms.py`.
+
+![errors beside a window of equal bytes](../images/state-forms.png)
+
+{table}
+"""
 
 
 if __name__ == "__main__":

@@ -79,5 +79,14 @@ def test_command_writes_a_row_for_each_form_and_layer(script, model, tmp_path, c
     assert [(row["form"], row["layer"]) for row in rows] == [(form, layer) for form in ("window 512", "relu, gate") for layer in (0, 1)]
     assert rows[0]["error_before"] < 1e-6, "the window holds the rows"
     assert "| relu, gate | 480 |" in capsys.readouterr().out
+    script.main([*words, "--forms", "relu, gate", "mean"])  # goes on: what is measured is not measured again
+    more = json.loads((tmp_path / "state-forms.json").read_text())["rows"]
+    assert more[:4] == rows and [row["form"] for row in more[4:]] == ["mean", "mean"]
+    script.main(["page", "--results", str(tmp_path), "--docs", str(tmp_path / "docs")])
+    text = (tmp_path / "docs/measured/state-forms.md").read_text()
+    assert f"| mean | 510 | {more[4]['error']:.4f} | {more[5]['error']:.4f} |" in text
+    assert (tmp_path / "docs/images/state-forms.png").exists()
+    with pytest.raises(ValueError, match="another steps: name another folder"):
+        script.main([*words, "--steps", "3"])
     with pytest.raises(ValueError, match="rows of 4000 need 24,000: give more text"):
         script.main([*words, "--tokens", "4000"])
