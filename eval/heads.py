@@ -82,7 +82,7 @@ WANTED: dict[str, dict[int, tuple[float, dict[int, float]]]] = {
 HOW_TRAINED = ("align_steps", "steps", "tokens_per_step", "lengths", "planted", "answer_weight", "probe_weight", "level_draws")
 HOW_TRAINED += ("learning_rate", "gate_factor", "seed")
 # Settings that older results do not name, and what these had. matched: whether states began as `match_outputs` sets them; state_bias: else.
-NEWER = {"highest_share": 0.0, "even_share": 0.0, "state_bias": 0.0, "matched": False, "ranking": "shares"}
+NEWER = {"highest_share": 0.0, "even_share": 0.0, "state_bias": 0.0, "matched": False, "ranking": "shares", "data": "distill.txt"}
 
 
 @dataclass(frozen=True)

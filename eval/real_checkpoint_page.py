@@ -1,6 +1,7 @@
 """The table of docs/real_checkpoint.md, from what `make real` measured: `python eval/real_checkpoint_page.py real-checkpoint`.
 
-The folder's table.json becomes eval/results/real-checkpoint.json, its plot docs/images/real-checkpoint.png.
+The folder's table.json becomes eval/results/real-checkpoint.json, its plot docs/images/real-checkpoint.png; what was measured on a CPU has a
+table of its own, and `-cpu` behind these names.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 NAME = "real-checkpoint"
 
 
-def text_of(found: dict[str, Any]) -> str:
+def text_of(found: dict[str, Any], name: str) -> str:
     """Table and plot, and where they were made."""
     rows = found["rows"]
     codes = [name for name in rows[0] if name.startswith("code_")]
@@ -37,15 +38,18 @@ def text_of(found: dict[str, Any]) -> str:
         for row in rows
     ]
     where = f"{found['device']}, torch {found['versions']['torch']}, transformers {found['versions']['transformers']}"
-    what = f"`{found['command']}`: {found['trained']:,} tokens of training, {found['samples']} samples of each length."
-    return f"{markdown_table(head, lines)}\n\n![perplexity and codes against KV heads kept](images/{NAME}.png)\n\n{what} {where}."
+    what = f"`{found['command']}`: {found['trained']:,} tokens of training, {found['samples']} samples of each length, "
+    what += f"{found['seconds'] / 60:.0f} minutes."
+    return f"{markdown_table(head, lines)}\n\n![perplexity and codes against KV heads kept](images/{name}.png)\n\n{what} {where}."
 
 
 def main(folder: Path, results: Path = RESULTS, docs: Path = DOCS) -> None:
     found = json.loads((folder / "table.json").read_text())
-    fill_page(docs / "real_checkpoint.md", {"real checkpoint": text_of(found)})
-    write_json(results / f"{NAME}.json", found, indent=1)
-    write_whole(docs / "images" / f"{NAME}.png", (folder / "table.png").read_bytes())
+    on_cpu = "CPU" in found["device"]
+    name = f"{NAME}-cpu" if on_cpu else NAME
+    fill_page(docs / "real_checkpoint.md", {"real checkpoint, CPU" if on_cpu else "real checkpoint": text_of(found, name)})
+    write_json(results / f"{name}.json", found, indent=1)
+    write_whole(docs / "images" / f"{name}.png", (folder / "table.png").read_bytes())
 
 
 if __name__ == "__main__":

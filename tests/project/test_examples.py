@@ -75,12 +75,13 @@ def test_a_checkpoint_becomes_adapter_table_plot_and_chat(real, checkpoint, tmp_
     assert (out / "table.png").read_bytes().startswith(b"\x89PNG") and (out / "adapter" / "self.jsonl").exists()
     # The page of the docs has these numbers.
     (tmp_path / "images").mkdir()
-    (tmp_path / "real_checkpoint.md").write_text("before\n<!-- real checkpoint -->\n<!-- end -->\nafter\n")
+    (tmp_path / "real_checkpoint.md").write_text("before\n<!-- real checkpoint, CPU -->\n<!-- end -->\nafter\n")
     monkeypatch.syspath_prepend(str(EVAL))
     with loaded_script("real_checkpoint_page.py") as script:
         script.main(out, tmp_path, tmp_path)
     written = (tmp_path / "real_checkpoint.md").read_text()
     assert f"| 2 | {rows[1]['perplexity']:.3f} | {rows[1]['perplexity_ratio']:.4f} |" in written and str(tmp_path) not in written
+    assert (tmp_path / "real-checkpoint-cpu.json").exists() and "images/real-checkpoint-cpu.png" in written
     # The same command again does nothing anew.
     monkeypatch.setattr(real, "distil", lambda options, checkpoint, folder: None)
     before = (out / "measured" / "level-02.json").stat().st_mtime_ns
