@@ -18,11 +18,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import random
 import statistics
 import sys
-import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,14 +33,15 @@ sys.path[:] = [str(REPOSITORY / "eval"), str(REPOSITORY / "kernels"), *(x for x 
 
 import torch  # noqa: E402
 from peft import get_peft_model  # noqa: E402
-from reporting import RESULTS, fill_page, rows_table, write_results  # noqa: E402
+from reporting import RESULTS, fill_page, rows_table  # noqa: E402
+from timing import Clock, Rows, fill, peak, reset_peak  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 
 from dsla_hf import DSLAConfig, GraphDecoder  # noqa: E402
-from dsla_hf.core.cache import VisibleStaticLayer, cache_bytes  # noqa: E402
+from dsla_hf.core.cache import cache_bytes  # noqa: E402
 from dsla_hf.inference.bench.measure import Case, Runner  # noqa: E402
 from dsla_hf.inference.bench.models import collect, preset_config, random_model, ready  # noqa: E402
-from dsla_hf.inference.graph import PlainRecording, Workspace  # noqa: E402
+from dsla_hf.inference.graph import PlainRecording  # noqa: E402
 
 NAME = "heads-models"
 PAGE = REPOSITORY / "docs" / "measured" / "inference.md"
@@ -81,43 +80,6 @@ def tiny_plan() -> Plan:
     sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
     shapes = {name: AutoConfig.for_model("llama", **sizes, num_key_value_heads=heads) for name, heads in (("8B", 2), ("7B", 4))}
     return Plan(shapes, (40, 60), (4, 2, 1), read=24, steps=6, window_size=8, memory=3 * 2**16)
-
-
-class Rows:
-    """The rows of the result file, with new ones in place of earlier ones."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        path = folder / f"{NAME}.json"
-        self.rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
-
-    def has(self, place: dict[str, Any]) -> bool:
-        """Whether there is such a row, and not for an error."""
-        return any("error" not in row and key(row) == key(place) for row in self.rows)
-
-    def add(self, row: dict[str, Any]) -> None:
-        self.rows = [*(other for other in self.rows if key(other) != key(row)), row]
-        write_results(NAME, self.rows, folder=self.folder)
-        print(row, flush=True)
-
-
-def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in KEY)
-
-
-class Clock:
-    """How much of the time that a run may take is left."""
-
-    def __init__(self, seconds: float):
-        self.end, self.begun, self.longest = time.monotonic() + seconds, time.monotonic(), 0.0
-
-    def allows_another(self) -> bool:
-        """Whether a row as long as the longest so far would end in time; a row begins now."""
-        self.begun = time.monotonic()
-        return self.begun + self.longest <= self.end
-
-    def ends_row(self) -> None:
-        self.longest = max(self.longest, time.monotonic() - self.begun)
 
 
 # --- models -----------------------------------------------------------------------------------------------------
@@ -162,19 +124,6 @@ def new_runner(network: Any) -> Runner:
     return runner
 
 
-def fill(space: Workspace, tokens: int) -> None:
-    """Go on as if every row had read so many tokens."""
-    for layer in space.layers():
-        if isinstance(layer, VisibleStaticLayer):
-            for x in (layer.keys, layer.values):
-                x.normal_()
-            layer.cumulative_length.fill_(tokens)
-    space.counts.fill_(tokens)
-    space.positions.fill_(tokens)
-    space.lengths.fill_(tokens + 1)
-    space.read = tokens
-
-
 def decode(network: Any, plan: Plan, tokens: int, rows: int) -> dict[str, Any]:
     """Seconds of a step of `rows` texts that have `tokens` tokens behind them: the mean of as many steps as it takes until a block of the
     window went into the states, and the median."""
@@ -214,15 +163,6 @@ def prefill(network: Any, plan: Plan, tokens: int) -> dict[str, Any]:
         "cache_bytes": cache_bytes(cache),
         "peak_bytes": peak(runner.device),
     }
-
-
-def reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak(device: torch.device) -> int | None:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def most_rows(network: Any, plan: Plan, kept: int, tokens: int) -> int:
@@ -366,7 +306,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"folder of {NAME}.json")
     args = parser.parse_args(arguments)
-    rows = Rows(args.results)
+    rows = Rows(NAME, KEY, args.results)
     if args.page:
         make_page(rows.rows)
         return

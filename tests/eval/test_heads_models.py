@@ -2,11 +2,14 @@
 
 import gc
 import json
+import time
 import weakref
 
 import pytest
 import torch
 from scripts import loaded_script
+
+from dsla_hf.core.cache import VisibleStaticLayer
 
 
 @pytest.fixture
@@ -29,7 +32,7 @@ def test_rows_come_in_order_and_a_later_run_goes_on(benchmark, tmp_path, monkeyp
     monkeypatch.setattr(benchmark, "PIECE", 16)  # beginnings are read in pieces
     command = ["--tiny", "--device", "cpu", "--results", str(tmp_path), "--shapes", "8B", "--tokens", "40"]
     now = iter(range(10**6))
-    monkeypatch.setattr(benchmark.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
     benchmark.main([*command, "--seconds", "12"])
     first = rows_in(tmp_path)
     assert 0 < len(first) < 15 and "did not suffice" in capsys.readouterr().out
@@ -71,7 +74,7 @@ def test_a_filled_cache_is_decoded_to_its_end(benchmark, base, monkeypatch):
         assert space.read == end and space.lengths.tolist() == [end + 1] * 2 and space.positions.flatten().tolist() == [end] * 2
         for layer in space.layers():
             assert int(layer.get_seq_length()) == end, unit
-            if isinstance(layer, benchmark.VisibleStaticLayer):
+            if isinstance(layer, VisibleStaticLayer):
                 assert layer.keys[:, :, :end].any(-1).all()
             else:
                 assert layer.state.lengths.tolist() == [end] * 2
