@@ -1,7 +1,7 @@
 """The table of docs/real_checkpoint.md, from what `make real` measured: `python eval/real_checkpoint_page.py real-checkpoint`.
 
-The folder's table.json becomes eval/results/real-checkpoint.json, its plot docs/images/real-checkpoint.png; what was measured on a CPU has a
-table of its own, and `-cpu` behind these names.
+The folder's table.json becomes eval/results/real-checkpoint.json, its plot docs/images/real-checkpoint.png; what was measured on a CPU
+has a table of its own, and `-cpu` behind these names.
 """
 
 from __future__ import annotations

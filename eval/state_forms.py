@@ -18,8 +18,8 @@ Forms, with the window that leaves all of them the same bytes (a state of K x V 
   many features there are, where not as many as channels.
 - `layer`: `DualStateAttention`, the library's layer, whose start is matched; `one`: its history state alone.
 
-`gate`: the weight of the states, or of the output where there is no window, also depends on the token. `unrotated`: features of keys and
-queries before their rotation. `pure` has no window.
+`gate`: the weight of the states, or of the output where there is no window, also depends on what the layer reads at the token; `gate of q`:
+on the head's rotated query. `unrotated`: features of keys and queries before their rotation. `pure` has no window.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class Form:
     features: str | None = None
     decays: int = 0
     gate: bool = False
+    gate_of_q: bool = False
     null: bool = False
     rotated: bool = True
     layer: int = 0
@@ -88,6 +89,11 @@ FORMS = {
     "relu, gate": Form(480, "relu", gate=True),
     "relu, decay": Form(480, "relu", decays=1),
     "relu, decay, gate": Form(480, "relu", decays=1, gate=True),
+    "relu, decay, gate of q": Form(480, "relu", decays=1, gate_of_q=True),
+    "relu, 32, decay, gate of q": Form(496, "relu", size=32, decays=1, gate_of_q=True),
+    "relu, 16, decay, gate of q": Form(504, "relu", size=16, decays=1, gate_of_q=True),
+    "relu, 16, decay": Form(504, "relu", size=16, decays=1),
+    "relu, 16, decay, gate": Form(504, "relu", size=16, decays=1, gate=True),
     "relu, unrotated, gate": Form(480, "relu", gate=True, rotated=False),
     "layer, one": Form(480, layer=1),
     "layer, two": Form(448, layer=2),
@@ -172,6 +178,8 @@ class Student(nn.Module):
             own["bias"], own["gain"] = torch.full((self.heads,), CLOSED), torch.ones(self.heads)
         if form.gate:
             own["gate"] = torch.zeros(self.heads, layer.hidden.shape[-1])
+        if form.gate_of_q:
+            own["gate_of_q"] = torch.zeros(self.heads, self.head_dim)
         if form.features:
             small = torch.eye(self.head_dim, form.size or self.head_dim) * self.head_dim**-0.25
             own["of_q"], own["of_k"] = small.repeat(self.heads, 1, 1), small.repeat(self.kv_heads, 1, 1)
@@ -210,6 +218,8 @@ class Student(nn.Module):
         inside = causal & ((t[:, None] - t < form.window) | (t < SINKS)) if form.window else torch.zeros_like(causal)
         outside = causal & ~inside
         more = F.linear(hidden, self.own["gate"]) if form.gate else 0.0
+        if form.gate_of_q:
+            more = torch.einsum("bthd,hd->bth", q, self.own["gate_of_q"])
         own_k = k if form.rotated else layer.unrotated[rows]
         o, log_sum = self._softmax(q, k, v, inside) if form.window else (None, None)
         if form.null:
