@@ -36,6 +36,7 @@ from dsla_hf.core.results import origin
 from dsla_hf.core.tables import markdown_table
 from dsla_hf.evaluation.long_context import Haystack, Task, prepare, read_haystack
 from dsla_hf.inference.batching import halve_until_it_fits
+from dsla_hf.inference.graph import GraphDecoder
 from dsla_hf.models.adapter import active_config
 from dsla_hf.models.loading import check_at_least_one, device, load_adapter, load_config, load_model, load_tokenizer
 from dsla_hf.training.losses import kl_loss
@@ -120,6 +121,7 @@ class Speaker:
 
     def __init__(self, model: Any, tokenizer: Any):
         self.model, self.tokenizer, self.stops = model.eval(), tokenizer, stops_of(model, tokenizer)
+        self.decoder = GraphDecoder(model) if model.device.type == "cuda" else model
         self.pad = next((token for token in (tokenizer.pad_token_id, *self.stops) if token is not None), 0)
         self.at_once = TOKENS_AT_ONCE.get(model.device.type, TOKENS_AT_ONCE["cpu"])
 
@@ -141,7 +143,7 @@ class Speaker:
                     ids, mask = padded([prompts[place] for place in places[begin : begin + size]], self.pad, self.model.device)
                     torch.manual_seed(10_000 * seed + number)
                     more: dict[str, Any] = {"max_new_tokens": new_tokens, "eos_token_id": self.stops or None, "pad_token_id": self.pad}
-                    out = self.model.generate(input_ids=ids, attention_mask=mask, repetition_penalty=1.0, **draws, **more)
+                    out = self.decoder.generate(input_ids=ids, attention_mask=mask, repetition_penalty=1.0, **draws, **more)
                     rows += [self._ended(row) for row in out[:, ids.shape[1] :].tolist()]
                 return rows
 
