@@ -19,7 +19,8 @@ Forms, with the window that leaves all of them the same bytes (a state of K x V 
 - `layer`: `DualStateAttention`, the library's layer, whose start is matched; `one`: its history state alone.
 
 `gate`: the weight of the states, or of the output where there is no window, also depends on what the layer reads at the token; `gate of q`:
-on the head's rotated query. `unrotated`: features of keys and queries before their rotation. `pure` has no window.
+on the head's rotated query. `pairs`: features see the lengths of rotary pairs, which no rotation changes; `slow`: of the faster half, and
+the slower half as it is. `unrotated`: features of keys and queries before their rotation. `pure` has no window.
 """
 
 from __future__ import annotations
@@ -62,13 +63,15 @@ LIMIT = 12.0  # of what is exponentiated
 @dataclass(frozen=True)
 class Form:
     """window: tokens, 0 for none. features: of keys and queries, or None. decays: gates per token. layer: states of the library's layer.
-    size: number of features, as many as channels when 0."""
+    size: number of features, as many as channels when 0. pairs: share of the rotary pairs, the fastest, of which features see the length
+    alone."""
 
     window: int
     features: str | None = None
     decays: int = 0
     gate: bool = False
     gate_of_q: bool = False
+    pairs: float = 0.0
     null: bool = False
     rotated: bool = True
     layer: int = 0
@@ -94,6 +97,9 @@ FORMS = {
     "relu, 16, decay, gate of q": Form(504, "relu", size=16, decays=1, gate_of_q=True),
     "relu, 16, decay": Form(504, "relu", size=16, decays=1),
     "relu, 16, decay, gate": Form(504, "relu", size=16, decays=1, gate=True),
+    "pairs, decay": Form(480, "relu", decays=1, pairs=1.0),
+    "pairs, slow, decay": Form(480, "relu", decays=1, pairs=0.5),
+    "relu, unrotated, decay": Form(480, "relu", decays=1, rotated=False),
     "relu, unrotated, gate": Form(480, "relu", gate=True, rotated=False),
     "layer, one": Form(480, layer=1),
     "layer, two": Form(448, layer=2),
@@ -221,13 +227,14 @@ class Student(nn.Module):
         if form.gate_of_q:
             more = torch.einsum("bthd,hd->bth", q, self.own["gate_of_q"])
         own_k = k if form.rotated else layer.unrotated[rows]
+        of_q, own_k = (_lengths_of_pairs(x, form.pairs) for x in (q if form.rotated else unrotated, own_k))
         o, log_sum = self._softmax(q, k, v, inside) if form.window else (None, None)
         if form.null:
             count = outside.sum(-1)
             logit = self.own["bias"] + self.own["gain"] * count.clamp(min=1).log()[:, None] + more
             return F.linear((o * (1 - (logit - log_sum).sigmoid() * (count > 0)[:, None])[..., None]).flatten(2), self.o_proj)
         if form.features:
-            read, log_mass = self._read(q if form.rotated else unrotated, own_k, v, outside)
+            read, log_mass = self._read(of_q, own_k, v, outside)
             if o is None:
                 o = read * (self.own["gain"] * 2 + more).sigmoid()[..., None]
             else:
@@ -273,6 +280,17 @@ class Student(nn.Module):
 
     def _grouped(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.kv_heads, -1))
+
+
+def _lengths_of_pairs(x: Tensor, share: float) -> Tensor:
+    """Queries or keys `[..., D]`, with the lengths of so many of their rotary pairs, from the fastest on, in place of both channels (the
+    second is 0)."""
+    count = round(share * (x.shape[-1] // 2))
+    if not count:
+        return x
+    a, b = x.chunk(2, -1)
+    lengths = (a[..., :count].square() + b[..., :count].square() + SMALLEST).sqrt()
+    return torch.cat([lengths, a[..., count:], torch.zeros_like(lengths), b[..., count:]], -1)
 
 
 def align(form: Form, layer: Layer, steps: int, batch: int, rate: float, gate_factor: float, seed: int) -> tuple[float, float]:
