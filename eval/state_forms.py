@@ -227,7 +227,7 @@ class Student(nn.Module):
         if form.gate_of_q:
             more = torch.einsum("bthd,hd->bth", q, self.own["gate_of_q"])
         own_k = k if form.rotated else layer.unrotated[rows]
-        of_q, own_k = (_lengths_of_pairs(x, form.pairs) for x in (q if form.rotated else unrotated, own_k))
+        of_q, own_k = (lengths_of_pairs(x, form.pairs) for x in (q if form.rotated else unrotated, own_k))
         o, log_sum = self._softmax(q, k, v, inside) if form.window else (None, None)
         if form.null:
             count = outside.sum(-1)
@@ -282,7 +282,7 @@ class Student(nn.Module):
         return x.unflatten(2, (self.kv_heads, -1))
 
 
-def _lengths_of_pairs(x: Tensor, share: float) -> Tensor:
+def lengths_of_pairs(x: Tensor, share: float) -> Tensor:
     """Queries or keys `[..., D]`, with the lengths of so many of their rotary pairs, from the fastest on, in place of both channels (the
     second is 0)."""
     count = round(share * (x.shape[-1] // 2))
