@@ -1,6 +1,5 @@
 """eval/form_arms.py: a window alone where that holds the text, causal beyond it, blind to rotations, and trained by eval/heads.py."""
 
-import json
 import sys
 from pathlib import Path
 
