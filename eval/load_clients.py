@@ -53,11 +53,18 @@ class Outcome:
     seconds: float = 0.0
 
 
-def request_of(number: int, draws: random.Random, levels: list[int], long_prompt: int) -> tuple[str, str, dict[str, Any], bool]:
+def shared_words(count: int, seed: int) -> str:
+    """That prompts begin with in common."""
+    return "".join(f"{word} " for word in random.Random(f"{seed} shared").choices(WORDS, k=count))
+
+
+def request_of(
+    number: int, draws: random.Random, levels: list[int], long_prompt: int, shared: str
+) -> tuple[str, str, dict[str, Any], bool]:
     """Kind, route and body of a request, and whether it is cancelled."""
     (kind,) = draws.choices(list(KINDS), list(KINDS.values()))
     cancelled = draws.random() < CANCELLED
-    prompt = f"{CANCELLED_MARK if cancelled else ''}{number} {' '.join(draws.choices(WORDS, k=2))}"
+    prompt = f"{CANCELLED_MARK if cancelled else ''}{shared}{number} {' '.join(draws.choices(WORDS, k=2))}"
     body: dict[str, Any] = {"max_tokens": draws.randint(4, 40), "stream": cancelled or draws.random() < 0.5}
     if kind in GREEDY:
         body["temperature"] = 0
@@ -122,12 +129,14 @@ async def ask(client: httpx.AsyncClient, route: str, outcome: Outcome, pieces: i
         outcome.left = False  # its text was over before
 
 
-async def _one_client(which: int, url: str, seconds: float, pause: float, seed: int, levels: list[int], long_prompt: int) -> list[Outcome]:
+async def _one_client(
+    which: int, url: str, seconds: float, pause: float, seed: int, levels: list[int], long_prompt: int, shared: int
+) -> list[Outcome]:
     draws, outcomes, end = random.Random(f"{seed} {which}"), list[Outcome](), time.monotonic() + seconds
     async with httpx.AsyncClient(base_url=f"{url}/v1/", timeout=120) as client:
         while time.monotonic() < end:
             number = 100_000 * (which + 1) + len(outcomes)
-            kind, route, body, left = request_of(number, draws, levels, long_prompt)
+            kind, route, body, left = request_of(number, draws, levels, long_prompt, shared_words(shared, seed))
             outcome = Outcome(number, kind, {"model": "load", **body}, left)
             outcomes.append(outcome)
             start = time.monotonic()
@@ -141,14 +150,15 @@ async def _one_client(which: int, url: str, seconds: float, pause: float, seed: 
 
 
 def run_clients(
-    url: str, clients: int, seconds: float, pause: float, seed: int, levels: list[int], long_prompt: int
+    url: str, clients: int, seconds: float, pause: float, seed: int, levels: list[int], long_prompt: int, shared: int
 ) -> list[dict[str, Any]]:
     """So many clients for so long, each with a pause of `pause` seconds on average between two requests: `Outcome`s as dicts.
 
-    levels: that requests may be pinned to. long_prompt: characters of long prompts, about.
+    levels: that requests may be pinned to. long_prompt: characters of long prompts, about. shared: words that all prompts begin with.
     """
 
     async def run() -> list[list[Outcome]]:
-        return await asyncio.gather(*(_one_client(which, url, seconds, pause, seed, levels, long_prompt) for which in range(clients)))
+        given = seconds, pause, seed, levels, long_prompt, shared
+        return await asyncio.gather(*(_one_client(which, url, *given) for which in range(clients)))
 
     return [asdict(outcome) for one in asyncio.run(run()) for outcome in one]

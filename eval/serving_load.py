@@ -2,6 +2,7 @@
 
     python eval/serving_load.py
     python eval/serving_load.py --seconds 60 --clients 4
+    python eval/serving_load.py --seconds 180 --draft-level 4 --draft-tokens 3 --shared-words 30
     python eval/serving_load.py --page
 
 A small random model with an adapter, on a CPU, behind the server of `dsla serve`; clients in a process of their own send greedy, sampled
@@ -16,7 +17,8 @@ each answer reports:
 
 A text that parts where two tokens are nearer than 1e-4 counts as a near tie. The history of one whose level rose while its prompt was being
 read does not say after which token: it is undetermined, unless it is the text of the new level. What was found goes to
-eval/results/serving-load.json; it ends with 1 if anything is wrong. `--page` measures nothing: it fills docs/measured/serving_load.md.
+eval/results/serving-load.json, with drafts to serving-load-drafts.json; it ends with 1 if anything is wrong. `--page` measures nothing: it
+fills docs/measured/serving_load.md.
 """
 
 from __future__ import annotations
@@ -63,6 +65,7 @@ NEAR = 1e-4  # of logits between two tokens, and of log-probabilities
 CHUNK = 256  # prompt tokens of a step: more than ordinary prompts of all clients have, less than long ones
 LEVEL_SECONDS = (0.3, 3.0)  # between two levels that are asked for
 LAYERS = 4
+PLAIN, DRAFTED = "serving-load", "serving-load-drafts"  # result files, and places in the page
 WARM_SECONDS, SETTLE_SECONDS = 2.0, 30.0  # of requests before the load; that connections and texts have to end
 FILES_MORE = 4  # that libraries may open at any time; what clients leave behind would be a file for each
 CHAT = (
@@ -289,6 +292,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--pause", type=float, default=1.0, help="seconds between two requests of a client, on average")
     parser.add_argument("--slots", type=int, default=6, help="texts that run at a time")
+    parser.add_argument("--draft-level", type=int, help="of `dsla serve`: tokens are guessed at this level")
+    parser.add_argument("--draft-lookup", action="store_true", help="of `dsla serve`: what came before is guessed")
+    parser.add_argument("--draft-tokens", type=int, help="of `dsla serve`: guesses in a call, whether they pay or not")
+    parser.add_argument("--shared-words", type=int, default=0, help="that prompts begin with in common")
     parser.add_argument("--growth-mib", type=float, default=64.0, help="that the server's memory may have grown at the end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of serving-load.json")
@@ -311,7 +318,7 @@ def put_under_load(
     engine: Engine, url: str, options: argparse.Namespace, pool: ProcessPoolExecutor
 ) -> tuple[list[Outcome], dict[str, Any]]:
     """What came of the requests, and what was measured of this process meanwhile."""
-    arguments = (list(engine.pinnable), 2 * CHUNK)
+    arguments = (list(engine.pinnable), 2 * CHUNK, options.shared_words)
     # Some first: what is opened once, by whatever, is no leak.
     first = pool.submit(run_clients, url, options.clients, WARM_SECONDS, 0.0, options.seed + 1, *arguments).result()
     wait_until(lambda: not engine.busy, SETTLE_SECONDS)
@@ -339,11 +346,13 @@ def put_under_load(
         "failed_steps": engine.health.failed_steps,
         "level_changes": engine.control.count,
         "tokens_at_level": list(engine.tokens_at_level),
+        "drafts": None if engine.drafts is None else engine.drafts.counts(),
+        "prefixes": {"queries": engine.prefix_queries, "hits": engine.prefix_hits, **engine.reuse.snapshots.figures()},
     }
 
 
-def faults_of(found: dict[str, Any], growth: float) -> list[str]:
-    """What is not as it was before the load."""
+def faults_of(found: dict[str, Any], growth: float, shared: bool = False) -> list[str]:
+    """What is not as it was before the load, and what the load was to try and did not; shared: prompts began alike."""
     checks = {
         f"{found['stuck']} requests are left": found["stuck"] == 0,
         f"{found['free_blocks']} of {found['blocks']} blocks are free": found["free_blocks"] == found["blocks"],
@@ -354,6 +363,8 @@ def faults_of(found: dict[str, Any], growth: float) -> list[str]:
         f"open files went from {found['open_files'][0]} to {found['open_files'][-1]}": found["open_files"][-1]
         <= found["open_files"][0] + FILES_MORE,
         "the level did not change": found["level_changes"] > 1,
+        "no guess was right": found["drafts"] is None or found["drafts"]["accepted"] > 0,
+        "no text began with what another had read": not shared or found["prefixes"]["hits"] > 0,
     }
     return [what for what, holds in checks.items() if not holds]
 
@@ -361,12 +372,14 @@ def faults_of(found: dict[str, Any], growth: float) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     if options.page:
-        fill_page(PAGE, {"serving-load": page_part(json.loads((options.results / "serving-load.json").read_text()))})
+        fill_page(PAGE, {name: page_part(json.loads((options.results / f"{name}.json").read_text())) for name in (PLAIN, DRAFTED)})
         return 0
     tokenizer = ascii_tokenizer()
     model = small_model(tokenizer)
     sizes = {"slots": options.slots, "block_size": 16, "chunk": CHUNK, "kv_bytes": 2**22}
-    engine = Engine(model, Wandering(LAYERS, options.seed), EngineOptions(**sizes, hold=0.0, busy_hold=0.0, cool_down=0.0))
+    moves = {"hold": 0.0, "busy_hold": 0.0, "cool_down": 0.0}
+    drafts = {name: getattr(options, name) for name in ("draft_level", "draft_lookup", "draft_tokens")}
+    engine = Engine(model, Wandering(LAYERS, options.seed), EngineOptions(**sizes, **moves, **drafts))
     left: dict[str, Request] = {}
     submit = engine.submit
 
@@ -383,13 +396,16 @@ def main(arguments: list[str] | None = None) -> int:
     checker = Checker(model, tokenizer, left)
     for outcome in tqdm(outcomes, desc="comparing", unit="answer", disable=None):
         checker.add(outcome)
-    faults = faults_of(found, options.growth_mib) + checker.faults
+    faults = faults_of(found, options.growth_mib, options.shared_words > 0) + checker.faults
     times = sorted(outcome.seconds for outcome in outcomes if not outcome.left)
     extra = {
         "seconds": options.seconds,
         "clients": options.clients,
         "pause": options.pause,
         "slots": options.slots,
+        "draft_level": options.draft_level,
+        "draft_lookup": options.draft_lookup,
+        "shared_words": options.shared_words,
         "statuses": dict(Counter(str(outcome.status) for outcome in outcomes)),
         "latency": {"median": times[len(times) // 2], "p99": times[int(0.99 * (len(times) - 1))], "longest": times[-1]},
         "growth_mib": options.growth_mib,
@@ -397,7 +413,7 @@ def main(arguments: list[str] | None = None) -> int:
         "faults": faults,
     }
     rows = [asdict(row) for row in checker.rows.values()]
-    write_results("serving-load", rows, folder=options.results, **extra)
+    write_results(DRAFTED if engine.drafts is not None else PLAIN, rows, folder=options.results, **extra)
     print(rows_table(rows, COLUMNS))
     print("\n".join(faults) or "nothing is wrong")
     return int(bool(faults))
@@ -417,6 +433,7 @@ def page_part(result: dict[str, Any]) -> str:
         "",
         f"- Answers by status: {statuses}. Median {latency['median']:.2f} s, P99 {latency['p99']:.2f} s, "
         f"longest {latency['longest']:.2f} s.",
+        *([_shared(result)] if result.get("drafts") else []),
         f"- At the end {result['free_blocks']} of {result['blocks']} blocks are free, {result['stuck']} requests left, "
         f"{result['failed_steps']} steps failed, `/health` answers {result['health']}.",
         f"- Memory of the server's process: {memory[0]:.0f} MiB after a tenth of the time, {memory[-1]:.0f} MiB at the end (allowed: "
@@ -424,6 +441,17 @@ def page_part(result: dict[str, Any]) -> str:
         "- " + ("Nothing is wrong." if not result["faults"] else "Wrong: " + "; ".join(result["faults"]) + "."),
     ]
     return "\n".join(lines)
+
+
+def _shared(result: dict[str, Any]) -> str:
+    """What drafts and prefixes came to."""
+    drafts, prefixes = result["drafts"], result["prefixes"]
+    guesses = "by prompt lookup" if result["draft_lookup"] else f"at level {result['draft_level']}"
+    return (
+        f"- Tokens guessed {guesses}: {drafts['drafted']:,} in {drafts['rounds']:,} calls, {drafts['accepted']:,} of them right. "
+        f"Of {prefixes['queries']:,} prompt tokens {prefixes['hits']:,} were not read again; "
+        f"{prefixes['taken']:,} snapshots of states were taken."
+    )
 
 
 if __name__ == "__main__":

@@ -33,6 +33,22 @@ def test_a_short_load(script, tmp_path, capsys):
     assert f"{total:,} requests" in part and "Nothing is wrong" in part
 
 
+def test_a_short_load_with_drafts_and_prompts_that_begin_alike(script, tmp_path, capsys):
+    given = ["--draft-level", "4", "--draft-tokens", "3", "--shared-words", "30"]
+    sizes = ["--seconds", "8", "--clients", "4", "--pause", "0.5", "--slots", "4", "--results", str(tmp_path)]
+    assert script.main([*sizes, *given]) == 0, capsys.readouterr().out
+    result = json.loads((tmp_path / "serving-load-drafts.json").read_text())
+    assert result["drafts"]["accepted"] > 0 and result["prefixes"]["hits"] > 0 and result["faults"] == []
+    part = script.page_part(result)
+    assert f"{result['drafts']['drafted']:,} in {result['drafts']['rounds']:,} calls" in part and "guessed at level 4" in part
+
+
+def test_the_page_holds_what_the_results_say(script):
+    for name in (script.PLAIN, script.DRAFTED):
+        result = json.loads((script.RESULTS / f"{name}.json").read_text())
+        assert script.page_part(result) in script.PAGE.read_text(), "`python eval/serving_load.py --page` would write something else"
+
+
 def outcome(kind="greedy", **changes):
     body = {"prompt": "abc", "max_tokens": 8, "temperature": 0}
     return load_clients.Outcome(
@@ -82,8 +98,10 @@ def test_what_is_left_behind_is_found(script):
         "memory_mib": [100, 120],
         "open_files": [9, 13],
         "level_changes": 5,
+        "drafts": {"rounds": 2, "drafted": 6, "accepted": 1},
+        "prefixes": {"queries": 9, "hits": 4},
     }
-    assert script.faults_of(good, 64) == []
+    assert script.faults_of(good, 64, True) == script.faults_of({**good, "drafts": None, "prefixes": {"hits": 0}}, 64) == []
     for change in (
         {"stuck": 1},
         {"free_blocks": 8},
@@ -92,5 +110,7 @@ def test_what_is_left_behind_is_found(script):
         {"memory_mib": [100, 170]},
         {"open_files": [9, 14]},
         {"level_changes": 0},
+        {"drafts": {"rounds": 2, "drafted": 6, "accepted": 0}},
+        {"prefixes": {"queries": 9, "hits": 0}},
     ):
-        assert len(script.faults_of({**good, **change}, 64)) == 1, change
+        assert len(script.faults_of({**good, **change}, 64, True)) == 1, change

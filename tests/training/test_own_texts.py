@@ -95,6 +95,41 @@ def test_other_settings_are_refused_and_change_nothing(model, tokenizer, tmp_pat
     assert path.read_bytes() == before
 
 
+def test_texts_of_another_model_are_refused(tiny_model, model, tokenizer, tmp_path):
+    """By its name where no model is loaded, by its weights where one is: a folder may hold another version by now."""
+    settings = {name: value for name, value in SMALL.items() if name != "progress"}
+    path = write_own_texts(model, tokenizer, tmp_path / "own.jsonl", 100, name="org/first", **SMALL)
+    before = path.read_bytes()
+    assert rows_of(path)[-1]["settings"]["model"] == "org/first"
+    assert tokens_left(path, 100, tokenizer, "cpu", name="org/first", **settings) == 0
+    with pytest.raises(ValueError, match="written with model 'org/first', not 'org/second': name another file, or remove it"):
+        tokens_left(path, 100, tokenizer, "cpu", name="org/second", **settings)
+    with pytest.raises(ValueError, match="written with model 'org/first', not 'org/second'"):
+        write_own_texts(model, tokenizer, path, 300, name="org/second", **SMALL)
+    other = tiny_model("llama", vocab_size=len(tokenizer))
+    with torch.no_grad():
+        other.model.layers[2].mlp.up_proj.weight.mul_(1.01)
+    with pytest.raises(ValueError, match="written with weights '[0-9a-f]{16}', not '[0-9a-f]{16}': name another file"):
+        write_own_texts(other, tokenizer, path, 300, name="org/first", **SMALL)
+    assert path.read_bytes() == before
+
+
+def test_a_folder_may_be_named_from_anywhere(model, tokenizer, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path / "mine")
+    path = write_own_texts(model, tokenizer, tmp_path / "own.jsonl", 100, name=str(tmp_path / "mine"), **SMALL)
+    monkeypatch.chdir(tmp_path / "mine")
+    settings = {name: value for name, value in SMALL.items() if name != "progress"}
+    assert tokens_left(path, 100, tokenizer, "cpu", name=".", **settings) == 0
+    assert str(tmp_path) not in path.read_text()
+
+
+def test_lines_that_do_not_name_their_model_are_refused(model, tokenizer, tmp_path):
+    path = write_own_texts(model, tokenizer, tmp_path / "own.jsonl", 100, name="org/first", **SMALL)
+    path.write_text(path.read_text().replace('"model": "org/first", ', ""))
+    with pytest.raises(ValueError, match="written with model None, not 'org/first'"):
+        write_own_texts(model, tokenizer, path, 100, name="org/first", **SMALL)
+
+
 @pytest.mark.parametrize("content", ['{"text": "mine"}\n', "5\n", '{"last_of_batch": 0}\n', "no JSON"])
 def test_a_file_of_somebody_else_is_left_alone(content, model, tokenizer, tmp_path):
     path = tmp_path / "mine.jsonl"

@@ -222,7 +222,7 @@ def _own_texts(options: DistillOptions, args: DSLATrainingArguments, config: DSL
     """
     length = options.length or 0
     tokens = options.tokens // 2 + (options.ranking_sequences + options.eval_sequences) * length
-    settings = {"length": length, "seed": args.seed}
+    settings = {"length": length, "seed": args.seed, "name": options.model}
     if not tokens_left(path, tokens, tokenizer, args.device.type, **settings):
         return None
     model = _new_model(options, copy.deepcopy(config), args.seed)

@@ -37,6 +37,7 @@ from ..levels.drafting import (
     lengths_for,
     pure_processors,
     rule_for,
+    stop_by_criterion,
 )
 from ..models.adapter import DSLALayer, dsla_layers
 from ..models.architectures import has_linear_layers, kv_heads_of
@@ -316,11 +317,13 @@ class GraphDecoder:
             return f"the static cache of this model has {sorted(others)}, whose tokens the host counts"
         return self._obstacle_in(options)
 
-    def _obstacle_in(self, options: dict[str, Any]) -> str | None:
-        settings = options.get("generation_config") or self.causal_lm.generation_config
+    def _option(self, options: dict[str, Any], name: str) -> Any:
+        """What a call says by this name, or its generation config does."""
+        return options.get(name, getattr(options.get("generation_config") or self.causal_lm.generation_config, name, None))
 
+    def _obstacle_in(self, options: dict[str, Any]) -> str | None:
         def option(name: str) -> Any:
-            return options.get(name, getattr(settings, name, None))
+            return self._option(options, name)
 
         if (option("num_beams") or 1) > 1 or options.get("assistant_model") is not None or option("prompt_lookup_num_tokens"):
             return "beams, assisted decoding and prompt lookup need caches that can be reordered or cut"
@@ -367,6 +370,7 @@ class GraphDecoder:
                 return self.model.generate(**options, **drafts)
         goes_on = options.pop("past_key_values", None) is not None
         streamer = options.pop("streamer", None)  # transformers keeps it from custom loops
+        stop_by_criterion(options, lambda name: self._option(options, name))
 
         def decode(
             model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **inputs: Any
@@ -445,10 +449,7 @@ class GraphDecoder:
             raise ValueError(
                 f"draft_level: {type(self.model).__name__} has no levels; give a PeftModel with a DSLA adapter, or leave it out"
             )
-        settings = options.get("generation_config") or self.causal_lm.generation_config
-        return check_draft_options(
-            self.model, self.draft_level, self.draft_tokens, lambda name: options.get(name, getattr(settings, name, None))
-        )
+        return check_draft_options(self.model, self.draft_level, self.draft_tokens, lambda name: self._option(options, name))
 
     def _decode_drafted(
         self,

@@ -331,6 +331,16 @@ def _text(option: Callable[[str], Any]) -> Tensor | None:
     return next((option(name) for name in ("inputs", "input_ids") if option(name) is not None), None)
 
 
+def stop_by_criterion(options: dict[str, Any], option: Callable[[str], Any]) -> None:
+    """Make a criterion of `stop_strings` in the options of `generate`: transformers keeps the tokenizer, which it needs for that, from custom
+    loops. option: what the call says, by name. Without a tokenizer transformers says what is missing."""
+    tokenizer = options.pop("tokenizer", None)
+    if (stop_strings := option("stop_strings")) is not None and tokenizer is not None:
+        options["stop_strings"] = None
+        ends = StopStringCriteria(tokenizer, stop_strings)
+        options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), ends])
+
+
 def generate_drafted(
     generate: Callable[..., Any],
     model: Any,
@@ -359,12 +369,8 @@ def generate_drafted(
     ids = _text(option)
     if cache is not None and ids is not None and cache.get_seq_length() >= ids.shape[1]:
         raise ValueError(f"past_key_values holds {cache.get_seq_length()} tokens, the text has {ids.shape[1]}: give the whole text")
-    streamer = options.pop("streamer", None)  # transformers keeps it from custom loops, and so the tokenizer
-    tokenizer = options.pop("tokenizer", None)
-    if (stop_strings := option("stop_strings")) is not None and tokenizer is not None:
-        options["stop_strings"] = None
-        ends = StopStringCriteria(tokenizer, stop_strings)
-        options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), ends])
+    streamer = options.pop("streamer", None)  # transformers keeps it from custom loops
+    stop_by_criterion(options, option)
 
     def decode(model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **inputs: Any) -> Any:
         engine = DynamicEngine(

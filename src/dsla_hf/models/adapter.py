@@ -64,7 +64,7 @@ class DSLAModel(BaseTuner):
         """Run the first `level` units of `conversion_order` as DSLA, layers or KV heads, from the next forward on. A cache of softmax
         layers is folded into states when a layer converted meets it.
 
-        level: a number; or text, a share of the model such as "50%", or "kept:10%" of its KV heads (see `resolve_level`).
+        level: a number; or as text a number, a share of the model such as "50%", or "kept:10%" of its KV heads (see `resolve_level`).
 
         Raises:
             ValueError: if the plan has no such level.

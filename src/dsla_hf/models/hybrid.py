@@ -26,7 +26,7 @@ from ..levels.generation import generate_with_levels
 from .architectures import SUPPORTED_BASES, TRIED, find_architecture, kv_heads_of
 from .base_attention import NO_CONTINUOUS_BATCHING, NO_HEADS, dsla_attention_class, head_split, new_dual_state_attention
 from .before_layers import install_layout_hook, masks_with_padding
-from .configuration import DSLAConfig
+from .configuration import DSLAConfig, resolve_level
 from .decoder import attention_name, attentions_of, decoder_layers, decoder_of
 from .image_blocks import install_image_guard
 from .multimodal import MULTIMODAL, attention_type, auto_class_of, text_config_of
@@ -172,12 +172,14 @@ class DSLAHybridMixin:
         """How many layers are DSLA; KV heads, where the level of its adapter counted those."""
         return len(self.config.get_dsla_config().conversion_order)
 
-    def set_level(self, level: int) -> None:
-        """A hybrid has one level.
+    def set_level(self, level: int | str) -> None:
+        """A hybrid has one level; text is read as that of an adapter.
 
         Raises:
             ValueError: for another one.
         """
+        if isinstance(level, str):
+            level = resolve_level(level, self.config.get_dsla_config(), self.config.num_hidden_layers)
         if level != self.get_level():
             raise ValueError(
                 f"this hybrid has level {self.get_level()} and no other, so not {level}: softmax weights of its converted layers are "

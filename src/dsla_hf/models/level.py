@@ -32,7 +32,7 @@ def active_config(model: nn.Module) -> DSLAConfig:
 def set_level(model: nn.Module, level: int | str) -> None:
     """Run the first `level` units of the plan as DSLA. See `DSLAModel.set_level`."""
     config = active_config(model)
-    if isinstance(level, str) and not level.strip().isdigit():
+    if isinstance(level, str):
         level = resolve_level(level, config, (config.base_dimensions or {}).get("num_hidden_layers", len(config.conversion_order or ())))
     config.level = config.check_level(level)  # type: ignore[arg-type]
 

@@ -33,6 +33,7 @@ from .engine.levels import check_served
 from .engine.request import Event
 from .http.api import ApiOptions, build_app
 from .http.connections import limited_protocol, most_connections
+from .http.traces import exporter_names, provider_from_environment
 from .output import lossy_output
 from .usage import address_of, how_to_use, what_is_served
 
@@ -89,10 +90,12 @@ class ServeOptions:
 
 
 def load_app(options: ServeOptions) -> FastAPI:
-    """The application for a checkpoint, with or without adapter, or a hybrid. Errors as those of `load`."""
+    """The application for a checkpoint, with or without adapter, or a hybrid. Errors as those of `load`, and ValueError if the environment
+    asks for traces that cannot be had."""
+    traces = provider_from_environment()
     engine, tokenizer, api_options = load(options)
     engine.prepare()
-    return build_app(engine, tokenizer, api_options)
+    return build_app(engine, tokenizer, api_options, traces)
 
 
 def load(options: ServeOptions) -> tuple[Engine, Any, ApiOptions]:
@@ -231,13 +234,15 @@ def check_address(host: str, port: int) -> None:
 
 
 def dry_run(options: ServeOptions, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Load as `serve` does, generate a token, and print what would be served. Errors as those of `load`.
+    """Load as `serve` does, generate a token, and print what would be served. Errors as those of `load_app`.
 
     Raises:
         OSError: if nothing can listen at that address.
         RuntimeError: if the model cannot generate.
     """
     check_address(host, port)
+    if (traces := provider_from_environment()) is not None:
+        traces.shutdown()
     engine, tokenizer, api_options = load(options)
     ends: list[Event] = []
     engine.submit([0], 1, ends.append)
@@ -246,7 +251,7 @@ def dry_run(options: ServeOptions, host: str = "127.0.0.1", port: int = 8000) ->
     if ends[-1].error is not None:
         raise RuntimeError("the model cannot generate a token") from ends[-1].error
     kinds = {"chats": has_template(tokenizer), "key": api_options.api_key is not None}
-    print(what_is_served(engine, api_options.name, **kinds))
+    print(what_is_served(engine, api_options.name, traces=exporter_names(os.environ), **kinds))
     print(f"\nA token has been generated. Without --dry-run, {address_of(host, port)} would serve this.")
 
 
@@ -256,17 +261,18 @@ def has_template(tokenizer: Any) -> bool:
 
 
 def serve(options: ServeOptions, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Load and serve until a signal comes, also where nothing can be printed or logged any more. Errors as those of `load`, and OSError if
-    nothing can listen at that address."""
+    """Load and serve until a signal comes, also where nothing can be printed or logged any more. Errors as those of `load_app`, and OSError
+    if nothing can listen at that address."""
     with lossy_output():
         _serve(options, host, port)
 
 
 def _serve(options: ServeOptions, host: str, port: int) -> None:
     check_address(host, port)  # before a model is loaded for minutes
+    traces = provider_from_environment()
     engine, tokenizer, api_options = load(options)
     engine.prepare()
-    app = build_app(engine, tokenizer, api_options)
+    app = build_app(engine, tokenizer, api_options, traces)
     key = options.api_key is not None
     greeting = how_to_use(address_of(host, port), api_options.name, chats=has_template(tokenizer), key=key)
     if host not in ("127.0.0.1", "localhost", "::1") and options.api_key is None:

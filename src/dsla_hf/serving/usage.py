@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 
 from .engine.engine import Engine
 
@@ -38,8 +39,8 @@ print(client.{call}.create({arguments}).choices[0].{"message.content" if chats e
 """
 
 
-def what_is_served(engine: Engine, name: str, *, chats: bool, key: bool) -> str:
-    """Model, levels, sizes and memory of an engine, a line each."""
+def what_is_served(engine: Engine, name: str, *, chats: bool, key: bool, traces: Sequence[str] = ()) -> str:
+    """Model, levels, sizes and memory of an engine, a line each; traces: exporters of them."""
     levels, options, control, pool = engine.levels, engine.options, engine.control, engine.memory.pool
     weights = sum(x.numel() * x.element_size() for x in levels.causal_lm.parameters())
     units = "KV heads" if levels.unit == "head" else "layers"
@@ -63,6 +64,7 @@ def what_is_served(engine: Engine, name: str, *, chats: bool, key: bool) -> str:
         "prefixes": prefixes_of(engine),
         "chats": "with the tokenizer's template" if chats else "refused: the tokenizer has no chat template",
         "API key": "asked for" if key else "none",
+        **({"traces": f"by {', '.join(traces)}"} if traces else {}),
     }
     return "\n".join(f"{what:<17}{how}" for what, how in rows.items())
 

@@ -6,6 +6,7 @@ given its template up to where the user speaks, asks a question, and answers it 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -23,6 +24,7 @@ from ..inference.graph import GraphDecoder
 TOKENS_AT_ONCE = {"cuda": 1_048_576, "cpu": 16_384}  # of all texts of a batch, at most
 QUESTION_TOKENS = 512  # of a chat, at most; a question that is not at its end then is dropped
 CHAT_TOKENS = 2048  # with its answer; the few that would go on repeat themselves, and the others would wait for them
+DIGESTED = 64  # numbers of each weight, by which a model is known again
 LINES = 10  # about progress, where no bar can be
 PLACE = "\x02HERE\x02"  # stands for the user's words in a template
 
@@ -38,12 +40,14 @@ def write_own_texts(
     temperature: float = 1.0,
     seed: int = 0,
     batch: int | None = None,
+    name: str | None = None,
     progress: bool = True,
 ) -> Path:
     """Have a model write texts into a `.jsonl` file, until they have so many tokens: lines with `text`, or with `messages` of a chat.
 
     The file is written batch by batch. One that is there already is gone on with, behind its last whole batch, and in the end is the same
-    as if it had not been interrupted. On a GPU steps are replayed from CUDA graphs.
+    as if it had not been interrupted. The last line of each batch names the model and its weights, which must be the same then. On a GPU
+    steps are replayed from CUDA graphs.
 
     Args:
         model: causal LM, at the level that shall speak (0: the original).
@@ -52,18 +56,21 @@ def write_own_texts(
         chat: whether it asks and answers in the tokenizer's chat template. None: where there is one.
         temperature: of the draws; 1 is the model's own distribution.
         batch: texts at once. None: by the device, fewer where its memory is too small.
+        name: of the model; of one in a folder the folder's. None: that which it was loaded by.
 
     Returns:
         the path of the file.
 
     Raises:
-        ValueError: if a number is out of range, the template does not show the user's words, a file that is there has other texts than
-            these settings give, or the model writes nothing.
+        ValueError: if a number is out of range, the template does not show the user's words, a file that is there has texts of another
+            model or other settings, or the model writes nothing.
         OSError: if the file cannot be written.
     """
     path = Path(path)
-    settings = _settings(tokenizer, model.device.type, tokens, length, chat, temperature, seed, batch)
+    name = str(getattr(model.config, "name_or_path", "")) if name is None else name
+    settings = _settings(tokenizer, model.device.type, tokens, length, chat, temperature, seed, batch, name)
     at_once = settings["batch"]
+    settings["weights"] = _digest(model)
     done, number = _begun(path, settings)
     generate = _Generate(model, tokenizer, temperature)
     write = _chats if settings["chat"] else _texts
@@ -102,6 +109,7 @@ def tokens_left(
     temperature: float = 1.0,
     seed: int = 0,
     batch: int | None = None,
+    name: str = "",
 ) -> int:
     """How many tokens `write_own_texts` would still write into a file: 0 where it is whole, and no model is needed. Nothing is changed.
 
@@ -109,18 +117,18 @@ def tokens_left(
         device: type of the model's, "cuda" or "cpu"; the others are those of `write_own_texts`.
 
     Raises:
-        ValueError: if a number is out of range, or the file has other texts than these settings give.
+        ValueError: if a number is out of range, or the file has texts of a model of another name, or other settings.
     """
-    settings = _settings(tokenizer, device, tokens, length, chat, temperature, seed, batch)
+    settings = _settings(tokenizer, device, tokens, length, chat, temperature, seed, batch, name)
     path = Path(path)
     done = _whole_batches(path, path.read_bytes(), settings)[0] if path.exists() else 0
     return max(0, tokens - done)
 
 
 def _settings(
-    tokenizer: Any, device: str, tokens: int, length: int, chat: bool | None, temperature: float, seed: int, batch: int | None
+    tokenizer: Any, device: str, tokens: int, length: int, chat: bool | None, temperature: float, seed: int, batch: int | None, name: str
 ) -> dict[str, Any]:
-    """What texts depend on beside the model; raises ValueError for a number out of range."""
+    """What texts depend on beside the model's weights; raises ValueError for a number out of range."""
     if tokens < 1 or length < 8:
         raise ValueError(f"tokens must be 1 or more and length 8 or more, got {tokens} and {length}")
     if not 0 < temperature < float("inf"):
@@ -130,7 +138,18 @@ def _settings(
     chat = tokenizer.chat_template is not None if chat is None else chat
     length = min(length, CHAT_TOKENS) if chat else length
     at_once = batch or max(1, TOKENS_AT_ONCE.get(device, TOKENS_AT_ONCE["cpu"]) // length)
-    return {"chat": chat, "length": length, "temperature": temperature, "seed": seed, "batch": at_once}
+    own = Path(name).resolve().name if Path(name).exists() else name  # a folder may be moved, or named from elsewhere
+    return {"model": own, "chat": chat, "length": length, "temperature": temperature, "seed": seed, "batch": at_once}
+
+
+def _digest(model: Any) -> str:
+    """Of some of every weight of a model, as it is loaded: another model, or another version of it, has another one."""
+    some = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        if isinstance(weight, Tensor):
+            some.update(f"{name} {list(weight.shape)} ".encode())
+            some.update(weight.detach().flatten()[:DIGESTED].float().cpu().numpy().tobytes())
+    return some.hexdigest()[:16]
 
 
 # --- the file ---------------------------------------------------------------------------------------------------
@@ -157,12 +176,20 @@ def _whole_batches(path: Path, content: bytes, settings: dict[str, Any]) -> tupl
             break
         begin = end + 1
         if isinstance(row, dict) and {"last_of_batch", "tokens_of_batch"} <= row.keys():
-            if row.get("settings") != settings:
-                raise ValueError(f"{path} has texts written with {row.get('settings')}, not {settings}: name another file, or remove it")
+            _check_settings(path, row.get("settings"), settings)
             done, number, whole = done + row["tokens_of_batch"], row["last_of_batch"] + 1, begin
     if content and not whole:  # the first batch comes with the file: this is none of ours, and would be lost
         raise ValueError(f"{path} holds something else than texts written here: name another file, or remove it")
     return done, number, whole
+
+
+def _check_settings(path: Path, there: Any, settings: dict[str, Any]) -> None:
+    """Raises ValueError if texts of a file were not written with these settings."""
+    there = there if isinstance(there, dict) else {}
+    other = [name for name, value in settings.items() if there.get(name) != value]
+    if other:
+        told = ", ".join(f"{name} {there.get(name)!r}, not {settings[name]!r}" for name in other)
+        raise ValueError(f"{path} has texts written with {told}: name another file, or remove it")
 
 
 def _append(path: Path, settings: dict[str, Any], number: int, tokens: int, rows: list[dict[str, Any]]) -> None:

@@ -632,7 +632,7 @@ class Engine:
             request.reads_at(level)
             if self.options.lower_prefixes:
                 request.published = 0  # what it keeps of its blocks can be found at this level
-            request.levels.append((request.length, level))
+            request.note_level(self.clock())
 
     # --- the queue ------------------------------------------------------------------------------------------------
 
@@ -655,7 +655,7 @@ class Engine:
             self.memory.allocate(slot, request.most_tokens, level, match.columns)
             self.scheduler.place(request, slot)
             request.reads_at(level)
-            request.levels.append((len(request.prompt), level))
+            request.note_level(self.clock())
             self.reuse.begin(request, match)
 
     # --- model calls ----------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ class Request:
     stop_strings: whether its listener looks for such, and so may find that the text ended with one.
     tokens: generated so far. cached: tokens in the cache. slot, level: of a running text. levels: (tokens of the text, level) at the
         start and after each change: with the same history `generate`, or `GraphDecoder` with the same seed, gives the same text.
+        level_times: when it got each of them; the first one is when it came into its slot.
     scored: of the prompt, where its log-probabilities are asked for: of each piece that was read its end and what `tokens.scored` gave.
     prompt_logprobs: until they have been told. keys: hashes of the text's whole blocks, see `extend_keys`. history: the levels its cached
         tokens were read at. given: of these the first ones, that another text had read; reused: as many of the prompt.
@@ -66,6 +67,7 @@ class Request:
     stopped: bool = False  # cancelled because its text is whole
     level: int = 0
     levels: list[tuple[int, int]] = field(default_factory=list)
+    level_times: list[float] = field(default_factory=list)
     first_token: float | None = None
     last_token: float = 0.0
     finished: float | None = None
@@ -112,6 +114,11 @@ class Request:
         """From the next token on; what is cached was read as it was."""
         self.level = level
         self.history = (*self.history, (self.cached, level)) if self.cached else ((0, level),)
+
+    def note_level(self, now: float) -> None:
+        """From here on it has the level that it has now."""
+        self.level_times.append(now)  # first: who looks on from another thread finds a time for each level
+        self.levels.append((self.length, self.level))
 
     @property
     def decoding(self) -> bool:

@@ -58,7 +58,7 @@ class Choice:
 
     index: among the choices of its request. wanted: most tokens, 0 for none. constraint: of `Engine.submit`. echo: text that the answer
     begins with. offsets: where in it the prompt's tokens begin, empty where their log-probabilities were not asked for.
-    counted: tokens that have come.
+    counted: tokens that have come. error: of the engine, that ended it.
     """
 
     index: int
@@ -73,6 +73,7 @@ class Choice:
     request: Request = field(init=False)
     counted: int = 0
     finish: str | None = None
+    error: Exception | None = None
     _held: deque[Entry] = field(default_factory=deque)  # of tokens whose text has not come
     _length: int = 0  # of the text that has come, in characters
     _begun: bool = False
@@ -94,7 +95,8 @@ class Choice:
             Failed: for an error in the engine.
         """
         if event.error is not None or event.finish == "cancelled":
-            raise as_failed(event.error if event.error is not None else Draining("the server is about to stop"))
+            self.error = event.error if event.error is not None else Draining("the server is about to stop")
+            raise as_failed(self.error)
         text, entries = self._opening(event)
         if event.finish is not None:
             text += self._noted(self.text.end())

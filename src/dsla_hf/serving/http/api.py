@@ -40,6 +40,7 @@ from .responses import Responses, ResponsesBody
 from .schema import ChatBody, CompletionBody, DetokenizeBody, Options, TokenizeBody
 from .token_bytes import TokenBytes
 from .tools import FORMATS, ToolFormat, format_of
+from .traces import Traces, note_choices
 
 logger = logging.getLogger(__name__)
 
@@ -171,6 +172,7 @@ class Api:
         except ValueError as error:
             first = str(error).split(maxsplit=1)[0]  # the engine names what is wrong first
             raise Failed(400, str(error), param=first if first in type(body).model_fields else form.prompt) from None
+        note_choices(http.scope, answers.choices)
         streams, watch = False, asyncio.create_task(answers.cancel_when_left(http))
         try:
             begun = await answers.begin()
@@ -261,8 +263,11 @@ class Api:
             raise Failed(404, message, code="model_not_found", param="model")
 
 
-def build_app(engine: Engine, tokenizer: Any, options: ApiOptions) -> FastAPI:
-    """The application; it starts the engine, and ends it when the running requests are served."""
+def build_app(engine: Engine, tokenizer: Any, options: ApiOptions, tracer_provider: Any | None = None) -> FastAPI:
+    """The application; it starts the engine, and ends it when the running requests are served.
+
+    tracer_provider: OpenTelemetry's, for spans of requests, see `Traces`; it is shut down with the application.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -272,12 +277,16 @@ def build_app(engine: Engine, tokenizer: Any, options: ApiOptions) -> FastAPI:
         yield
         await asyncio.to_thread(engine.stop, timeout=options.drain_seconds)
         api.close()
+        if tracer_provider is not None:
+            await asyncio.to_thread(tracer_provider.shutdown)  # sends what has not been sent
         sys.setswitchinterval(before)
 
     app = FastAPI(title="dsla serve", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.engine = engine
     api = Api(engine, tokenizer, options)
     app.add_middleware(Guards, max_body=options.max_body, api_key=options.api_key)
+    if tracer_provider is not None:
+        app.add_middleware(Traces, provider=tracer_provider, model=options.name, clock=engine.clock)
     if options.allow_origins:  # around the guards: a browser asks without a key whether it may ask
         app.add_middleware(CORSMiddleware, allow_origins=options.allow_origins, allow_methods=["*"], allow_headers=["*"])
 
