@@ -35,7 +35,7 @@ from dsla_hf.core.files import write_json, write_whole
 from dsla_hf.core.progress import bar
 from dsla_hf.core.results import origin
 from dsla_hf.inference import graph
-from dsla_hf.inference.bench.models import PRESETS, collect, preset_config, random_model
+from dsla_hf.inference.bench.models import PRESETS, collect, preset_config, random_model, ready
 from dsla_hf.inference.recorder import PlainRecording
 from dsla_hf.levels.draft_length import DraftLength
 from dsla_hf.models.adapter import active_config
@@ -255,7 +255,7 @@ def time_drafts(options: argparse.Namespace) -> None:
         if not arms:
             continue
         if model is None:
-            model = get_peft_model(random_model(config, getattr(torch, options.dtype), where), settings).to(where)
+            model = get_peft_model(ready(random_model(config, getattr(torch, options.dtype), where), where), settings).to(where)
             model = model.eval().requires_grad_(False)
             model.base_model.set_conversion_order(rank_units(model, [], metric="random").order)
         units = len(active_config(model).conversion_order or ())

@@ -72,7 +72,7 @@ class GraphEngine:
         space = self.space
         if self.drafts is None:
             self.drafts = self._drafts()
-            self.drafts.folded_tokens = 0
+            self.drafts.begin(int((~space.mask).sum()) if space.padded else 0)
         drafts = self.drafts
         behind = space.read - drafts.folded_tokens
         view = self._view(tokens + 1)
@@ -81,9 +81,10 @@ class GraphEngine:
             if drafts.folded_tokens == 0 or behind > drafts.longest + 1:
                 drafts.read(space.read, space.mask if space.padded else None)
             else:
+                within = not drafts.spoilt and drafts.within_block(behind)
                 drafts.count.fill_(behind)
-                self.recorder.run((drafts.parts, "follow", drafts.longest), drafts.follow)
-                drafts.folded_tokens = space.read
+                self.recorder.run((drafts.parts, "follow", drafts.longest, within), lambda: drafts.follow(within))
+                drafts.folded_tokens, drafts.spoilt = space.read, False
             drafts.positions.copy_(space.positions)
             drafts.lengths.copy_(space.lengths)
             guesses: list[Tensor] = []
@@ -96,6 +97,7 @@ class GraphEngine:
                 guesses.append(token)
                 drawn_from.append(needed)
                 ids = torch.cat([ids, token[:, None]], 1)
+            drafts.spoilt = not drafts.within_block(tokens)
             drafts.after(space.read)
         finally:
             self.set_level(self.levels[0])
@@ -124,8 +126,9 @@ class GraphEngine:
         space.lengths.add_(tokens)
         drafts.after(space.read)
         if drafts.committed:
+            within = drafts.within_block(tokens)
             drafts.count.fill_(tokens)
-            self.recorder.run((drafts.checked_parts, "commit", drafts.longest), drafts.commit)
+            self.recorder.run((drafts.checked_parts, "commit", drafts.longest, within), lambda: drafts.commit(within))
 
     def _view(self, tokens: int) -> int:
         """How many places of the cache steps up to so many tokens further need to see."""
@@ -134,11 +137,11 @@ class GraphEngine:
 
     def _guess(self, drafts: DraftSpace, view: int) -> None:
         space = self.space
-        drafts.show(view)
+        drafts.show(view, drafts.lengths - 1 if space.by_length else None)
         mask = space.mask[:, :view] if space.padded else None
         run_token(self.model, drafts, mask, space.by_length)
-        drafts.positions.add_(1)
-        drafts.lengths.add_(1)
+        for count in (drafts.positions, drafts.lengths, *([drafts.counts] if space.by_length else [])):
+            count.add_(1)
 
     def _check(self, drafts: DraftSpace, count: int, view: int) -> None:
         space = self.space
