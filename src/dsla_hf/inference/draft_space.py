@@ -65,6 +65,9 @@ class DraftSpace:
         self.parts, self.checked_parts = (tuple(layer.part for layer in layers) for layers in (draft, check))
         self.tokens, self.positions, self.lengths = (torch.zeros_like(x) for x in (space.tokens, space.positions, space.lengths))
         self.logits = torch.zeros_like(space.logits)
+        # Of a draft that takes the likeliest token each time, its guesses, and how many of them there are.
+        self.guesses = torch.zeros(longest + 1, dtype=torch.long, device=device)
+        self.made = torch.zeros(1, dtype=torch.long, device=device)
         self.checked = torch.zeros(1, longest + 1, dtype=torch.long, device=device)
         self.checked_logits = space.logits.new_zeros(longest + 1, space.logits.shape[1])
         self.count = torch.zeros(1, dtype=torch.long, device=device)  # tokens that are folded next
@@ -75,10 +78,11 @@ class DraftSpace:
         layers = space.cache.layers
         self._made_for = self._seen(draft, check, longest)
         self._cores = [layer.core for layer in (*draft, *check)]  # as long as they are there, others are not at their addresses
+        self.kept_counts = torch.zeros(len(layers), dtype=torch.long, device=device)  # of layers with a copy of keys and values, tokens in it
         self.committed = [_Committed(layer, low, longest + 1) for layer, low in zip(layers, check, strict=True) if low.part is not False]
         self.converted = [
-            _Converted(layer, high, low, space.length)
-            for layer, high, low in zip(layers, draft, check, strict=True)
+            _Converted(layer, high, low, space.length, count)
+            for layer, high, low, count in zip(layers, draft, check, self.kept_counts, strict=True)
             if high.part is not False
         ]
         core = next(level.core for level in draft if level.part is not False)
@@ -89,7 +93,6 @@ class DraftSpace:
         of_drafts = iter(self.converted)
         self.cache = StaticCache(config=config, max_cache_len=space.length)
         self.cache.layers = [layer if part is False else next(of_drafts).layer for layer, part in zip(layers, self.parts, strict=True)]
-        self.shared = [memory for memory in map(_memory, layers) if memory is not None]
 
     def fits(self, draft: Sequence[LayerOfLevels], check: Sequence[LayerOfLevels], longest: int) -> bool:
         """Whether this is what such drafts need, as the workspace's memory and the weights lie now."""
@@ -177,8 +180,7 @@ class DraftSpace:
     def _count(self) -> None:
         """Guesses begin behind the tokens that are folded."""
         self.counts[:, 0], self.counts[:, 1] = self.real, self.folded
-        for layer in self.converted:
-            layer.count(self.folded)
+        self.kept_counts.copy_(self.folded.expand_as(self.kept_counts))
 
     def _new_tokens(self, first: Tensor) -> tuple[Tensor, Tensor]:
         """Of `longest` + 1 tokens from the place `first` on: whether they are among the first `count`, and where they lie."""
@@ -192,8 +194,7 @@ class DraftSpace:
 
     def after(self, tokens: int) -> None:
         """What guesses may write to is as after so many tokens of the text, where they have not been checked."""
-        for memory in self.shared:
-            memory.cumulative_length.fill_(tokens)
+        self.space.cached.fill_(tokens)
 
 
 def _memory(layer: Any) -> Any:
@@ -244,7 +245,7 @@ class _Converted:
     text: states of heads that the draft alone converts, after the tokens of the text that are folded. layer: of the cache, which guesses
     write to."""
 
-    def __init__(self, checked: Any, draft: LayerOfLevels, check: LayerOfLevels, length: int):
+    def __init__(self, checked: Any, draft: LayerOfLevels, check: LayerOfLevels, length: int, kept_count: Tensor):
         self.memory, self.states = _memory(checked), StaticDSLACacheLayer(length)
         self.known = _states(checked)  # of the checking level
         heads, known = draft.converted, check.converted
@@ -265,7 +266,7 @@ class _Converted:
             if held[first : first + len(kept)] == kept:
                 softmax = heads_from(memory, first, len(kept))
             else:
-                softmax = self.kept = VisibleStaticLayer(length)
+                softmax = self.kept = VisibleStaticLayer(length, kept_count)
                 self.kept_heads = torch.tensor(list(map(held.index, kept)), device=device)
                 softmax.lazy_initialization(*(x[:, : len(kept)] for x in (memory.keys, memory.values)))
             self.layer = PartialCacheLayer(softmax, self.states, *draft.part)
@@ -324,11 +325,6 @@ class _Converted:
                 else:
                     window[:, slots[:, None], heads] = x
         self._copy_kept(places)
-
-    def count(self, tokens: Tensor) -> None:
-        """Guesses begin behind so many tokens `[1]`."""
-        if self.kept is not None:
-            self.kept.cumulative_length.copy_(tokens.view_as(self.kept.cumulative_length))
 
     def _copy_kept(self, places: Tensor) -> None:
         if self.kept is not None:  # what lies behind the text is written over before it is seen
