@@ -23,7 +23,7 @@ from ..compat.attributes import versions_of
 from ..core.cache import StaticDSLACacheLayer, VisibleStaticLayer, fold_in_pieces
 from ..core.heads import of_heads
 from ..core.partial_cache import PartialCacheLayer, heads_from, join_states
-from ..core.past import DualState, clone_state
+from ..core.past import DualState, changes_window_alone, clone_state
 
 
 def is_of_drafts(key: Any) -> bool:
@@ -163,14 +163,7 @@ class DraftSpace:
 
     def within_block(self, tokens: int) -> bool:
         """Whether so many tokens behind those that are folded change nothing but places of the window."""
-        real = self.folded_tokens - self.padding
-        if not self.window or real < self.sinks:
-            return False
-        return not self.has_states or self._held(real) == self._held(real + tokens)
-
-    def _held(self, tokens: int) -> int:
-        """Of so many tokens the blocks in the states, as `Past.held` has it."""
-        return max(tokens // (self.window // 2) - 1, 0)
+        return changes_window_alone(self.folded_tokens - self.padding, tokens, self.window, self.sinks, self.has_states)
 
     def _slots(self) -> Tensor:
         """Where `longest` + 1 tokens behind those that are folded lie in a window."""

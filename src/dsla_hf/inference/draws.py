@@ -106,6 +106,21 @@ def sent(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
+def received(values: Tensor) -> Callable[[], list[Any]]:
+    """Bring values from their device, behind what has been launched there; who asks for them waits no longer than for that."""
+    if values.device.type != "cuda":
+        return values.tolist
+    here = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+    there = torch.cuda.Event()
+    there.record(torch.cuda.current_stream(values.device))
+
+    def wait() -> list[Any]:
+        there.synchronize()
+        return here.tolist()
+
+    return wait
+
+
 def draw(scores: Tensor, rows: Sequence[Row], candidates: int = CANDIDATES) -> tuple[Tensor, Tensor]:
     """The next tokens int64 `[R]` of rows whose temperature is above 0, and bool `[R]`, which of them are sure: others have to be drawn
     `exactly`. Nothing is waited for.
