@@ -472,8 +472,13 @@ def test_a_text_that_is_whole_ends_though_memory_does_not_suffice_for_its_states
 @pytest.mark.parametrize("draft_level", [1, 4])
 def test_guesses_behind_the_longest_text_are_written_nowhere(tuned, draft_level):
     """There is no block for them: at the end of a text of all the tokens that one may have they would go over earlier ones."""
-    for length in range(3, 9):  # rounds end at other places
-        engine = Engine(tuned, 0, options(max_tokens=48, draft_level=draft_level, draft_tokens=6))
-        prompt = prompts(1, length, length, seed=length)[0]
-        ear = texts(engine, [(prompt, 48 - length)])[0]
-        assert ear.tokens == alone(tuned, prompt, 48 - length, 0)
+    said = []
+    for changes in ({}, {"draft_level": draft_level, "draft_tokens": 6}):
+        engine, found = Engine(tuned, 0, options(max_tokens=48, block_size=16, **changes)), []
+        for length in range(30, 36):  # rounds end at other places
+            prompt, heard = prompts(1, length, length, seed=length)[0], []
+            engine.submit(prompt, 48 - length, heard.append, Sampling(temperature=0.0, logprobs=1))
+            run(engine)
+            found += [event.logprob.logprob for event in heard if event.logprob]
+        said.append(found)
+    assert said[1] == pytest.approx(said[0], abs=1e-4)

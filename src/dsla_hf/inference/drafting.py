@@ -103,9 +103,7 @@ class GraphEngine:
             self.set_level(self.levels[0])
         return guesses, drawn_from
 
-    def _likeliest(
-        self, drafts: DraftSpace, ids: Tensor, tokens: int, rule: Rule, view: int
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
+    def _likeliest(self, drafts: DraftSpace, ids: Tensor, tokens: int, rule: Rule, view: int) -> tuple[list[Tensor], list[Tensor | None]]:
         """Guesses of which each is the next token of the step that makes it: the host has nothing to do in between."""
         drafts.tokens.copy_(ids[:, -1:])
         drafts.made.zero_()
@@ -121,9 +119,7 @@ class GraphEngine:
             self.recorder.run((drafts.parts, "draft", self.space.padded, view, "likeliest"), step)
         return list(drafts.guesses[:tokens].split(1)), [None] * tokens
 
-    def _guessed(
-        self, drafts: DraftSpace, ids: Tensor, tokens: int, rule: Rule, view: int
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
+    def _guessed(self, drafts: DraftSpace, ids: Tensor, tokens: int, rule: Rule, view: int) -> tuple[list[Tensor], list[Tensor | None]]:
         guesses: list[Tensor] = []
         drawn_from: list[Tensor | None] = []
         for _ in range(tokens):

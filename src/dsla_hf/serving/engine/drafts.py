@@ -40,7 +40,9 @@ class Round:
     accepted: guesses that were right.
     """
 
-    def __init__(self, checks: Checks, requests: Sequence[Request], guesses: Callable[[], list[list[int]]], drafted: list[int], logits: Tensor):
+    def __init__(
+        self, checks: Checks, requests: Sequence[Request], guesses: Callable[[], list[list[int]]], drafted: list[int], logits: Tensor
+    ):
         self.checks, self.requests, self.drafted, self.logits = checks, requests, drafted, logits
         self.counts, self.accepted = [0] * len(drafted), [0] * len(drafted)
         self._guesses = functools.cache(guesses)

@@ -75,7 +75,7 @@ class LevelGuesses:
     """What the model at a level above that of the texts gives. Draws race with the noise of the check, so that a guess is right where both
     levels mostly agree.
 
-    A guess is the next token of the step that makes it, on the device: the host neither waits for one nor needs to know it before the check.
+    A guess is the next token of the step that makes it, on the device: the host waits for none, and knows none before the check.
 
     Args:
         memory, runner: of the drafts. longest: tokens of a draft at most.
