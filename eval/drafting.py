@@ -35,7 +35,7 @@ from dsla_hf.core.files import write_json, write_whole
 from dsla_hf.core.progress import bar
 from dsla_hf.core.results import origin
 from dsla_hf.inference import graph
-from dsla_hf.inference.bench.models import PRESETS, collect, preset_config, random_model
+from dsla_hf.inference.bench.models import PRESETS, collect, preset_config, random_model, ready
 from dsla_hf.inference.recorder import PlainRecording
 from dsla_hf.levels.draft_length import DraftLength
 from dsla_hf.models.adapter import active_config
@@ -143,6 +143,8 @@ def measure(options: argparse.Namespace) -> None:
 class Imposed:
     """Guesses by the draft, of which this share is accepted, by chance."""
 
+    likeliest = True
+
     def __init__(self, acceptance: float):
         self.acceptance, self._random = acceptance, random.Random(0)
 
@@ -153,6 +155,12 @@ class Imposed:
         if guess is None:
             return logits.argmax(-1)
         return guess if self._random.random() < self.acceptance else (guess + 1) % logits.shape[-1]
+
+    def choose_all(self, ids: torch.Tensor, logits: torch.Tensor, guesses: torch.Tensor, drawn_from: Any) -> torch.Tensor:
+        likeliest = logits.argmax(-1)  # as if it counted
+        wrong = sum(1 << place for place in range(len(guesses)) if self._random.random() >= self.acceptance)
+        places = torch.arange(len(guesses), device=guesses.device)
+        return torch.cat([(guesses + (wrong >> places & 1)) % logits.shape[-1], likeliest[len(guesses) :]])
 
 
 class Each:
@@ -255,7 +263,7 @@ def time_drafts(options: argparse.Namespace) -> None:
         if not arms:
             continue
         if model is None:
-            model = get_peft_model(random_model(config, getattr(torch, options.dtype), where), settings).to(where)
+            model = get_peft_model(ready(random_model(config, getattr(torch, options.dtype), where), where), settings).to(where)
             model = model.eval().requires_grad_(False)
             model.base_model.set_conversion_order(rank_units(model, [], metric="random").order)
         units = len(active_config(model).conversion_order or ())

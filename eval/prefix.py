@@ -234,11 +234,11 @@ def verdict(rows: list[dict[str, Any]]) -> str:
     with_it = [reuses for _, reuses in pairs(rows)]
     aimed = all(rows[0][name] == value for name, value in AIMED_AT.items())
     # What works is the GPU, if there is one; the processor then waits for it as long in either case.
-    of_all, told = ("cpu_ratio", "the processor's time is") if rows[0]["device"] == "CPU" else ("ratio", "all texts end after")
+    by, said = ("cpu_ratio", "the processor's time is") if rows[0]["device"] == "CPU" else ("ratio", "all texts end after")
     parts = []
     for cases, name, goal, what in (
         (("cold", "warm"), "ratio", GOAL, "with a shared prefix the first token comes after {:.3f} of the time without reuse"),
-        (("no hits",), of_all, ALLOWED, f"without hits {told} {{:.3f}} of that without reuse"),
+        (("no hits",), by, ALLOWED, f"without hits {said} {{:.3f}} of that without reuse"),
     ):
         if (worst := max((row[name] for row in with_it if row["case"] in cases), default=None)) is not None:
             parts.append(what.format(worst) + (f" (aimed at: {goal} at most)" if aimed or goal == ALLOWED else ""))

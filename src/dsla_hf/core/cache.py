@@ -272,10 +272,15 @@ class StaticDSLACacheLayer(DSLACacheLayer):
 class VisibleStaticLayer(StaticLayer):
     """Keys and values of a softmax layer at fixed addresses, of which attention is shown the first `visible` places only: a cache
     made for a long text is then not read to its end while the text is short. A step of one token may be told its `places`: the layer
-    above asks five launches for what a kernel does in one."""
+    above asks five launches for what a kernel does in one.
 
-    def __init__(self, max_cache_len: int) -> None:
+    count: int64 `[]`, where tokens are counted: a part of that of all layers. None: one of its own.
+    """
+
+    def __init__(self, max_cache_len: int, count: Tensor | None = None) -> None:
         super().__init__(max_cache_len)
+        if count is not None:
+            self.cumulative_length = count
         self.visible = max_cache_len
         self.places: Tensor | None = None  # int `[B]`, where the next token goes, for a kernel that writes it; None: behind the others
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..levels.acceptance import Rule, Scores
+from ..levels.acceptance import Rule, Scores, keep_nothing, scores_of_all
 from .decode_attention import CachedTokens, over_cache, run_token
 from .draft_space import DraftSpace
 from .draws import Sampler
@@ -25,16 +25,25 @@ class Raced:
         padding: tokens of the prompt that are none: they count for no place.
     """
 
+    likeliest = False
+
     def __init__(self, processors: Scores, draft_processors: Scores, seed: int | None, padding: int = 0):
         self.check = Sampler(processors, True, seed)
         self.draft = Sampler(draft_processors, True, self.check.seed)
         self.padding = padding
+        self._all_at_once = keep_nothing(processors, draft_processors)
 
     def guess(self, ids: Tensor, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.draft(logits, ids, [ids.shape[1] - self.padding]), None
+        return self.draft(logits, ids, [ids.shape[1] - self.padding], surely=False), None
 
     def choose(self, ids: Tensor, logits: Tensor, guess: Tensor | None = None, drawn_from: Tensor | None = None) -> Tensor:
         return self.check(logits, ids, [ids.shape[1] - self.padding])
+
+    def choose_all(self, ids: Tensor, logits: Tensor, guesses: Tensor, drawn_from: Sequence[Tensor | None]) -> Tensor | None:
+        if not self._all_at_once:
+            return None
+        scores = scores_of_all(self.check.processors or (), ids, logits, guesses)
+        return self.check.behind(scores, ids.shape[1] - self.padding)
 
 
 class GraphEngine:
@@ -72,7 +81,7 @@ class GraphEngine:
         space = self.space
         if self.drafts is None:
             self.drafts = self._drafts()
-            self.drafts.folded_tokens = 0
+            self.drafts.begin(int((~space.mask).sum()) if space.padded else 0)
         drafts = self.drafts
         behind = space.read - drafts.folded_tokens
         view = self._view(tokens + 1)
@@ -81,24 +90,45 @@ class GraphEngine:
             if drafts.folded_tokens == 0 or behind > drafts.longest + 1:
                 drafts.read(space.read, space.mask if space.padded else None)
             else:
+                within = not drafts.spoilt and drafts.within_block(behind)
                 drafts.count.fill_(behind)
-                self.recorder.run((drafts.parts, "follow", drafts.longest), drafts.follow)
-                drafts.folded_tokens = space.read
+                self.recorder.run((drafts.parts, "follow", drafts.longest, within), lambda: drafts.follow(within))
+                drafts.folded_tokens, drafts.spoilt = space.read, False
             drafts.positions.copy_(space.positions)
             drafts.lengths.copy_(space.lengths)
-            guesses: list[Tensor] = []
-            drawn_from: list[Tensor | None] = []
-            token = ids[:, -1]
-            for _ in range(tokens):
-                drafts.tokens.copy_(token[:, None])
-                self.recorder.run((drafts.parts, "draft", space.padded, view), lambda: self._guess(drafts, view))
-                token, needed = rule.guess(ids, drafts.logits.clone())
-                guesses.append(token)
-                drawn_from.append(needed)
-                ids = torch.cat([ids, token[:, None]], 1)
+            guesses, drawn_from = (self._likeliest if rule.likeliest else self._guessed)(drafts, ids, tokens, rule, view)
+            drafts.spoilt = not drafts.within_block(tokens)
             drafts.after(space.read)
         finally:
             self.set_level(self.levels[0])
+        return guesses, drawn_from
+
+    def _likeliest(self, drafts: DraftSpace, ids: Tensor, tokens: int, rule: Rule, view: int) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Guesses of which each is the next token of the step that makes it: the host has nothing to do in between."""
+        drafts.tokens.copy_(ids[:, -1:])
+        drafts.made.zero_()
+
+        def step() -> None:
+            self._guess(drafts, view)
+            guess = drafts.logits.argmax(-1)
+            drafts.tokens.copy_(guess[:, None])
+            drafts.guesses.index_copy_(0, drafts.made, guess)
+            drafts.made.add_(1)
+
+        for _ in range(tokens):
+            self.recorder.run((drafts.parts, "draft", self.space.padded, view, "likeliest"), step)
+        return list(drafts.guesses[:tokens].split(1)), [None] * tokens
+
+    def _guessed(self, drafts: DraftSpace, ids: Tensor, tokens: int, rule: Rule, view: int) -> tuple[list[Tensor], list[Tensor | None]]:
+        guesses: list[Tensor] = []
+        drawn_from: list[Tensor | None] = []
+        for _ in range(tokens):
+            drafts.tokens.copy_(ids[:, -1:])
+            self.recorder.run((drafts.parts, "draft", self.space.padded, view), lambda: self._guess(drafts, view))
+            token, needed = rule.guess(ids, drafts.logits.clone())
+            guesses.append(token)
+            drawn_from.append(needed)
+            ids = torch.cat([ids, token[:, None]], 1)
         return guesses, drawn_from
 
     def check(self, tokens: Tensor) -> Tensor:
@@ -124,8 +154,9 @@ class GraphEngine:
         space.lengths.add_(tokens)
         drafts.after(space.read)
         if drafts.committed:
+            within = drafts.within_block(tokens)
             drafts.count.fill_(tokens)
-            self.recorder.run((drafts.checked_parts, "commit", drafts.longest), drafts.commit)
+            self.recorder.run((drafts.checked_parts, "commit", drafts.longest, within), lambda: drafts.commit(within))
 
     def _view(self, tokens: int) -> int:
         """How many places of the cache steps up to so many tokens further need to see."""
@@ -134,11 +165,11 @@ class GraphEngine:
 
     def _guess(self, drafts: DraftSpace, view: int) -> None:
         space = self.space
-        drafts.show(view)
+        drafts.show(view, drafts.lengths - 1 if space.by_length else None)
         mask = space.mask[:, :view] if space.padded else None
         run_token(self.model, drafts, mask, space.by_length)
-        drafts.positions.add_(1)
-        drafts.lengths.add_(1)
+        for count in (drafts.positions, drafts.lengths, *([drafts.counts] if space.by_length else [])):
+            count.add_(1)
 
     def _check(self, drafts: DraftSpace, count: int, view: int) -> None:
         space = self.space

@@ -51,14 +51,19 @@ class Sampler:
             self.processors, self.sampling = _without_warpers(processors)
             self.seed = int(torch.randint(-(2**63), 2**63 - 1, ())) if seed is None else seed
 
-    def __call__(self, logits: Tensor, ids: Tensor | None = None, positions: Sequence[int] = ()) -> Tensor:
+    def __call__(self, logits: Tensor, ids: Tensor | None = None, positions: Sequence[int] = (), surely: bool = True) -> Tensor:
         """Tokens int64 `[B]` from logits `[B, V]`; `ids` `[B, T]` are the texts so far, for processors that look at them, `positions` the
-        places of the new tokens in their texts, for draws."""
+        places of the new tokens in their texts, for draws. surely: otherwise a token may be another one, and nothing is waited for."""
         scores = logits if self.processors is None else self.processors(ids, logits)
         if not self.sample:
             return scores.argmax(-1)
         rows = [Row(self.sampling, following(self.seed, number), place) for number, place in enumerate(positions)]
-        return exactly(scores, rows)
+        return exactly(scores, rows) if surely else draw(scores, rows)[0]
+
+    def behind(self, scores: Tensor, position: int) -> Tensor:
+        """Tokens int64 `[T]` of one text, which follow one another from the place `position` on, from scores `[T, V]` that processors have
+        seen already."""
+        return exactly(scores, [Row(self.sampling, self.seed, position + place) for place in range(len(scores))])
 
 
 def following(seed: int, number: int) -> int:
@@ -99,6 +104,21 @@ class _Table(NamedTuple):
 def sent(values: Tensor, device: torch.device) -> Tensor:
     """To a device; the host goes on at once."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+
+
+def received(values: Tensor) -> Callable[[], list[Any]]:
+    """Bring values from their device, behind what has been launched there; who asks for them waits no longer than for that."""
+    if values.device.type != "cuda":
+        return values.tolist
+    here = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+    there = torch.cuda.Event()
+    there.record(torch.cuda.current_stream(values.device))
+
+    def wait() -> list[Any]:
+        there.synchronize()
+        return here.tolist()
+
+    return wait
 
 
 def draw(scores: Tensor, rows: Sequence[Row], candidates: int = CANDIDATES) -> tuple[Tensor, Tensor]:

@@ -31,9 +31,9 @@ from ..core.tensor_parallel import is_tensor_parallel
 from ..levels.acceptance import Rule
 from ..levels.drafting import (
     DraftedOutput,
+    Ends,
     check_draft_options,
     draft_and_check,
-    ends_of,
     lengths_for,
     pure_processors,
     rule_for,
@@ -89,6 +89,7 @@ class Workspace:
     lengths: int64 `[B]`, tokens in the cache after the next step.
     logits: fp32 `[B, vocabulary]`, the output of the last step.
     counts: int64 `[layers, B + 1]`, of DSLA layers the lengths of the rows and the tokens in the cache.
+    cached: int64 `[layers]`, of layers with keys and values the tokens in the cache.
     kv_heads: of a layer.
     recorder: of steps by (what of each layer is DSLA, padding, tokens shown).
     softmax: by layer number the keys and values of as many heads as were kept at once.
@@ -105,6 +106,7 @@ class Workspace:
     lengths: Tensor
     logits: Tensor
     counts: Tensor
+    cached: Tensor
     kv_heads: int
     recorder: Recorder
     softmax: dict[int, VisibleStaticLayer] = field(default_factory=dict)
@@ -125,6 +127,7 @@ class Workspace:
         for layer in self.layers():
             if layer.is_initialized:
                 layer.reset()
+        self.cached.zero_()
         self.read, self.parts = 0, None
         self.mask.fill_(True)
         self.padded = mask is not None
@@ -164,7 +167,7 @@ class Workspace:
         memory = self.softmax.get(index)
         if memory is None or (memory.is_initialized and memory.num_heads < heads):
             self._forget(index)
-            memory = self.softmax[index] = VisibleStaticLayer(self.length)
+            memory = self.softmax[index] = VisibleStaticLayer(self.length, self.cached[index])
         return last_heads(memory, heads) if memory.is_initialized and memory.num_heads > heads else memory
 
     def _take_in(self, index: int, part: Part, layer: Any) -> None:
@@ -487,9 +490,8 @@ class GraphDecoder:
             input_ids,
             rule,
             lengths,
-            lambda ids: bool(stopping_criteria(ids, None).all()),
+            Ends(stopping_criteria),
             max_length=settings.max_length,
-            ends=ends_of(stopping_criteria),
             show=(lambda token: None) if streamer is None else (lambda token: streamer.put(token.cpu())),
         )
         if streamer is not None:
@@ -578,6 +580,7 @@ class GraphDecoder:
             lengths=torch.zeros(rows, dtype=torch.long, device=device),
             logits=torch.zeros(rows, config.vocab_size, device=device),
             counts=torch.zeros(len(cache.layers), rows + 1, dtype=torch.long, device=device),
+            cached=torch.zeros(len(cache.layers), dtype=torch.long, device=device),
             kv_heads=kv_heads_of(config),
             recorder=self.recorder,
         )

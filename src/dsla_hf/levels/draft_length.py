@@ -6,12 +6,13 @@ from collections import deque
 from typing import Protocol
 
 LENGTHS = (1, 2, 4, 8)  # of drafts that adapt: few, as each may be a recording of its own
-FIRST = 4  # of the first drafts, and of those that try again
+FIRST = 2  # of the first drafts, and of those that try again: what is lost where they do not pay is little
 TRIES = 3  # rounds before it is judged whether they pay; where steps are recorded, the first ones take longer
 PLAIN_STEPS = 4  # tokens without a draft before the first one, against whose times it is measured
 REFRESH = 64  # rounds after which one token is made without a draft, for its time: texts grow
-PAUSE = 32  # tokens without a draft where it did not pay, before another try; doubled each time
+PAUSE = 32  # tokens without a draft where it did not pay, before another try, at least; doubled each time
 LONGEST_PAUSE = 1024
+LOSS = 0.01  # of the time of the tokens of a pause, what the try before it may have cost
 TIMES = 8  # of the last so many times the shortest counts
 FORGETS = 0.9  # what older rounds weigh in the acceptance, each time there is another
 GAIN = 1.02  # how many times faster than without a draft one must be, to be made
@@ -55,7 +56,8 @@ class DraftLength:
 
     If a guess is accepted with probability a, a round of k guesses makes (1 - a^(k + 1)) / (1 - a) tokens (Leviathan et al. 2023,
     arXiv 2211.17192, equation 1). It takes k times the time of a guess, and a check, whose time is taken to grow evenly with k from that of
-    one token. Where it does not pay, it is tried again after `PAUSE` tokens, and after twice as many each time that fails.
+    one token. Where it does not pay, it is tried again after `PAUSE` tokens or more, and after twice as many each time that fails; after so
+    many that what the try cost is `LOSS` of their time.
 
     Args:
         longest: the most tokens to draft.
@@ -69,6 +71,7 @@ class DraftLength:
         self._plain: deque[float] = deque(maxlen=TIMES)
         self._guess: deque[float] = deque(maxlen=TIMES)
         self._wait, self._pause, self._rounds = PLAIN_STEPS, PAUSE, 0
+        self._since: list[tuple[int, float]] = []  # of the rounds since the last pause the guesses, and the tokens made
 
     @property
     def acceptance(self) -> float:
@@ -83,8 +86,11 @@ class DraftLength:
         best = max(self.lengths, key=self.speed)
         if self.speed(best) > GAIN:
             self._pause = PAUSE
+            self._since.clear()
             return best
-        self._wait, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
+        self._wait = min(max(self._pause, round(self._lost() / LOSS)), LONGEST_PAUSE)
+        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+        self._since.clear()
         self._guess.clear()  # the next try measures anew: longer texts gain more
         return 0
 
@@ -104,7 +110,13 @@ class DraftLength:
         self._accepted = FORGETS * self._accepted + sum(accepted for _, accepted in texts)
         self._compared = FORGETS * self._compared + sum(min(accepted + 1, guessed) for guessed, accepted in texts)
         self._guess.append(max(draft_seconds + check_seconds - min(self._plain), 0) / drafted)
+        self._since.append((drafted, 1 + sum(accepted for _, accepted in texts) / max(len(texts), 1)))
         self._rounds += 1
         if self._rounds % REFRESH == 0:
             self._plain.clear()
             self._wait = 1
+
+    def _lost(self) -> float:
+        """How many tokens more decoding as usual would have made in the time of the rounds since the last pause."""
+        guess = min(self._guess) / max(min(self._plain), 1e-12)
+        return sum(1 + drafted * guess - made for drafted, made in self._since)

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from transformers import (
     DynamicCache,
+    EosTokenCriteria,
     LogitsProcessorList,
+    MaxLengthCriteria,
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
@@ -198,15 +200,40 @@ class Counts:
         self.checks += 1
 
 
+class Ends:
+    """Whether a text is over.
+
+    Args:
+        criteria: of transformers.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList):
+        self.criteria = criteria
+        # Beside these, all that is asked of a text are its length and its last token: then nothing is read from its device.
+        self._lengths = [one for one in criteria if type(one) is MaxLengthCriteria]
+        self._known = len(self._lengths) + sum(type(one) is EosTokenCriteria for one in criteria) == len(criteria)
+        self.tokens = ends_of(criteria)
+
+    def knows(self, length: int, token: int) -> bool | None:
+        """Whether a text of so many tokens, of which this is the last, is over; None where that does not tell."""
+        if not self._known:
+            return None
+        text = torch.zeros(1, 1, dtype=torch.long).expand(1, length)
+        return token in self.tokens or any(bool(one(text, None).all()) for one in self._lengths)
+
+    def __call__(self, ids: Tensor) -> bool:
+        """The same of the text `[1, T]` itself."""
+        return bool(self.criteria(ids, None).all())
+
+
 def draft_and_check(
     engine: Engine,
     ids: Tensor,
     rule: Rule,
     lengths: Lengths,
-    stop: Callable[[Tensor], bool],
+    ends: Ends,
     *,
     max_length: int,
-    ends: Collection[int] = (),
     show: Callable[[Tensor], None] = lambda token: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[Tensor, Counts]:
@@ -216,9 +243,8 @@ def draft_and_check(
         engine: has read nothing of the text, or its beginning.
         ids: the prompt `[1, T]`.
         rule: chooses tokens. lengths: how many to draft.
-        stop: whether a text `[1, T]` ends here; asked once behind each new token.
-        max_length: of the text, which `stop` keeps; no draft goes beyond.
-        ends: tokens behind which no guess makes sense.
+        ends: asked once behind each new token. Behind its `tokens` no guess makes sense.
+        max_length: of the text, which `ends` keeps; no draft goes beyond.
         show: is given each token `[1]` of the text when it is settled.
         clock: seconds; for tests.
 
@@ -227,27 +253,37 @@ def draft_and_check(
     """
     counts = Counts()
 
-    def add(token: Tensor) -> bool:
+    def add(token: Tensor, value: int | None) -> bool:
+        """value: of the token, where the host knows it."""
         nonlocal ids
         ids = torch.cat([ids, token[:, None]], 1)
-        show(token)
-        return stop(ids)
+        show(token if value is None else torch.tensor([value]))
+        over = None if value is None else ends.knows(ids.shape[1], value)
+        return ends(ids) if over is None else over
 
-    ended = add(rule.choose(ids, engine.read(ids)))
+    ended = add(rule.choose(ids, engine.read(ids)), None)
     while not ended:
         start = clock()
         room = max_length - ids.shape[1] - 1  # the checking level adds a token of its own
         tokens = min(lengths.next(), room)
-        guesses, drawn_from = engine.draft(ids, tokens, rule, ends) if tokens > 0 else ([], [])
-        checked = torch.cat([ids[:, -1:], *(guess[:, None] for guess in guesses)], 1)
+        guesses, drawn_from = engine.draft(ids, tokens, rule, ends.tokens) if tokens > 0 else ([], [])
+        checked = torch.cat([ids[0, -1:], *guesses])
         between = clock()
-        logits = engine.check(checked)
+        logits = engine.check(checked[None])
+        chosen, values = rule.choose_all(ids, logits, checked[1:], drawn_from), None
+        if chosen is not None:  # all that the host reads of a round, in one
+            values = torch.stack([chosen, torch.cat([checked[1:], chosen[-1:]])]).tolist()
         kept = accepted = 0
-        for place in range(checked.shape[1]):
+        for place in range(len(checked)):
             guess = guesses[place] if place < len(guesses) else None
-            token = rule.choose(ids, logits[place : place + 1], guess, None if guess is None else drawn_from[place])
-            kept, ended = place + 1, add(token)
-            hit = guess is not None and bool(token == guess)
+            if values is not None:
+                assert chosen is not None
+                token, value = chosen[place : place + 1], values[0][place]
+                hit = guess is not None and value == values[1][place]
+            else:
+                token, value = rule.choose(ids, logits[place : place + 1], guess, None if guess is None else drawn_from[place]), None
+                hit = guess is not None and bool(token == guess)
+            kept, ended = place + 1, add(token, value)
             accepted += hit
             if ended or not hit:
                 break
@@ -389,9 +425,8 @@ def generate_drafted(
                 input_ids,
                 rule_for(logits_processor, generation_config.do_sample),
                 lengths_for(draft_tokens),
-                lambda ids: bool(stopping_criteria(ids, None).all()),
+                Ends(stopping_criteria),
                 max_length=generation_config.max_length,
-                ends=ends_of(stopping_criteria),
                 show=(lambda token: None) if streamer is None else (lambda token: streamer.put(token.cpu())),
             )
         finally:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ...core.attention import DualStateAttention
 from ...core.heads import of_heads
+from ...core.past import changes_window_alone
+from ...inference.draws import sent
 from .request import Request
 from .runner import ModelRunner
 from .slots import SlotStates
@@ -28,6 +30,18 @@ class _Layer:
         self.heads = None if len(heads) == all_heads else torch.tensor(heads, dtype=torch.int32, device=device)
         windows = states.all_slots.window_k, states.all_slots.window_v
         self.scratch = tuple(x.new_zeros(rows, tokens, all_heads, x.shape[-1]) for x in windows)
+
+    def take_in_window(self, slots: Tensor, new: Tensor, before: Tensor) -> None:
+        """As `take_in` of tokens that change places of windows alone. before: tokens of each text without them `[rows]`."""
+        number = before[:, None] + torch.arange(new.shape[1], device=new.device)
+        places = self.core.sink_tokens + number % self.core.window_size
+        k, v = (x[: new.shape[0], : new.shape[1]] for x in self.scratch)
+        if self.heads is not None:
+            k, v = (x.index_select(2, self.heads) for x in (k, v))
+        found = zip((self.core.in_halves(k), v), self.states.in_window(slots, places), strict=True)
+        both = [torch.where(new[..., None, None], x.to(old.dtype), old) for x, old in found]
+        self.states.put_in_window(slots, places, both)
+        self.states.all_slots.lengths.index_add_(0, slots, new.sum(1))
 
     def take_in(self, slots: Tensor, new: Tensor) -> None:
         before = self.states.at(slots)
@@ -57,14 +71,20 @@ class Checks:
         self._logits: Tensor | None = None  # [rows, tokens, V]
         self._layers: dict[int, list[_Layer]] = {}  # by level
         self._read_by: dict[Hashable, list[Any]] = {}  # as `GraphRunner` has it
-        self._last = 0, 0, 0  # of the last call the level, texts, and tokens of each
+        # Of the last call the level, texts, and tokens of each; tokens of each text before.
+        self._last, self._before = (0, 0, 0), [0]
 
     @torch.no_grad()
-    def read(self, level: int, requests: Sequence[Request], tokens: Sequence[list[int]], width: int) -> Tensor:
-        """Of each text some tokens, `width` at most, behind those that are cached; logits `[R, width, V]` after each."""
+    def read(
+        self, level: int, requests: Sequence[Request], tokens: Sequence[list[int]], width: int, guesses: Tensor | None = None
+    ) -> Tensor:
+        """Of each text some tokens, `width` at most, behind those that are cached; logits `[R, width, V]` after each.
+
+        guesses: int64 `[R, G]`, all but the first of the tokens, where the host does not know them; what `tokens` says of these is no more
+        than how many there are."""
         slots = [request.slot for request in requests if request.slot is not None]
         lengths = [request.cached for request in requests]
-        return self._read(level, slots, lengths, tokens, width)
+        return self._read(level, slots, lengths, tokens, width, guesses)
 
     @torch.no_grad()
     def prepare(self, level: int, rows: int, width: int) -> None:
@@ -79,23 +99,40 @@ class Checks:
         layers = self._layers[level]
         if not layers:
             return
-        self.kept[:rows].copy_(torch.tensor(counts))
+        self.kept[:rows].copy_(sent(torch.tensor(counts), self.kept.device))
+        core = layers[0].core
+        shape = core.window_size, core.sink_tokens, core.states
+        in_window = all(changes_window_alone(before, count, *shape) for before, count in zip(self._before, counts, strict=True))
 
         def take_in() -> None:
-            new = torch.arange(width, device=self.kept.device) < self.kept[:rows, None]
+            slots, new = self.inputs[:rows, 0], torch.arange(width, device=self.kept.device) < self.kept[:rows, None]
             for layer in layers:
-                layer.take_in(self.inputs[:rows, 0], new)
+                if in_window:
+                    layer.take_in_window(slots, new, self.inputs[:rows, 1])
+                else:
+                    layer.take_in(slots, new)
 
-        self._run(("keep", level, rows, width), take_in)
+        self._run(("keep", level, rows, width, in_window), take_in)
 
-    def _read(self, level: int, slots: list[int], lengths: list[int], tokens: Sequence[list[int]], width: int) -> Tensor:
+    def _read(
+        self,
+        level: int,
+        slots: list[int],
+        lengths: list[int],
+        tokens: Sequence[list[int]],
+        width: int,
+        guesses: Tensor | None = None,
+    ) -> Tensor:
         rows, past = len(slots), self.runner.past(lengths)
         given = [
             [slot, length, len(some), *some, *[0] * (width - len(some))] for slot, length, some in zip(slots, lengths, tokens, strict=True)
         ]
-        self.inputs[:rows, : 3 + width].copy_(torch.tensor(given))
+        self.inputs[:rows, : 3 + width].copy_(sent(torch.tensor(given), self.inputs.device))
+        if guesses is not None:
+            guesses = guesses[:, : width - 1]
+            self.inputs[:rows, 4 : 4 + guesses.shape[1]].copy_(guesses)
         layers = self._layers_at(level)
-        self._last = level, rows, width
+        self._last, self._before = (level, rows, width), lengths
         key = "check", level, rows, width, past
 
         def step() -> None:

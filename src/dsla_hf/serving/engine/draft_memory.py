@@ -51,6 +51,8 @@ class DraftMemory(SlotMemory):
         # The states after the tokens of the text; those above are changed by guesses.
         self._after_text = {layer: self._new_states(layer, len(heads)) for layer, heads in self._held.items()}
         self._sources: dict[int, list[_Layer]] = {}  # by level of the text
+        core = self.levels.cores[next(iter(self._held))]
+        self.shape = core.window_size, core.sink_tokens, core.states
 
     @torch.no_grad()
     def begin(self, slot: int, text_slot: int, tokens: int, level: int) -> None:
@@ -63,13 +65,21 @@ class DraftMemory(SlotMemory):
             for mine, theirs in zip(self._after_text[layer], self._states[layer], strict=True):
                 mine[slot] = theirs[slot]
 
-    def follow(self, texts: Tensor, width: int, level: int) -> None:
+    def follow(self, texts: Tensor, width: int, level: int, in_window: bool = False) -> None:
         """Be where texts at a level are. texts: int64 `[R, 4]`, of each the slot of its draft, its own, tokens of it in the states, and how
-        many more to fold, `width` at most. Reads no value on the host."""
+        many more to fold, `width` at most. Reads no value on the host.
+
+        in_window: these change places of windows alone, as `width` guesses before them did: the states stay."""
         slots, text_slots, folded, counts = texts.t().contiguous()
         self._show(slots, text_slots)
         number = torch.arange(width, device=counts.device)
         new, position = number < counts[:, None], folded[:, None] + number
+        if in_window:
+            self._follow_in_window(slots, text_slots, new, position, level)
+            for layer, states in self._states.items():
+                for lengths in (states.lengths, self._after_text[layer].lengths):
+                    lengths[slots] = folded + counts
+            return
         for known, taken, own, core, places in self._sources_at(level):
             if own is not None and core is not None and places is not None:  # first: it goes on from lengths that are those of all heads
                 k, v = self.pool.read_at(places, slots, position)
@@ -79,6 +89,22 @@ class DraftMemory(SlotMemory):
         for layer, states in self._states.items():
             for mine, theirs in zip(states, self._after_text[layer], strict=True):
                 mine[slots] = theirs[slots]
+
+    def _follow_in_window(self, slots: Tensor, text_slots: Tensor, new: Tensor, position: Tensor, level: int) -> None:
+        """All that differs from the texts lies at the places of the tokens `position` `[R, T]`, of which some are `new`."""
+        window, sinks = self.shape[:2]
+        places = sinks + position % window
+        for states, (known, taken, own, core, of_blocks) in zip(self._states.values(), self._sources_at(level), strict=True):
+            if own is not None and core is not None and of_blocks is not None:
+                k, v = self.pool.read_at(of_blocks, slots, position)
+                found = zip((core.in_halves(k), v), own.in_window(slots, places), strict=True)
+                both = [torch.where(new[..., None, None], x.to(old.dtype), old) for x, old in found]
+                for goal in (own, SlotStates(states, own.state_heads)):
+                    goal.put_in_window(slots, places, both)
+            if known is not None and taken is not None:
+                both = known.in_window(text_slots, places)
+                for goal in (taken, SlotStates(states, taken.state_heads)):
+                    goal.put_in_window(slots, places, both)
 
     def _show(self, slots: Tensor, text_slots: Tensor) -> None:
         """Drafts find the blocks of these texts."""

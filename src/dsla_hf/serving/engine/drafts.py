@@ -6,6 +6,7 @@ chosen from the logits of its own level, by its own seed, whatever was guessed.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ...inference.batching import out_of_memory
+from ...inference.draws import received
 from ...inference.recorder import Record
 from ...levels.draft_length import Lengths
 from ...levels.drafting import lengths_for
@@ -33,19 +35,23 @@ logger = logging.getLogger(__name__)
 class Round:
     """A draft of some texts that was read at their level.
 
-    guesses: of each text. logits: `[R, most + 1, V]`, after its last token and after each guess. counts: tokens of each text that stay and
-    are not in its states yet. accepted: guesses that were right.
+    guesses: gives those of each text; not asked before a token is chosen. drafted: how many there are of each. logits:
+    `[R, most + 1, V]`, after its last token and after each guess. counts: tokens of each text that stay and are not in its states yet.
+    accepted: guesses that were right.
     """
 
-    def __init__(self, checks: Checks, requests: Sequence[Request], guesses: list[list[int]], logits: Tensor):
-        self.checks, self.requests, self.guesses, self.logits = checks, requests, guesses, logits
-        self.counts, self.accepted = [0] * len(guesses), [0] * len(guesses)
+    def __init__(
+        self, checks: Checks, requests: Sequence[Request], guesses: Callable[[], list[list[int]]], drafted: list[int], logits: Tensor
+    ):
+        self.checks, self.requests, self.drafted, self.logits = checks, requests, drafted, logits
+        self.counts, self.accepted = [0] * len(drafted), [0] * len(drafted)
+        self._guesses = functools.cache(guesses)
 
     def took(self, number: int, token: int) -> bool:
         """A token of text `number` has been chosen; whether its next one can be told from here, too, if it goes on."""
         place = self.counts[number]
         self.counts[number] += 1
-        right = place < len(self.guesses[number]) and self.guesses[number][place] == token
+        right = place < self.drafted[number] and self._guesses()[number][place] == token
         self.accepted[number] += right
         return right
 
@@ -92,29 +98,33 @@ class Drafts:
     def check(self, level: int, requests: Sequence[Request], most: int) -> Round | None:
         """Guess tokens, and read them; None where there is nothing to guess, or no memory for it: then there are no more drafts."""
         begin = self.clock()
+        rooms = [min(most, _room(request)) for request in requests]
         try:
-            found = self.guesses.guess(level, requests, most)
+            found = self.guesses.guess(level, requests, rooms)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
             self._ended = True
             logger.warning("memory does not suffice for drafts: from now on there are none; for more memory %s", FOR_MEMORY)
             return None
-        guesses = [guess[: _room(request)] for guess, request in zip(found, requests, strict=True)]
-        if not any(guesses):
+        on_device = found if isinstance(found, Tensor) else None
+        drafted = rooms if isinstance(found, Tensor) else [len(guess) for guess in found]
+        if not any(drafted):
             return None
+        known = received(found) if isinstance(found, Tensor) else lambda: found
         self._times = begin, self.clock()
-        tokens = [[request.tokens[-1], *guess] for request, guess in zip(requests, guesses, strict=True)]
-        return Round(self.checks, requests, guesses, self.checks.read(level, requests, tokens, most + 1))
+        lists = [[0] * count for count in drafted] if isinstance(found, Tensor) else found
+        tokens = [[request.tokens[-1], *guess] for request, guess in zip(requests, lists, strict=True)]
+        return Round(self.checks, requests, known, drafted, self.checks.read(level, requests, tokens, most + 1, on_device))
 
     def keep(self, done: Round, most: int) -> None:
         """Texts have taken what they take of what was read last."""
         done.settle()
         self.rounds += 1
-        self.drafted += sum(map(len, done.guesses))
+        self.drafted += sum(done.drafted)
         self.accepted += sum(done.accepted)
         begin, between = self._times
-        each = [(len(guess), right) for guess, right in zip(done.guesses, done.accepted, strict=True) if guess]
+        each = [(count, right) for count, right in zip(done.drafted, done.accepted, strict=True) if count]
         self.lengths.record_texts(most, each, between - begin, self.clock() - between)
 
     def plain(self, most: int, seconds: float) -> None:

@@ -763,10 +763,14 @@ class Engine:
             if done is None:
                 return False
             self._round = done
+            chosen = self.next_tokens.several(done.logits, requests, self._tell_all)
             going, place = list(range(len(requests))), 0
-            while going:  # token by token, as without drafts: what is asked of a token hangs on those before it
+            while going:  # token by token, as without drafts: what is asked of a token may hang on those before it
                 texts = [requests[number] for number in going]
-                tokens = self.next_tokens(done.logits[going, place], texts, self._tell_all if place == 0 else None)
+                if chosen is not None:
+                    tokens = [chosen[number][place] for number in going]
+                else:
+                    tokens = self.next_tokens(done.logits[going, place], texts, self._tell_all if place == 0 else None)
                 went_on = []
                 for number, request, token in zip(going, texts, tokens, strict=True):
                     request.cached += 1

@@ -133,7 +133,7 @@ class GraphRunner(ModelRunner):
 
         def step() -> None:
             tokens, read, takes_part = self.inputs[:rows].t().contiguous()
-            logits = self._step(level, tokens, read, takes_part.bool(), past)
+            logits = self.step(level, tokens, read, takes_part.bool(), past)
             if self._logits is None:
                 self._logits = logits.new_empty(self.memory.num_slots, logits.shape[1])
             self._logits[:rows].copy_(logits)

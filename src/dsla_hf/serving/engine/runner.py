@@ -108,13 +108,13 @@ class ModelRunner:
     def _run(self, level: int, ids: list[int], lengths: list[int], active: list[bool]) -> Tensor:
         device = self.levels.device
         tokens, read, takes_part = (torch.tensor(x, device=device) for x in (ids, lengths, active))
-        return self._step(level, tokens, read, takes_part, self.past(lengths))
+        return self.step(level, tokens, read, takes_part, self.past(lengths))
 
     def past(self, lengths: list[int]) -> int:
         """Tokens before the new ones that a step is shown, where rows are not read in their blocks."""
         return self.memory.max_tokens if self.one_shape else max(lengths)
 
-    def _step(self, level: int, ids: Tensor, lengths: Tensor, active: Tensor, past: int) -> Tensor:
+    def step(self, level: int, ids: Tensor, lengths: Tensor, active: Tensor, past: int) -> Tensor:
         """One token of every row; all inputs `[B]`, `past` at least the longest length. Reads no value on the host."""
         if self.in_blocks:
             rows = Rows(slice(0, len(ids)), active, lengths, 0, in_blocks=True)

@@ -63,6 +63,19 @@ class SlotStates(DSLACacheLayer):
             else:
                 kept[slots[:, None], heads] = new
 
+    def in_window(self, slots: Tensor, places: Tensor) -> list[Tensor]:
+        """Keys and values `[B, T, H, D]` of this layer's heads, which lie in windows of slots `[B]` at places `[B, T]`."""
+        found = [window[slots[:, None], places] for window in self.all_slots[1:3]]
+        return found if self.state_heads is None else [x.index_select(2, self.state_heads) for x in found]
+
+    def put_in_window(self, slots: Tensor, places: Tensor, both: Iterable[Tensor]) -> None:
+        """Keys and values, as `in_window` has them, go there."""
+        for window, x in zip(self.all_slots[1:3], both, strict=True):
+            if self.state_heads is None:
+                window[slots[:, None], places] = x.to(window.dtype)
+            else:
+                window[slots[:, None, None], places[..., None], self.state_heads.long()] = x.to(window.dtype)
+
     def advance(self, state: DualState, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> None:
         assert self._slots is not None, "open() comes before a model call"
         if self.holds_back(k, v):

@@ -90,6 +90,30 @@ class NextTokens:
         told = logprobs_of(found[2:], tokens_there, [request.sampling.logprobs for request in requests])
         return [NextToken(token, told[number], errors.get(number)) for number, token in enumerate(tokens_there)]
 
+    def several(
+        self, logits: Tensor, requests: Sequence[Request], meanwhile: Callable[[], None] | None = None
+    ) -> list[list[NextToken]] | None:
+        """Of each text the tokens that follow one another, from logits `[R, T, V]` behind its last one and behind guesses, as a call for
+        each would give them while guesses are right. None where a text asks for what hangs on the tokens before."""
+        if any(x.constraint is not None or x.sampling.logprobs is not None or self._changes(x) for x in requests):
+            return None
+        places, scores = logits.shape[1], logits.flatten(0, 1)
+        tokens = scores.argmax(-1)
+        sampled = [number for number, request in enumerate(requests) if request.sampling.temperature > 0]
+        rows = [Row(requests[n].sampling, requests[n].seed, requests[n].length + place) for n in sampled for place in range(places)]
+        sure = tokens.new_ones(0)
+        if sampled:
+            where = self._sent([number * places + place for number in sampled for place in range(places)])
+            scores = scores[where]
+            tokens[where], sure = draw(scores, rows)
+        if meanwhile is not None:
+            meanwhile()
+        found = torch.cat([tokens, sure.long()]).tolist()
+        if not all(found[len(tokens) :]):
+            found = tokens.index_copy_(0, where, exactly(scores, rows)).tolist()
+        each = [NextToken(token) for token in found[: len(tokens)]]
+        return [each[start : start + places] for start in range(0, len(each), places)]
+
     def rehearse(self, dtype: torch.dtype) -> None:
         """Compile what draws from a model's logits of this dtype, so that the first text does not wait for it."""
         for kind in {dtype, torch.float32}:  # as they come, and changed
