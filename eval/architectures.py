@@ -22,6 +22,7 @@ from transformers.utils import logging
 from dsla_hf.inference.fusion import fused
 from dsla_hf.models.architectures import ARCHITECTURES, head_dim_of, rotary_of
 from dsla_hf.models.trial import checks
+from dsla_hf.models.trial.verdict import holds
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 from tiny import tiny_model_of
@@ -87,7 +88,7 @@ def main() -> None:
     for kind, options in tqdm(wanted, desc="architectures"):
         rows.append(measure(kind, options))
         for name in CHECKS:
-            if not checks.holds(rows[-1][name]):
+            if not holds(rows[-1][name]):
                 failed.append(f"{kind} {options or ''}: {name}: {rows[-1][name]}")
                 tqdm.write(failed[-1])
     if not asked and not failed:
