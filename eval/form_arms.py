@@ -86,8 +86,8 @@ class FormAttention(DualStateAttention):
         return o.flatten(2, 3), scores.logsumexp(-1).permute(0, 3, 1, 2).flatten(2)
 
     def _read(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """What the states give, their mean `[B, T, Hq, V]` and their mass `[B, T, Hq]`, fp32. They are those of the blocks (of half a window)
-        before the last one, as the layer's are."""
+        """What the states give, their mean `[B, T, Hq, V]` and their mass `[B, T, Hq]`, fp32; of the blocks (of half a window) before
+        the last one, as the layer's are."""
         tokens, size = q.shape[1], self.window_size // 2
         n = v.float()
         n = n * (n.square().mean(-1, keepdim=True) + self.norm_eps).rsqrt()

@@ -27,7 +27,8 @@ from dsla_hf.core.cache import DSLACacheLayer
 from dsla_hf.models.architectures import SUPPORTED_BASES
 from dsla_hf.models.decoder import decoder_of
 from dsla_hf.models.multimodal import MULTIMODAL
-from dsla_hf.models.trial.checks import GREEDY, HEADS, MOST, ORDER, TOLERANCE, adapter, apart, holds, outcome
+from dsla_hf.models.trial.checks import GREEDY, HEADS, MOST, ORDER, adapter, apart, outcome
+from dsla_hf.models.trial.verdict import TOLERANCE, holds
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 from multimodal_models import IMAGE, prompt_with_images, tiny_multimodal, without_images

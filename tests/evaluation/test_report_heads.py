@@ -194,6 +194,23 @@ def test_a_plan_of_layers_is_drawn_by_whole_layers():
     assert [[not is_orange(cell) for cell in row] for row in grid] == [[False, False, True, False]] * 2
 
 
+@pytest.mark.parametrize("level", [0, 3])
+def test_layers_without_attention_to_convert_are_drawn_apart_and_count_as_no_heads(level):
+    order = [[1, 0], [3, 1], [1, 1]]
+    sizes = {**SIZES, "convertible_layers": [1, 3]}
+    figure = draw_heads(config(level, conversion_order=order, base_dimensions=sizes))
+    grid = figure.axes[0].images[0].get_array()
+    kept = {(layer, head) for layer in (1, 3) for head in (0, 1)} - set(map(tuple, order[:level]))
+    for layer, head in ((layer, head) for layer in range(4) for head in range(2)):
+        red, _, blue, _ = grid[head, layer]
+        assert (red == blue) == (layer in (0, 2)) and is_orange(grid[head, layer]) == ((layer, head) in kept)
+    said = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert said[0] == f"level {level} keeps {4 - level} of 4 KV heads ({100 * (4 - level) / 4:.3g}%)"
+    assert said[-2:] == ["kept at every level: not in the order", "layers without attention that could be converted"]
+    whole = draw_heads(config(level, conversion_order=[*order, [3, 0]], base_dimensions=sizes))
+    assert "kept at every level: not in the order" not in [text.get_text() for text in whole.legends[0].get_texts()]
+
+
 def test_large_models_have_no_numbers_and_fit():
     order = [[layer, head] for layer in range(80) for head in range(8)]
     figure = draw_heads(config(500, conversion_order=order, base_dimensions={"num_hidden_layers": 80, "num_key_value_heads": 8}))

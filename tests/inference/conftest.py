@@ -12,7 +12,11 @@ def addresses(decoder):
     """Where a step reads and writes; of weights those that a level of heads picks."""
     space = decoder.workspace
     tensors = [space.tokens, space.positions, space.mask, space.logits]
+    for layer in space.linear.values():
+        tensors += [x for name in ("conv_states", "recurrent_states") for x in getattr(layer, name, {}).values() if x is not None]
     for layer in space.layers():
+        if layer in space.linear.values():
+            continue
         tensors += [*layer.state, layer.tokens] if isinstance(layer, DSLACacheLayer) else [layer.keys, layer.values]
     for layer in decoder_layers(decoder.causal_lm):
         attention = dsla_attention_of(layer)

@@ -81,7 +81,7 @@ def test_rows_of_a_query_head(kind, rows):
 def test_the_attention_of_nemotron_h_has_another_name():
     model = get_peft_model(tiny_model_of("nemotron_h"), DSLAConfig(task_type="CAUSAL_LM"))
     assert model.peft_config["default"].target_modules == ["mixer"]
-    assert model.peft_config["default"].base_dimensions["num_convertible_layers"] == 4
+    assert model.peft_config["default"].base_dimensions["convertible_layers"] == [1, 3, 5, 6]
 
 
 # --- caches -----------------------------------------------------------------------------------------------------
@@ -262,11 +262,23 @@ def test_a_hybrid_is_loaded_with_what_its_base_computes_at_the_start(adapter_mod
     assert torch.equal(generated(loaded, ids), generated(hybrid, ids))
 
 
-def test_servers_and_recorded_steps_say_that_they_do_not_know_linear_states(adapter_model, kind):
+def test_a_card_draws_linear_layers_apart(adapter_model, tmp_path):
+    """Of six layers the first and the fourth are convolutions."""
+    model = adapter_model(tiny_model_of("lfm2"), conversion_unit="head", conversion_order=[[2, 0], [5, 1]], level=2)
+    picture = "```text\nlayer      0\nKV head 0  -#.-##\nKV head 1  -##-#.\n```"
+    model.save_pretrained(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "hybrid")
+    for folder in ("adapter", "hybrid"):
+        card = (tmp_path / folder / "README.md").read_text()
+        assert picture in card and "(`.`); `-` are layers without attention that could be converted:" in card
+
+
+def test_servers_say_that_they_do_not_know_linear_states(adapter_model, kind):
     model = converted(adapter_model, tiny_model_of(kind))
     with pytest.raises(ValueError, match=f"'{kind}' has layers that are linear already, whose states the server does not keep"):
         Levels(model)
-    assert "linear layers, whose states a recorded step does not know" in GraphDecoder(model, record=PlainRecording).obstacle()
+    why = GraphDecoder(model, record=PlainRecording).obstacle()
+    assert why is None if kind in ALTERNATING else "linear states and keys in one cache layer" in why
     with pytest.raises(ValueError, match="whose states the server does not keep"):
         Levels(model.merge_and_unload())
 

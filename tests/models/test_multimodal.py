@@ -250,6 +250,33 @@ def test_image_blocks_are_refused_above_level_0_before_anything_changes(adapter_
 
 
 @torch.no_grad()
+def test_places_of_images_without_images_are_refused_above_level_0(adapter_model):
+    """Transformers reads them as text, causally, whatever is missing: so does level 0, and no other level in silence."""
+    base = tiny_multimodal("gemma3")
+    whole = prompt_with_images(base)
+    inputs = {name: whole[name] for name in ("input_ids", "attention_mask")}
+    expected = base(**inputs).logits
+    model = adapter_model(base, level=1)
+    refused = r"^32 tokens of the prompt stand for parts of an image \(image_token_id 90\), and Gemma3Model was given no pixel_values"
+    for call in (model, lambda **inputs: model.generate(**inputs, max_new_tokens=2)):
+        with pytest.raises(ValueError, match=refused):
+            call(**inputs)
+    cache = model(**without_images(inputs)).past_key_values
+    tokens = cache.get_seq_length()
+    with pytest.raises(ValueError, match=refused):
+        model(inputs["input_ids"], past_key_values=cache)
+    assert cache.get_seq_length() == tokens
+    with model.disable_adapter():
+        assert torch.equal(model(**inputs).logits, expected)
+    model.set_level(0)
+    assert torch.equal(model(**inputs).logits, expected)
+    model.set_level(2)
+    hybrid = model.merge_and_unload()
+    with pytest.raises(ValueError, match=refused):
+        hybrid(**inputs)
+
+
+@torch.no_grad()
 def test_a_hybrid_whose_images_are_blocks_takes_text_alone(adapter_model, tmp_path):
     hybrid = adapter_model(tiny_multimodal("gemma3"), level=2).merge_and_unload()
     hybrid.save_pretrained(tmp_path)

@@ -23,6 +23,7 @@ from dsla_hf.models.trial.checks import apart, text
 from dsla_hf.models.trial.records import forget
 from dsla_hf.models.trial.small_models import small_config
 from dsla_hf.models.trial.structure import read_structure
+from dsla_hf.models.trial.verdict import holds
 
 
 class TomorrowConfig(LlamaConfig):
@@ -135,7 +136,7 @@ def test_a_type_that_passes_is_converted_and_says_what_it_passed(kind, counted, 
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert "allow_untested" not in saved
     assert saved["checked_base"]["model_type"] == kind and saved["checked_base"]["checks"].keys() == untested.CHECKS.keys()
-    assert all(map(untested.holds, saved["checked_base"]["checks"].values()))
+    assert all(map(holds, saved["checked_base"]["checks"].values()))
 
 
 def test_without_being_asked_it_is_refused_with_the_way():
@@ -283,3 +284,30 @@ def test_a_hybrid_has_the_record_and_is_loaded_by_it(saved_adapter, tmp_path, co
     forget("tomorrow")
     with pytest.raises(ValueError, match="names the base_model_type 'tomorrow'; supported are"):
         AutoConfig.from_pretrained(tmp_path / "hybrid")
+
+
+@pytest.mark.parametrize("unit, failed", [("layer", "converts"), ("head", "heads")])
+def test_a_hybrid_whose_record_has_a_check_that_failed_is_refused_as_an_adapter_is(few, tmp_path, unit, failed):
+    model = get_peft_model(tomorrow(), DSLAConfig(**ASKED, conversion_unit=unit, level=2))
+    model.save_pretrained(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "hybrid")
+    for name, place in (("adapter", ()), ("hybrid", ("dsla_config",))):
+        path = tmp_path / name / ("adapter_config.json" if name == "adapter" else "config.json")
+        saved = json.loads(path.read_text())
+        (saved[place[0]] if place else saved)["checked_base"]["checks"][failed] = 0.5
+        path.write_text(json.dumps(saved))
+    forget("tomorrow")
+    message = rf"'tomorrow' has not been tested, and 1 of {1 if unit == 'layer' else 2} checks on a small model do not hold: {failed}: 0\.5"
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(tomorrow(), tmp_path / "adapter")
+    for load in (AutoConfig.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match=f"hybrid/config.json: model type {message}"):
+            load(tmp_path / "hybrid")
+    assert find_architecture("tomorrow") is None
+
+
+def test_a_hybrid_of_layers_is_loaded_whatever_its_record_says_of_heads(monkeypatch, tmp_path):
+    monkeypatch.setattr(untested, "CHECKS", {"converts": untested.CHECKS["converts"], "heads": lambda *_: 0.5})
+    get_peft_model(tomorrow(), DSLAConfig(**ASKED, level=2)).merge_and_unload().save_pretrained(tmp_path)
+    forget("tomorrow")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).get_level() == 2

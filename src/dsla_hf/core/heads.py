@@ -109,12 +109,13 @@ def of_heads(attention: DualStateAttention, heads: Iterable[int]) -> DualStateAt
     return part
 
 
-def head_map(converted: Collection[tuple[int, int]], layers: int, heads: int) -> str:
+def head_map(converted: Collection[tuple[int, int]], layers: int, heads: int, others: Collection[int] = ()) -> str:
     """The KV heads of all layers as text, a line for each head and a column for each layer: `#` is kept, `.` is one of the `converted`
-    (layer, KV head)."""
+    (layer, KV head), `-` stands for layers without any that could be (`others`, by number)."""
     left = len(f"KV head {heads - 1}")
     lines = ["layer".ljust(left) + "  " + "".join(f"{layer:<10}" for layer in range(0, layers, 10)).rstrip()]
     there = set(converted)
     for head in range(heads):
-        lines.append(f"KV head {head}".ljust(left) + "  " + "".join("." if (layer, head) in there else "#" for layer in range(layers)))
+        marks = ("." if (layer, head) in there else "-" if layer in others else "#" for layer in range(layers))
+        lines.append(f"KV head {head}".ljust(left) + "  " + "".join(marks))
     return "\n".join(lines)

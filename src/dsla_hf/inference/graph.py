@@ -22,6 +22,7 @@ from transformers.utils import logging
 from dsla_kernels import uses_triton
 
 from ..compat.attributes import attention_implementation, padding_token
+from ..core.beside_linear import has_linear_part
 from ..core.cache import DSLACacheLayer, StaticDSLACacheLayer, VisibleStaticLayer
 from ..core.fold import dsla_cache_layer, partial_cache_layer
 from ..core.layout import TokenLayout
@@ -40,7 +41,7 @@ from ..levels.drafting import (
     stop_by_criterion,
 )
 from ..models.adapter import DSLALayer, dsla_layers
-from ..models.architectures import has_linear_layers, kv_heads_of
+from ..models.architectures import check_draftable, kv_heads_of
 from ..models.base_attention import DSLAAttentionMixin
 from ..models.decoder import decoder_layers
 from ..models.level import counts_heads
@@ -55,6 +56,8 @@ from .recorder import PlainRecording as PlainRecording
 logger = logging.get_logger(__name__)
 
 REHEARSAL = 64  # tokens of the text that `prepare` reads
+# Of static caches, by name, as a release may lack one: layers whose tensors stay where they are, and whose lengths no host counts.
+KNOWN_LAYERS = {"StaticLayer", "LinearAttentionLayer", "DummyLayer"}
 FOR_MEMORY = "give a smaller max_length, fewer rows, or GraphDecoder(keep=False)"
 
 
@@ -92,6 +95,7 @@ class Workspace:
     cached: int64 `[layers]`, of layers with keys and values the tokens in the cache.
     kv_heads: of a layer.
     recorder: of steps by (what of each layer is DSLA, padding, tokens shown).
+    linear: by layer number the cache layers of layers without attention, whose states a step changes in place.
     softmax: by layer number the keys and values of as many heads as were kept at once.
     dsla: by layer number and part the cache layers of DSLA, whole or in part, as far as they have been in use.
     by_length: whether the attention of a step knows how far the cache is filled, and needs not be shown a part of it.
@@ -109,6 +113,7 @@ class Workspace:
     cached: Tensor
     kv_heads: int
     recorder: Recorder
+    linear: dict[int, Any] = field(default_factory=dict)
     softmax: dict[int, VisibleStaticLayer] = field(default_factory=dict)
     dsla: dict[tuple[int, Part], Any] = field(default_factory=dict)
     by_length: bool = False
@@ -125,7 +130,7 @@ class Workspace:
         """For a new text: empty layers, of the kind that `parts` asks for; `mask` `[B, T]` of its prompt."""
         self.cache.layers = [self._layer(index, part) for index, part in enumerate(parts)]
         for layer in self.layers():
-            if layer.is_initialized:
+            if getattr(layer, "is_initialized", True):  # linear ones do not say
                 layer.reset()
         self.cached.zero_()
         self.read, self.parts = 0, None
@@ -156,7 +161,7 @@ class Workspace:
     def _layer(self, index: int, part: Part) -> Any:
         """A layer for a new text: where it was before, if it was."""
         if part is False:
-            return self._memory(index, self.kv_heads)
+            return self.linear[index] if index in self.linear else self._memory(index, self.kv_heads)
         if (index, part) in self.dsla:
             return self.dsla[index, part]
         states = StaticDSLACacheLayer(self.length)
@@ -313,10 +318,10 @@ class GraphDecoder:
         kinds = {str(entry.get("rope_type")) for entry in (rope, *rope.values()) if isinstance(entry, dict)}
         if changing := sorted(kinds & {"dynamic", "longrope"}):
             return f"rotary embeddings of type {changing} change with the length, which the host would have to look at"
-        if has_linear_layers(config):
-            return "this base has linear layers, whose states a recorded step does not know"
-        others = {type(layer).__name__ for layer in StaticCache(config=config, max_cache_len=8).layers} - {StaticLayer.__name__}
-        if others:
+        layers = StaticCache(config=config, max_cache_len=8).layers
+        if any(isinstance(layer, StaticLayer) and has_linear_part(layer) for layer in layers):
+            return "this base has linear states and keys in one cache layer, which no recorded step has at addresses that stay"
+        if others := {type(layer).__name__ for layer in layers} - KNOWN_LAYERS:
             return f"the static cache of this model has {sorted(others)}, whose tokens the host counts"
         return self._obstacle_in(options)
 
@@ -452,6 +457,7 @@ class GraphDecoder:
             raise ValueError(
                 f"draft_level: {type(self.model).__name__} has no levels; give a PeftModel with a DSLA adapter, or leave it out"
             )
+        check_draftable(self.causal_lm.config, self.draft_level)
         return check_draft_options(self.model, self.draft_level, self.draft_tokens, lambda name: self._option(options, name))
 
     def _decode_drafted(
@@ -583,6 +589,7 @@ class GraphDecoder:
             cached=torch.zeros(len(cache.layers), dtype=torch.long, device=device),
             kv_heads=kv_heads_of(config),
             recorder=self.recorder,
+            linear={i: layer for i, layer in enumerate(cache.layers) if not isinstance(layer, StaticLayer)},
         )
         return self.workspace
 

@@ -17,7 +17,7 @@ from ..core.draft_cache import LayerPart
 from ..core.tensor_parallel import MERGE_FIRST, cuts_heads, is_tensor_parallel
 from ..levels.generation import generate_with_levels
 from .adapter_layer import DSLALayer
-from .architectures import SHORT_WINDOW, convertible_layers, has_linear_layers, kv_heads_of, sliding_window_of, text_base_of
+from .architectures import SHORT_WINDOW, check_draftable, convertible_layers, kv_heads_of, sliding_window_of, text_base_of
 from .base_attention import NO_HEADS
 from .base_checks import check_finite, check_full_precision, check_model, check_readable, record_base
 from .before_layers import install_layout_hook, masks_with_padding, remove_layout_hook
@@ -117,10 +117,8 @@ class DSLAModel(BaseTuner):
         `draft_level`, a level above that of the model, it guesses tokens at that level and checks them several at a time, one text a call:
         the text is the same (sampled text follows the same probabilities). `draft_tokens`: guesses in a round; None adapts their number.
         Says once if layers that take part were never trained."""
-        if kwargs.get("draft_level") is not None and has_linear_layers(self.model.config):
-            raise ValueError(
-                f"draft_level={kwargs['draft_level']!r}: this base has linear layers, which cannot take guesses back; leave draft_level out"
-            )
+        if kwargs.get("draft_level") is not None:
+            check_draftable(self.model.config, kwargs["draft_level"])
         if kwargs.get("draft_level") is not None and inner_text_config(self.model.config) is not None:
             raise ValueError(
                 f"draft_level with {type(self.model).__name__}: drafts read text alone, and images would be left out; text_model(model) "

@@ -246,6 +246,12 @@ def has_linear_layers(config: Any) -> bool:
     return any(kind in LINEAR_LAYERS or kind == "hybrid" for kind in getattr(config, "layer_types", None) or ())
 
 
+def check_draftable(config: Any, draft_level: Any) -> None:
+    """Raises ValueError where a model with this config cannot guess at `draft_level` and take guesses back."""
+    if has_linear_layers(config):
+        raise ValueError(f"draft_level={draft_level!r}: this base has linear layers, which cannot take guesses back; leave draft_level out")
+
+
 def sliding_window_of(attention: Any) -> int | None:
     """The sliding window of a base attention module in tokens, None if it sees everything."""
     if getattr(attention, "is_sliding", None) is False:  # EXAONE 4 writes the window of its local layers on all

@@ -86,8 +86,8 @@ def record_base(config: DSLAConfig, model: Any) -> None:
         "num_key_value_heads": kv_heads_of(base),
         "head_dim": next(attention.head_dim for attention in attentions if attention is not None),
     }
-    if (softmax := len(convertible_layers(base))) < base.num_hidden_layers:
-        dimensions["num_convertible_layers"] = softmax
+    if len(softmax := convertible_layers(base)) < base.num_hidden_layers:
+        dimensions["convertible_layers"] = softmax
     attention = {i: attentions[i] for i in config.layers_to_transform or ()}
     if config.base_model_type is None:
         config.base_model_type, config.base_dimensions, config.base_fingerprint = base_type, dimensions, fingerprint_of(attention)

@@ -7,8 +7,9 @@ from typing import Any
 from ..core.heads import head_map
 from ..core.tables import markdown_table
 from ..levels.table import CACHE_LENGTHS, card_table, kept_text, warnings, written
+from .architectures import convertible_layers
 from .configuration import DSLAConfig, unit_name
-from .multimodal import MULTIMODAL, auto_class_of, inner_text_config
+from .multimodal import MULTIMODAL, auto_class_of, inner_text_config, text_config_of
 from .sizes import text_bytes, unit_sizes
 
 _HEADER = """---
@@ -137,9 +138,12 @@ def _heads(config: DSLAConfig, level: int, model: Any) -> str:
         return ""
     units = unit_sizes(model, config)["num_layers"]
     heads, converted = config.kv_heads, (config.conversion_order or [])[:level]
+    layers, convertible = text_config_of(model.config).num_hidden_layers, convertible_layers(model.config)
+    others = set(range(layers)).difference(convertible)
+    said = "; `-` are layers without attention that could be converted" if others else ""
     picture = (
         f"At level {level}, {kept_text(units - level, units, of=True)} are kept: the base's softmax attention (`#`). The others are DSLA "
-        f"(`.`):\n\n```text\n{head_map(converted, units // heads, heads)}\n```\n\n"
+        f"(`.`){said}:\n\n```text\n{head_map(converted, layers, heads, others)}\n```\n\n"
     )
     if "bytes_32k" in (config.level_metrics or {}).get(str(level), {}):  # the table of what was measured has them
         return picture

@@ -123,7 +123,7 @@ class DSLAConfig(PeftConfig):
         default=None, metadata={"help": "Measurements per level for the model card, e.g. {'4': {'perplexity': 23.7}}."}
     )
     base_model_type: str | None = field(default=None, metadata={"help": "`model_type` of the base (written by the library)."})
-    base_dimensions: dict[str, int] | None = field(default=None, metadata={"help": "Sizes of the base (written by the library)."})
+    base_dimensions: dict[str, Any] | None = field(default=None, metadata={"help": "Sizes of the base (written by the library)."})
     base_fingerprint: dict[str, Any] | None = field(
         default=None, repr=False, metadata={"help": "Random projections of the base's attention weights (written by the library)."}
     )
@@ -516,7 +516,7 @@ def resolve_level(level: int | str, config: DSLAConfig, num_layers: int) -> int:
     Raises:
         ValueError: if it is none of these, or more than the plan holds; names the value and what is allowed.
     """
-    units, unit = (config.base_dimensions or {}).get("num_convertible_layers", num_layers), config.conversion_unit
+    units, unit = len((config.base_dimensions or {}).get("convertible_layers", range(num_layers))), config.conversion_unit
     if unit == "head":
         units *= config.kv_heads
     plan = units if config.conversion_order is None else len(config.conversion_order)

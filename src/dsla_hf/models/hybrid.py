@@ -87,7 +87,7 @@ class DSLAHybridConfig(PreTrainedConfig):
         hybrid = config_dict.get("dsla_config")
         base = hybrid.get("base_model_type") if isinstance(hybrid, dict) else None
         if isinstance(hybrid, dict) and base not in HYBRID_BASES and hybrid.get("checked_base") is not None:
-            take_record_of_hybrid(base, hybrid["checked_base"], source)
+            take_record_of_hybrid(base, hybrid["checked_base"], source, hybrid.get("conversion_unit", "layer"))
         if not _can_be_hybrid(base):
             raise ValueError(
                 f"{source}: 'dsla_config' names the base_model_type {base!r}; supported are {list(HYBRID_BASES)}. "

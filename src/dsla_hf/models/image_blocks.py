@@ -54,6 +54,12 @@ def _before_images(names: tuple[str, ...], whole: Any, args: tuple, kwargs: dict
             "are read at level 0, set_level(0) or disable_adapter(). The level may rise behind the prompt, generate(..., level_policy="
             "lambda stats: 0 if stats.tokens == stats.prompt_tokens else 4). A hybrid has one level and takes text alone"
         )
+    if count := _placeholders(given.get("input_ids"), getattr(whole.config, "image_token_id", None)):
+        raise ValueError(
+            f"{count} tokens of the prompt stand for parts of an image (image_token_id {whole.config.image_token_id}), and "
+            f"{type(whole).__name__} was given no pixel_values to put there: it would read them as text. Give what the processor made, at "
+            "level 0, where prompts with images are read; or a prompt without these tokens"
+        )
     if isinstance(mask := given.get("attention_mask"), Tensor) and mask.ndim == 2:
         return (), {**given, PADDING: mask}
     return None
@@ -69,3 +75,8 @@ def _has_images(given: dict[str, Any]) -> bool:
     ids = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     tokens = types.shape[1] if ids is None else ids.shape[1]  # a part of a prompt comes with the types of all of it
     return bool(types[:, -tokens:].any())
+
+
+def _placeholders(ids: Tensor | None, image_token: int | None) -> int:
+    """How many tokens of a prompt stand for parts of images. Steps of one token are not asked: a GPU would be waited for at each."""
+    return 0 if ids is None or image_token is None or ids.shape[1] == 1 else int((ids == image_token).sum())

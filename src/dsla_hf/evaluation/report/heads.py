@@ -15,6 +15,7 @@ MOST_NUMBERS = 128  # of cells that have their place written in them
 # Converted and kept heads: matplotlib's name of a map of colours, and the part of it from the first of them in the order to the last.
 CONVERTED, KEPT = ("Blues", 0.1, 0.55), ("Oranges", 0.35, 0.65)
 LEFT_OUT = 0.9  # likewise, of kept heads that are not in the order
+OTHER = (0.88, 0.88, 0.88, 1.0)  # layers without heads that could be converted
 
 
 def places(config: DSLAConfig) -> dict[tuple[int, int], int]:
@@ -27,7 +28,8 @@ def places(config: DSLAConfig) -> dict[tuple[int, int], int]:
 
 def draw_heads(config: DSLAConfig) -> Any:
     """A figure of the KV heads of all layers at the config's level: a column for each layer, a cell for each head. Kept ones are orange,
-    converted ones blue; the later in the order, the darker. Heads that the plan leaves to the base are the darkest kept ones.
+    converted ones blue; the later in the order, the darker. Heads that the plan leaves to the base are the darkest kept ones. Grey are
+    layers without heads that could be converted, such as linear ones.
 
     Args:
         config: of a model, or as an adapter's folder has it.
@@ -37,14 +39,16 @@ def draw_heads(config: DSLAConfig) -> Any:
         ImportError: without matplotlib.
     """
     heads = config.kv_heads
-    layers, found = (config.base_dimensions or {})["num_hidden_layers"], places(config)
+    sizes, found = config.base_dimensions or {}, places(config)
+    layers = sizes["num_hidden_layers"]
+    convertible = sizes.get("convertible_layers", range(layers))
     last = max(found.values(), default=0)
     level = last if config.level is None else config.level
     cell = min(CELL, WIDEST / layers, HIGHEST / heads)
     width = max(4.5, 1.2 + cell * layers)
     drawn, (axes,) = figure(size=(width, 1.5 + heads * min((width - 0.7) / layers, HIGHEST / heads)))
     colours = _colours(level, last)
-    grid = [[colours(found.get((layer, head))) for layer in range(layers)] for head in range(heads)]
+    grid = [[colours(found.get((layer, head))) if layer in convertible else OTHER for layer in range(layers)] for head in range(heads)]
     axes.imshow(grid, aspect="equal", interpolation="nearest")
     _lines(axes, layers, heads)
     if layers * heads <= MOST_NUMBERS:
@@ -53,9 +57,9 @@ def draw_heads(config: DSLAConfig) -> Any:
     axes.set(xlabel="layer", ylabel="KV head")
     mark_measured(axes.xaxis, range(layers))
     mark_measured(axes.yaxis, range(heads))
-    units = (config.base_dimensions or {}).get("num_convertible_layers", layers) * heads
+    units = len(convertible) * heads
     kept = units - sum(place <= level for place in found.values())
-    _legend(drawn, colours, level, kept_text(kept, units, of=True), len(found) < layers * heads)
+    _legend(drawn, colours, level, kept_text(kept, units, of=True), len(found) < units, len(convertible) < layers)
     return drawn
 
 
@@ -82,7 +86,7 @@ def _lines(axes: Any, layers: int, heads: int) -> None:
         side.set_visible(False)
 
 
-def _legend(drawn: Any, colours: Callable[[int | None], Colour], level: int, kept: str, left_out: bool) -> None:
+def _legend(drawn: Any, colours: Callable[[int | None], Colour], level: int, kept: str, left_out: bool, others: bool) -> None:
     from matplotlib.patches import Patch
 
     patches = [Patch(color=colours(level + 1), label=f"level {level} keeps {kept}")]
@@ -90,4 +94,6 @@ def _legend(drawn: Any, colours: Callable[[int | None], Colour], level: int, kep
         patches.append(Patch(color=colours(level), label="converted; the darker, the later"))
     if left_out:
         patches.append(Patch(color=colours(None), label="kept at every level: not in the order"))
+    if others:
+        patches.append(Patch(color=OTHER, label="layers without attention that could be converted"))
     drawn.legend(handles=patches, loc="outside upper left", fontsize=8, frameon=False)

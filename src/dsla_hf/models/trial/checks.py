@@ -23,6 +23,7 @@ from ...core.cache import DSLACacheLayer
 from ..architectures import convertible_layers, has_linear_layers
 from ..configuration import DSLAConfig
 from ..decoder import attentions_of, decoder_layers
+from .verdict import MOVES, NOT_PACKED, TOLERANCE
 
 Make = Callable[..., Any]
 
@@ -31,15 +32,8 @@ ORDER = (2, 0, 3, 1)
 MOST = 3  # of layers that slide and of those that see all some are converted, and a softmax layer is left
 HEADS = ((2, 0), (0, 1), (3, 0), (3, 1), (1, 1), (0, 0), (2, 1), (1, 0))
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 10, "eos_token_id": None}
-MOVES, NOT_PACKED = "moves the base, too", "not in the base"
-TOLERANCE = 1e-4  # of the largest logit, in fp32; what sums in another order is far below
 # Weights of norms behind the rotary embedding, when uneven, make the base's own scores depend on where a text begins.
 WITH_EVEN_WEIGHTS = ("shifted",)
-
-
-def holds(value: Any) -> bool:
-    """Whether a check that returned this has passed."""
-    return value if isinstance(value, bool) else value <= TOLERANCE if isinstance(value, float) else value in (MOVES, NOT_PACKED)
 
 
 def outcome(name: str, check: Callable[[Make, Path], Any], make: Callable[[bool], Any]) -> Any:

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..architectures import TRIED, Architecture
 from ..configuration import DSLAConfig
+from .verdict import check_passed
 
 logger = logging.get_logger(__name__)
 
@@ -81,14 +82,18 @@ def check_record(record: Any, model_type: str | None, source: str) -> dict[str, 
     return record
 
 
-def take_record_of_hybrid(model_type: str | None, record: Any, source: str) -> None:
+def take_record_of_hybrid(model_type: str | None, record: Any, source: str, unit: str) -> None:
     """Know the type that a hybrid names, by the record in its config. That the code of the base has changed since is said: its attention
     may do something else now.
 
     Raises:
-        ValueError: as `check_record`.
+        ValueError: as `check_record`, and if a check of the record does not hold that levels of this unit need.
     """
     record = check_record(record, model_type, source)
+    try:
+        check_passed(record, unit)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
     if record["code"] is None or record["code"] != code_of(model_type):
         logger.warning_once(
             f"{source}: the code of {model_type!r} is not the one that passed the checks of DSLA; DSLAConfig(allow_untested=True) on the "

@@ -11,12 +11,11 @@ from transformers.utils import logging
 
 from ..architectures import SUPPORTED_BASES, why_impossible
 from ..configuration import DSLAConfig
-from .checks import CHECKS, holds, outcome
+from .checks import CHECKS, outcome
 from .records import check_record, code_of, forget, is_running, keep, new_record, record_of, running
 from .small_models import small_config, small_model
 from .structure import read_structure
-
-HEADS = "heads"  # the check that plans of whole layers do without
+from .verdict import HEADS, check_passed, holds
 
 
 def try_untested(model: Any, config: DSLAConfig) -> None:
@@ -35,20 +34,8 @@ def try_untested(model: Any, config: DSLAConfig) -> None:
     known = [check_record(x, kind, "adapter_config.json") for x in (record_of(kind), config.checked_base) if x is not None]
     whole = (x for x in known if code is not None and x["code"] == code and CHECKS.keys() <= x["checks"].keys())
     record = next(whole, None) or _tried(model, kind)
-    _check_passed(record, config.conversion_unit)
+    check_passed(record, config.conversion_unit)
     keep(record)
-
-
-def _check_passed(record: dict[str, Any], unit: str) -> None:
-    """Raises ValueError if a check does not hold that a plan of this unit needs."""
-    needed = {name: value for name, value in record["checks"].items() if unit == "head" or name != HEADS}
-    if failed := {name: value for name, value in needed.items() if not holds(value)}:
-        told = "; ".join(f"{name}: {value}" for name, value in failed.items())
-        way = "conversion_unit='layer' takes it" if list(failed) == [HEADS] else "docs/architectures.md says what each is"
-        raise ValueError(
-            f"model type {record['model_type']!r} has not been tested, and {len(failed)} of {len(needed)} checks on a small model do not "
-            f"hold: {told}. {way}"
-        )
 
 
 def _tried(model: Any, kind: str) -> dict[str, Any]:
