@@ -264,11 +264,15 @@ def serve(options: ServeOptions, host: str = "127.0.0.1", port: int = 8000) -> N
 
 def _serve(options: ServeOptions, host: str, port: int) -> None:
     check_address(host, port)  # before a model is loaded for minutes
-    engine, tokenizer, api_options = load(options)
+    run(*load(options), host, port)
+
+
+def run(engine: Engine, tokenizer: Any, options: ApiOptions, host: str, port: int) -> None:
+    """Prepare an engine and serve it until a signal comes; the process ends with it where only a new one helps."""
     engine.prepare()
-    app = build_app(engine, tokenizer, api_options)
+    app = build_app(engine, tokenizer, options)
     key = options.api_key is not None
-    greeting = how_to_use(address_of(host, port), api_options.name, chats=has_template(tokenizer), key=key)
+    greeting = how_to_use(address_of(host, port), options.name, chats=has_template(tokenizer), key=key)
     if host not in ("127.0.0.1", "localhost", "::1") and options.api_key is None:
         logger.warning("serving on %s without an API key: whoever reaches this machine can use the model", host)
     config = uvicorn.Config(
