@@ -12,7 +12,7 @@ from dsla_cli import main
 from dsla_hf import DSLAConfig
 from dsla_hf.serving.engine.engine import Engine, EngineOptions
 from dsla_hf.serving.http.api import ApiOptions, build_app
-from dsla_hf.serving.replay.client import Outcome, summarize, table
+from dsla_hf.serving.replay.client import Outcome, ReplayOptions, replay, summarize, table
 from dsla_hf.serving.replay.trace import PAPER_MIX, TracedRequest, drawn_to_mix, read_trace, scaled
 
 TRACE = (
@@ -164,3 +164,16 @@ def test_tokens_are_drawn_unless_told_otherwise(trace_file, tmp_path, monkeypatc
     capsys.readouterr()
     assert main(["replay", str(trace_file), "--url", "http://x", "--out", str(tmp_path), "--temperature", "0", "--top-p", "0.9"]) == 1
     assert "leave them out" in capsys.readouterr().err
+
+
+def test_times_of_tokens_are_noted_and_late_answers_given_up(server, trace_file, tmp_path):
+    found = replay(ReplayOptions(str(trace_file), server, str(tmp_path / "out"), vocab=97, token_times=True))
+    for request in found["requests"]:
+        seconds, tokens = zip(*request["token_times"], strict=True)
+        assert list(seconds) == sorted(seconds) and tokens[-1] == request["tokens"] == request["wanted"]
+        assert (seconds[0], seconds[-1]) == (request["first_token"], request["latency"])
+    late = replay(ReplayOptions(str(trace_file), server, str(tmp_path / "late"), vocab=97, timeout=1e-6))
+    assert late["summary"]["errors"] == 4 and late["summary"]["reasons"] == {"not answered within 1e-06 s": 4}
+    assert all(request["token_times"] is None for request in late["requests"])
+    with pytest.raises(ValueError, match="timeout must be a positive number of seconds, got 0"):
+        ReplayOptions(str(trace_file), server, str(tmp_path), timeout=0)

@@ -98,6 +98,12 @@ def add_to(commands: Any, name: str) -> None:
         metavar="S",
         help="seconds after which a step that has not ended makes /health answer 503; 0: never (default: %(default)s)",
     )
+    sizes.add_argument(
+        "--tensor-parallel",
+        type=positive,
+        metavar="N",
+        help="cut the model over N processes of this machine, each with a GPU if there are any (default: one, or those of torchrun)",
+    )
     drafts = parser.add_argument_group("drafts", "of texts that stay what they are, while few of them run")
     which = drafts.add_mutually_exclusive_group()
     which.add_argument(

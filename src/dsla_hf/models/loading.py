@@ -149,21 +149,26 @@ def read_adapter_config(adapter: str) -> DSLAConfig:
     return config
 
 
-def load_model(model: str, dtype: str) -> Any:
-    """A checkpoint on the CPU, of a multimodal one its text model; `dtype` "auto" is the one it was saved in.
+def load_model(model: str, dtype: str, cut: bool = False) -> Any:
+    """A checkpoint on the CPU, of a multimodal one its text model; `dtype` "auto" is the one it was saved in. cut: over the processes of
+    torch.distributed, each of which has its part on its own device.
 
     Raises:
-        ValueError: if it is of an unknown kind, or a file of weights is damaged.
+        ValueError: if it is of an unknown kind, a file of weights is damaged, or it cannot be cut.
         OSError: if a file is missing.
     """
-    network = load_whole(model, dtype)
+    network = load_whole(model, dtype, cut)
     return network if inner_text_config(network.config) is None else text_model(network)
 
 
-def load_whole(model: str, dtype: str) -> Any:
+def load_whole(model: str, dtype: str, cut: bool = False) -> Any:
     """As `load_model`, but of a multimodal checkpoint all of it."""
     name, options = source(model)
-    multimodal = not options and inner_text_config(AutoConfig.from_pretrained(name)) is not None
+    if cut:
+        if options:
+            raise ValueError(f"{model}: GGUF files are not cut over processes: give a checkpoint, or one process")
+        options = {"tp_plan": "auto"}
+    multimodal = "gguf_file" not in options and inner_text_config(AutoConfig.from_pretrained(name)) is not None
     auto_class: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     try:
         network = auto_class.from_pretrained(name, dtype=dtype, **options)
@@ -173,7 +178,7 @@ def load_whole(model: str, dtype: str) -> Any:
         if "nrecognized configuration class" not in str(error):
             raise
         raise ValueError(f"{model} writes no text by itself: give a causal language model, such as a Llama") from None
-    if options:  # dequantised as it was read, though transformers marks it as quantised and would not train over it
+    if "gguf_file" in options:  # dequantised as it was read, though transformers marks it as quantised and would not train over it
         network.hf_quantizer.remove_quantization_config(network)
     return network
 

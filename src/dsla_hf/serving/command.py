@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
+import sys
 import threading
 import time
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +33,13 @@ from ..models.loading import (
 )
 from .engine.engine import Engine, EngineOptions
 from .engine.levels import check_served
+from .engine.plan import OneProcess
 from .engine.request import Event
 from .http.api import ApiOptions, build_app
 from .http.connections import limited_protocol, most_connections
 from .http.traces import exporter_names, provider_from_environment
 from .output import lossy_output
+from .shared import Others, heed_no_signal, processes_asked, shared
 from .usage import address_of, how_to_use, what_is_served
 
 logger = logging.getLogger(__name__)
@@ -52,6 +57,7 @@ class ServeOptions:
         the model's at a time (an eighth if None). max_level: a number, a share such as "50%", or of heads what is kept, "kept:10%".
     draft_level: likewise. kv_gib: GiB for keys and values. graphs: on a CUDA device, replay model calls from CUDA graphs.
     snapshot_gib: GiB for snapshots of states, see `EngineOptions.snapshot_bytes`.
+    tensor_parallel: processes that the model is cut over, each with a GPU if there are any; None: as many as torchrun has started, or one.
     """
 
     model: str
@@ -87,19 +93,22 @@ class ServeOptions:
     draft_tokens: int | None = None
     draft_rows: int = 4
     step_timeout: float = 120.0
+    tensor_parallel: int | None = None
 
 
 def load_app(options: ServeOptions) -> FastAPI:
-    """The application for a checkpoint, with or without adapter, or a hybrid. Errors as those of `load`, and ValueError if the environment
-    asks for traces that cannot be had."""
+    """The application for a checkpoint, with or without adapter, or a hybrid, in this process alone. Errors as those of `load`, and ValueError
+    if the environment asks for traces that cannot be had."""
+    if processes_asked(options.tensor_parallel) > 1:
+        raise ValueError(f"tensor_parallel {options.tensor_parallel} is for `dsla serve`, which starts the processes: leave it out here")
     traces = provider_from_environment()
     engine, tokenizer, api_options = load(options)
     engine.prepare()
     return build_app(engine, tokenizer, api_options, traces)
 
 
-def load(options: ServeOptions) -> tuple[Engine, Any, ApiOptions]:
-    """Engine, tokenizer and options of the application, before anything is recorded.
+def load(options: ServeOptions, processes: OneProcess | None = None) -> tuple[Engine, Any, ApiOptions]:
+    """Engine, tokenizer and options of the application, before anything is recorded. processes: those that share the model.
 
     Raises:
         ValueError: if the options contradict each other, or the adapter is not of this model.
@@ -124,9 +133,10 @@ def load(options: ServeOptions) -> tuple[Engine, Any, ApiOptions]:
         tool_format=options.tool_format,
     )
     tokenizer = load_tokenizer(options.model)
-    model = (
-        load_model(options.model, options.dtype) if options.adapter is None else load_adapter(options.model, options.adapter, options.dtype)
-    )
+    cut = processes is not None and processes.size > 1
+    model = load_model(options.model, options.dtype, cut)
+    if options.adapter is not None:
+        model = load_adapter(options.model, options.adapter, options.dtype, base=model)
     engine_options = EngineOptions(
         slots=options.slots,
         max_waiting=options.max_waiting,
@@ -145,8 +155,10 @@ def load(options: ServeOptions) -> tuple[Engine, Any, ApiOptions]:
         draft_tokens=options.draft_tokens,
         draft_rows=options.draft_rows,
     )
-    record = CudaRecording if options.graphs and device() == "cuda" else None
-    return Engine(model.to(device()).eval(), policy, engine_options, record=record), tokenizer, api_options
+    if cut and options.graphs and device() == "cuda":
+        logger.info("layers of a model that is cut exchange activations: its steps are not recorded as CUDA graphs")
+    record = CudaRecording if options.graphs and device() == "cuda" and not cut else None
+    return Engine(model.to(device()).eval(), policy, engine_options, record=record, processes=processes), tokenizer, api_options
 
 
 def _level_of(options: ServeOptions, flag: str, level: int | str | None, layers: int) -> int | None:
@@ -233,6 +245,20 @@ def check_address(host: str, port: int) -> None:
         raise OSError(f"cannot listen on {host}, port {port} ({reason}): give another --port or --host") from None
 
 
+def _shared(options: ServeOptions) -> AbstractContextManager[tuple[OneProcess, Others | None]]:
+    told = json.dumps(asdict(replace(options, api_key=None)))  # a command line can be read by every user
+    return shared(options.tensor_parallel, [sys.executable, "-m", "dsla_hf.serving.follower", told])
+
+
+def follow(options: ServeOptions, processes: OneProcess) -> None:
+    """What a process does that shares the model with a first one, until that is done. It heeds no signal. Errors as those of `load`, and
+    RuntimeError if the first is gone or a step fails."""
+    heed_no_signal()
+    engine, _, _ = load(options, processes)
+    engine.prepare()
+    engine.follow()
+
+
 def dry_run(options: ServeOptions, host: str = "127.0.0.1", port: int = 8000) -> None:
     """Load as `serve` does, generate a token, and print what would be served. Errors as those of `load_app`.
 
@@ -243,11 +269,16 @@ def dry_run(options: ServeOptions, host: str = "127.0.0.1", port: int = 8000) ->
     check_address(host, port)
     if (traces := provider_from_environment()) is not None:
         traces.shutdown()
-    engine, tokenizer, api_options = load(options)
-    ends: list[Event] = []
-    engine.submit([0], 1, ends.append)
-    while engine.busy:
-        engine.step()
+    with _shared(options) as (processes, _):
+        if not processes.first:
+            follow(options, processes)
+            return
+        engine, tokenizer, api_options = load(options, processes)
+        ends: list[Event] = []
+        engine.submit([0], 1, ends.append)
+        while engine.busy:
+            engine.step()
+        engine.stop()
     if ends[-1].error is not None:
         raise RuntimeError("the model cannot generate a token") from ends[-1].error
     kinds = {"chats": has_template(tokenizer), "key": api_options.api_key is not None}
@@ -269,12 +300,23 @@ def serve(options: ServeOptions, host: str = "127.0.0.1", port: int = 8000) -> N
 
 def _serve(options: ServeOptions, host: str, port: int) -> None:
     check_address(host, port)  # before a model is loaded for minutes
-    traces = provider_from_environment()
-    engine, tokenizer, api_options = load(options)
+    with _shared(options) as (processes, others):
+        if not processes.first:
+            follow(options, processes)
+            return
+        traces = provider_from_environment()
+        engine, tokenizer, api_options = load(options, processes)
+        if others is not None:
+            others.watch(engine.abandon)
+        run(engine, tokenizer, api_options, host, port, traces)
+
+
+def run(engine: Engine, tokenizer: Any, options: ApiOptions, host: str, port: int, traces: Any = None) -> None:
+    """Prepare an engine and serve it until a signal comes; the process ends with it where only a new one helps. traces: see `build_app`."""
     engine.prepare()
-    app = build_app(engine, tokenizer, api_options, traces)
+    app = build_app(engine, tokenizer, options, traces)
     key = options.api_key is not None
-    greeting = how_to_use(address_of(host, port), api_options.name, chats=has_template(tokenizer), key=key)
+    greeting = how_to_use(address_of(host, port), options.name, chats=has_template(tokenizer), key=key)
     if host not in ("127.0.0.1", "localhost", "::1") and options.api_key is None:
         logger.warning("serving on %s without an API key: whoever reaches this machine can use the model", host)
     config = uvicorn.Config(

@@ -55,7 +55,7 @@ def what_is_served(engine: Engine, name: str, *, chats: bool, key: bool, traces:
     drafts = f"{by}, {options.draft_tokens or 'as many as pay'} tokens a call, while {options.draft_rows} texts at most run"
     rows = {
         "model": f"{name}: {type(levels.causal_lm).__name__}, {levels.num_layers} layers, {levels.dtype}, {weights / GIB:,.2f} GiB",
-        "device": str(levels.device),
+        "device": str(levels.device) + (f", one of {engine.processes.size} that share the model" if engine.processes.size > 1 else ""),
         "levels": f"{levels.lowest} to {control.highest} of {levels.num_units} {units}, now {control.level}, by {policy}",
         "texts": f"{options.slots} at a time, of {engine.max_tokens:,} tokens at most; {options.max_waiting} may wait",
         **({} if engine.drafts is None else {"drafts": drafts}),

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ...core.cache import FOLDED_AT_ONCE
+from ...core.tensor_parallel import is_tensor_parallel
 from ...inference.batching import out_of_memory
 from ...inference.draws import sent
 from ...inference.recorder import Record
@@ -31,6 +32,7 @@ from .drafts import Drafts, Round, check_draft_level, drafts_of
 from .graphs import GraphRunner
 from .health import Health
 from .levels import Levels
+from .plan import Arrival, OneProcess, Plan
 from .pool import OutOfBlocks
 from .recent import RecentMean
 from .request import Event, Request, Sampling
@@ -60,6 +62,10 @@ class Draining(RuntimeError):
 
 class TooLong(ValueError):
     """A text that cannot fit."""
+
+
+class NotChosen(RuntimeError):
+    """The first process could not choose a token."""
 
 
 class ShedForMemory(RuntimeError):
@@ -159,6 +165,8 @@ class Engine:
         policy: what `as_policy` takes.
         eos_tokens: ids that end a text; None: those of the model's generation config.
         record: what records model calls, see `GraphRunner`; None: they run as they are.
+        processes: of a model that is cut over several, all of them: each has an engine of the same options, the first serves, and the
+            others `follow`. An error in a model call then ends all of them.
     """
 
     def __init__(
@@ -170,9 +178,12 @@ class Engine:
         eos_tokens: set[int] | None = None,
         record: Record | None = None,
         clock: Callable[[], float] = time.monotonic,
+        processes: OneProcess | None = None,
     ):
         self.options = options = options or EngineOptions()
         self.clock = clock
+        self.processes = processes = processes or OneProcess()
+        self._check_processes(model, record)
         self.levels = levels = Levels(model)
         config = model.config
         self.vocab_size = int(config.vocab_size)
@@ -215,7 +226,7 @@ class Engine:
             raise ValueError(
                 "lower_prefixes True folds keys and values, which this adapter's own projections make approximate: leave it out"
             )
-        num_blocks, snapshot_bytes = self._memory_sizes(highest)
+        num_blocks, snapshot_bytes = processes.least(*self._memory_sizes(highest))
         self.memory = SlotMemory(
             levels,
             num_slots=options.slots,
@@ -254,9 +265,11 @@ class Engine:
         self._arrived = threading.Condition(self._lock)
         self._inbox: list[Request] = []
         self._unsettled: set[Request] = set()  # got all their tokens, and may have ended at a stop string in the last
-        self._draining = self._stopped = False
+        self._draining = self._stopped = self._told_all_over = False
         self._thread: threading.Thread | None = None
-        self._ask_for_level()  # a fixed level holds from the first request on
+        level, reason = processes.tell(self._wanted_level())  # a fixed level holds from the first request on
+        if level != self.control.level:
+            self._change_level(level, reason)
         self.pinnable = tuple(self.expected_levels())  # those that calls are recorded for
 
     # --- from any thread ------------------------------------------------------------------------------------------
@@ -378,6 +391,9 @@ class Engine:
         for request in [*self.scheduler.waiting, *self.scheduler.running]:
             self._end(request, "cancelled")
         self._tell_all()
+        if self.processes.size > 1 and self.processes.first and not self._told_all_over:
+            self._told_all_over = True
+            self.processes.tell(Plan(over=True))
 
     @property
     def draining(self) -> bool:
@@ -477,17 +493,53 @@ class Engine:
 
     def step(self) -> bool:
         """One step; whether there was anything to do."""
-        self._open_inbox()
+        plan = self._decide()
+        if self.processes.size > 1:
+            self.processes.tell(plan)
+        return self._carry_out(plan)
+
+    def follow(self) -> None:
+        """In a process that is not the first: do each step that the first decides, until it stops.
+
+        Raises:
+            RuntimeError: if the first is gone, or a step failed.
+        """
+        while not (plan := self.processes.tell()).over:
+            arrived = [text.request() for text in plan.arrived]
+            self._take_in(arrived)
+            here = {request.number: request for request in [*self.scheduler.waiting, *self.scheduler.running]}
+            for number, finish in plan.ended:
+                self._end(here[number], finish)
+            self._carry_out(plan)
+            self._tell_all()
+
+    def abandon(self, error: Exception) -> None:
+        """Nothing can be served any more, for a reason from outside: everyone who waits is told."""
+        self.health.end(error)
+        self._give_up()
+
+    def _decide(self) -> Plan:
+        """Let arrivals in and what was cancelled go, and say what the step is to do."""
+        now, arrived = self.clock(), self._open_inbox()
+        ended = []
         for request in [*self.scheduler.waiting, *self.scheduler.running]:
             if request.cancelled:
-                self._end(request, "stop" if request.stopped else "cancelled")
-        self._ask_for_level()
+                ended.append((request.number, "stop" if request.stopped else "cancelled"))
+                self._end(request, ended[-1][1])
+        level, reason = self._wanted_level()
+        texts = tuple(map(Arrival.of, arrived)) if self.processes.size > 1 else ()
+        return Plan(now, texts, tuple(ended), level, reason, self._owed > 0)
+
+    def _carry_out(self, plan: Plan) -> bool:
+        """The rest of a step, which follows from the plan and the texts alone; whether there was anything to do."""
+        if plan.level != self.control.level:
+            self._change_level(plan.level, plan.reason)
         self._admit()
         decoding = self.scheduler.generates
         worked = False
-        if not decoding or self._owed <= 0 or self._prompt_is_late():
+        if not decoding or not plan.owes or self._prompt_is_late(plan.now):
             begin = self.clock()
-            worked = self._read_prompts()
+            worked = self._read_prompts(plan.now)
             if worked and decoding:
                 self.runner.wait()
                 self._owed = (self.clock() - begin) * (1 / self.options.prompt_share - 1)
@@ -573,27 +625,31 @@ class Engine:
         self._tell_all()
         self.health.over.set()
 
-    def _open_inbox(self) -> None:
+    def _open_inbox(self) -> list[Request]:
+        """What has arrived waits now."""
         with self._lock:
             arrived = list(self._inbox)
-            self.scheduler.waiting.extend(arrived)
+            self._take_in(arrived)
             self._inbox.clear()
+        return arrived
+
+    def _take_in(self, arrived: list[Request]) -> None:
+        self.scheduler.waiting.extend(arrived)
         for request in arrived if self.reuses else ():
             self.reuse.arrived(request)
 
     # --- levels ---------------------------------------------------------------------------------------------------
 
-    def _ask_for_level(self) -> None:
+    def _wanted_level(self) -> tuple[int, str]:
+        """The level to go to now, and why."""
         if self.old_level is not None:  # one change at a time: the old cohort drains first
-            return
+            return self.control.level, ""
         try:
-            level, reason = self.control.wanted(self.stats())
+            return self.control.wanted(self.stats())
         except Exception:
             logger.exception("the policy failed: the level stays at %d from now on", self.control.level)
             self.control.policy = FixedLevel(self.control.level)
-            return
-        if level != self.control.level:
-            self._change_level(level, reason)
+            return self.control.level, ""
 
     def _change_level(self, level: int, reason: str) -> None:
         """Raise all running texts, exactly; or lower newcomers only, for keys and values of converted layers are gone."""
@@ -660,13 +716,13 @@ class Engine:
 
     # --- model calls ----------------------------------------------------------------------------------------------
 
-    def _prompt_is_late(self) -> bool:
+    def _prompt_is_late(self, now: float) -> bool:
         unread = self.scheduler.to_read()
-        return bool(unread) and self.clock() - unread[0].arrived >= self.options.prompt_patience
+        return bool(unread) and now - unread[0].arrived >= self.options.prompt_patience
 
-    def _read_prompts(self) -> bool:
+    def _read_prompts(self, now: float) -> bool:
         """Read up to a chunk of prompt tokens, oldest requests first, so that running texts wait for no more than that."""
-        if self.chunk < self.options.chunk and self.clock() - self._chunk_changed >= CHUNK_RECOVERY_SECONDS:
+        if self.chunk < self.options.chunk and now - self._chunk_changed >= CHUNK_RECOVERY_SECONDS:
             self._set_chunk(self.chunk * 2)
         budget = self.chunk
         unread = deque(self.scheduler.to_read())
@@ -687,7 +743,7 @@ class Engine:
                 unread.popleft()
             try:
                 logits = self._read_scored(request, tokens) if request.scores_prompt else self.runner.prefill(request, tokens)
-                token = self.next_tokens(logits[None], [request])[0] if tokens == request.unread else None
+                token = self._chosen(logits[None], [request])[0] if tokens == request.unread else None
             except Exception as error:
                 self._failed([request], error)
                 return True
@@ -745,7 +801,7 @@ class Engine:
         try:
             logits = self.runner.decode(level, requests)
             # A GPU is at work now: the host has time to tell, also for what listeners set off in other threads.
-            tokens = self.next_tokens(logits, requests, self._tell_all)
+            tokens = self._chosen(logits, requests, self._tell_all)
         except Exception as error:
             self._failed(requests, error)
             return
@@ -763,14 +819,15 @@ class Engine:
             if done is None:
                 return False
             self._round = done
-            chosen = self.next_tokens.several(done.logits, requests, self._tell_all)
+            # Of several processes the first chooses, token by token.
+            chosen = self.next_tokens.several(done.logits, requests, self._tell_all) if self.processes.size == 1 else None
             going, place = list(range(len(requests))), 0
             while going:  # token by token, as without drafts: what is asked of a token may hang on those before it
                 texts = [requests[number] for number in going]
                 if chosen is not None:
                     tokens = [chosen[number][place] for number in going]
                 else:
-                    tokens = self.next_tokens(done.logits[going, place], texts, self._tell_all if place == 0 else None)
+                    tokens = self._chosen(done.logits[going, place], texts, self._tell_all if place == 0 else None)
                 went_on = []
                 for number, request, token in zip(going, texts, tokens, strict=True):
                     request.cached += 1
@@ -790,14 +847,25 @@ class Engine:
         self.health.succeeded("decode")
         return True
 
+    def _chosen(self, logits: Tensor, requests: list[Request], meanwhile: Callable[[], None] | None = None) -> list[NextToken]:
+        """The next tokens of texts, which their constraints have taken; of several processes the first chooses."""
+        if not self.processes.first:
+            return [NextToken(token, None, NotChosen() if failed else None) for token, failed in self.processes.tell()]
+        chosen = []
+        for request, drawn in zip(requests, self.next_tokens(logits, requests, meanwhile), strict=True):
+            if request.constraint is not None and drawn.error is None:
+                try:
+                    request.constraint.accept(drawn.token)
+                except Exception as failure:  # whatever it is, it is of this text alone
+                    drawn = drawn._replace(error=failure)
+            chosen.append(drawn)
+        if self.processes.size > 1:
+            self.processes.tell([(drawn.token, drawn.error is not None) for drawn in chosen])
+        return chosen
+
     def _accept(self, request: Request, drawn: NextToken) -> None:
         """A new token of a text."""
         token, error = drawn.token, drawn.error
-        if request.constraint is not None and error is None:
-            try:
-                request.constraint.accept(token)
-            except Exception as failure:  # whatever it is, it is of this text alone
-                error = failure
         if error is not None:
             logger.warning("the constraint of request %d failed: %r", request.number, error)
             self._end(request, error=error)
@@ -830,6 +898,9 @@ class Engine:
         are read in smaller pieces, which grow again in time.
         """
         self.health.failed("decode" if requests[0].decoding else "prefill", error)
+        if self.processes.size > 1:  # the others wait in the middle of a layer
+            self.health.end(error)
+            raise error
         if not out_of_memory(error):
             logger.error("a step with %d requests failed", len(requests), exc_info=error)
             for request in requests:
@@ -911,6 +982,21 @@ class Engine:
             except Exception:
                 logger.exception("the listener of request %d failed", request.number)
                 request.cancelled = True
+
+    def _check_processes(self, model: Any, record: Record | None) -> None:
+        """Raises ValueError for what a model that is cut over processes cannot have."""
+        count = self.processes.size
+        if is_tensor_parallel(model) != (count > 1):
+            cut = "cut over processes" if is_tensor_parallel(model) else "whole in this process"
+            raise ValueError(
+                f"the model is {cut}, and processes has {count}: give SharedProcesses() to a model that is cut, and to no other"
+            )
+        if count == 1:
+            return
+        if record is not None:
+            raise ValueError("record is not for tensor parallelism: layers exchange activations in the middle of a step; leave it out")
+        if self.options.draft_level is not None or self.options.draft_lookup:
+            raise ValueError("drafts are not for tensor parallelism: how many there are hangs on the clock of each process; leave them out")
 
     # --- sizes and times ------------------------------------------------------------------------------------------
 

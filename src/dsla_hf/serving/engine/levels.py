@@ -11,6 +11,7 @@ from peft import PeftModel
 
 from ...core.attention import DualStateAttention
 from ...core.heads import HeadSplit
+from ...core.tensor_parallel import cuts_heads
 from ...models.adapter import active_config, dsla_layers, set_level
 from ...models.architectures import base_type_of, has_linear_layers, heads_differ, kv_heads_of
 from ...models.base_attention import DSLAAttentionMixin
@@ -51,7 +52,8 @@ class Levels:
         groups: heads that have blocks of memory together: those of each rung, then those that never go over.
         columns: heads that a block has room for, as many as the largest group has.
         exact_fold: whether a running text may be raised without changing it.
-        num_layers, num_units: of the model. window: tokens, of all DSLA layers; 0 if they have none, or not the same.
+        num_layers, num_units: of the model. kv_heads: of a layer, those of this process.
+        window: tokens, of all DSLA layers; 0 if they have none, or not the same.
     """
 
     def __init__(self, model: Any):
@@ -60,6 +62,8 @@ class Levels:
         check_served(causal_lm.config)
         layers = decoder_layers(causal_lm)
         self.num_layers, self.kv_heads = len(layers), kv_heads_of(causal_lm.config)
+        if cuts_heads(causal_lm):
+            self.kv_heads //= causal_lm.tp_size
         self._wrapped = dsla_layers(causal_lm)
         self._attentions: list[Any] = attentions_of(causal_lm)
         self.unit = "layer"

@@ -30,7 +30,11 @@ TIMES = {"latency": "s", "first_token": "s", "per_token": "s", "latency_per_toke
 
 @dataclass(frozen=True)
 class ReplayOptions:
-    """What to replay, where, and what to hold against it; see `dsla replay --help`."""
+    """What to replay, where, and what to hold against it; see `dsla replay --help`.
+
+    timeout: seconds after which a request that has not been answered is given up, and failed. token_times: note of every piece of an answer
+    when it came, which asks the server for usage with each.
+    """
 
     trace: str
     url: str
@@ -50,6 +54,8 @@ class ReplayOptions:
     top_k: int | None = None
     slo_first: float = 2.0
     slo_token: float = 0.1
+    timeout: float | None = None
+    token_times: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -58,6 +64,8 @@ class ReplayOptions:
             raise ValueError("top_p and top_k shape draws, and temperature 0 draws none: leave them out, or give a temperature")
         if self.mix not in ("trace", "paper"):
             raise ValueError(f"mix must be 'trace' or 'paper', got {self.mix!r}")
+        if self.timeout is not None and not self.timeout > 0:
+            raise ValueError(f"timeout must be a positive number of seconds, got {self.timeout}")
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"url must begin with http:// or https://, got {self.url!r}")
 
@@ -66,7 +74,8 @@ class ReplayOptions:
 class Outcome:
     """What became of a request. Times are seconds: `sent` from the start of the replay, the others from there.
 
-    tokens: generated. error: why there is no whole answer.
+    tokens: generated. error: why there is no whole answer. token_times: (seconds, tokens that had come by then) of each piece, where asked
+        for.
     """
 
     sent: float
@@ -76,6 +85,7 @@ class Outcome:
     first_token: float | None = None
     latency: float | None = None
     error: str | None = None
+    token_times: list[tuple[float, int]] | None = None
 
     @property
     def per_token(self) -> float | None:
@@ -188,7 +198,7 @@ async def _send(
 ) -> Outcome:
     body: dict[str, Any] = {"model": model, "prompt": prompt, "max_tokens": request.generated, "stream": True}
     body["temperature"] = options.temperature
-    body["stream_options"] = {"include_usage": True}
+    body["stream_options"] = {"include_usage": True, **({"continuous_usage_stats": True} if options.token_times else {})}
     if options.temperature:
         shaped = {"top_p": options.top_p, "top_k": options.top_k}  # top_k is an extension: other servers need not know it
         body |= {"seed": _seed(options, number), **{name: value for name, value in shaped.items() if value is not None}}
@@ -196,10 +206,10 @@ async def _send(
         body["ignore_eos"] = True
     await asyncio.sleep(max(start + request.at - time.perf_counter(), 0))
     sent = time.perf_counter()
-    outcome = Outcome(sent - start, request.prompt, request.generated)
+    outcome = Outcome(sent - start, request.prompt, request.generated, token_times=[] if options.token_times else None)
     ended = False
     try:
-        async with client.stream("POST", "/v1/completions", json=body) as answer:
+        async with asyncio.timeout(options.timeout), client.stream("POST", "/v1/completions", json=body) as answer:
             if answer.status_code != 200:
                 await answer.aread()
                 outcome.error = f"{answer.status_code}: {answer.text[:200]}"
@@ -214,6 +224,8 @@ async def _send(
                 ended = _heard(outcome, json.loads(data), time.perf_counter() - sent) or ended
                 if outcome.error is not None:
                     return outcome
+    except TimeoutError:
+        outcome.error = f"not answered within {options.timeout:g} s"
     except (httpx.HTTPError, ValueError) as error:
         outcome.error = repr(error)
     if not ended and outcome.error is None:
@@ -228,16 +240,18 @@ def _heard(outcome: Outcome, chunk: dict[str, Any], seconds: float) -> bool:
     if "error" in chunk:
         outcome.error = str(chunk["error"].get("message") if isinstance(chunk["error"], dict) else chunk["error"])
         return True
-    if chunk.get("usage"):
-        outcome.tokens = int(chunk["usage"]["completion_tokens"])
+    if counted := chunk.get("usage"):
+        outcome.tokens = int(counted["completion_tokens"])
     if not chunk.get("choices"):
         return False
     finish = chunk["choices"][0].get("finish_reason")
     if finish is None or chunk["choices"][0].get("text"):
-        outcome.tokens += 1
+        outcome.tokens += 0 if counted else 1
         if outcome.first_token is None:
             outcome.first_token = seconds
         outcome.latency = seconds
+        if outcome.token_times is not None:
+            outcome.token_times.append((seconds, outcome.tokens))
     return finish is not None
 
 
