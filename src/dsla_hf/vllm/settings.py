@@ -9,6 +9,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 from vllm.platforms import current_platform
 
 from .checks import check_graphs, check_servable
+from .releases import has_cache_layouts
 
 __all__ = ["MODELS_CONFIG_MAP", "HybridSettings"]
 
@@ -46,6 +47,6 @@ class HybridSettings(VerifyAndUpdateConfig):
         speculative = vllm_config.speculative_config is not None
         check_servable(model.hf_config, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, speculative)
         check_graphs(current_platform.device_type, model.enforce_eager)
-        if current_platform.is_cpu() and envs.VLLM_KV_CACHE_LAYOUT is None:
+        if has_cache_layouts() and current_platform.is_cpu() and envs.VLLM_KV_CACHE_LAYOUT is None:
             # What `StatePageBackend` asks for. vLLM's attention on CPUs does not offer it, but takes blocks of any stride.
             vllm_config.cache_config.kv_cache_layout = "BLHNC"
