@@ -8,7 +8,8 @@ from vllm import envs
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from .checks import check_graphs, check_servable
+from .checks import check_graphs, check_pages, check_servable
+from .pages import converted_heads
 from .releases import has_cache_layouts
 
 __all__ = ["MODELS_CONFIG_MAP", "HybridSettings"]
@@ -25,10 +26,11 @@ class HybridSettings(VerifyAndUpdateConfig):
         they are what the base's layers are, so that a hybrid's config has them so (Qwen2, Qwen3).
 
         Raises:
-            ValueError: as `check_servable`.
+            ValueError: as `check_servable` and `check_pages`.
         """
         config = model_config.hf_config
         check_servable(config)
+        check_pages(config.num_key_value_heads, converted_heads(config), has_cache_layouts())
         if getattr(config, "layer_types", None) is None:
             return
         converted = {*config.get_dsla_config().layers_to_transform}
