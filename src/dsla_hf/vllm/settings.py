@@ -8,7 +8,9 @@ from vllm import envs
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from .checks import check_graphs, check_servable
+from .checks import check_graphs, check_pages, check_servable
+from .pages import converted_heads
+from .releases import has_cache_layouts
 
 __all__ = ["MODELS_CONFIG_MAP", "HybridSettings"]
 
@@ -24,10 +26,11 @@ class HybridSettings(VerifyAndUpdateConfig):
         they are what the base's layers are, so that a hybrid's config has them so (Qwen2, Qwen3).
 
         Raises:
-            ValueError: as `check_servable`.
+            ValueError: as `check_servable` and `check_pages`.
         """
         config = model_config.hf_config
         check_servable(config)
+        check_pages(config.num_key_value_heads, converted_heads(config), has_cache_layouts())
         if getattr(config, "layer_types", None) is None:
             return
         converted = {*config.get_dsla_config().layers_to_transform}
@@ -46,6 +49,6 @@ class HybridSettings(VerifyAndUpdateConfig):
         speculative = vllm_config.speculative_config is not None
         check_servable(model.hf_config, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, speculative)
         check_graphs(current_platform.device_type, model.enforce_eager)
-        if current_platform.is_cpu() and envs.VLLM_KV_CACHE_LAYOUT is None:
+        if has_cache_layouts() and current_platform.is_cpu() and envs.VLLM_KV_CACHE_LAYOUT is None:
             # What `StatePageBackend` asks for. vLLM's attention on CPUs does not offer it, but takes blocks of any stride.
             vllm_config.cache_config.kv_cache_layout = "BLHNC"

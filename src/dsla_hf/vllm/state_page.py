@@ -11,15 +11,18 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.v1.attention.backends.linear_attn import LinearAttentionBackend
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
-from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from .releases import has_cache_layouts
 
 
 class StatePageBackend(LinearAttentionBackend):
     """vLLM's metadata of layers with states: lengths and slots, decodes before prefills."""
 
     @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+    def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:
         """All, first those by which vLLM packs pages of different sizes into a block: otherwise each is padded to the largest."""
+        from vllm.v1.kv_cache_layout import KVCacheLayout
+
         return KVCacheLayout.BLNHC, KVCacheLayout.BLHNC, KVCacheLayout.LBNHC, KVCacheLayout.LBHNC
 
 
@@ -48,9 +51,9 @@ class StatePage(MambaBase):
         return StatePageBackend
 
     def get_kv_cache_spec(self, vllm_config: Any) -> Any:
-        """Of its own size, which vLLM pads where it must."""
+        """Of its own size where vLLM can pack pages of different sizes; it pads them where it must."""
         spec: Any = super().get_kv_cache_spec(vllm_config)
-        return replace(spec, page_size_padded=None)
+        return replace(spec, page_size_padded=None) if has_cache_layouts() else spec
 
 
 def register(prefix: str, layer: Any) -> None:
