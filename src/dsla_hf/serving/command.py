@@ -97,8 +97,8 @@ class ServeOptions:
 
 
 def load_app(options: ServeOptions) -> FastAPI:
-    """The application for a checkpoint, with or without adapter, or a hybrid, in this process alone. Errors as those of `load`, and ValueError
-    if the environment asks for traces that cannot be had."""
+    """The application for a checkpoint, with or without adapter, or a hybrid, in this process alone. Errors as those of `load`, and
+    ValueError if the environment asks for traces that cannot be had."""
     if processes_asked(options.tensor_parallel) > 1:
         raise ValueError(f"tensor_parallel {options.tensor_parallel} is for `dsla serve`, which starts the processes: leave it out here")
     traces = provider_from_environment()
