@@ -1,6 +1,7 @@
 """Random traffic: chats that go on, prompts that begin alike, levels that move, little memory, cancels and drafts, all at a time. Each
 text is the one that its own level history gives without an engine."""
 
+import itertools
 import random
 
 import pytest
@@ -23,7 +24,7 @@ def behind(model, request):
     for (first, level), (end, _) in zip(bounds, [*bounds[1:], (len(text) - 1, None)], strict=True):
         model.set_level(level)
         pieces = [first, *range(max(first + 1, start - 1), end), end] if first < end else [end]
-        for begin, stop in zip(pieces, pieces[1:], strict=False):
+        for begin, stop in itertools.pairwise(pieces):
             with torch.no_grad():
                 out = model(input_ids=torch.tensor([text[begin:stop]]), past_key_values=cache, use_cache=True)
             found.append(out.logits[0])
