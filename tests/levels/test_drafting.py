@@ -6,12 +6,19 @@ import math
 import pytest
 import torch
 from head_layers import ORDER
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache, StoppingCriteria
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    StaticCache,
+    StoppingCriteria,
+)
 
 from dsla_hf import LevelProcessor, cache_bytes
 from dsla_hf.core.cache import DSLACacheLayer
 from dsla_hf.core.draft_cache import DraftCache, take_back
-from dsla_hf.levels.acceptance import Rejection
+from dsla_hf.levels.acceptance import Greedy, Rejection
 from dsla_hf.levels.draft_length import PAUSE, PLAIN_STEPS, REFRESH, DraftLength
 
 VOCABULARY = 97
@@ -306,6 +313,37 @@ def test_rejection_sampling_follows_the_checking_level():
     wrong = ((tokens - count * q) ** 2 / (count * q)).sum()
     assert wrong > 1000, "draft and check are alike: it would prove nothing"
     assert abs(hits / count - torch.minimum(p, q).sum()) < 0.015
+
+
+def test_tokens_chosen_together_follow_the_same_probabilities():
+    """A round of two guesses: the first token by its probabilities, the second by its own where the first guess was right."""
+    torch.manual_seed(5)
+    draft, check = torch.randn(2, 2, 7)
+    processors = LogitsProcessorList()
+    rule, count, ids = Rejection(processors, processors), 10_000, torch.zeros(1, 1, dtype=torch.long)
+    first, second = torch.zeros(2, 7)
+    logits = torch.cat([check, torch.full((1, 7), -math.inf).index_fill(1, torch.tensor([3]), 0.0)])
+    for _ in range(count):
+        guesses, drawn_from = zip(*(rule.guess(ids, one[None]) for one in draft), strict=True)
+        tokens = rule.choose_all(ids, logits, torch.cat(guesses), drawn_from)
+        first[tokens[0]] += 1
+        if tokens[0] == guesses[0]:
+            second[tokens[1]] += 1
+        assert tokens[2] == 3
+    for found, p, q in zip((first, second), check.softmax(-1), draft.softmax(-1), strict=True):
+        assert (((found - found.sum() * p) ** 2) / (found.sum() * p)).sum() < 22.5  # as above
+        assert (((found - found.sum() * q) ** 2) / (found.sum() * q)).sum() > 200, "draft and check are alike: it would prove nothing"
+
+
+def test_tokens_are_chosen_one_by_one_where_a_processor_may_keep_count():
+    known, counting = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.5)]), LogitsProcessorList([Counting()])
+    ids, logits, guesses = torch.tensor([[4, 5]]), torch.randn(3, 9), torch.tensor([1, 2])
+    for kind in (Greedy, Rejection):
+        assert kind(counting, LogitsProcessorList()).choose_all(ids, logits, guesses, [None, None]) is None
+    together = Greedy(known, known).choose_all(ids, logits, guesses, [None, None])
+    texts = [ids, torch.tensor([[4, 5, 1]]), torch.tensor([[4, 5, 1, 2]])]
+    one_by_one = [Greedy(known, known).choose(text, one[None]) for text, one in zip(texts, logits, strict=True)]
+    assert torch.equal(together, torch.cat(one_by_one)) and not Greedy(known, known).likeliest
 
 
 def test_sampled_texts_follow_the_checking_level(llama):
