@@ -166,7 +166,7 @@ def test_batches_of_a_step_count_as_one(tiny_model, adapter_model, window):
 
 def test_accumulated_gradients_begin_with_all_batches_of_the_first_step(tmp_path, tiny_model, adapter_model):
     """As one large batch, which they stand for."""
-    found = []
+    found, texts = [], torch.cat([IDS, IDS.flip(1), IDS.roll(3, 1), IDS.roll(7, 1)])
     for rows, steps in ((4, 1), (1, 4)):
         model = make(tiny_model, adapter_model, window_size=8)
         args = DSLATrainingArguments(
@@ -180,9 +180,7 @@ def test_accumulated_gradients_begin_with_all_batches_of_the_first_step(tmp_path
             report_to=[],
             save_strategy="no",
         )
-        trainer = DSLATrainer(
-            model, args, train_dataset=[{"input_ids": row} for row in torch.cat([IDS, IDS.flip(1), IDS.roll(3, 1), IDS.roll(7, 1)])]
-        )
+        trainer = DSLATrainer(model, args, train_dataset=[{"input_ids": row} for row in texts])
         trainer.train()
         assert trainer._first_batches == []
         found.append({i: core.norm_weight.detach().clone() for i, core in cores(model).items()})

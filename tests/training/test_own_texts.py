@@ -109,7 +109,7 @@ def test_texts_of_another_model_are_refused(tiny_model, model, tokenizer, tmp_pa
     other = tiny_model("llama", vocab_size=len(tokenizer))
     with torch.no_grad():
         other.model.layers[2].mlp.up_proj.weight.mul_(1.01)
-    with pytest.raises(ValueError, match="written with weights '[0-9a-f]{16}', not '[0-9a-f]{16}': name another file"):
+    with pytest.raises(ValueError, match=r"written with weights '[0-9a-f]{16}', not '[0-9a-f]{16}': name another file"):
         write_own_texts(other, tokenizer, path, 300, name="org/first", **SMALL)
     assert path.read_bytes() == before
 

@@ -332,8 +332,8 @@ def _text(option: Callable[[str], Any]) -> Tensor | None:
 
 
 def stop_by_criterion(options: dict[str, Any], option: Callable[[str], Any]) -> None:
-    """Make a criterion of `stop_strings` in the options of `generate`: transformers keeps the tokenizer, which it needs for that, from custom
-    loops. option: what the call says, by name. Without a tokenizer transformers says what is missing."""
+    """Make a criterion of `stop_strings` in the options of `generate`: transformers keeps the tokenizer, which it needs for that, from
+    custom loops. option: what the call says, by name. Without a tokenizer transformers says what is missing."""
     tokenizer = options.pop("tokenizer", None)
     if (stop_strings := option("stop_strings")) is not None and tokenizer is not None:
         options["stop_strings"] = None

@@ -96,8 +96,8 @@ def _fewer_parts(adapter: Any, keys: list[str]) -> str:
     layers = sorted({int(match[1]) for match in found if match})
     parts = sorted({match[2] for match in found if match})
     return (
-        f"{adapter} holds weights for which its adapter_config.json has no place: {', '.join(parts)} of layers {layers}. Put back what the "
-        "file says of conversion_order, states, window_size and the like as it was saved; a lower level needs no other plan, set_level() does it"
+        f"{adapter} holds weights for which its adapter_config.json has no place: {', '.join(parts)} of layers {layers}. Put back what "
+        "it said of conversion_order, states, window_size and the like; a lower level needs no other plan: set_level()"
     )
 
 

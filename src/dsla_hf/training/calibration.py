@@ -32,8 +32,9 @@ def match_outputs(model: Any, inputs: dict[str, Any] | Sequence[dict[str, Any]],
     a window `norm_weight` is then multiplied, layer by layer, by what brings the layer's output nearest (least squares).
 
     model: a PEFT model with a DSLA adapter. inputs: of its forward, `input_ids` `[B, T]` and what else it takes; tokens that a 2-D
-    `attention_mask` hides count for nothing. Of several batches, whose gradients are accumulated, each token counts alike. Layers without states, or whose norm is not fresh (all 1), stay as they are, and all do where
-    the original's attention is not finite. mean: over processes, of a tensor and `reduction="mean"`, where there are several.
+    `attention_mask` hides count for nothing. Of several batches, whose gradients are accumulated, each token counts alike. Layers without
+    states, or whose norm is not fresh (all 1), stay as they are, and all do where the original's attention is not finite. mean: over
+    processes, of a tensor and `reduction="mean"`, where there are several.
 
     Returns:
         Indices of the layers that were set.
