@@ -34,7 +34,7 @@ def set_level(model: nn.Module, level: int | str) -> None:
     config = active_config(model)
     if isinstance(level, str):
         level = resolve_level(level, config, (config.base_dimensions or {}).get("num_hidden_layers", len(config.conversion_order or ())))
-    config.level = config.check_level(level)  # type: ignore[arg-type]
+    config.level = config.check_level(level)
 
 
 def get_level(model: nn.Module) -> int:
