@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from captured_texts import IDS, MASK, check_captured_text
+from server import byte_tokenizer
 from transformers import DynamicCache, LogitsProcessor, StaticCache, StoppingCriteria
 
 import dsla_hf.inference.decode_attention
@@ -110,6 +111,21 @@ def test_rows_end_where_they_end_in_generate_and_streamers_see_each_token(tiny_m
     streamer = Streamer()
     found = recorder.decoder_of(model).generate(IDS[:1], max_new_tokens=5, do_sample=False, streamer=streamer)
     assert streamer.tokens == found[0].tolist() and streamer.ended
+
+
+def test_stop_strings(tiny_model, recorder):
+    """Transformers keeps the tokenizer from custom loops, and says that none was given."""
+    model = tiny_model("llama", eos_token_id=None)
+    whole = model.generate(IDS, max_new_tokens=40, do_sample=False)
+    tokenizer = byte_tokenizer()
+    stop = {"stop_strings": [tokenizer.decode(whole[0, 20:22])], "tokenizer": tokenizer}
+    options = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
+    for rows in (1, 2):
+        expected = model.generate(IDS[:rows], **options, **stop)
+        assert rows == 2 or expected.shape[1] < whole.shape[1]
+        assert torch.equal(recorder.decoder_of(model).generate(IDS[:rows], **options, **stop), expected)
+    with pytest.raises(ValueError, match="pass the model's tokenizer"):
+        recorder.decoder_of(model).generate(IDS, **options, stop_strings="x")
 
 
 def test_processors_and_criteria_are_heard(tiny_model, recorder):

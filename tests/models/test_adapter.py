@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trai
 
 import dsla_hf
 from dsla_hf import DSLAConfig, DSLALayer, DualStateAttention
+from dsla_hf.models.configuration import resolve_level
 from dsla_hf.models.decoder import decoder_of
 
 ORDER = [2, 0, 3, 1]  # the plan of the fixture `adapter_model`
@@ -183,7 +184,19 @@ def test_level_is_the_number_of_converted_layers(base, window_size, adapter_mode
     assert torch.equal(logits(model, ids), results[2]), "going down again is exact"
 
 
-@pytest.mark.parametrize("level", [5, -1, True, 1.0, "1"])
+@pytest.mark.parametrize("level", ["1", " 3 ", "75%"])
+def test_levels_as_text_are_read_as_everywhere(llama, level, adapter_model):
+    """In commands, policies and `generate(draft_level=...)`, which read them by `resolve_level`."""
+    model = adapter_model(llama, level=2)
+    model.set_level(level)
+    assert model.get_level() == resolve_level(level, model.peft_config["default"], 4)
+    hybrid = model.merge_and_unload()
+    hybrid.set_level(level)
+    with pytest.raises(ValueError, match=f"has level {hybrid.get_level()} and no other, so not 0"):
+        hybrid.set_level("0")
+
+
+@pytest.mark.parametrize("level", [5, -1, True, 1.0, "5", "-1", "²", "one", "130%"])
 def test_level_the_plan_does_not_have_is_refused_and_nothing_changes(llama, level, adapter_model):
     model = adapter_model(llama, level=2)
     with pytest.raises(ValueError, match=str(level)):

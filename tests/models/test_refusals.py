@@ -1,6 +1,8 @@
 """What PEFT and transformers would do wrong with DSLA without a word is refused, by every way to it, and nothing is changed."""
 
 import copy
+import json
+import shutil
 
 import pytest
 import torch
@@ -206,3 +208,36 @@ def test_dsla_is_no_attn_implementation(adapter, tiny_model, tmp_path):
     plain.config._attn_implementation = "dsla"  # past every check of transformers
     with pytest.raises(ValueError, match=r'attn_implementation="dsla" .* use get_peft_model'):
         plain(IDS)
+
+
+# --- an adapter whose config has less than its weights -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"conversion_order": [2, 0], "level": 1}, r"dsla_core.gate_bias, .*dsla_q_proj of layers \[1, 3\]"),
+        ({"states": False}, r"dsla_core.gate_bias, .* of layers \[0, 1, 2, 3\]"),
+        ({"window_size": 0}, r"dsla_core.state_bias, dsla_core.state_gain of layers \[0, 1, 2, 3\]"),
+    ],
+)
+def test_a_config_that_lacks_what_the_weights_have_is_refused(tiny_model, adapter_model, tmp_path, change, words):
+    bases = [tiny_model("llama") for _ in range(3)]
+    for base in bases[1:]:
+        base.load_state_dict(bases[0].state_dict())
+    adapter_model(bases[0]).save_pretrained(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "edited")
+    file = tmp_path / "edited" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    refusal = rf"edited holds weights for which its adapter_config.json has no place: {words}\. Put back"
+    with pytest.raises(ValueError, match=refusal):
+        PeftModel.from_pretrained(bases[1], tmp_path / "edited")
+    # Beside another one: that stays, and is what it was.
+    loaded = PeftModel.from_pretrained(bases[2], tmp_path / "whole")
+    with torch.no_grad():
+        before = loaded(IDS).logits
+    with pytest.raises(ValueError, match=refusal):
+        loaded.load_adapter(tmp_path / "edited", "second")
+    assert list(loaded.peft_config) == ["default"] and not [name for name in loaded.state_dict() if ".second" in name]
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, before)

@@ -4,11 +4,13 @@ import argparse
 import json
 import re
 import shlex
+import socket
 from pathlib import Path
 
 import pytest
 from prometheus_client import generate_latest
 
+from dsla_cli import main
 from dsla_cli.commands import serve
 from dsla_hf.inference.recorder import PlainRecording
 from dsla_hf.serving.engine.engine import Engine, EngineOptions
@@ -76,3 +78,33 @@ def test_the_container_has_what_it_copies_and_a_command_that_there_is():
     assert options.host == "0.0.0.0" and f"EXPOSE {options.port}\n" in DOCKERFILE and f":{options.port}/health" in DOCKERFILE
     stop = re.search(r"--stop-timeout (\d+)", DOCKERFILE)
     assert int(stop[1]) > options.drain_seconds
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def test_the_very_arguments_serve(saved, capsys):
+    """Those of the unit, and of the container with the command that its head and the docs name, over a model of here."""
+    base, adapter = saved
+    entry = json.loads(re.search(r"^ENTRYPOINT (\[.*\])$", DOCKERFILE, re.MULTILINE)[1])
+    docs = (REPOSITORY / "docs" / "deploy.md").read_text()
+    runs = re.findall(r"(?<= dsla )/model --adapter /adapter .*$", DOCKERFILE, re.MULTILINE)
+    assert runs == re.findall(r"(?<= dsla )/model --adapter /adapter .*$", docs, re.MULTILINE) and len(runs) == 1
+    unit = shlex.split(UNIT["ExecStart"].replace("%%", "%"))
+    places = {"/srv/dsla/my-checkpoint": base, "/srv/dsla/my-adapter": adapter, "/model": base, "/adapter": adapter}
+    for words in (unit[1:], [*entry[1:], *shlex.split(runs[0])]):
+        told = [places.get(word, word) for word in words]
+        assert not [word for word in told if word.startswith("/") and not Path(word).exists()]
+        assert main([*told, "--dry-run", "--port", free_port()]) in (0, None)
+        assert "0 to 2 of 4 layers" in capsys.readouterr().out
+
+
+def test_the_unit_keeps_caches_where_it_may_write():
+    """systemd makes /var/cache/CacheDirectory for its user, who may write nowhere else."""
+    cache = f"/var/cache/{UNIT['CacheDirectory']}/"
+    assert all(value.split("=")[1].startswith(cache) for value in UNIT["Environment"].split()) and UNIT["ProtectSystem"] == "strict"
+    assert {"HF_HOME", "TRITON_CACHE_DIR"} == {value.split("=")[0] for value in UNIT["Environment"].split()}
+    assert f"{UNIT['EnvironmentFile'].lstrip('-')} <<<" in (REPOSITORY / "docs" / "deploy.md").read_text()

@@ -146,6 +146,49 @@ def test_alignment_begins_with_it(tmp_path, tiny_model, adapter_model, stage, ma
     assert bool((cores(model)[0].norm_weight != 1).any()) == matched
 
 
+@pytest.mark.parametrize("window", [0, 8])
+def test_batches_of_a_step_count_as_one(tiny_model, adapter_model, window):
+    """Also where they have other numbers of tokens, or none that counts."""
+    whole, parts = (make(tiny_model, adapter_model, window_size=window) for _ in range(2))
+    ids = torch.cat([IDS, IDS.flip(1)])
+    mask = torch.ones_like(ids)
+    mask[2, -5:] = 0
+    hidden = {"input_ids": ids[:1], "attention_mask": torch.zeros_like(ids[:1])}
+    cut = [{"input_ids": ids[a:b], "attention_mask": mask[a:b]} for a, b in ((0, 1), (1, 3), (3, 4))]
+    assert match_outputs(whole, {"input_ids": ids, "attention_mask": mask}) == match_outputs(parts, [*cut[:2], hidden, *cut[2:]])
+    moved = False
+    for i, core in cores(whole).items():
+        for name, value in core.named_parameters():
+            torch.testing.assert_close(cores(parts)[i].get_parameter(name), value, rtol=1e-4, atol=1e-6)
+            moved = moved or (name == "norm_weight" and bool((value != 1).any()))
+    assert moved
+
+
+def test_accumulated_gradients_begin_with_all_batches_of_the_first_step(tmp_path, tiny_model, adapter_model):
+    """As one large batch, which they stand for."""
+    found, texts = [], torch.cat([IDS, IDS.flip(1), IDS.roll(3, 1), IDS.roll(7, 1)])
+    for rows, steps in ((4, 1), (1, 4)):
+        model = make(tiny_model, adapter_model, window_size=8)
+        args = DSLATrainingArguments(
+            output_dir=str(tmp_path / str(rows)),
+            stage="alignment",
+            max_steps=2,
+            learning_rate=0.0,
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=steps,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+        )
+        trainer = DSLATrainer(model, args, train_dataset=[{"input_ids": row} for row in texts])
+        trainer.train()
+        assert trainer._first_batches == []
+        found.append({i: core.norm_weight.detach().clone() for i, core in cores(model).items()})
+    for i, weight in found[0].items():
+        torch.testing.assert_close(found[1][i], weight, rtol=1e-4, atol=1e-6)
+    assert any((weight != 1).any() for weight in found[0].values())
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path, tiny_model, adapter_model):
     """Behind a loss that is: the optimizer would make every weight what it is."""
     model = make(tiny_model, adapter_model, window_size=8)

@@ -5,6 +5,7 @@ Neither has a hook for it, so methods of theirs are wrapped (`compat.methods`): 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -80,7 +81,24 @@ def _load_adapter(original: Callable[..., Any], self: PeftModel, model_id: Any, 
     layer = next((name for name, module in tuner.model.named_modules() if isinstance(module, DSLALayer)), None)
     if layer is not None and not kwargs.get("key_mapping"):
         kwargs["key_mapping"] = {r"^(\w+\.)*layers\.": layer.partition("layers.")[0] + "layers."}
-    return original(self, model_id, adapter_name, *args, **kwargs)
+    is_new = adapter_name not in self.peft_config
+    loaded = original(self, model_id, adapter_name, *args, **kwargs)
+    if without_place := [key for key in loaded.unexpected_keys if ".dsla_" in key]:
+        if is_new:
+            self.delete_adapter(adapter_name)
+        raise ValueError(_fewer_parts(model_id, without_place))
+    return loaded
+
+
+def _fewer_parts(adapter: Any, keys: list[str]) -> str:
+    """What is wrong with an adapter whose weights have these names, and its config no place for them."""
+    found = [re.search(r"layers\.(\d+)\..*\.(dsla_\w+(?:\.\w+)*?)(?:\.weight)?$", key) for key in keys]
+    layers = sorted({int(match[1]) for match in found if match})
+    parts = sorted({match[2] for match in found if match})
+    return (
+        f"{adapter} holds weights for which its adapter_config.json has no place: {', '.join(parts)} of layers {layers}. Put back what "
+        "it said of conversion_order, states, window_size and the like; a lower level needs no other plan: set_level()"
+    )
 
 
 def _generate(original: Callable[..., Any], self: PeftModel, *args: Any, **kwargs: Any) -> Any:

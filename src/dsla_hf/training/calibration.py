@@ -7,7 +7,7 @@ denominator is small, the states start wide open beside it. Gates that learn fro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,16 +24,17 @@ SLACK = 0.02  # of a head's least error: the widest start within it is taken, si
 
 
 @torch.no_grad()
-def match_outputs(model: Any, inputs: dict[str, Any], mean: Callable[..., Tensor] | None = None) -> list[int]:
-    """Set `norm_weight` of fresh layers, and what is fresh beside it, from one batch.
+def match_outputs(model: Any, inputs: dict[str, Any] | Sequence[dict[str, Any]], mean: Callable[..., Tensor] | None = None) -> list[int]:
+    """Set `norm_weight` of fresh layers, and what is fresh beside it, from the batches of one step.
 
     `norm_weight` becomes the root mean square of each channel of the original attention's output. Behind a window `state_bias` of each
     query head becomes the highest of BIASES with which its output is as near to the original's as with any of them, but for SLACK. Without
     a window `norm_weight` is then multiplied, layer by layer, by what brings the layer's output nearest (least squares).
 
     model: a PEFT model with a DSLA adapter. inputs: of its forward, `input_ids` `[B, T]` and what else it takes; tokens that a 2-D
-    `attention_mask` hides count for nothing. Layers without states, or whose norm is not fresh (all 1), stay as they are, and all do where
-    the original's attention is not finite. mean: over processes, of a tensor and `reduction="mean"`, where there are several.
+    `attention_mask` hides count for nothing. Of several batches, whose gradients are accumulated, each token counts alike. Layers without
+    states, or whose norm is not fresh (all 1), stay as they are, and all do where the original's attention is not finite. mean: over
+    processes, of a tensor and `reduction="mean"`, where there are several.
 
     Returns:
         Indices of the layers that were set.
@@ -44,8 +45,24 @@ def match_outputs(model: Any, inputs: dict[str, Any], mean: Callable[..., Tensor
     over = mean or (lambda x, reduction: x)
     taken: dict[int, Tensor] = {}  # by the original's output projections
     found: dict[int, Tensor] = {}
-    mask = inputs.get("attention_mask")
-    real = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    batches = [inputs] if isinstance(inputs, dict) else inputs
+    real: Tensor | None = None  # of the batch that is read, `[B, T]`
+
+    def over_batches(hooks: Callable[[], list[Any]], result: dict[int, Tensor]) -> dict[int, Tensor]:
+        """What hooks leave in `result`, on average over all tokens."""
+        nonlocal real
+        averages, left, count = dict[int, Tensor](), dict[int, Tensor](), 0
+        for batch in batches:  # all of them, whatever they hold: processes read together
+            mask = batch.get("attention_mask")
+            real = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+            here = batch["input_ids"].numel() if real is None else int(real.sum())
+            count += here
+            _read_base(model, batch, hooks())
+            left = dict(result)
+            result.clear()
+            for index, value in left.items() if here else ():
+                averages[index] = value if index not in averages else averages[index] + (value - averages[index]) * (here / count)
+        return averages or left
 
     def tokens(x: Tensor) -> Tensor:
         """`[real tokens, channels]` of `[B, T, channels]`."""
@@ -54,8 +71,8 @@ def match_outputs(model: Any, inputs: dict[str, Any], mean: Callable[..., Tensor
     def keep(index: int, reduce: Callable[[Tensor], Tensor]) -> Any:
         return output_projections(layers[index])[0].register_forward_pre_hook(lambda module, args: taken.update({index: reduce(args[0])}))
 
-    _read_base(model, inputs, [keep(i, lambda x: tokens(x).square().mean(0)) for i in fresh])
-    squares = {i: over(taken[i], reduction="mean") for i in fresh}
+    squares = over_batches(lambda: [keep(i, lambda x: tokens(x).square().mean(0)) for i in fresh], taken)
+    squares = {i: over(squares[i], reduction="mean") for i in fresh}
     if not all(square.isfinite().all() for square in squares.values()):
         return []  # the step says what is wrong
     for i, core in fresh.items():
@@ -83,9 +100,12 @@ def match_outputs(model: Any, inputs: dict[str, Any], mean: Callable[..., Tensor
 
     windowed = [i for i, core in fresh.items() if core.window_size]
     pure = [i for i in fresh if i not in windowed]
-    hooks = [keep(i, tokens) for i in windowed]
-    hooks += [layers[i].register_forward_hook(compare_heads if i in windowed else compare, with_kwargs=True) for i in fresh]
-    _read_base(model, inputs, hooks)
+
+    def comparing() -> list[Any]:
+        hooks = [keep(i, tokens) for i in windowed]
+        return hooks + [layers[i].register_forward_hook(compare_heads if i in windowed else compare, with_kwargs=True) for i in fresh]
+
+    found = over_batches(comparing, found)
     biases = torch.tensor(BIASES)
     for i in windowed:
         errors = over(found[i], reduction="mean").cpu()

@@ -129,6 +129,7 @@ class DSLATrainer(Trainer):
         self._switches: dict[int, Tensor] | None = None
         self._until_backward = ExitStack()
         self._current: tuple[dict[str, Any], int] | None = None  # batch and level of the step whose gradients are there
+        self._first_batches: list[dict[str, Any]] = []  # of the first step, until they are read
         self.add_callback(_NoInputGradients)
         self.add_callback(_FiniteGradients(self))
         for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):  # which would show every layer's values
@@ -183,11 +184,20 @@ class DSLATrainer(Trainer):
 
     # --- losses -------------------------------------------------------------------------------------------------
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers: the batches of a step, whose gradients are accumulated. Of the first step all of them are kept."""
+        found = super().get_batch_samples(*args, **kwargs)
+        if self._current is None and self.state.global_step == 0:
+            self._first_batches = list(found[0])
+        return found
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         # The level holds from the forward to the end of the backward pass, whose recomputations need it.
         level, inputs = self.step_level(), self._of_step_length(inputs)
         if self._current is None and self.args.stage == "alignment" and self.state.global_step == 0:
-            match_outputs(self.model, _for_the_model(self._prepare_inputs(inputs)), self.accelerator.reduce)
+            batches = [self._of_step_length(batch) for batch in self._first_batches] or [inputs]
+            self._first_batches = []
+            match_outputs(self.model, [_for_the_model(self._prepare_inputs(batch)) for batch in batches], self.accelerator.reduce)
         with self._at_level(level):
             recorded = self._recorded_step(inputs)
             loss = super().training_step(model, inputs, *args, **kwargs) if recorded is None else recorded

@@ -74,6 +74,16 @@ def levels_of(choice: Choice) -> list[list[int]]:
     return [[tokens, level] for tokens, level in choice.request.levels]
 
 
+def levels_told(choice: Choice) -> dict[str, list[list[int]]]:
+    """What an answer tells of a text's levels: `levels`, and where its prompt was read at several `read_levels`, (token, level): from which
+    token on it was read at which. With both the text is determined."""
+    request = choice.request
+    told = {"levels": levels_of(choice)}
+    if any(0 < token < len(request.prompt) for token, _ in request.history):
+        told["read_levels"] = [[token, level] for token, level in request.history]
+    return told
+
+
 class Format:
     """Of a route whose answers have choices."""
 
@@ -103,7 +113,7 @@ class Format:
         def written() -> bytes:
             choices = []
             for one in found:
-                about = {"index": one.choice.index, "finish_reason": one.finish, "levels": levels_of(one.choice)}
+                about = {"index": one.choice.index, "finish_reason": one.finish, **levels_told(one.choice)}
                 choices.append({**about, **self.choice(one)})
             return as_json({**self.head, "object": self.whole_object, "choices": choices, "usage": answers.usage()})
 
@@ -127,7 +137,7 @@ class Format:
                 async for piece in pieces:
                     about: dict[str, Any] = {"index": piece.choice.index, "finish_reason": piece.finish}
                     if piece.finish is not None:
-                        about["levels"] = levels_of(piece.choice)
+                        about |= levels_told(piece.choice)
                     written = partial(self._written, chunk, piece, about)
                     for event in await aside(written, len(piece.entries)):
                         yield event

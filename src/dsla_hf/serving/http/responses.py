@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .answers import Answers
 from .errors import Failed
-from .formats import as_json, gather, levels_of, sent
+from .formats import as_json, gather, levels_told, sent
 from .messages import Json, Long, TextPart
 from .schema import ChatBody, Closed, Real
 
@@ -149,7 +149,7 @@ class Responses:
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": found["total_tokens"],
         }
-        about = {**self._about(status), "output": [self._message(status, text)], "usage": usage, "levels": levels_of(answers.choices[0])}
+        about = {**self._about(status), "output": [self._message(status, text)], "usage": usage, **levels_told(answers.choices[0])}
         return {**about, "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None}
 
     def _message(self, status: str, text: str | None = None) -> dict[str, Any]:
