@@ -165,7 +165,8 @@ def found_before() -> dict[str, dict[str, Any]]:
 
 def write(rows: list[dict[str, Any]]) -> None:
     """The result file, and the table made from it."""
-    write_results("architectures", rows, "python eval/architectures.py")
+    command, some = "python eval/architectures.py", " ".join(sys.argv[1:])
+    write_results("architectures", rows, f"{command}; {command} {some}" if some else command)
 
     def cell(value: Any) -> Any:
         return {True: "yes", False: "no"}[value] if isinstance(value, bool) else f"{value:.0e}" if isinstance(value, float) else value

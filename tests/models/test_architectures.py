@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny import ARCHITECTURE_OPTIONS, OTHER_ARCHITECTURE_OPTIONS, tiny_config, tiny_model_of
+from tiny import ARCHITECTURE_OPTIONS, IN_DEPTH, OTHER_ARCHITECTURE_OPTIONS, tiny_config, tiny_model_of
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -38,8 +38,6 @@ ORDER = [2, 0, 3, 1]
 MOST = 3  # where layers take turns, of those that slide and of those that see all some are converted, and softmax layers are left
 
 
-# One each of what attention differs in: plain; a score cap and local layers; one matrix of queries, keys and values; sinks and experts.
-IN_DEPTH = ("llama", "gemma2", "phi3", "gpt_oss")
 IN_SHORT = tuple(kind for kind in SUPPORTED_BASES if kind not in IN_DEPTH)
 
 
