@@ -57,6 +57,7 @@ test-upstream: ## run the tests with transformers' and peft's main branches, in 
 architectures: $(VENV)/.installed-dev ## run every check over every supported architecture; writes the tables in docs/architectures.md and multimodal.md
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python eval/architectures.py
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python eval/multimodal.py
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m 'slow or not slow' tests/models/test_unusual_settings.py
 
 # vLLM pins torch and much else, so it has an environment of its own. Its CPU build draws in torchvision, torchaudio and torchcodec, whose
 # CUDA builds break the import of transformers beside a CPU build of torch.

@@ -1,20 +1,23 @@
 """The table of architectures, measured: each is made small and random, converted, and compared with itself and with its base.
 
     python eval/architectures.py [MODEL_TYPE ...]
+    python eval/architectures.py --checks graphs server
 
 runs every check over every architecture (or over those named, and writes nothing then), writes eval/results/architectures.json and the
-table in docs/architectures.md, and ends with an error if a check does not hold. Minutes on a CPU.
+table in docs/architectures.md, and ends with an error if a check does not hold. Minutes on a CPU. With --checks it runs these alone, and
+what others found stays as the result file has it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from reporting import fill_page, rows_table, write_results
+from reporting import RESULTS, fill_page, rows_table, write_results
 from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.utils import logging
@@ -105,14 +108,17 @@ CHECKS = {**checks.CHECKS, "fused": fused_steps, "drafts": drafts, "graphs": gra
 
 
 @torch.no_grad()
-def measure(kind: str, options: dict[str, Any]) -> dict[str, Any]:
-    """A row of the table. What a check raises is in its place, in words."""
+def measure(kind: str, options: dict[str, Any], names: list[str], known: dict[str, Any]) -> dict[str, Any]:
+    """A row of the table, by the checks of these names; what others found is in `known`. What a check raises is in its place, in words."""
     config = base_of(kind, options).config
     layout, rotated = rotary_of(config, kind)
     row: dict[str, Any] = {"architecture": kind, "options": options}
     row["rotary"] = layout if rotated == head_dim_of(config) else f"{layout}, {rotated} of {head_dim_of(config)} channels"
     for name, check in CHECKS.items():
-        row[name] = checks.outcome(name, check, lambda uneven: base_of(kind, options, uneven))
+        if name in names:
+            row[name] = checks.outcome(name, check, lambda uneven: base_of(kind, options, uneven))
+        elif name in known:
+            row[name] = known[name]
     row["tp_plan"] = bool(getattr(config, "base_model_tp_plan", None))
     row["notes"] = ARCHITECTURES[kind].notes
     return row
@@ -121,16 +127,22 @@ def measure(kind: str, options: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_types", nargs="*", metavar="MODEL_TYPE", help="of these alone, and write nothing")
-    asked = parser.parse_args().model_types
+    parser.add_argument("--checks", nargs="+", choices=list(CHECKS), default=list(CHECKS), help="these alone")
+    args = parser.parse_args()
+    asked = args.model_types
     if unknown := set(asked) - set(ARCHITECTURES):
         parser.error(f"not supported: {', '.join(sorted(unknown))}; supported are {', '.join(ARCHITECTURES)}")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     wanted = [(kind, options) for kind, options in ROWS if not asked or kind in asked]
+    known = found_before() if len(args.checks) < len(CHECKS) and not asked else {}
+    missing = [name for kind, options in wanted for name in CHECKS if name not in {*args.checks, *known.get(place_of(kind, options), {})}]
+    if missing and not asked:
+        parser.error(f"the result file has not all of what is left out: add {' '.join(dict.fromkeys(missing))} to --checks")
     rows, failed = [], []
     for kind, options in tqdm(wanted, desc="architectures"):
-        rows.append(measure(kind, options))
-        for name in CHECKS:
+        rows.append(measure(kind, options, args.checks, known.get(place_of(kind, options), {})))
+        for name in args.checks:
             if rows[-1][name] != NO and not holds(rows[-1][name]):
                 failed.append(f"{kind} {options or ''}: {name}: {rows[-1][name]}")
                 tqdm.write(failed[-1])
@@ -140,9 +152,21 @@ def main() -> None:
         sys.exit(f"{len(failed)} checks do not hold; nothing is written:\n" + "\n".join(failed))
 
 
+def place_of(kind: str, options: dict[str, Any]) -> str:
+    return json.dumps([kind, options])
+
+
+def found_before() -> dict[str, dict[str, Any]]:
+    """The rows of the result file, by type and options."""
+    path = RESULTS / "architectures.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return {place_of(row["architecture"], row["options"]): row for row in rows}
+
+
 def write(rows: list[dict[str, Any]]) -> None:
     """The result file, and the table made from it."""
-    write_results("architectures", rows, "python eval/architectures.py")
+    command, some = "python eval/architectures.py", " ".join(sys.argv[1:])
+    write_results("architectures", rows, f"{command}; {command} {some}" if some else command)
 
     def cell(value: Any) -> Any:
         return {True: "yes", False: "no"}[value] if isinstance(value, bool) else f"{value:.0e}" if isinstance(value, float) else value

@@ -1,5 +1,6 @@
 """The table of architectures says of each way to generate whether it gives the text of `generate`, or refuses the base."""
 
+import json
 import sys
 
 import pytest
@@ -33,6 +34,24 @@ def test_another_text_is_seen(table, monkeypatch):
     )
     for name in ("drafts", "graphs", "server"):
         assert table.CHECKS[name](lambda: table.base_of("llama", {}), None) is False
+
+
+def test_of_some_checks_alone_others_stay_as_they_were_found(table, tmp_path, monkeypatch, capsys):
+    written = []
+    monkeypatch.setattr(table, "write", written.append)
+    monkeypatch.setattr(table, "ROWS", [("llama", {}), ("lfm2", {})])
+    monkeypatch.setattr(table, "CHECKS", {"drafts": table.CHECKS["drafts"], "server": lambda *_: True, "graphs": lambda *_: 1 / 0})
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["architectures.py", "--checks", "drafts", "server"])
+    before = [{"architecture": kind, "options": {}, "graphs": kind} for kind in ("llama", "lfm2")]
+    (tmp_path / "architectures.json").write_text(json.dumps({"rows": before[:1]}))
+    with pytest.raises(SystemExit):
+        table.main()
+    assert "add graphs to --checks" in capsys.readouterr().err
+    (tmp_path / "architectures.json").write_text(json.dumps({"rows": before}))
+    table.main()
+    (rows,) = written
+    assert [(row["drafts"], row["server"], row["graphs"]) for row in rows] == [(True, True, "llama"), ("no", True, "lfm2")]
 
 
 def test_there_is_a_column_for_every_check(table, tmp_path, monkeypatch):

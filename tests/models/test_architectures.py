@@ -3,8 +3,9 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny import ARCHITECTURE_OPTIONS, OTHER_ARCHITECTURE_OPTIONS, tiny_config, tiny_model_of
+from tiny import ARCHITECTURE_OPTIONS, IN_DEPTH, OTHER_ARCHITECTURE_OPTIONS, tiny_config, tiny_model_of
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
@@ -37,8 +38,6 @@ ORDER = [2, 0, 3, 1]
 MOST = 3  # where layers take turns, of those that slide and of those that see all some are converted, and softmax layers are left
 
 
-# One each of what attention differs in: plain; a score cap and local layers; one matrix of queries, keys and values; sinks and experts.
-IN_DEPTH = ("llama", "gemma2", "phi3", "gpt_oss")
 IN_SHORT = tuple(kind for kind in SUPPORTED_BASES if kind not in IN_DEPTH)
 
 
@@ -368,7 +367,10 @@ def test_what_cannot_work_is_refused_with_the_reason():
 NOT_TESTED = "is not supported by DSLA: its attention has not been tested"
 ITS_TEXT_MODEL = "takes text models alone: text_model\\(model\\) gives it, as docs/multimodal.md says"
 REASONS = {
-    **dict.fromkeys(("rwkv", "mamba2", "falcon_mamba", "xlstm"), "has no softmax attention: all its layers are linear already"),
+    **dict.fromkeys(
+        ("rwkv", "mamba2", "falcon_mamba", "xlstm", "granitemoehybrid"),  # the last one has no attention layer unless it is told where
+        "has no softmax attention: all its layers are linear already",
+    ),
     "minimax": "linear already \\(linear_attention\\) beside its attention, which has not been tested",
     "jamba": "linear already \\(a state-space model\\) beside its attention",
     "recurrent_gemma": "linear already \\(recurrent\\) beside its attention",
@@ -389,6 +391,27 @@ REASONS = {
 def test_refused_types_are_told_why(kind, reason):
     with pytest.raises(ValueError, match=f"^my-model: model type '{kind}' .*{reason}"):
         check_convertible("my-model", AutoConfig.for_model(kind))
+
+
+OWN = [config for config in MODEL_FOR_CAUSAL_LM_MAPPING if config.__module__.startswith("transformers.")]  # not what tests register
+OTHERS = sorted({config.model_type for config in OWN} - {*SUPPORTED_BASES})
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_every_other_type_of_transformers_is_refused_by_name_with_a_reason_and_a_way(kind):
+    try:
+        config = AutoConfig.for_model(kind)
+    except Exception as error:
+        pytest.skip(f"no config of this type without arguments: {error}")
+    with pytest.raises(ValueError, match=f"^there: model type '{kind}' ") as refused:
+        check_convertible("there", config)
+    told = str(refused.value)
+    assert "DSLAConfig(allow_untested=True)" in told or f"supported are {', '.join(SUPPORTED_BASES)}" in told or "text_model(model)" in told
+
+
+def test_a_supported_type_without_attention_layers_is_refused_before_anything_else():
+    with pytest.raises(ValueError, match="'granitemoehybrid' has no softmax attention: all its layers are linear already"):
+        get_peft_model(tiny_model_of("granitemoehybrid", layer_types=["linear_attention"] * 6), DSLAConfig())
 
 
 def test_layers_that_read_keys_of_others_are_refused_in_a_supported_type_too():

@@ -22,6 +22,9 @@ SIZES = {
 WITHOUT_HEAD_DIM = ("phi3",)  # its config has none of its own
 SCORE_CAPPED = ("gemma2", "vaultgemma")  # SDPA knows no score cap: older releases of transformers leave it out there without a word
 
+# One each of what attention differs in: plain; a score cap and local layers; one matrix of queries, keys and values; sinks and experts.
+IN_DEPTH = ("llama", "gemma2", "phi3", "gpt_oss")
+
 LOCAL_AND_GLOBAL = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"] * 2}
 # What the config of each architecture that is tested in depth has beyond the sizes.
 ARCHITECTURE_OPTIONS = {

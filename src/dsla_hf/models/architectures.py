@@ -186,7 +186,7 @@ def why_impossible(config: Any) -> str | None:
             "as docs/multimodal.md says"
         )
     layer_types = {str(kind) for name in ("layer_types", "layers_block_type", "block_types") for kind in values.get(name) or ()}
-    if model_type in LINEAR_MODELS:
+    if model_type in LINEAR_MODELS or (layer_types and layer_types <= {*LAYERS_WITHOUT_MIXER, *LINEAR_LAYERS}):
         return f"{named} has no softmax attention: all its layers are linear already; {supported}"
     if values.get("kv_lora_rank"):
         return (
