@@ -369,11 +369,7 @@ def choose_table(rows: list[dict[str, Any]]) -> str:
         {
             "mix": row["mix"],
             "setting": row["setting"],
-            "value": row["value"]
-            if row["setting"] in SETTINGS and row["value"] is not None
-            else "none"
-            if row["setting"] in SETTINGS
-            else None,
+            "value": "none" if row["value"] is None and row["setting"] in SETTINGS else row["value"],
             "highest rate within": row["highest_rate"] or "none",
             f"at {row['at']:g}/s: latency, s": row["latency"]["mean"],
             "token P95, ms": 1e3 * row["per_token"]["p95"],
