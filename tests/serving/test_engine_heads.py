@@ -176,7 +176,7 @@ def test_a_fold_by_hand(heads):
             expected[layer] = heads_of, memory.levels.cores[layer].fold(whole_k, whole_v)  # of all heads: heads know nothing of one another
     kept = memory._states_of(2, (0,)).at(slot).of_heads(torch.tensor([memory._held[2].index(0)]))
     level[0] = 5
-    engine._ask_for_level()
+    engine._change_level(*engine._wanted_level())
     for layer, (heads_of, state) in expected.items():
         found = memory._states_of(layer, tuple(heads_of)).at(slot).of_heads(torch.tensor([memory._held[layer].index(h) for h in heads_of]))
         torch.testing.assert_close(found.recurrent, state.recurrent[:, heads_of])

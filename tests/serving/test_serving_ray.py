@@ -23,6 +23,8 @@ if importlib.util.find_spec("ray") is None:
 
 # A proxy that is not there after five seconds is killed, which is too soon for a busy machine.
 os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+# A replica that does not say in a tenth of a second how busy it is is passed over.
+os.environ.setdefault("RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S", "20")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray 2.60 makes its schemas as older releases of pydantic wanted
     import ray
@@ -62,7 +64,7 @@ def replicas_here():
 
 
 @contextmanager
-def two_replicas(saved):
+def two_replicas(saved, **more):
     """Where they are reached, a function that asks them, and the text that comes."""
     base, adapter, model = saved
     with socket.socket() as probe:
@@ -75,7 +77,7 @@ def two_replicas(saved):
     ray.init(num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(build({"model": base, "adapter": adapter, "policy": "50%", "slots": "4", "replicas": "2", "cpus": "0.5"}))
+        serve.run(build({"model": base, "adapter": adapter, "policy": "50%", "slots": "4", "replicas": "2", "cpus": "0.5", **more}))
         address = f"http://127.0.0.1:{port}"
         body = {"model": "my-base", "prompt": "Hello, layer", "max_tokens": 12, "temperature": 0}
 
@@ -101,6 +103,30 @@ def test_two_replicas_on_one_machine(saved):
         deployment = serve.status().applications["default"].deployments["dsla"]
         assert sum(deployment.replica_states.values()) == 2
         assert max(now["generated_tokens"] for now in status) < 24 * 12, "both replicas served"
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_a_session_stays_with_its_replica(saved):
+    """What the first request of a session has read, later ones find. Requests without a session are spread, and find it at times."""
+    with two_replicas(saved, routing="session") as (address, _, _):
+
+        def found(session, text):
+            """Tokens of the prompt that were not read again."""
+            body = {"model": "my-base", "prompt": text, "max_tokens": 2, "temperature": 0, "level": 2}
+            headers = {} if session is None else {"x-session-id": session}
+            with httpx.Client(timeout=60) as client:  # a connection of its own
+                answer = client.post(f"{address}/v1/completions", json=body, headers=headers)
+            assert answer.status_code == 200, answer.text
+            return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+        texts = {f"chat {number}": f"{number} " + "what was said before, " * 20 for number in range(12)}
+        assert [found(session, text) for session, text in texts.items()] == [0] * 12
+        for turn in range(3):
+            again = [found(session, text + f"turn {turn}") for session, text in texts.items()]
+            assert min(again) > 200, again
+        # Without the header they are spread: about half of them come to the replica that has not read them.
+        spread = [found(None, text + f"again {turn}") for turn in range(2) for text in texts.values()]
+        assert 0 < sum(tokens == 0 for tokens in spread) < len(spread)
 
 
 @pytest.mark.slow
@@ -138,8 +164,13 @@ def test_a_replica_is_unhealthy_when_only_a_new_process_helps(tiny_model, monkey
         ray_app.Replica().check_health()
 
 
-def test_wrong_arguments():
+def test_wrong_arguments(monkeypatch):
     with pytest.raises(ValueError, match="no arguments"):
         build({"model": "m", "level": 3})
     with pytest.raises(ValueError, match="model="):
         build({})
+    with pytest.raises(ValueError, match="routing must be one of load, session, got 'luck'"):
+        build({"model": "m", "routing": "luck"})
+    monkeypatch.setitem(ray_app.ROUTERS, "session", "ray.serve.of_another_release.Router")
+    with pytest.raises(ValueError, match=r"needs a Ray that has ray\.serve\.of_another_release\.Router"):
+        build({"model": "m", "routing": "session"})
