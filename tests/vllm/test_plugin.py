@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import dsla_hf.vllm
 from dsla_hf import DSLAConfig, DualState, DualStateAttention
-from dsla_hf.vllm.checks import check_graphs, check_servable
+from dsla_hf.vllm.checks import check_pages, check_servable
 from dsla_hf.vllm.pages import Place, converted_heads, of_heads, page_parts, places, read_state, write_state
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -78,10 +78,14 @@ def test_what_is_refused():
         check_servable(config_of(), pipeline_parallel=2)
     with pytest.raises(ValueError, match="speculative-config"):
         check_servable(config_of(), speculative=True)
-    with pytest.raises(ValueError, match="enforce-eager"):
-        check_graphs("cuda", enforce_eager=False)
-    check_graphs("cuda", enforce_eager=True)
-    check_graphs("cpu", enforce_eager=False)
+
+
+def test_kept_heads_that_a_release_cannot_pack_are_refused():
+    converted = {1: (0, 2), 3: (0,)}
+    check_pages(4, converted, layouts=True)
+    check_pages(4, {1: (0, 2), 2: (0, 1, 2), 3: (0, 1, 2, 3)}, layouts=False)
+    with pytest.raises(ValueError, match="of whose layer 3 3 of 4 KV heads are kept"):
+        check_pages(4, converted, layouts=False)
 
 
 def test_a_hybrid_says_the_kind_of_each_layer():
