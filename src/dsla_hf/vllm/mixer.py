@@ -131,7 +131,7 @@ class DSLAAttention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q, k, v = (x.reshape(x.shape[0], -1, self.key_dim) for x in (query, key, value))
-        out = torch.zeros_like(q)
+        out = torch.empty_like(q)
         torch.ops.vllm.dsla_attention(q, k, v, out, self.prefix)
         return out.flatten(1)
 
