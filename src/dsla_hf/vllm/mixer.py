@@ -16,26 +16,11 @@ from dsla_kernels import uses_triton
 from ..core.attention import DualState, DualStateAttention
 from ..core.heads import HeadIndices, HeadSplit
 from .pages import head_size, of_heads, read_state, write_state
-from .state_page import Prefill, StatePage, StatePageMetadata, register
+from .prefills import Prefill, alike
+from .state_page import StatePage, StatePageMetadata, register
 
 # By this name vLLM knows the operator: torch.compile does not look into it, and graphs of its pieces end before it.
 OPERATOR = "vllm::dsla_attention"
-# Requests are read together while the shortest of them has at least 1 / PADDING of the tokens of the longest.
-PADDING = 2
-
-
-def alike(prefills: tuple[Prefill, ...]) -> list[slice]:
-    """Requests that are read together: one behind the other, of like lengths, all from their first token on or none."""
-    found: list[slice] = []
-    for i, prefill in enumerate(prefills):
-        if found:
-            group = prefills[found[-1].start : i]
-            lengths = [each.end - each.start for each in (*group, prefill)]
-            if max(lengths) <= PADDING * min(lengths) and bool(group[0].seen) == bool(prefill.seen):
-                found[-1] = slice(found[-1].start, i + 1)
-                continue
-        found.append(slice(i, i + 1))
-    return found
 
 
 class DSLAMixer(DualStateAttention):
@@ -68,7 +53,8 @@ class DSLAMixer(DualStateAttention):
             return
         own: StatePageMetadata = metadata[self.page.prefix]
         if own.num_decodes:
-            self._decode(*(x[: own.num_decodes, None] for x in (q, k, v, out)), own.pages, own.lengths)
+            tokens = slice(own.num_decodes)
+            self._decode(q[tokens, None], k[tokens, None], v[tokens, None], out[tokens, None], own.pages, own.lengths)
         slots = own.state_indices_tensor[own.num_decodes :]
         for requests in alike(own.prefills):
             self._prefill(q, k, v, out, own.prefills[requests], slots[requests])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,15 +13,8 @@ from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.v1.attention.backends.linear_attn import LinearAttentionBackend, LinearAttentionMetadata, LinearAttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
+from .prefills import Prefill
 from .releases import has_cache_layouts
-
-
-class Prefill(NamedTuple):
-    """A request of which a step reads several tokens, where a host knows it: tokens `start` to `end` of the step, after `seen` others."""
-
-    start: int
-    end: int
-    seen: int
 
 
 @dataclass
