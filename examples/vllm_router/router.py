@@ -4,7 +4,7 @@ The servers are named from the lowest level to the highest, each with the reques
 other has room for, and lets it wait. They must know the model by one name (`--served-model-name`):
 
 vllm serve my-checkpoint --served-model-name my-model --port 8101
-vllm serve my-hybrid-50  --served-model-name my-model --port 8102 --enforce-eager
+vllm serve my-hybrid-50  --served-model-name my-model --port 8102
 python examples/vllm_router/router.py http://127.0.0.1:8101=8 http://127.0.0.1:8102=64
 
 A text stays with the server where it began. The header `x-served-by` of an answer says which that was.

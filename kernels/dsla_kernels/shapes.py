@@ -44,6 +44,7 @@ class Argument(NamedTuple):
     optional: bool
     dense: bool  # in the last dimension
     in_place: bool  # contiguous, as it changes
+    rows: bool  # each entry of the first dimension is contiguous
     note: str  # that messages add, or ""
 
 
@@ -53,7 +54,8 @@ Tables = tuple[tuple[Argument, ...], tuple[Argument, ...]]
 
 def table(lines: Mapping[str, str]) -> tuple[Argument, ...]:
     """Reads lines `dimensions; rule; ...` by name of the argument. Rules: dtypes (`fp32, bf16 or fp16`, `floating-point`, `as q`),
-    `optional` (may be None), `dense` (its last dimension), `in place` (contiguous); `(words)` are added to messages.
+    `optional` (may be None), `dense` (its last dimension), `in place` (contiguous), `rows` (what each entry of its first dimension holds is
+    contiguous); `(words)` are added to messages.
 
     Raises:
         ValueError: names a rule that there is not.
@@ -80,7 +82,7 @@ def _argument(name: str, line: str, known: set[str]) -> Argument:
     words = like = note = ""
     dtypes: tuple[torch.dtype, ...] = ()
     for rule in rules:
-        if rule in ("optional", "dense", "in place"):
+        if rule in ("optional", "dense", "in place", "rows"):
             continue
         if rule.startswith("("):
             note = rule
@@ -105,6 +107,7 @@ def _argument(name: str, line: str, known: set[str]) -> Argument:
         "optional" in rules,
         "dense" in rules,
         "in place" in rules,
+        "rows" in rules,
         note,
     )
 
@@ -127,7 +130,7 @@ def check(arguments: tuple[Argument, ...], given: Mapping[str, Tensor | None], *
         raise _missing(arguments[0].name)
     device, fixed, sizes = first.device, sizes, NUMBERS | sizes
     for argument in arguments:
-        name, letters, new, _, dtypes, like, optional, dense, in_place, _ = argument
+        name, letters, new, _, dtypes, like, optional, dense, in_place, rows, _ = argument
         x = given[name]
         if x is None and optional:
             continue
@@ -147,6 +150,8 @@ def check(arguments: tuple[Argument, ...], given: Mapping[str, Tensor | None], *
             raise ValueError(f"{name} must be dense in the last dimension, got strides {x.stride()}; call contiguous() on it")
         if in_place and not x.is_contiguous():
             raise ValueError(f"{name} changes in place and must be contiguous, got strides {x.stride()}")
+        if rows and shape[0] and not x[0].is_contiguous():
+            raise ValueError(f"{name} changes in place and {name}[i] must be contiguous, got strides {x.stride()}")
     return sizes
 
 

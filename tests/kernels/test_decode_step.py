@@ -142,7 +142,7 @@ def test_the_launch_follows_the_shape_and_what_measurements_want(monkeypatch):
         monkeypatch.setattr(decode_launch, "tuned", decode_launch.Launch(4, 16, **wanted) if wanted else None)
         token, gates, weights = tensors
         step = PureStep(
-            *(x.repeat(rows, *[1] * (x.ndim - 1)) for x in token), None, *gates, *weights, None, None, None, 16.0, -1.25, 1.0, 1e-6
+            *(x.repeat(rows, *[1] * (x.ndim - 1)) for x in token), None, None, *gates, *weights, *(None,) * 4, 16.0, -1.25, 1.0, 1e-6
         )
         wide = step._replace(q=step.q.repeat(1, 1, 1, 16), v=step.v.repeat(1, 1, 1, 10))
         return decode_launch.plan_pure(wide).head.PARTS

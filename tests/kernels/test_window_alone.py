@@ -146,7 +146,7 @@ def test_programs_share_a_ring_by_its_size(monkeypatch):
         q, kv = torch.zeros(rows, 1, 2 * kv_heads, 64), torch.zeros(rows, 1, kv_heads, 64)
         ring = [torch.zeros(rows, size + 4, kv_heads, 64) for _ in range(2)]
         step = decode.step.WindowStep(
-            q, kv, kv, None, *ring, torch.zeros(rows, dtype=torch.int64), *(None,) * 14, 1.0, -1.25, 1.0, 0.0, None, size
+            q, kv, kv, None, *ring, torch.zeros(rows, dtype=torch.int64), *(None,) * 15, 1.0, -1.25, 1.0, 0.0, None, size
         )
         return decode_launch.plan_window(step).grid
 

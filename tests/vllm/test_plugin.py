@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import dsla_hf.vllm
 from dsla_hf import DSLAConfig, DualState, DualStateAttention
-from dsla_hf.vllm.checks import check_graphs, check_servable
+from dsla_hf.vllm.checks import check_pages, check_servable
 from dsla_hf.vllm.pages import Place, converted_heads, of_heads, page_parts, places, read_state, write_state
+from dsla_hf.vllm.prefills import Prefill, alike
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -42,7 +43,7 @@ def test_without_vllm_the_entry_point_does_nothing():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-@pytest.mark.parametrize(("found", "warns"), [("0.32.0", False), ("0.32.0+cpu", False), (None, False), ("0.33.1", True)])
+@pytest.mark.parametrize(("found", "warns"), [("0.26.0", False), ("0.32.0+cpu", False), (None, False), ("0.33.1", True)])
 def test_another_release_is_said_once(monkeypatch, found, warns):
     monkeypatch.setattr(dsla_hf.vllm, "installed_version", lambda: found)
     dsla_hf.vllm._warn_of_untested_version.cache_clear()
@@ -78,10 +79,14 @@ def test_what_is_refused():
         check_servable(config_of(), pipeline_parallel=2)
     with pytest.raises(ValueError, match="speculative-config"):
         check_servable(config_of(), speculative=True)
-    with pytest.raises(ValueError, match="enforce-eager"):
-        check_graphs("cuda", enforce_eager=False)
-    check_graphs("cuda", enforce_eager=True)
-    check_graphs("cpu", enforce_eager=False)
+
+
+def test_kept_heads_that_a_release_cannot_pack_are_refused():
+    converted = {1: (0, 2), 3: (0,)}
+    check_pages(4, converted, layouts=True)
+    check_pages(4, {1: (0, 2), 2: (0, 1, 2), 3: (0, 1, 2, 3)}, layouts=False)
+    with pytest.raises(ValueError, match="of whose layer 3 3 of 4 KV heads are kept"):
+        check_pages(4, converted, layouts=False)
 
 
 def test_a_hybrid_says_the_kind_of_each_layer():
@@ -119,6 +124,14 @@ def test_the_converted_heads_of_each_layer():
     assert converted_heads(config_of()) == {2: (0, 1), 0: (0, 1)}
     heads = config_of(conversion_unit="head", conversion_order=[[0, 1], [2, 1], [2, 0]])
     assert converted_heads(heads) == {0: (1,), 2: (0, 1)}
+
+
+def test_requests_of_like_lengths_are_read_together():
+    lengths, seen = (3, 15, 16, 17, 40, 40, 300), (0, 0, 0, 0, 0, 7, 9)
+    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    prefills = [Prefill(end - n, end, before) for end, n, before in zip(ends, lengths, seen, strict=True)]
+    assert [prefills[group] for group in alike(prefills)] == [prefills[:1], prefills[1:4], prefills[4:5], prefills[5:6], prefills[6:]]
+    assert alike(()) == []
 
 
 def test_layers_with_few_converted_heads_share_pages():

@@ -175,6 +175,7 @@ class DualStateAttention(nn.Module):
         counts: bool = True,
         kv_heads: Tensor | None = None,
         state_heads: Tensor | None = None,
+        pages: Tensor | None = None,
         out: Tensor | None = None,
     ) -> tuple[Tensor, DualState | None]:
         """Attend, after `state` if one is given. Autocast is off within: see `one_dtype` for what is computed in.
@@ -201,14 +202,16 @@ class DualStateAttention(nn.Module):
                 heads. Kernels read them where they lie; where a gradient is asked for, or keys are put anew, they are selected first.
             state_heads: int32 `[Hkv]`, where `state` has heads beside those of this layer: which of its heads each KV head has. A kernel
                 that writes over `state` (T = 1) leaves the others as they are; any other new state has this layer's heads alone.
+            pages: int32 `[B]`, where the tensors of `state` but its lengths have pages in place of rows: see `window_decode` in
+                `dsla_kernels.ops.decode`. For one token a row, in kernels and in place alone.
             out: `[B, T, Hq, V]` in q's dtype, written to and returned: some consecutive heads of a larger output. Not for gradients.
 
         Returns:
             o `[B, T, Hq, V]` in q's dtype, zero at padding; and the new state or None.
 
         Raises:
-            ValueError: for packed sequences that come with a state or shall leave one, a state of another number of sequences, and
-                kv_heads or an out that do not fit.
+            ValueError: for packed sequences that come with a state or shall leave one, a state of another number of sequences,
+                kv_heads or an out that do not fit, and pages where no kernel can take them.
         """
         if cu_seqlens is not None and (state is not None or output_state):
             raise ValueError(
@@ -223,6 +226,10 @@ class DualStateAttention(nn.Module):
         state, q, k, v = one_dtype(state, q, k, v)
         one_token = state is not None and q.shape[1] == 1
         in_kernels = (one_token or kv_heads is not None) and self._runs_in_kernels(q, k, v, *(state or ()), sink_logits)
+        if pages is not None and not (one_token and in_kernels and in_place):
+            raise ValueError(
+                "pages are for one token a row behind a state, with in_place=True, where Triton runs and no gradient is asked for"
+            )
         if kv_heads is not None:
             self._check_kv_heads(kv_heads)
             moved = cu_seqlens is not None or (padding_mask is not None and not padding_at_end)
@@ -236,8 +243,8 @@ class DualStateAttention(nn.Module):
                 # A state that takes part in a gradient is not written over: what was computed from it needs it as it was.
                 written = state if in_place and not requires_gradient(*state) else clone_state(state)
                 direct = out if out is not None and out.dtype == q.dtype else None
-                heads = kv_heads, state_heads
-                o, new = kernel_step(self, q, k, v, padding_mask, written, softcap, sink_logits, counts, *heads, direct)
+                places = kv_heads, state_heads, direct, pages
+                o, new = kernel_step(self, q, k, v, padding_mask, written, softcap, sink_logits, counts, *places)
             elif not self.window_size:
                 o, new = self._pure(q, k, v, padding_mask, cu_seqlens, state, output_state, kv_heads)
             elif one_token:

@@ -32,6 +32,7 @@ def kernel_step(
     kv_heads: Tensor | None = None,
     state_heads: Tensor | None = None,
     out: Tensor | None = None,
+    pages: Tensor | None = None,
 ) -> tuple[Tensor, DualState]:
     """One token a row in one kernel, which writes the new state over `state`, and the output to `out` if that is given."""
     from dsla_kernels.ops.decode import GateWeights, pure_decode, ring_decode, window_decode  # imports Triton
@@ -41,6 +42,7 @@ def kernel_step(
         "padding_mask": padding_mask,
         "kv_heads": kv_heads,
         "state_heads": state_heads,
+        "pages": pages,
         "out": out,
     }
     of_window: dict[str, Any] = {"softcap": softcap, "sink_logits": sink_logits, "advance": counts}
@@ -51,7 +53,8 @@ def kernel_step(
     gates = GateWeights(layer.gate_down, layer.gate_up, layer.gate_bias, *write)
     options |= {"norm_eps": layer.norm_eps, **layer.gate_options}
     if not layer.window_size:
-        o = pure_decode(q, k, v, state.recurrent, gates, layer.mix_logits, layer.norm_weight, **options)
+        lengths = None if pages is None else state.lengths
+        o = pure_decode(q, k, v, state.recurrent, gates, layer.mix_logits, layer.norm_weight, lengths=lengths, **options)
         if counts:
             state.lengths.add_(1 if padding_mask is None else padding_mask[:, -1])
         return o, state

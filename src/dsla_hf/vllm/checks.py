@@ -75,13 +75,3 @@ def check_pages(kv_heads: int, converted: dict[int, tuple[int, ...]], layouts: b
                 f"vLLM {installed_version()} cannot serve this hybrid, of whose layer {layer} {kept} of {kv_heads} KV heads are kept: "
                 f"let it be a number that divides {kv_heads}, or take vLLM {TESTED_VERSIONS[-1]}"
             )
-
-
-def check_graphs(device_type: str, enforce_eager: bool) -> None:
-    """Refuse CUDA graphs: the layer reads lengths on the host, which a graph would record once and for all.
-
-    Raises:
-        ValueError: names the option to give.
-    """
-    if device_type != "cpu" and not enforce_eager:
-        raise ValueError(f"vLLM cannot record DSLA hybrids in graphs on {device_type!r}: pass --enforce-eager (enforce_eager=True)")

@@ -7,13 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from ..core.attention import DualStateAttention
+from dsla_kernels import uses_triton
+
+from ..core.attention import DualState, DualStateAttention
 from ..core.heads import HeadIndices, HeadSplit
 from .pages import head_size, of_heads, read_state, write_state
-from .state_page import StatePage, register
+from .prefills import Prefill, alike
+from .state_page import StatePage, StatePageMetadata, register
+
+# By this name vLLM knows the operator: torch.compile does not look into it, and graphs of its pieces end before it.
+OPERATOR = "vllm::dsla_attention"
 
 
 class DSLAMixer(DualStateAttention):
@@ -33,6 +40,9 @@ class DSLAMixer(DualStateAttention):
         super().__init__(queries * heads, heads, head_size(config), scale=scale, **config.get_dsla_config().mathematics())
         self.prefix, self.page, self.first = prefix, page, first
         register(prefix, self)
+        of_page = page.parts[0][0][0 if self.states else 1]
+        own = torch.arange(first, first + heads, dtype=torch.int32, device=torch.get_default_device()) if heads < of_page else None
+        self.register_buffer("page_heads", own, persistent=False)
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         """Attend for every request of a step: q, out `[tokens, Hq, K]`, k, v `[tokens, Hkv, K]`, requests one behind the other, those
@@ -41,22 +51,49 @@ class DSLAMixer(DualStateAttention):
         if metadata is None:  # vLLM measures memory
             out.zero_()
             return
-        own: Any = metadata[self.page.prefix]
-        decodes, requests = own.num_decodes, own.num_decodes + own.num_prefills
-        slots = own.state_indices_tensor.long()
-        starts = own.query_start_loc.tolist()
-        seen = (own.seq_lens[:requests] - own.query_start_loc.diff()[:requests]).long()
-        if decodes:
-            state = self._read(slots[:decodes], seen[:decodes])
-            o, new = self(q[:decodes, None], k[:decodes, None], v[:decodes, None], state=state, output_state=True)
-            self._write(slots[:decodes], new)
-            out[:decodes] = o[:, 0]
-        for i, before in enumerate(seen[decodes:].tolist(), start=decodes):
-            one, tokens = slice(i, i + 1), slice(starts[i], starts[i + 1])
-            state = self._read(slots[one], seen[one]) if before else None
-            o, new = self(q[None, tokens], k[None, tokens], v[None, tokens], state=state, output_state=True, seen=before or None)
-            self._write(slots[one], new)
+        own: StatePageMetadata = metadata[self.page.prefix]
+        if own.num_decodes:
+            tokens = slice(own.num_decodes)
+            self._decode(q[tokens, None], k[tokens, None], v[tokens, None], out[tokens, None], own.pages, own.lengths)
+        slots = own.state_indices_tensor[own.num_decodes :]
+        for requests in alike(own.prefills):
+            self._prefill(q, k, v, out, own.prefills[requests], slots[requests])
+
+    def _decode(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, pages: Tensor, lengths: Tensor) -> None:
+        """One token of each request; where kernels run, in the pages themselves and without a look at what the device has."""
+        if uses_triton(q, v):
+            cache = iter(self.page.kv_cache)
+            nothing = k.new_empty(len(pages), 0)
+            recurrent = next(cache) if self.states else nothing
+            window_k, window_v = (*cache,) or (nothing, nothing)
+            state = DualState(recurrent, window_k, window_v, lengths)
+            options = {"in_place": True, "counts": False, "state_heads": self.page_heads, "pages": pages, "out": out}
+            self(q, k, v, state=state, **options)
+            return
+        real = pages >= 0
+        slots = pages[real].long()
+        state = self._read(slots, lengths[real])
+        o, new = self(q[real], k[real], v[real], state=state, output_state=True)
+        self._write(slots, new)
+        out[real] = o
+
+    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, prefills: tuple[Prefill, ...], slots: Tensor) -> None:
+        """Some requests at once, as rows; a single one without padding."""
+        slots = slots.long()
+        seen = [prefill.seen for prefill in prefills]
+        state = self._read(slots, torch.tensor(seen, device=q.device)) if any(seen) else None
+        if len(prefills) == 1:
+            tokens = slice(*prefills[0][:2])
+            o, new = self(*(x[None, tokens] for x in (q, k, v)), state=state, output_state=True, seen=seen[0] or None)
             out[tokens] = o[0]
+        else:
+            lengths = [prefill.end - prefill.start for prefill in prefills]
+            first, last = prefills[0].start, prefills[-1].end
+            rows = [pad_sequence(x[first:last].split(lengths), batch_first=True) for x in (q, k, v)]
+            real = torch.arange(max(lengths), device=q.device) < torch.tensor(lengths, device=q.device)[:, None]
+            o, new = self(*rows, padding_mask=real, padding_at_end=True, state=state, output_state=True)
+            out[first:last] = o[real]
+        self._write(slots, new)
 
     def _cache(self) -> tuple[Tensor, ...]:
         return of_heads(self.page.kv_cache, self.first, self.num_kv_heads, self.states)
@@ -80,7 +117,7 @@ class DSLAAttention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q, k, v = (x.reshape(x.shape[0], -1, self.key_dim) for x in (query, key, value))
-        out = torch.zeros_like(q)
+        out = torch.empty_like(q)
         torch.ops.vllm.dsla_attention(q, k, v, out, self.prefix)
         return out.flatten(1)
 

@@ -14,7 +14,7 @@ from vllm.model_executor.models.llama import LlamaForCausalLM
 from ..core.heads import split_of
 from ..models.hybrid import hybrid_classes
 from .checks import SERVED_BASES
-from .mixer import DSLAAttention, DSLAHeadsAttention, DSLAMixer
+from .mixer import OPERATOR, DSLAAttention, DSLAHeadsAttention, DSLAMixer
 from .pages import converted_heads, page_parts, places
 from .state_page import StatePage
 
@@ -51,11 +51,11 @@ def _convert(attention: Any, name: str, heads: tuple[int, ...], page: StatePage,
 class _Hybrid:
     """Put in front of a causal LM class of vLLM; its protocols come last, since they would end the chain of `__init__`."""
 
-    # Each state is replaced as a whole, so a copy of a page at a block's end is all that a cached prefix needs.
-    supports_mamba_prefix_caching = True
-
     def __init__(self, *, vllm_config: Any, prefix: str = "", **options: Any) -> None:
         config = vllm_config.model_config.hf_config
+        split = vllm_config.compilation_config.splitting_ops
+        if split and OPERATOR not in split:
+            split.append(OPERATOR)
         super().__init__(vllm_config=vllm_config, prefix=prefix, **options)  # type: ignore[call-arg]
         converted = converted_heads(config)
         pages: dict[int, StatePage] = {}

@@ -8,7 +8,7 @@ from vllm import envs
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from .checks import check_graphs, check_pages, check_servable
+from .checks import check_pages, check_servable
 from .pages import converted_heads
 from .releases import has_cache_layouts
 
@@ -43,12 +43,11 @@ class HybridSettings(VerifyAndUpdateConfig):
         """Refuse settings with which a hybrid cannot be served, and on a CPU let pages of different sizes share blocks.
 
         Raises:
-            ValueError: as `check_servable` and `check_graphs`.
+            ValueError: as `check_servable`.
         """
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         speculative = vllm_config.speculative_config is not None
         check_servable(model.hf_config, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, speculative)
-        check_graphs(current_platform.device_type, model.enforce_eager)
         if has_cache_layouts() and current_platform.is_cpu() and envs.VLLM_KV_CACHE_LAYOUT is None:
             # What `StatePageBackend` asks for. vLLM's attention on CPUs does not offer it, but takes blocks of any stride.
             vllm_config.cache_config.kv_cache_layout = "BLHNC"

@@ -104,7 +104,8 @@ def take_block(
                     added = tl.trans((k_part * to_end).to(DOT))
                     pointers = recurrent + (state * K + part)[:, None] * V + values[0][None, :]
                     mask = channel_ok[:, None] & values[1][None, :]
-                    old = tl.load(pointers, mask=mask, other=0.0)
+                    # Before the first block the states are empty, whatever another text may have left there.
+                    old = tl.load(pointers, mask=mask & (first + tile * C > 0), other=0.0)
                     new = tl.dot(added, v_tile.to(DOT), acc=old * decay[:, None], input_precision=PRECISION)
                     tl.store(pointers, new, mask=mask)
         if PER_BLOCK > 1:

@@ -134,7 +134,7 @@ def plan_window(step: WindowStep) -> Plan:
 def _shape(step: PureStep | WindowStep) -> Shape:
     q, v = step.q, step.v
     rows, _, heads, key_dim = q.shape
-    skip = step.real is not None and rows > FEW_ROWS
+    skip = (step.real is not None or step.pages is not None) and rows > FEW_ROWS
     if step.down is None or step.bias is None:
         kv_heads, decays, rank = (step.k.shape[2] if step.kv_heads is None else step.kv_heads.shape[0]), 0, 0
     else:

@@ -66,6 +66,7 @@ def join_kernel(
     softmax,  # fp32 [B * Hq, 2, SLOT_PARTS]: tops and denominators of the window; None without one
     lengths,
     real,
+    pages,
     norm_weight,
     state_gain,
     state_bias,
@@ -91,6 +92,8 @@ def join_kernel(
     is_real = True
     if real is not None:
         is_real = tl.load(real + row) != 0
+    if pages is not None:
+        is_real = is_real & (tl.load(pages + row) >= 0)
     if PIECES > 0:
         weight = load_rows(norm_weight, heads, one, V, values, value_ok)
     if PIECES > 0 and softmax is not None:

@@ -21,6 +21,7 @@ def _pure_decode_kernel(
     k,
     v,
     recurrent,  # fp32 [B, HELD, 2, K, V]
+    lengths,  # int64 [B], with pages
     real,  # uint8 [B] or None
     down,
     up,
@@ -31,12 +32,14 @@ def _pure_decode_kernel(
     norm_weight,
     kv_heads,  # [Hkv] or None: k and v are of these heads alone
     state_heads,  # [Hkv] or None: of the heads of the states these
+    pages,  # int32 [B] or None: the states have pages in place of rows, and these are the rows'
     o,
     pieces,  # for the join; None if one program does it all
     q_row,
     k_row,
     v_row,
     o_row,
+    recurrent_page,
     scale,
     norm_eps,
     inverse_normalizer,
@@ -79,12 +82,18 @@ def _pure_decode_kernel(
     k += row * k_row + layer_head(kv_heads, head) * K
     v += row * v_row + layer_head(kv_heads, head) * V
     o += row * o_row
-    recurrent += (row * HELD + layer_head(state_heads, head)) * 2 * K * V
+    is_real = True
+    if pages is not None:
+        found = tl.load(pages + row).to(tl.int64)
+        is_real = found >= 0
+        recurrent += tl.maximum(found, 0) * recurrent_page
+    else:
+        recurrent += row * HELD * 2 * K * V
+    recurrent += layer_head(state_heads, head) * 2 * K * V
 
     # All first loads at once, what the gates need in front of the states: a single row waits for memory once.
-    is_real = True
     if real is not None:
-        is_real = tl.load(real + row) != 0
+        is_real = is_real & (tl.load(real + row) != 0)
     if SKIP:  # noqa: SIM102 (known at compile time, the other is not)
         if not is_real:
             if PARTS == 1:
@@ -113,6 +122,9 @@ def _pure_decode_kernel(
     k_part = tl.load(k + part, mask=part < K, other=0.0)
     queries = load_queries(q, part, group, K, R, FEW)
     next1, next2 = load_states(recurrent, part, values, K, V)
+    begun = True
+    if lengths is not None:
+        begun = tl.load(lengths + row) > 0
 
     v_new = v_new.to(tl.float32)
     inverse_rms = tl.rsqrt(tl.sum(v_new * v_new, 0) / V + norm_eps)
@@ -134,6 +146,8 @@ def _pure_decode_kernel(
         if start > 0:
             k_part = tl.load(k + part, mask=part < K, other=0.0)
             queries = load_queries(q, part, group, K, R, FEW)
+        if lengths is not None:
+            state1, state2 = tl.where(begun, state1, 0.0), tl.where(begun, state2, 0.0)
         k_part = k_part.to(tl.float32)
         gate = start + tl.arange(0, KC)
         if PARTS == 1:
@@ -169,6 +183,7 @@ def _pure_decode(*fields) -> Tensor:
         o,
         pieces,
         *(x.stride(0) for x in (step.q, step.k, step.v, o)),
+        0 if step.pages is None else step.recurrent.stride(0),
         step.scale,
         step.norm_eps,
         1.0 / step.gate_normalizer,
@@ -178,7 +193,7 @@ def _pure_decode(*fields) -> Tensor:
     )
     if pieces is not None:
         join_kernel[(pieces.shape[0],)](
-            pieces, None, None, step.real, step.norm_weight, None, None, o, o.stride(0), step.norm_eps, **plan.join
+            pieces, None, None, step.real, step.pages, step.norm_weight, None, None, o, o.stride(0), step.norm_eps, **plan.join
         )
     return returned
 

@@ -34,6 +34,7 @@ class PureStep(NamedTuple):
     k: Tensor
     v: Tensor
     recurrent: Tensor
+    lengths: Tensor | None  # int64 [B], with pages: what lies in one of a text without tokens is another's
     real: Tensor | None  # uint8 [B], 0 for padding
     down: Tensor
     up: Tensor
@@ -44,6 +45,7 @@ class PureStep(NamedTuple):
     norm_weight: Tensor
     kv_heads: Tensor | None  # int32 [Hkv]: k and v are of all heads of a layer
     state_heads: Tensor | None  # int32 [Hkv]: of more heads in states and ring
+    pages: Tensor | None  # int32 [B]: where each row's states and ring are, below 0 of padding
     out: Tensor | None  # what is written to; the operator then returns an empty tensor
     gate_normalizer: float
     lower_bound: float
@@ -74,6 +76,7 @@ class WindowStep(NamedTuple):
     sink_logits: Tensor | None
     kv_heads: Tensor | None  # int32 [Hkv]: k and v are of all heads of a layer
     state_heads: Tensor | None  # int32 [Hkv]: of more heads in states and ring
+    pages: Tensor | None  # int32 [B]: where each row's states and ring are, below 0 of padding
     out: Tensor | None  # what is written to; the operator then returns an empty tensor
     gate_normalizer: float
     lower_bound: float
@@ -116,6 +119,16 @@ HELD_RING = HELD_LINES | {"window_k": "B slots held K; as q; in place", "window_
 HELD_PURE_TABLES, HELD_WINDOW_TABLES = two_tables(PURE_LINES | HELD_LINES), two_tables(WINDOW_LINES | HELD_RING)
 RING_TABLES = two_tables(RING_LINES)
 HELD_RING_TABLES = two_tables(RING_LINES | {name: line for name, line in HELD_RING.items() if name != "recurrent"})
+# Where the states and rings of rows lie in pages among others.
+PAGED_LINES = {
+    "pages": "B; int32; dense",
+    "recurrent": "pages held 2 K V; fp32; rows",
+    "lengths": "B; int64; in place",
+    "state_heads": "Hkv; int32; dense; optional",
+}
+PAGED_RING = PAGED_LINES | {"window_k": "pages slots held K; as q; rows", "window_v": "pages slots held V; as q; rows"}
+PAGED_PURE_TABLES, PAGED_WINDOW_TABLES = two_tables(PURE_LINES | PAGED_LINES), two_tables(WINDOW_LINES | PAGED_RING)
+PAGED_RING_TABLES = two_tables(RING_LINES | {name: line for name, line in PAGED_RING.items() if name != "recurrent"})
 
 
 def window_decode(
@@ -143,6 +156,7 @@ def window_decode(
     advance: bool = True,
     kv_heads: Tensor | None = None,
     state_heads: Tensor | None = None,
+    pages: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """One token a row through the layer with a softmax window; states, ring, sinks and lengths change in place.
@@ -161,6 +175,8 @@ def window_decode(
         kv_heads: int32 `[Hkv]`: k and v are of all heads of a layer, of which these are read. Its values are not looked at.
         state_heads: int32 `[Hkv]`, where recurrent, window_k and window_v have more heads than the layer: which of theirs each KV head has;
             the others stay as they are.
+        pages: int32 `[B]`, where recurrent, window_k and window_v have pages, at any distance from one another, in place of rows: in which
+            of them each row's state lies. A row with a number below 0 is padding. What a page holds of another text is not read.
         out: `[B, 1, Hq, V]` in q's dtype, written to: some heads of a larger output. Within a row its heads lie side by side.
 
     Returns:
@@ -172,9 +188,9 @@ def window_decode(
     """
     ring = {"window_k": window_k, "window_v": window_v, "lengths": lengths}
     weights = {"mix_logits": mix_logits, "norm_weight": norm_weight, "state_gain": state_gain, "state_bias": state_bias}
-    heads = {"kv_heads": kv_heads, "state_heads": state_heads, "sink_logits": sink_logits}
+    heads = {"kv_heads": kv_heads, "state_heads": state_heads, "pages": pages, "sink_logits": sink_logits}
     token = {"q": q, "k": k, "v": v, "recurrent": recurrent, "padding_mask": padding_mask, "out": out}
-    tables = WINDOW_TABLES if state_heads is None else HELD_WINDOW_TABLES
+    tables = PAGED_WINDOW_TABLES if pages is not None else WINDOW_TABLES if state_heads is None else HELD_WINDOW_TABLES
     _check_window(_check(tables, gates, token | ring | weights | heads), window_size, softcap)
     real = _real(padding_mask)
     o = ops.window_decode(
@@ -187,6 +203,7 @@ def window_decode(
         *contiguous(*gates, mix_logits, norm_weight, state_gain, state_bias, sink_logits),
         kv_heads,
         state_heads,
+        pages,
         out,
         gate_normalizer,
         lower_bound,
@@ -216,6 +233,7 @@ def ring_decode(
     advance: bool = True,
     kv_heads: Tensor | None = None,
     state_heads: Tensor | None = None,
+    pages: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """One token a row through the window alone: no states. Ring, sinks and lengths change in place.
@@ -223,9 +241,10 @@ def ring_decode(
     Arguments, result and errors as `window_decode`, without the states.
     """
     ring = {"window_k": window_k, "window_v": window_v, "lengths": lengths}
-    heads = {"kv_heads": kv_heads, "state_heads": state_heads, "sink_logits": sink_logits}
+    heads = {"kv_heads": kv_heads, "state_heads": state_heads, "pages": pages, "sink_logits": sink_logits}
     token = {"q": q, "k": k, "v": v, "padding_mask": padding_mask, "out": out}
-    _check_window(_check(RING_TABLES if state_heads is None else HELD_RING_TABLES, None, token | ring | heads), window_size, softcap)
+    tables = PAGED_RING_TABLES if pages is not None else RING_TABLES if state_heads is None else HELD_RING_TABLES
+    _check_window(_check(tables, None, token | ring | heads), window_size, softcap)
     real = _real(padding_mask)
     o = ops.window_decode(
         *dense_rows(q, k, v),
@@ -238,6 +257,7 @@ def ring_decode(
         *contiguous(sink_logits),
         kv_heads,
         state_heads,
+        pages,
         out,
         1.0,
         SMALLEST_LOG_DECAY,
@@ -267,22 +287,30 @@ def pure_decode(
     padding_mask: Tensor | None = None,
     kv_heads: Tensor | None = None,
     state_heads: Tensor | None = None,
+    pages: Tensor | None = None,
+    lengths: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """One token a row through the pure layer and its norm, `norm_weight * o / sqrt(mean(o²) + norm_eps)`; the states change in place.
 
-    Arguments, result and errors as `window_decode`, without the window.
+    Arguments, result and errors as `window_decode`, without the window; lengths, which stay as they are, with pages alone.
     """
     token = {"q": q, "k": k, "v": v, "recurrent": recurrent, "padding_mask": padding_mask, "out": out}
     others = {"mix_logits": mix_logits, "norm_weight": norm_weight, "kv_heads": kv_heads, "state_heads": state_heads}
-    _check(PURE_TABLES if state_heads is None else HELD_PURE_TABLES, gates, token | others)
+    if pages is None and lengths is not None:
+        raise ValueError("lengths must come with pages: without, states are of the rows' own texts, or zero")
+    others |= {"pages": pages, "lengths": lengths}
+    tables = PAGED_PURE_TABLES if pages is not None else PURE_TABLES if state_heads is None else HELD_PURE_TABLES
+    _check(tables, gates, token | others)
     o = ops.pure_decode(
         *dense_rows(q, k, v),
         recurrent,
+        lengths,
         _real(padding_mask),
         *contiguous(*gates, mix_logits, norm_weight),
         kv_heads,
         state_heads,
+        pages,
         out,
         gate_normalizer,
         lower_bound,
@@ -320,7 +348,7 @@ def _check_window(sizes: dict[str, int], window_size: int, softcap: float | None
 def _check(tables: Tables, gates: GateWeights | None, given: dict[str, Tensor | None]) -> dict[str, int]:
     """Raises ValueError that names the argument which does not fit; the sizes of those that do. Without gates: of a window alone."""
     if gates is None:
-        return _check_sizes(check(tables[int(given["kv_heads"] is not None)], given), given["out"])
+        return _check_sizes(check(tables[int(given["kv_heads"] is not None)], given), given["out"], given["state_heads"] is not None)
     given |= {
         "gates.down": gates.down,
         "gates.up": gates.up,
@@ -331,17 +359,21 @@ def _check(tables: Tables, gates: GateWeights | None, given: dict[str, Tensor | 
     q, decays = given["q"], gates.bias.shape[-1]
     if q is not None and q.ndim == 4 and decays not in (q.shape[-1], q.shape[-1] / 2):  # before gates.up, whose shape follows from it
         raise ValueError(f"gates.bias must have {q.shape[-1]} or {q.shape[-1] / 2:g} decays a state, got {decays}")
-    sizes = _check_sizes(check(tables[int(given["kv_heads"] is not None)], given, gates=2 * decays), given["out"])
+    sizes = check(tables[int(given["kv_heads"] is not None)], given, gates=2 * decays)
+    _check_sizes(sizes, given["out"], given["state_heads"] is not None)
     if (gates.write_weight is None) != (gates.write_bias is None):
         raise ValueError("gates.write_weight and gates.write_bias must be given together")
     return sizes
 
 
-def _check_sizes(sizes: dict[str, int], out: Tensor | None) -> dict[str, int]:
+def _check_sizes(sizes: dict[str, int], out: Tensor | None, has_state_heads: bool) -> dict[str, int]:
     """Raises ValueError for what a table cannot say; the sizes."""
     if out is not None and not has_dense_rows(out):
         raise ValueError(f"out must have the heads of a row side by side, got strides {out.stride()}: give a slice of consecutive heads")
     key_dim, value_dim = sizes["K"], sizes["V"]
+    held = sizes.get("held", sizes["Hkv"])
+    if not has_state_heads and held != sizes["Hkv"]:
+        raise ValueError(f"pages hold {held} heads, and the layer has {sizes['Hkv']}: say which with state_heads")
     check_groups(sizes["Hq"], sizes["Hkv"])
     if max(key_dim, value_dim) > LARGEST_HEAD:
         raise ValueError(f"the kernels take heads of up to {LARGEST_HEAD} channels, got K = {key_dim}, V = {value_dim}")

@@ -41,6 +41,7 @@ def _window_decode_kernel(
     sink_logits,  # [Hq] or None
     kv_heads,  # [Hkv] or None: k and v are of these heads alone
     state_heads,  # [Hkv] or None: of the heads of states and ring these
+    pages,  # int32 [B] or None: states and ring have pages in place of rows, and these are the rows'
     o,
     pieces,  # for the join, as are tops and denominators; None if one program does it all
     softmax,
@@ -48,6 +49,9 @@ def _window_decode_kernel(
     k_row,
     v_row,
     o_row,
+    recurrent_page,
+    window_k_page,
+    window_v_page,
     scale,
     softcap,  # or None
     norm_eps,
@@ -100,10 +104,24 @@ def _window_decode_kernel(
     v += row * v_row + layer_head(kv_heads, head) * V
     o += row * o_row
     held = layer_head(state_heads, head)
+    is_real = True
+    if pages is not None:
+        found = tl.load(pages + row).to(tl.int64)
+        is_real = found >= 0
+        page = tl.maximum(found, 0)
+        window_k += page * window_k_page
+        window_v += page * window_v_page
+    else:
+        window_k += row * (S + W) * HELD * K
+        window_v += row * (S + W) * HELD * V
+    ring = window_k + held * K, window_v + held * V
     if recurrent is not None:
         mix_logits += head * R * 2
-        recurrent += (row * HELD + held) * 2 * K * V
-    ring = window_k + (row * (S + W) * HELD + held) * K, window_v + (row * (S + W) * HELD + held) * V
+        if pages is not None:
+            recurrent += page * recurrent_page
+        else:
+            recurrent += row * HELD * 2 * K * V
+        recurrent += held * 2 * K * V
     piece = 0
     if PARTS > 1:
         number = tl.program_id(1)
@@ -117,9 +135,8 @@ def _window_decode_kernel(
     # All first loads at once, none with a mask that another has to bring: a single row waits for memory once. The window comes
     # before the states, as it is needed first; last those that the compiler moves to other threads as soon as they are there.
     length = tl.load(lengths + row).to(tl.int32)
-    is_real = True
     if real is not None:
-        is_real = tl.load(real + row) != 0
+        is_real = is_real & (tl.load(real + row) != 0)
     if SKIP:  # noqa: SIM102 (known at compile time, the other is not)
         if not is_real:
             if PARTS == 1:
@@ -202,6 +219,7 @@ def _window_decode(*fields) -> Tensor:
         pieces,
         softmax,
         *(x.stride(0) for x in (step.q, step.k, step.v, o)),
+        *(0 if x is None or step.pages is None else x.stride(0) for x in (step.recurrent, step.window_k, step.window_v)),
         step.scale,
         step.softcap,
         step.norm_eps,
@@ -216,6 +234,7 @@ def _window_decode(*fields) -> Tensor:
             softmax,
             step.lengths,
             step.real,
+            step.pages,
             step.norm_weight,
             step.state_gain,
             step.state_bias,
