@@ -27,6 +27,7 @@ from dsla_hf.serving.engine.engine import Engine
 from dsla_hf.serving.engine.plan import ROOM, OneProcess, SharedProcesses
 from dsla_hf.serving.shared import processes_asked
 
+SUPPORT = Path(__file__).parents[1] / "support"
 LEVELS = {0: 0, 16: 1, 28: 3, 60: 0}  # that are asked for from a step on
 INHERITED = ("ACCELERATE_", "MASTER_", "TORCH", "TRITON_", "RANK", "WORLD_SIZE", "LOCAL_RANK")
 
@@ -107,7 +108,9 @@ def refusals(folder, processes):
 
 
 def environment():
-    return {**{name: value for name, value in os.environ.items() if not name.startswith(INHERITED)}, "OMP_NUM_THREADS": "1"}
+    own = {name: value for name, value in os.environ.items() if not name.startswith(INHERITED)}
+    paths = [str(SUPPORT), *filter(None, [own.get("PYTHONPATH")])]  # pytest has it on its path, a script has not
+    return {**own, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
 @pytest.fixture
