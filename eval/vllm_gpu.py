@@ -309,8 +309,10 @@ def work(part: str, arms: list[str], options: Options, told: Any) -> None:
 
         try:
             if part == "equal":
-                compare(*arm.rsplit(", ", 1), tell)
-                leave_vllm()
+                try:
+                    compare(*arm.rsplit(", ", 1), tell)
+                finally:
+                    leave_vllm()
             else:
                 engine, level, mode = arm.split()
                 if engine == "vllm":

@@ -152,7 +152,7 @@ def test_a_prompt_of_one_token_finds_nothing_of_earlier_texts(hybrid, kind):
     assert_equal_to_generate(model, prompts, served(path, prompts=prompts, options=options))
 
 
-@pytest.mark.parametrize("kind", ["windowed", "heads"])
+@pytest.mark.parametrize("kind", ["windowed", "pure", "heads"])
 def test_cached_prefixes(hybrid, kind):
     path, model = hybrid(kind=kind)
     prompts = prompts_of(*LENGTHS, 600)

@@ -68,6 +68,7 @@ class _Hybrid:
         # As many as a page has tensors: vLLM refuses more. The class cannot know that, its instance does.
         copies = (get_temporal_copy_spec,) * len(_page_parts(vllm_config))
         self.get_mamba_state_copy_funcs = lambda mamba_types: dict.fromkeys(mamba_types, copies)
+        self.get_mamba_state_copy_func = lambda: copies  # type: ignore[method-assign]  # so in vLLM 0.26.0
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: Any) -> Any:
