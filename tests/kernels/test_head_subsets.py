@@ -250,6 +250,24 @@ def test_the_operator_of_a_token_is_registered_in_full(kv_heads, given_out):
     gates = decode.GateWeights(weights.gate_down, weights.gate_up, weights.gate_bias, weights.write_weight, weights.write_bias)
     k, v = (x.nan_to_num(0.5).contiguous() for x in of_all_heads(torch.float32, 2, 1))
     out = random(2, 1, 3 + heads * GROUP, VALUE)[:, :, 3:] if given_out else None
-    tensors = queries(torch.float32, 2, 1), k, v, random(2, heads, 2, KEY, VALUE), None, *gates, weights.mix_logits, weights.norm_weight
+    step = decode.step.PureStep(
+        q=queries(torch.float32, 2, 1),
+        k=k,
+        v=v,
+        recurrent=random(2, heads, 2, KEY, VALUE),
+        lengths=None,
+        real=None,
+        **gates._asdict(),
+        mix_logits=weights.mix_logits,
+        norm_weight=weights.norm_weight,
+        kv_heads=kv_heads,
+        state_heads=None,
+        pages=None,
+        out=out,
+        gate_normalizer=16.0,
+        lower_bound=-1.25,
+        scale=1.0,
+        norm_eps=1e-6,
+    )
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.dsla_kernels.pure_decode, (*tensors, kv_heads, None, out, 16.0, -1.25, 1.0, 1e-6), test_utils=tests)
+    torch.library.opcheck(torch.ops.dsla_kernels.pure_decode, tuple(step), test_utils=tests)
