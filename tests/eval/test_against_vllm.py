@@ -145,6 +145,7 @@ def test_rates_rise_until_neither_objective_holds(script, trace_file, tmp_path, 
 # --- whole runs ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_both_servers_are_measured_and_a_run_that_ended_goes_on(script, trace_file, tmp_path, monkeypatch, capsys):
     options = arguments(trace_file, tmp_path, "--arms", "kept:50%,vllm", "--rates", "8")
     assert script.main(options) == 0

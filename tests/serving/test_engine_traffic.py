@@ -34,7 +34,7 @@ def behind(model, request):
     return float((logits.amax(-1, keepdim=True) - logits.gather(1, chosen)).max())
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 @pytest.mark.parametrize("unit", UNITS)
 def test_every_text_is_that_of_its_levels_alone(tiny_model, adapter_model, unit, seed):
     model = adapter_model(tiny_model("llama"), **UNITS[unit]).requires_grad_(False)

@@ -42,6 +42,7 @@ def test_rows_take_the_place_of_an_arm_that_failed(tmp_path):
     assert vllm_gpu.Rows(tmp_path).rows == found
 
 
+@pytest.mark.slow
 def test_our_engine_is_timed(tmp_path):
     sizes = ["--shape", "tiny", "--lengths", "20", "30", "--rows", "1", "2", "--parts", "speed", "--results", str(tmp_path)]
     vllm_gpu.main([*sizes, "--arms", "ours 2 graph"])
