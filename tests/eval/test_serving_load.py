@@ -33,6 +33,7 @@ def test_a_short_load(script, tmp_path, capsys):
     assert f"{total:,} requests" in part and "Nothing is wrong" in part
 
 
+@pytest.mark.slow
 def test_a_short_load_with_drafts_and_prompts_that_begin_alike(script, tmp_path, capsys):
     given = ["--draft-level", "4", "--draft-tokens", "3", "--shared-words", "30"]
     sizes = ["--seconds", "8", "--clients", "4", "--pause", "0.5", "--slots", "4", "--results", str(tmp_path)]

@@ -92,6 +92,7 @@ def two_replicas(saved, **more):
 
 
 @pytest.mark.filterwarnings("ignore")  # Ray's own
+@pytest.mark.slow
 def test_two_replicas_on_one_machine(saved):
     with two_replicas(saved) as (address, ask, expected):
         with ThreadPoolExecutor(8) as pool:
