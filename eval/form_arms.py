@@ -29,6 +29,7 @@ from dsla_hf.evaluation import long_context
 from dsla_hf.models import base_attention
 from dsla_hf.models.loading import load_config
 from dsla_kernels import uses_triton
+from dsla_kernels.checks import SMALLEST_LOG_DECAY
 
 FORMS = {"rotated": 0.0, "unrotated": 0.0, "pairs": 1.0, "slow": 0.5}  # share of rotary pairs of which features see the length alone
 SMALLEST = 1e-9
@@ -125,7 +126,7 @@ class _Window(torch.autograd.Function):
 
         # As `ops.window.attention.window_attention` calls it.
         tensors = (q.contiguous(), k.contiguous(), v.contiguous(), *(None,) * 6, k[:, :sinks].contiguous(), v[:, :sinks].contiguous())
-        inputs = (*tensors, *(None,) * 7, window, 1.0, -1.25, scale, 0.0, None, False, 0)
+        inputs = (*tensors, *(None,) * 7, window, 1.0, SMALLEST_LOG_DECAY, scale, 0.0, None, False, 0)
         o, log_sum, _ = ops.window_forward(*inputs)
         ctx.save_for_backward(o, log_sum, *(x for x in tensors if x is not None))
         ctx.options = inputs[11:]

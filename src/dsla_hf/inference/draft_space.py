@@ -78,9 +78,8 @@ class DraftSpace:
         layers = space.cache.layers
         self._made_for = self._seen(draft, check, longest)
         self._cores = [layer.core for layer in (*draft, *check)]  # as long as they are there, others are not at their addresses
-        self.kept_counts = torch.zeros(
-            len(layers), dtype=torch.long, device=device
-        )  # of layers with a copy of keys and values, tokens in it
+        # Of layers with a copy of keys and values the tokens in it.
+        self.kept_counts = torch.zeros(len(layers), dtype=torch.long, device=device)
         self.committed = [_Committed(layer, low, longest + 1) for layer, low in zip(layers, check, strict=True) if low.part is not False]
         self.converted = [
             _Converted(layer, high, low, space.length, count)
