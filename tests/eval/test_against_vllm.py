@@ -6,7 +6,7 @@ import sys
 from contextlib import contextmanager
 
 import pytest
-from scripts import EVAL, loaded_script
+from scripts import loaded_with
 
 from dsla_hf.serving.replay.trace import TracedRequest
 
@@ -16,14 +16,8 @@ LOCAL = ("against_vllm_page", "random_server", "server_process", "serving", "ser
 @pytest.fixture(scope="module")
 def script():
     """With eval/ on the path, as the script has it; there is a tests/support/server.py and more of such names."""
-    before = {name: sys.modules.pop(name) for name in LOCAL if name in sys.modules}
-    sys.path.insert(0, str(EVAL))
-    with loaded_script("against_vllm.py") as module:
+    with loaded_with("against_vllm.py", LOCAL) as module:
         yield module
-    sys.path.remove(str(EVAL))
-    for name in LOCAL:
-        sys.modules.pop(name, None)
-    sys.modules.update(before)
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,9 @@
 
 import json
 import random
-import sys
 
 import pytest
-from scripts import EVAL, loaded_script
+from scripts import EVAL, loaded_with
 
 from dsla_hf.levels.policies import FixedLevel, Load
 from dsla_hf.serving.command import ServeOptions, policy_of
@@ -17,14 +16,8 @@ STEP, TOKEN, FOLD = {0: 0.004, 32: 0.005}, {0: 1e-7, 32: 0.0}, (2e-4, 1e-7)
 
 @pytest.fixture(scope="module")
 def script():
-    before = {name: sys.modules.pop(name) for name in LOCAL if name in sys.modules}
-    sys.path.insert(0, str(EVAL))
-    with loaded_script("simulation.py") as module:
+    with loaded_with("simulation.py", LOCAL) as module:
         yield module
-    sys.path.remove(str(EVAL))
-    for name in LOCAL:
-        sys.modules.pop(name, None)
-    sys.modules.update(before)
 
 
 @pytest.fixture(scope="module")

@@ -21,3 +21,19 @@ def loaded_script(path):
     finally:
         sys.path[:] = before
         del sys.modules[name]
+
+
+@contextmanager
+def loaded_with(path, others):
+    """The same with eval/ on the path, as a script has it that imports `others` from there; modules of tests that have these names are put
+    back afterwards."""
+    before = {name: sys.modules.pop(name) for name in others if name in sys.modules}
+    sys.path.insert(0, str(EVAL))
+    try:
+        with loaded_script(path) as module:
+            yield module
+    finally:
+        sys.path.remove(str(EVAL))
+        for name in others:
+            sys.modules.pop(name, None)
+        sys.modules.update(before)
