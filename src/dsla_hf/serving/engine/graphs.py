@@ -113,7 +113,7 @@ class GraphRunner(ModelRunner):
             active = (torch.arange(size, device=self.piece.device) < counts)[None]
             seen = 0 if place == "first" else None
             rows = Rows(slots, active, starts, 0, seen=seen, whole_windows=place == "behind windows", in_blocks=True)
-            with self._reading(level, rows, starts + counts, starts), padding_at_end():
+            with self._reading(level, rows, starts + counts, starts, recorded=True), padding_at_end():
                 logits = self._call(level, self.piece[None, 3 : 3 + size], rows, active.long(), (counts - 1).clamp_min(0))
             if self._piece_logits is None:
                 self._piece_logits = torch.empty_like(logits)

@@ -139,13 +139,14 @@ class ModelRunner:
         before = torch.arange(past, device=ids.device) >= (past - lengths)[:, None]
         return self._logits_of(level, ids, rows, torch.cat([before, active], 1).long(), tokens)
 
-    def _reading(self, level: int, rows: Rows, lengths: Tensor, starts: Tensor | None = None) -> Any:
+    def _reading(self, level: int, rows: Rows, lengths: Tensor, starts: Tensor | None = None, recorded: bool = False) -> Any:
         """For a call at a level on `rows`, which have `lengths` tokens with the new ones and `starts` before them."""
         if not rows.in_blocks:
             return nullcontext()
         self.levels.use(level)
         tables, places = self.memory.pool.tables[:, rows.slots], self.memory.places(level)
-        return over_cache(CachedTokens(lengths, block_tables=tables, starts=starts, places=places))
+        begins = rows.seen == 0
+        return over_cache(CachedTokens(lengths, block_tables=tables, starts=starts, places=places, begins=begins, recorded=recorded))
 
     def _call(self, level: int, ids: Tensor, rows: Rows, mask: Tensor | None, last: Tensor | int = 1) -> Tensor:
         """Logits `[B, V]` of the last token of each row, or of the one whose place `last` `[1]` is."""
