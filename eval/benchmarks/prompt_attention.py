@@ -11,8 +11,8 @@ One layer, one text, bf16; `new` tokens behind `past` cached ones. Milliseconds,
 
 `*_first` is the first call of that shape, with the plan that cuDNN makes for it. The last rows are texts of random lengths one after the
 other, as an unrecorded call meets them, by a thread that has no plans yet: milliseconds a text in the mean, and the same of the same texts
-once more. `default` is PyTorch's own choice of kernels. Writes eval/results/prompt_attention.json. What a machine lacks is left out: on a CPU `chosen` alone runs, at sizes that
-say nothing.
+once more. `default` is PyTorch's own choice of kernels. Writes eval/results/prompt_attention.json. What a machine lacks is left out: on a
+CPU `chosen` alone runs, at sizes that say nothing.
 """
 
 from __future__ import annotations

@@ -128,3 +128,10 @@ def test_times_of_prompts_leave_out_what_there_is_not(tmp_path):
     one_by_one = {row["form"]: row for row in rows if "form" in row}
     assert {"default", "chosen"} <= set(one_by_one) and all(row["second_time"] > 0 for row in one_by_one.values())
     assert json.loads((tmp_path / "prompt_attention.json").read_text())["rows"] == rows
+
+
+def test_times_of_the_linear_layers_of_a_step(tmp_path):
+    with loaded_script("benchmarks/step_linears.py") as script:
+        rows = script.main(["--results", str(tmp_path)])
+    assert {row["rows"] for row in rows} >= {1, 17} and all(row["separate"] > 0 and row["joined"] > 0 for row in rows)
+    assert json.loads((tmp_path / "step_linears.json").read_text())["rows"] == rows
