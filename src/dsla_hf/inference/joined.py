@@ -42,7 +42,7 @@ def join_weights(model: nn.Module) -> int:
 
 
 def whole_of(tensors: Sequence[Tensor]) -> Tensor | None:
-    """One tensor of the rows of all these, `[sum of N, ...]`, where they lie one behind the other; else None. No gradient goes through it."""
+    """One tensor of the rows of all these, `[sum of N, ...]`, where they lie one behind the other; else None. It has no gradient."""
     first = tensors[0]
     if not all(map(_behind, tensors, tensors[1:])):
         return None

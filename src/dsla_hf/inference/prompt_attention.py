@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -75,7 +75,7 @@ def attend_to_prompt(query: Tensor, key: Tensor, value: Tensor, scale: float | N
     planned = planned_tokens(new, query.shape[3], query.dtype, query.device, recorded) if whole else 0
     parts = []
     if planned:
-        parts.append(_by_cudnn(*(x[:, :, :planned] for x in (query, key, value)), scale))
+        parts.append(_by_cudnn(query[:, :, :planned], key[:, :, :planned], value[:, :, :planned], scale))
     if planned < new:
         parts.append(_without_plans(query[:, :, planned:], key, value, scale))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
@@ -112,7 +112,7 @@ def _without_plans(query: Tensor, key: Tensor, value: Tensor, scale: float | Non
 
 
 @contextmanager
-def _prefers(order: list[SDPBackend]) -> Iterator[None]:
+def _prefers(order: Sequence[SDPBackend]) -> Iterator[None]:
     """Within it PyTorch takes the first of these kernels that can, and no other."""
-    with _lock, sdpa_kernel(order, set_priority=True):
+    with _lock, sdpa_kernel(list(order), set_priority=True):
         yield
