@@ -132,11 +132,13 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
     q = query.transpose(1, 2)
     if cached.starts is not None and len(cached.starts) > len(q):
         q = q[0].unflatten(0, (len(cached.starts), -1))
+    options: dict[str, Any] = {"scale": scale, "window": window, "heads": heads}
     if cached.starts is not None and table is not None and q.shape[1] > FEW:
-        o = softmax_prompt(q, key, value, cached.starts, cached.lengths, table, scale=scale, window=window, heads=heads)
-        return o.view(query.shape[0], -1, *o.shape[2:]), None
-    options: dict[str, Any] = {"scale": scale, "window": window, "mask": cached.mask, "block_table": table, "heads": heads}
-    return softmax_decode(q, key, value, cached.lengths, starts=cached.starts, **options), None
+        o = softmax_prompt(q, key, value, cached.starts, cached.lengths, table, **options)
+    else:
+        options |= {"mask": cached.mask, "block_table": table}
+        o = softmax_decode(q, key, value, cached.lengths, starts=cached.starts, **options)
+    return o.view(query.shape[0], -1, *o.shape[2:]), None
 
 
 def _behind_cache(new: int, tokens: int, window: int, device: torch.device) -> Tensor:

@@ -34,6 +34,7 @@ class Rows:
     seen: what every entry of `lengths` is, where the host knows it; 0: texts begin, and what their slots hold is of others.
     whole_windows: whether every entry of `lengths` is a multiple of the window's size of DSLA layers, and not 0.
     in_blocks: whether attention reads keys and values in their blocks, each row to its own end. Otherwise they are copied out.
+    together: whether the call's tokens are one row, in which these rows lie one behind the other.
     """
 
     slots: slice | Tensor
@@ -43,6 +44,7 @@ class Rows:
     seen: int | None = None
     whole_windows: bool = False
     in_blocks: bool = False
+    together: bool = False
 
 
 class OutOfBlocks(RuntimeError):
@@ -318,6 +320,8 @@ class BlockPool:
         self._index = None if rows.in_blocks else index
         self._begins = rows.seen == 0
         self._write = torch.where(rows.active.view(rows.active.shape[0], -1), index[:, :, past:], 0)
+        if rows.together:
+            self._write = self._write.flatten(1)[:, None]
 
     def extend(self, places: HeadPlaces, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys and values `[B, H, T, D]` behind those of their rows, and return all `[B, H, L + T, D]`; for a call that reads
