@@ -750,7 +750,7 @@ class Engine:
         return budget < self.chunk
 
     def _next_pieces(self, unread: deque[Request], budget: int) -> list[Piece]:
-        """What the next call reads, of the oldest prompt or of several; texts that are not to be read further in this step leave `unread`."""
+        """What the next call reads, of the oldest prompt or of several; what is not to be read further in this step leaves `unread`."""
         piece = self._next_piece(unread[0], budget)
         if piece is None:
             return []
@@ -800,9 +800,11 @@ class Engine:
             else:
                 read = self._read_scored if requests[0].scores_prompt else self.runner.prefill
                 logits = read(requests[0], pieces[0].tokens)[None]
-            if len(done) < len(pieces) and done:
-                logits = logits[torch.tensor(done, device=logits.device)]
-            chosen = dict(zip(done, self._chosen(logits, [requests[number] for number in done]), strict=True)) if done else {}
+            chosen: dict[int, NextToken] = {}
+            if done:
+                if len(done) < len(pieces):
+                    logits = torch.stack([logits[number] for number in done])
+                chosen = dict(zip(done, self._chosen(logits, [requests[number] for number in done]), strict=True))
         except Exception as error:
             self._failed(requests, error)
             return False

@@ -64,8 +64,8 @@ class ModelRunner:
         return self._read(request, tokens, 1)[-1]
 
     def room_together(self, level: int) -> int:
-        """Tokens, each text's rounded up to whole rows, that `prefill_together` reads at most; 0 where it does not run: states of DSLA layers
-        go from one token of a text to the next, while softmax attention needs to know no more than where tokens lie."""
+        """Tokens that `prefill_together` reads at most, each text's rounded up to whole rows; 0 where it does not run: states of DSLA
+        layers go from one token of a text to the next, while softmax attention need know no more than where tokens lie."""
         return sys.maxsize if self.in_blocks and not self.levels.converted(level) else 0
 
     @torch.no_grad()
@@ -202,8 +202,8 @@ def in_whole_rows(tokens: int) -> int:
 
 
 def in_rows(pieces: Sequence[tuple[Request, int]]) -> tuple[list[tuple[int, int, int]], list[int], list[int]]:
-    """Pieces of texts in rows: of each row (slot, tokens before it, tokens in it); their ids, rows filled up with zeros; and of each text the
-    number of its last row."""
+    """Pieces of texts in rows: of each row (slot, tokens before it, tokens in it); their ids, rows filled up with zeros; and of each text
+    the number of its last row."""
     rows: list[tuple[int, int, int]] = []
     ids: list[int] = []
     last: list[int] = []
