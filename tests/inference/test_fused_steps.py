@@ -12,8 +12,10 @@ from transformers import DynamicCache
 from transformers.models.llama import modeling_llama
 
 from dsla_hf.inference import fusion as fused_steps
+from dsla_hf.inference import joined
 from dsla_hf.inference.fusion import can_compile, fused
 from dsla_hf.inference.joined import join_weights
+from dsla_hf.inference.recorder import Recorder
 from dsla_hf.models.adapter import dsla_layers
 from dsla_hf.models.decoder import decoder_layers
 
@@ -373,3 +375,28 @@ def test_what_shares_its_memory_is_not_joined(tiny_model):
     held = torch.zeros(2, *first.q_proj.weight.shape)
     model.model.layers[2].self_attn.q_proj.weight.data = held[1]
     assert join_weights(model) == 8 - 2
+
+
+def test_without_memory_weights_stay_where_they_are(tiny_model, monkeypatch, caplog):
+    model, left = tiny_model("llama"), [3]
+    before, real = decode(model), torch.cat
+
+    def cat(tensors, *args):
+        if left[0] == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        left[0] -= 1
+        return real(tensors, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(joined.torch, "cat", cat)
+        assert join_weights(model) == 3
+    assert "memory does not suffice" in caplog.text and torch.equal(decode(model), before)
+
+
+def test_recorders_join_weights_before_they_record(monkeypatch):
+    """On a GPU, where layers are fused."""
+    seen = []
+    monkeypatch.setattr("dsla_hf.inference.recorder.join_weights", seen.append)
+    for kind, fuse in (("cuda", True), ("cuda", False), ("cpu", True)):
+        Recorder(SimpleNamespace(device=torch.device(kind)), fuse=fuse)
+        assert len(seen) == 1

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dsla_hf.inference import prompt_attention
-from dsla_hf.inference.prompt_attention import attend_to_prompt, planned_tokens
+from dsla_hf.inference.prompt_attention import attend_to_prompt, planned_tokens, reads_beginnings
 
 CPU = torch.device("cpu")
 
@@ -106,3 +106,24 @@ def test_the_users_switches_are_left_as_they_are(fast_cudnn, calls):
         assert calls[0][0] is SDPBackend.EFFICIENT_ATTENTION  # the first that is on, of those without plans
     finally:
         torch.backends.cuda.enable_flash_sdp(True)
+
+
+def test_beginnings_of_texts_that_lie_in_blocks(monkeypatch):
+    """On a GPU the flash kernel has to take them, and the user must not have switched it off."""
+    state = {"available": True, "on": True, "capability": (9, 0)}
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: state["available"])
+    monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: state["on"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: state["capability"])
+
+    def read(device, dtype, **now):
+        before = dict(state)
+        state.update(now)
+        try:
+            return reads_beginnings(SimpleNamespace(device=torch.device(device), dtype=dtype))
+        finally:
+            state.update(before)
+
+    assert read("cuda", torch.bfloat16) and read("cuda", torch.float16) and read("cpu", torch.float32)
+    assert not read("cuda", torch.float32)
+    for other in ({"available": False}, {"on": False}, {"capability": (7, 5)}):
+        assert not read("cuda", torch.float16, **other)

@@ -7,6 +7,7 @@ they are: their parameters become views of one tensor. Whoever moves one away ge
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -15,7 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..compat.attributes import children_of
+from .batching import out_of_memory
 from .parts import is_plain
+
+logger = logging.getLogger(__name__)
 
 # Of modules by the names of their children: those that read the same x.
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -25,19 +29,26 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 def join_weights(model: nn.Module) -> int:
     """Lay the weights and biases of each group of a model's linear layers one behind the other, and tell how many groups that was.
 
-    Layers that are not plain, share their memory with others, or differ in dtype, device or width of x stay as they are. Beside the model
-    there must be room for one group.
+    Layers that are not plain, share their memory with others, or differ in dtype, device or width of x stay as they are, and so does what
+    finds no memory: beside the model there must be room for one group. What holds addresses of weights, as recordings do, must come later.
     """
     joined = 0
     for module in model.modules():
         children = children_of(module)
         for names in GROUPS:
             layers: list[Any] = [children.get(name) for name in names]
-            if all(is_plain(layer) for layer in layers) and _alike([x.weight for x in layers]):
-                joined += 1
+            if not (all(is_plain(layer) for layer in layers) and _alike([x.weight for x in layers])):
+                continue
+            try:
                 _join([x.weight for x in layers])
                 if all(x.bias is not None for x in layers) and _alike([x.bias for x in layers]):
                     _join([x.bias for x in layers])
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                logger.warning("memory does not suffice to lay weights beside each other: steps of many rows have more products")
+                return joined
+            joined += 1
     return joined
 
 

@@ -43,6 +43,15 @@ def cudnn_is_fast(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10) and (cudnn.version() or 0) >= 90000
 
 
+def reads_beginnings(x: Tensor) -> bool:
+    """Whether the piece that a text begins with goes to PyTorch's kernels where keys and values otherwise lie in blocks, of x's device and
+    dtype: where the flash kernel takes it, for others may want memory for all scores."""
+    if x.device.type != "cuda":
+        return True
+    fits = x.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(x.device)[0] >= 8
+    return fits and cuda.is_flash_attention_available() and cuda.flash_sdp_enabled()
+
+
 def planned_tokens(tokens: int, head_dim: int, dtype: torch.dtype, device: torch.device, recorded: bool = False) -> int:
     """How many of the first tokens of a prompt go to cuDNN, 0 for none.
 

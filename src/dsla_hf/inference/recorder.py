@@ -17,6 +17,7 @@ import torch
 
 from .batching import out_of_memory
 from .fusion import can_compile, fused
+from .joined import join_weights
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,8 @@ class Recorder:
     Args:
         model: a model of transformers, whose layers are fused while a step is rehearsed and recorded.
         record: what records a step: `CudaRecording`, or `PlainRecording` for tests.
-        fuse: on a CUDA device, fuse layers (`dsla_hf.inference.fusion`).
+        fuse: on a CUDA device, fuse layers (`dsla_hf.inference.fusion`), and lay weights of one x beside each other
+            (`dsla_hf.inference.joined`); that is done now, for recordings have the addresses of weights.
         for_memory: how to have more memory, in words, for the line that says it does not suffice.
 
     Attributes:
@@ -95,6 +97,8 @@ class Recorder:
         self.reason: str | None = None
         self.preparing = False
         self._fuse = fuse
+        if fuse and model.device.type == "cuda":
+            join_weights(model)
         self._rehearsed: set[Hashable] = set()
         self._failures: dict[Hashable, int] = {}  # tries that failed; TRIES: there are no more
         self._said: set[str] = set()

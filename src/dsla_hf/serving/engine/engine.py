@@ -23,7 +23,6 @@ from ...core.cache import FOLDED_AT_ONCE
 from ...core.tensor_parallel import is_tensor_parallel
 from ...inference.batching import out_of_memory
 from ...inference.draws import sent
-from ...inference.joined import join_weights
 from ...inference.recorder import Record
 from ...inference.sampling import Constraint
 from ...levels.policies import FixedLevel, Load, Policy, Stats, as_policy
@@ -175,8 +174,7 @@ class Engine:
         model: a causal LM, a `PeftModel` with a DSLA adapter, or a hybrid; in eval mode, on its device.
         policy: what `as_policy` takes.
         eos_tokens: ids that end a text; None: those of the model's generation config.
-        record: what records model calls, see `GraphRunner`; None: they run as they are. Weights of linear layers that read the same x are
-            laid beside each other then: parameters stay, but are views of one tensor.
+        record: what records model calls, see `GraphRunner`; None: they run as they are.
         processes: of a model that is cut over several, all of them: each has an engine of the same options, the first serves, and the
             others `follow`. An error in a model call then ends all of them.
     """
@@ -197,8 +195,6 @@ class Engine:
         self.processes = processes = processes or OneProcess()
         self._check_processes(model, record)
         self.levels = levels = Levels(model)
-        if record is not None:
-            join_weights(levels.causal_lm)  # steps of more rows than there are kernels for
         config = model.config
         self.vocab_size = int(config.vocab_size)
         self.max_tokens = options.max_tokens or int(config.max_position_embeddings)

@@ -135,8 +135,17 @@ class GraphRunner(ModelRunner):
 
         def read() -> None:
             active = (torch.arange(size, device=self.piece.device) < counts)[None]
-            seen = 0 if place == "first" else None
-            rows = Rows(slots, active, starts, 0, seen=seen, whole_windows=place == "behind windows", in_blocks=True)
+            first = place == "first"
+            rows = Rows(
+                slots,
+                active,
+                starts,
+                0,
+                seen=0 if first else None,
+                whole_windows=place == "behind windows",
+                in_blocks=True,
+                begins=first and self.reads_beginnings,
+            )
             with self._reading(level, rows, starts + counts, starts, recorded=True), padding_at_end():
                 logits = self._call(level, self.piece[None, 3 : 3 + size], rows, active.long(), (counts - 1).clamp_min(0))
             if self._piece_logits is None:

@@ -34,6 +34,7 @@ class Rows:
     seen: what every entry of `lengths` is, where the host knows it; 0: texts begin, and what their slots hold is of others.
     whole_windows: whether every entry of `lengths` is a multiple of the window's size of DSLA layers, and not 0.
     in_blocks: whether attention reads keys and values in their blocks, each row to its own end. Otherwise they are copied out.
+    begins: whether attention to what `seen` 0 says is there needs no blocks, but the keys and values of the call alone.
     together: whether the call's tokens are one row, in which these rows lie one behind the other.
     """
 
@@ -44,6 +45,7 @@ class Rows:
     seen: int | None = None
     whole_windows: bool = False
     in_blocks: bool = False
+    begins: bool = False
     together: bool = False
 
 
@@ -318,7 +320,7 @@ class BlockPool:
         block = block.expand(self.tables.shape[0], -1, -1)
         index = self.tables[:, rows.slots].gather(2, block) * self.block_size + position % self.block_size
         self._index = None if rows.in_blocks else index
-        self._begins = rows.seen == 0
+        self._begins = rows.begins
         self._write = torch.where(rows.active.view(rows.active.shape[0], -1), index[:, :, past:], 0)
         if rows.together:
             self._write = self._write.flatten(1)[:, None]

@@ -13,6 +13,7 @@ from torch import Tensor
 from dsla_kernels import uses_triton
 
 from ...inference.decode_attention import ATTENTION_FUNCTION, CachedTokens, can_attend_where_cached, over_cache
+from ...inference.prompt_attention import reads_beginnings
 from .levels import Levels
 from .pool import Rows
 from .request import Request
@@ -50,6 +51,7 @@ class ModelRunner:
         pool = memory.pool
         # Calls then read keys and values where they lie, and need no `past`.
         self.in_blocks = can_attend_where_cached(levels.causal_lm) and uses_triton(pool.keys, pool.values)
+        self.reads_beginnings = self.in_blocks and reads_beginnings(pool.keys)
         if self.in_blocks:
             levels.causal_lm.set_attn_implementation(ATTENTION_FUNCTION)
 
@@ -103,7 +105,8 @@ class ModelRunner:
         assert slot is not None
         one, start = torch.ones(1, dtype=torch.bool, device=device), torch.tensor([cached], device=device)
         past = 0 if self.in_blocks else cached
-        rows = Rows(slice(slot, slot + 1), one, start, past, seen=cached, in_blocks=self.in_blocks)
+        begins = cached == 0 and self.reads_beginnings
+        rows = Rows(slice(slot, slot + 1), one, start, past, seen=cached, in_blocks=self.in_blocks, begins=begins)
         ids = torch.tensor([request.text[cached : cached + tokens]], device=device)
         with self._reading(request.level, rows, start + tokens, start):
             return self._logits_of(request.level, ids, rows, None, last)[0]
@@ -178,8 +181,8 @@ class ModelRunner:
             return nullcontext()
         self.levels.use(level)
         tables, places = self.memory.pool.tables[:, rows.slots], self.memory.places(level)
-        begins = rows.seen == 0
-        return over_cache(CachedTokens(lengths, block_tables=tables, starts=starts, places=places, begins=begins, recorded=recorded))
+        more: dict[str, Any] = {"starts": starts, "places": places, "begins": rows.begins, "recorded": recorded}
+        return over_cache(CachedTokens(lengths, block_tables=tables, **more))
 
     def _call(self, level: int, ids: Tensor, rows: Rows, mask: Tensor | None, last: Tensor | int = 1) -> Tensor:
         """Logits `[B, V]` of the last token of each row, or of the one whose place `last` `[1]` is."""
