@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dsla_hf.inference import prompt_attention
 from dsla_hf.inference.prompt_attention import attend_to_prompt, planned_tokens, reads_beginnings
+from dsla_hf.inference.recorder import CudaRecording
 
 CPU = torch.device("cpu")
 
@@ -127,3 +128,36 @@ def test_beginnings_of_texts_that_lie_in_blocks(monkeypatch):
     assert not read("cuda", torch.float32)
     for other in ({"available": False}, {"on": False}, {"capability": (7, 5)}):
         assert not read("cuda", torch.float16, **other)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kv_heads", [8, 2])
+@pytest.mark.parametrize("rows, tokens, past", [(1, 2048, 0), (2, 2500, 0), (1, 300, 0), (1, 300, 900)])
+def test_on_a_gpu(kv_heads, rows, tokens, past):
+    q = torch.randn(rows, tokens, 8, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    k, v = (torch.randn(rows, kv_heads, 4096, 128, device="cuda", dtype=torch.bfloat16)[:, :, : past + tokens] for _ in range(2))
+    mask = torch.ones(tokens, past + tokens, dtype=torch.bool, device="cuda").tril(past)
+    every = (q.float(), *(x.float().repeat_interleave(8 // kv_heads, 1) for x in (k, v)))
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = F.scaled_dot_product_attention(*every, attn_mask=mask).transpose(1, 2).to(q.dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(attend_to_prompt(q, k, v), expected, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_in_a_graph():
+    q, k, v = (torch.randn(1, 8, 1024, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    kept = [torch.empty(1, 1024, 8, 128, device="cuda", dtype=torch.bfloat16)]
+
+    def step():
+        kept[0].copy_(attend_to_prompt(q, k, v, recorded=True))
+
+    with torch.no_grad():
+        step()
+        recording = CudaRecording(step, None)
+        for x in (q, k, v):
+            x.normal_()
+        recording.replay()
+        torch.testing.assert_close(kept[0], attend_to_prompt(q, k, v), atol=0.02, rtol=0.02)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from engine_texts import Ear, alone, ask, assert_empty, options, prompts, recorded, run
 
-from dsla_hf.inference.recorder import PlainRecording
+from dsla_hf.inference.recorder import CudaRecording, PlainRecording
 from dsla_hf.inference.sampling import Sampling
 from dsla_hf.serving.engine.engine import Engine, ShedForMemory
 
@@ -200,4 +200,22 @@ def test_more_slots_than_a_power_of_two(tiny_model, small_rows, watched_recordin
         most = max(most, len(engine.scheduler.running))
     assert most == 80 and max(rows for _, rows, _ in recorded(engine)[0]) == 80
     assert [ear.tokens for ear in ears] == expected(model, wanted, None)
+    assert_empty(engine)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_graphs_read_prompts_together(tiny_model, adapter_model):
+    model = adapter_model(tiny_model("llama", hidden_size=64, head_dim=16), level=0).cuda()
+    engine = Engine(model, 0, options(block_size=16, chunk=256, slots=24), record=CudaRecording)
+    engine.prepare([0])
+    ahead, calls = recorded(engine), watch(engine)
+    wanted = [(prompt, 8) for prompt in prompts(24, 3, 100, seed=5)]
+    ears = ask(engine, wanted)
+    run(engine)
+    assert recorded(engine) == ahead and engine.runner.recorder.reason is None and any(len(call) > 2 for call in calls)
+    for (prompt, tokens), ear in zip(wanted, ears, strict=True):
+        ids = torch.tensor([prompt], device="cuda")
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+        assert ear.tokens == out[0, len(prompt) :].tolist()
     assert_empty(engine)
