@@ -400,3 +400,15 @@ def test_recorders_join_weights_before_they_record(monkeypatch):
     for kind, fuse in (("cuda", True), ("cuda", False), ("cpu", True)):
         Recorder(SimpleNamespace(device=torch.device(kind)), fuse=fuse)
         assert len(seen) == 1
+
+
+def test_kernels_of_layers_take_parts_of_one_product(tiny_model, adapter_model, counted, interpreted_kernels, products, monkeypatch):
+    """Seventeen rows, more than the kernels for few rows take: queries, keys and values are columns of wider results."""
+    model = adapter_model(tiny_model("llama", num_hidden_layers=2), conversion_order=[1, 0], level=1)
+    join_weights(model)
+    monkeypatch.setattr("dsla_kernels.dispatch.choice", "pytorch")
+    expected = decode(model, 1, 17)
+    with fused(model, counted):
+        found = decode(model, 1, 17, lambda: monkeypatch.setattr("dsla_kernels.dispatch.choice", "triton"))
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+    assert products
