@@ -1,9 +1,9 @@
 """Causal softmax attention of prompts by PyTorch's kernels, and which of them reads what: the rule is in `planned_tokens` alone.
 
-On Hopper cuDNN's kernel takes half the time of the flash kernel, but makes a plan for every new shape and stride, which takes as long as
-many prompts: without care a server whose prompts are all of other lengths makes one for each. So the first tokens of a prompt go to cuDNN,
-as many as one of few lengths has, and its last ones, which see all of them, to the flash kernel. A query's output does not depend on other
-queries: nothing is computed twice, and nothing joined. `eval/benchmarks/prompt_attention.py` has the times of both.
+On Hopper cuDNN's kernel takes half the time of the flash kernel, but makes a plan for every new shape and stride, for which a prompt waits:
+without care a program whose prompts are all of other lengths makes one for each. So the first tokens of a prompt go to cuDNN, as many as
+one of few lengths has, and its last ones, which see all of them, to the flash kernel. A query's output does not depend on other queries:
+nothing is computed twice, and nothing joined. `eval/benchmarks/prompt_attention.py` times both, and the plans.
 """
 
 from __future__ import annotations
