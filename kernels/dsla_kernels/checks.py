@@ -367,8 +367,11 @@ def check_linears_inputs(x: Tensor, weights: Sequence[Tensor], biases: Sequence[
         for number, tensor in enumerate(tensors):
             if tensor.dtype != x.dtype or tensor.device != x.device:
                 raise ValueError(f"{name} {number} must be {x.dtype} on {x.device} as x is, got {tensor.dtype} on {tensor.device}")
-            if tensor is not x and not tensor.is_contiguous():
-                raise ValueError(f"{name} {number} must be contiguous, got strides {tensor.stride()}")
+            if name == "weight" and tensor.stride() != (tensors[0].stride(0), 1):
+                far = f"strides {(tensors[0].stride(0), 1)}" + (" as weight 0 has" if number else ", with a dense last dimension")
+                raise ValueError(f"weight {number} must have {far}, got {tensor.stride()}")
+            if name == "bias" and not tensor.is_contiguous():
+                raise ValueError(f"bias {number} must be contiguous, got strides {tensor.stride()}")
             if tensor.requires_grad and torch.is_grad_enabled():
                 raise ValueError(f"{name} {number} requires a gradient, which these kernels do not have: call them under torch.no_grad()")
 
