@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
+from scripts import loaded_script
 from tiny import tiny_model_of
 from transformers import AutoModelForCausalLM
 
@@ -63,20 +64,8 @@ def hybrid(tmp_path_factory):
             model = tiny_model_of(base, uneven=True, **sizes, **biases)
             config = DSLAConfig(gate_rank=4, **PLANS[kind])
             merged = get_peft_model(model, config).merge_and_unload()
-            with torch.no_grad():  # states that say much, and differently at each token
-                for name, x in merged.named_parameters():
-                    if ".dsla." not in name:
-                        continue
-                    if "state_bias" in name:
-                        x.fill_(2.0)
-                    elif "state_gain" in name:
-                        x.fill_(0.5)
-                    elif "norm_weight" in name:
-                        x.uniform_(0.5, 2.0)
-                    elif "gate_bias" in name:
-                        x.add_(torch.randn_like(x) * 0.3)
-                    else:
-                        x.normal_(0, 0.5)
+            with loaded_script("random_hybrids.py") as script:
+                script.let_states_speak(merged)
             path = tmp_path_factory.mktemp("hybrid")
             merged.save_pretrained(path)
             made[base, kind] = path, AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -110,7 +99,7 @@ def started(path, **settings):
 def served(path, **settings):
     done = started(path, **settings)
     assert not done.returncode, done.stderr[-6000:] + done.stdout[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"texts"')))  # others are vLLM's log
 
 
 def assert_equal_to_generate(model, prompts, said, tokens=40):
@@ -170,6 +159,14 @@ def test_requests_that_make_room_and_come_back(hybrid, kind):
     said = served(path, prompts=prompts, new_tokens=200, options=options)
     assert said["preemptions"] > 0
     assert_equal_to_generate(model, prompts, said, tokens=200)
+
+
+@pytest.mark.parametrize("kind", ["windowed", "pure", "heads"])
+def test_heads_divided_between_two_processes(hybrid, kind):
+    """Of `heads`, ranks keep and convert different numbers of a layer, or none."""
+    path, model = hybrid(kind=kind)
+    prompts = prompts_of(*LENGTHS)
+    assert_equal_to_generate(model, prompts, served(path, prompts=prompts, options={"tensor_parallel_size": 2}))
 
 
 def test_half_of_the_heads_make_room_for_texts(hybrid):

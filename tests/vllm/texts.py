@@ -1,4 +1,4 @@
-"""Continues prompts with vLLM in a process of its own: python texts.py MODEL OPTIONS, where OPTIONS is a JSON dict; writes JSON, last line.
+"""Continues prompts with vLLM in a process of its own: python texts.py MODEL OPTIONS, where OPTIONS is a JSON dict; writes JSON in a line.
 
 options: of `LLM`. prompts: lists of token ids. new_tokens: how many for each. rounds: how often. forget: leave states unwritten.
 """
@@ -8,6 +8,7 @@ import os
 import sys
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or vLLM wants a NUMA node for each process of tensor parallelism
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, where its layers can be changed
 
 
