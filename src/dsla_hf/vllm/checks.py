@@ -51,6 +51,11 @@ def check_servable(config: Any, tensor_parallel: int = 1, pipeline_parallel: int
             f"vLLM cannot serve this hybrid of {base}, whose attention has biases ({biased[0]}=True): its class leaves some out; "
             "`dsla serve` can"
         )
+    if (getattr(config, "quantization_config", None) or {}).get("kv_cache_scheme"):
+        raise ValueError(
+            "vLLM cannot serve DSLA hybrids with scales of keys and values (kv_cache_scheme in quantization_config): quantise layers "
+            "of weights alone"
+        )
     check_heads(config.num_key_value_heads, tensor_parallel)
     if pipeline_parallel != 1:
         raise ValueError(

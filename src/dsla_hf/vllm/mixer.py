@@ -132,7 +132,7 @@ class DSLAHeadsAttention(nn.Module):
         mixer: of the converted ones; None where the rank has none.
     """
 
-    def __init__(self, heads: RankHeads, queries: int, kept: nn.Module, mixer: DSLAMixer | None) -> None:
+    def __init__(self, heads: RankHeads, queries: int, kept: Any, mixer: DSLAMixer | None) -> None:
         super().__init__()
         self.kept_attention, self.key_dim = kept, kept.head_size
         self.dsla_attention = None if mixer is None else DSLAAttention(mixer)

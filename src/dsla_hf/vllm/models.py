@@ -16,21 +16,16 @@ from vllm.model_executor.models.llama import LlamaForCausalLM
 from ..models.hybrid import hybrid_classes
 from .checks import SERVED_BASES
 from .mixer import OPERATOR, DSLAAttention, DSLAHeadsAttention, DSLAMixer
-from .pages import converted_heads, page_parts, places
-from .ranks import RankHeads, own_part, rank_heads
+from .pages import page_parts, places
+from .ranks import RankHeads, heads_by_layer, own_part
 from .state_page import StatePage
-
-
-def _heads(vllm_config: Any, rank: int = 0) -> dict[int, RankHeads]:
-    """Of each layer that has converted heads those of a rank."""
-    config, ranks = vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
-    return {layer: rank_heads(heads, config.num_key_value_heads, ranks, rank) for layer, heads in converted_heads(config).items()}
 
 
 def _page_parts(vllm_config: Any) -> Any:
     """What a page holds: as many heads as a rank has of the layer with the most converted ones."""
-    model = vllm_config.model_config
-    return page_parts(model.hf_config, model.dtype, max(heads.most_converted for heads in _heads(vllm_config).values()))
+    model, ranks = vllm_config.model_config, vllm_config.parallel_config.tensor_parallel_size
+    most = max(heads.most_converted for heads in heads_by_layer(model.hf_config, ranks).values())
+    return page_parts(model.hf_config, model.dtype, most)
 
 
 def _convert(attention: Any, name: str, heads: RankHeads, page: StatePage, first: int, vllm_config: Any) -> None:
@@ -42,7 +37,7 @@ def _convert(attention: Any, name: str, heads: RankHeads, page: StatePage, first
     if heads.converted:
         # By the name that its weights have in a hybrid's checkpoint.
         mixer = attention.dsla = DSLAMixer(config, len(heads.converted), attention.scaling, f"{name}.dsla", page, first)
-    if not heads.most_kept:
+    if mixer is not None and not heads.most_kept:
         attention.attn = DSLAAttention(mixer)
         return
     kept = type(softmax)(
@@ -67,7 +62,8 @@ class _Hybrid:
             split.append(OPERATOR)
         super().__init__(vllm_config=vllm_config, prefix=prefix, **options)  # type: ignore[call-arg]
         self.dsla_queries = config.num_attention_heads // config.num_key_value_heads
-        self.dsla_heads = _heads(vllm_config, get_tensor_model_parallel_rank())
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        self.dsla_heads = heads_by_layer(config, ranks, get_tensor_model_parallel_rank())
         pages: dict[int, StatePage] = {}
         for index, place in places({layer: heads.most_converted for layer, heads in self.dsla_heads.items()}).items():
             attention: Any = self.model.layers[index].self_attn  # type: ignore[attr-defined]

@@ -7,12 +7,13 @@ convert different numbers; vLLM wants the same caches on all of them, which ther
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core.heads import PER_KV_HEAD, HeadIndices
+from .pages import converted_heads
 
 DSLA_WEIGHT = re.compile(r"layers\.(\d+)\.self_attn\.dsla\.(\w+)$")
 
@@ -46,6 +47,12 @@ def rank_heads(converted: tuple[int, ...], kv_heads: int, ranks: int, rank: int)
     counts = [len(heads) for heads in found]
     kept = tuple(head for head in range(each) if head not in found[rank])
     return RankHeads(found[rank], kept, sum(counts[:rank]), max(counts), each - min(counts))
+
+
+def heads_by_layer(config: Any, ranks: int, rank: int = 0) -> dict[int, RankHeads]:
+    """Those of each layer that has converted ones, of a hybrid with this `DSLAHybridConfig`; the others as in `rank_heads`."""
+    kv_heads = config.num_key_value_heads
+    return {layer: rank_heads(converted, kv_heads, ranks, rank) for layer, converted in converted_heads(config).items()}
 
 
 def indices(heads: RankHeads, queries: int) -> HeadIndices:

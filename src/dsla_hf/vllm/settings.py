@@ -9,8 +9,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 from vllm.platforms import current_platform
 
 from .checks import check_pages, check_servable
-from .pages import converted_heads
-from .ranks import rank_heads
+from .ranks import heads_by_layer
 from .releases import has_cache_layouts
 
 __all__ = ["MODELS_CONFIG_MAP", "HybridSettings"]
@@ -48,7 +47,7 @@ class HybridSettings(VerifyAndUpdateConfig):
         config, parallel = vllm_config.model_config.hf_config, vllm_config.parallel_config
         ranks, speculative = parallel.tensor_parallel_size, vllm_config.speculative_config is not None
         check_servable(config, ranks, parallel.pipeline_parallel_size, speculative)
-        kept = {layer: rank_heads(heads, config.num_key_value_heads, ranks, 0).most_kept for layer, heads in converted_heads(config).items()}
+        kept = {layer: heads.most_kept for layer, heads in heads_by_layer(config, ranks).items()}
         check_pages(config.num_key_value_heads // ranks, kept, has_cache_layouts())
         if has_cache_layouts() and current_platform.is_cpu() and envs.VLLM_KV_CACHE_LAYOUT is None:
             # What `StatePageBackend` asks for. vLLM's attention on CPUs does not offer it, but takes blocks of any stride.
