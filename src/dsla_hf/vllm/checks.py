@@ -53,8 +53,8 @@ def check_servable(config: Any, tensor_parallel: int = 1, pipeline_parallel: int
         )
     if (getattr(config, "quantization_config", None) or {}).get("kv_cache_scheme"):
         raise ValueError(
-            "vLLM cannot serve DSLA hybrids with scales of keys and values (kv_cache_scheme in quantization_config): quantise layers "
-            "of weights alone"
+            "vLLM cannot serve DSLA hybrids with scales of keys and values (kv_cache_scheme in quantization_config): quantise the "
+            "weights of linear layers alone"
         )
     check_heads(config.num_key_value_heads, tensor_parallel)
     if pipeline_parallel != 1:
