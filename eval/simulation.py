@@ -375,6 +375,15 @@ def errors(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def padding(rows: list[dict[str, Any]]) -> str:
+    """What rows between texts cost, in a sentence."""
+    parts = []
+    for policy, name in (("fixed", "at a fixed level"), ("load", "under `load`")):
+        if shares := [row["forecast"]["padding_share"] for row in rows if row["policy"] == policy]:
+            parts.append(f"{median(shares):.1%} of the time of steps ({min(shares):.1%} to {max(shares):.1%}) {name}")
+    return f"Padding between texts, a row of it taken for a text, costs (median and range) {' and '.join(parts)}."
+
+
 def choose_table(rows: list[dict[str, Any]]) -> str:
     lines = [
         {
@@ -399,7 +408,7 @@ def page_parts(found: dict[str, Any]) -> dict[str, str]:
     forecasts, chosen = ([row for row in rows if row["part"] == part] for part in ("forecast", "choose"))
     costs = rows_table(found["costs"], list(found["costs"][0]))
     about = f"{found['shape']}, times of {', '.join(found['files'])}; `{found['command']}`"
-    parts = {"costs": f"{about}\n\n{costs}", "forecast": f"{errors(forecasts)}\n\n{forecast_table(forecasts)}"}
+    parts = {"costs": f"{about}\n\n{costs}", "forecast": f"{errors(forecasts)} {padding(forecasts)}\n\n{forecast_table(forecasts)}"}
     return {**parts, "settings": choose_table(chosen)} if chosen else parts
 
 
