@@ -291,5 +291,6 @@ def _cached(layer: Any, tokens: int) -> tuple[Tensor, Tensor]:
     slots = layer.keys.shape[2]
     if type(layer) is StaticSlidingWindowLayer and tokens >= slots:  # the oldest one leaves with the next token
         return layer.keys[:, :, 1:], layer.values[:, :, 1:]
+    first = layer.out_of_window(tokens + 1) if isinstance(layer, VisibleStaticLayer) else 0
     kept = min(tokens, slots)
-    return layer.keys[:, :, :kept], layer.values[:, :, :kept]
+    return layer.keys[:, :, first:kept], layer.values[:, :, first:kept]

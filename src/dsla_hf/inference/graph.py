@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import StaticCache
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
@@ -41,7 +41,7 @@ from ..levels.drafting import (
     stop_by_criterion,
 )
 from ..models.adapter import DSLALayer, dsla_layers
-from ..models.architectures import check_draftable, kv_heads_of
+from ..models.architectures import check_draftable, convertible_layers, kv_heads_of
 from ..models.base_attention import DSLAAttentionMixin
 from ..models.decoder import decoder_layers
 from ..models.level import counts_heads
@@ -56,8 +56,9 @@ from .recorder import PlainRecording as PlainRecording
 logger = logging.get_logger(__name__)
 
 REHEARSAL = 64  # tokens of the text that `prepare` reads
-# Of static caches, by name, as a release may lack one: layers whose tensors stay where they are, and whose lengths no host counts.
-KNOWN_LAYERS = {"StaticLayer", "LinearAttentionLayer", "DummyLayer"}
+# Of static caches, by name, as a release may lack one: layers whose tensors stay where they are, and those of softmax attention, in whose
+# place are such as no host counts the lengths of.
+KNOWN_LAYERS = {"StaticLayer", "StaticSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer"}
 FOR_MEMORY = "give a smaller max_length, fewer rows, or GraphDecoder(keep=False)"
 
 
@@ -93,9 +94,10 @@ class Workspace:
     logits: fp32 `[B, vocabulary]`, the output of the last step.
     counts: int64 `[layers, B + 1]`, of DSLA layers the lengths of the rows and the tokens in the cache.
     cached: int64 `[layers]`, of layers with keys and values the tokens in the cache.
-    kv_heads: of a layer.
+    kv_heads: by number of layers that can be converted; others, whose heads may differ, keep all of theirs.
     recorder: of steps by (what of each layer is DSLA, padding, tokens shown).
     linear: by layer number the cache layers of layers without attention, whose states a step changes in place.
+    windows: by layer number how many tokens attention sees, where it slides.
     softmax: by layer number the keys and values of as many heads as were kept at once.
     dsla: by layer number and part the cache layers of DSLA, whole or in part, as far as they have been in use.
     by_length: whether the attention of a step knows how far the cache is filled, and needs not be shown a part of it.
@@ -111,9 +113,10 @@ class Workspace:
     logits: Tensor
     counts: Tensor
     cached: Tensor
-    kv_heads: int
+    kv_heads: dict[int, int]
     recorder: Recorder
     linear: dict[int, Any] = field(default_factory=dict)
+    windows: dict[int, int] = field(default_factory=dict)
     softmax: dict[int, VisibleStaticLayer] = field(default_factory=dict)
     dsla: dict[tuple[int, Part], Any] = field(default_factory=dict)
     by_length: bool = False
@@ -161,19 +164,21 @@ class Workspace:
     def _layer(self, index: int, part: Part) -> Any:
         """A layer for a new text: where it was before, if it was."""
         if part is False:
-            return self.linear[index] if index in self.linear else self._memory(index, self.kv_heads)
+            return self.linear[index] if index in self.linear else self._memory(index, self.kv_heads.get(index))
         if (index, part) in self.dsla:
             return self.dsla[index, part]
         states = StaticDSLACacheLayer(self.length)
         return states if part is True else PartialCacheLayer(self._memory(index, len(part[1])), states, *part)
 
-    def _memory(self, index: int, heads: int) -> VisibleStaticLayer:
-        """Keys and values of so many heads. Where there were fewer, these go, and with them what was recorded over them."""
+    def _memory(self, index: int, heads: int | None) -> VisibleStaticLayer:
+        """Keys and values of so many heads, all if None. Where there were fewer, these go, and with them what was recorded over them."""
         memory = self.softmax.get(index)
-        if memory is None or (memory.is_initialized and memory.num_heads < heads):
+        held = memory.num_heads if memory is not None and memory.is_initialized else None
+        if memory is None or (held is not None and heads is not None and held < heads):
             self._forget(index)
-            memory = self.softmax[index] = VisibleStaticLayer(self.length, self.cached[index])
-        return last_heads(memory, heads) if memory.is_initialized and memory.num_heads > heads else memory
+            self.softmax[index] = memory = VisibleStaticLayer(self.length, self.cached[index], self.windows.get(index))
+            return memory
+        return memory if held is None or heads is None or held == heads else last_heads(memory, heads)
 
     def _take_in(self, index: int, part: Part, layer: Any) -> None:
         """From now on this is the layer of its part."""
@@ -202,11 +207,12 @@ class Workspace:
         self.dsla = {key: layer for key, layer in self.dsla.items() if key[0] != index or key[1] is True}
         self.recorder.drop(lambda key: key[0][index] is not True)
 
-    def show(self, tokens: int, places: Tensor | None = None) -> None:
-        """Let attention see the first `tokens` places of the cache; the next token goes to `places` `[B]`, if given."""
+    def show(self, tokens: int, places: Tensor | None = None, past: int | None = None) -> None:
+        """Let attention see the first `tokens` places of the cache; the next token goes to `places` `[B]`, if given. past: for a piece of
+        a prompt, tokens before it."""
         for layer in self.layers():
             if isinstance(layer, VisibleStaticLayer):
-                layer.visible, layer.places = tokens, places
+                layer.visible, layer.places, layer.past = tokens, places, past
             elif isinstance(layer, StaticDSLACacheLayer):
                 layer.max_length = tokens  # what it answers when it is asked for the size of masks
                 layer.counts = places is None  # the step counts for all layers
@@ -318,6 +324,8 @@ class GraphDecoder:
         kinds = {str(entry.get("rope_type")) for entry in (rope, *rope.values()) if isinstance(entry, dict)}
         if changing := sorted(kinds & {"dynamic", "longrope"}):
             return f"rotary embeddings of type {changing} change with the length, which the host would have to look at"
+        if getattr(config, "attention_chunk_size", None) is not None:
+            return "this base attends in chunks (attention_chunk_size), which caches of recorded steps do not know"
         layers = StaticCache(config=config, max_cache_len=8).layers
         if any(isinstance(layer, StaticLayer) and has_linear_part(layer) for layer in layers):
             return "this base has linear states and keys in one cache layer, which no recorded step has at addresses that stay"
@@ -587,9 +595,11 @@ class GraphDecoder:
             logits=torch.zeros(rows, config.vocab_size, device=device),
             counts=torch.zeros(len(cache.layers), rows + 1, dtype=torch.long, device=device),
             cached=torch.zeros(len(cache.layers), dtype=torch.long, device=device),
-            kv_heads=kv_heads_of(config),
+            kv_heads=dict.fromkeys(convertible_layers(config), kv_heads_of(config)),
             recorder=self.recorder,
             linear={i: layer for i, layer in enumerate(cache.layers) if not isinstance(layer, StaticLayer)},
+            # What transformers keeps of them: the window, or the whole text where that is shorter.
+            windows={i: layer.max_cache_len for i, layer in enumerate(cache.layers) if isinstance(layer, StaticSlidingWindowLayer)},
         )
         return self.workspace
 
@@ -600,7 +610,7 @@ class GraphDecoder:
         positions = (mask.long().cumsum(1) - 1).clamp_min(0)
         for part in ids.split(chunk or ids.shape[1], 1):
             start, space.read = space.read, space.read + part.shape[1]
-            space.show(space.read)
+            space.show(space.read, past=start)
             fuses = self.recorder.fused(prompt=True) if part.numel() >= LONG_PROMPT else nullcontext()
             with fuses, over_prompt() if self._own_attention and not space.padded else nullcontext():
                 logits = self.causal_lm(
