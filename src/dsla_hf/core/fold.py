@@ -208,7 +208,7 @@ def partial_cache_layer(
         raise RuntimeError(f"layer {layer_idx}: {LEVEL_LOWERED}")
     states = _states_of(cache, layer_idx, attention, heads, split.num_kv_heads, layout, exact)
     kept = with_heads(softmax, [held.index(head) for head in split.kept])
-    cache.layers[layer_idx] = new = partial_layer(kept, states, split)
+    cache.layers[layer_idx] = new = partial_layer(kept, states, heads, split.kept)
     return new
 
 

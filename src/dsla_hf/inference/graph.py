@@ -22,7 +22,7 @@ from transformers.utils import logging
 from dsla_kernels import uses_triton
 
 from ..compat.attributes import attention_implementation, padding_token
-from ..core.beside_linear import has_linear_part
+from ..core.beside_linear import has_linear_part, partial_layer, with_linear_part
 from ..core.cache import DSLACacheLayer, StaticDSLACacheLayer, VisibleStaticLayer
 from ..core.fold import dsla_cache_layer, partial_cache_layer
 from ..core.layout import TokenLayout
@@ -58,7 +58,13 @@ logger = logging.get_logger(__name__)
 REHEARSAL = 64  # tokens of the text that `prepare` reads
 # Of static caches, by name, as a release may lack one: layers whose tensors stay where they are, and those of softmax attention, in whose
 # place are such as no host counts the lengths of.
-KNOWN_LAYERS = {"StaticLayer", "StaticSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer"}
+KNOWN_LAYERS = {
+    "StaticLayer",
+    "StaticSlidingWindowLayer",
+    "LinearAttentionLayer",
+    "LinearAttentionAndStaticFullAttentionLayer",
+    "DummyLayer",
+}
 FOR_MEMORY = "give a smaller max_length, fewer rows, or GraphDecoder(keep=False)"
 
 
@@ -97,6 +103,7 @@ class Workspace:
     kv_heads: by number of layers that can be converted; others, whose heads may differ, keep all of theirs.
     recorder: of steps by (what of each layer is DSLA, padding, tokens shown).
     linear: by layer number the cache layers of layers without attention, whose states a step changes in place.
+    beside: by layer number those that have such states beside attention: all layers that take their place share them.
     windows: by layer number how many tokens attention sees, where it slides.
     softmax: by layer number the keys and values of as many heads as were kept at once.
     dsla: by layer number and part the cache layers of DSLA, whole or in part, as far as they have been in use.
@@ -116,6 +123,7 @@ class Workspace:
     kv_heads: dict[int, int]
     recorder: Recorder
     linear: dict[int, Any] = field(default_factory=dict)
+    beside: dict[int, Any] = field(default_factory=dict)
     windows: dict[int, int] = field(default_factory=dict)
     softmax: dict[int, VisibleStaticLayer] = field(default_factory=dict)
     dsla: dict[tuple[int, Part], Any] = field(default_factory=dict)
@@ -132,8 +140,8 @@ class Workspace:
     def begin(self, parts: Iterable[Part], mask: Tensor | None) -> None:
         """For a new text: empty layers, of the kind that `parts` asks for; `mask` `[B, T]` of its prompt."""
         self.cache.layers = [self._layer(index, part) for index, part in enumerate(parts)]
-        for layer in self.layers():
-            if getattr(layer, "is_initialized", True):  # linear ones do not say
+        for layer in (*self.layers(), *self.beside.values()):
+            if getattr(layer, "is_initialized", True) or has_linear_part(layer):  # whether its states are there, it does not say
                 layer.reset()
         self.cached.zero_()
         self.read, self.parts = 0, None
@@ -168,7 +176,9 @@ class Workspace:
         if (index, part) in self.dsla:
             return self.dsla[index, part]
         states = StaticDSLACacheLayer(self.length)
-        return states if part is True else PartialCacheLayer(self._memory(index, len(part[1])), states, *part)
+        if part is True:
+            return with_linear_part(states, self.beside.get(index))
+        return partial_layer(self._memory(index, len(part[1])), states, *part)
 
     def _memory(self, index: int, heads: int | None) -> VisibleStaticLayer:
         """Keys and values of so many heads, all if None. Where there were fewer, these go, and with them what was recorded over them."""
@@ -176,7 +186,8 @@ class Workspace:
         held = memory.num_heads if memory is not None and memory.is_initialized else None
         if memory is None or (held is not None and heads is not None and held < heads):
             self._forget(index)
-            self.softmax[index] = memory = VisibleStaticLayer(self.length, self.cached[index], self.windows.get(index))
+            new = VisibleStaticLayer(self.length, self.cached[index], self.windows.get(index))
+            self.softmax[index] = memory = with_linear_part(new, self.beside.get(index))
             return memory
         return memory if held is None or heads is None or held == heads else last_heads(memory, heads)
 
@@ -184,7 +195,7 @@ class Workspace:
         """From now on this is the layer of its part."""
         states = layer
         if isinstance(part, tuple):
-            states, place = layer.converted, PartialCacheLayer(self._memory(index, len(part[1])), layer.converted, *part)
+            states, place = layer.converted, partial_layer(self._memory(index, len(part[1])), layer.converted, *part)
             if _copied(place.softmax, layer.softmax):  # a raise has made it anew
                 self.cache.layers[index] = layer = place
         states.count_in(self.counts[index, :-1], self.counts[index, -1])
@@ -200,7 +211,7 @@ class Workspace:
         if isinstance(part, tuple):
             layer = self.cache.layers[index]
             self.softmax[index] = smaller = with_heads(layer.softmax, list(range(kept)))
-            self.cache.layers[index] = self.dsla[index, part] = PartialCacheLayer(smaller, layer.converted, *part)
+            self.cache.layers[index] = self.dsla[index, part] = partial_layer(smaller, layer.converted, *part)
 
     def _forget(self, index: int) -> None:
         """Drop what reads the keys and values of a layer."""
@@ -327,8 +338,6 @@ class GraphDecoder:
         if getattr(config, "attention_chunk_size", None) is not None:
             return "this base attends in chunks (attention_chunk_size), which caches of recorded steps do not know"
         layers = StaticCache(config=config, max_cache_len=8).layers
-        if any(isinstance(layer, StaticLayer) and has_linear_part(layer) for layer in layers):
-            return "this base has linear states and keys in one cache layer, which no recorded step has at addresses that stay"
         if others := {type(layer).__name__ for layer in layers} - KNOWN_LAYERS:
             return f"the static cache of this model has {sorted(others)}, whose tokens the host counts"
         return self._obstacle_in(options)
@@ -598,6 +607,7 @@ class GraphDecoder:
             kv_heads=dict.fromkeys(convertible_layers(config), kv_heads_of(config)),
             recorder=self.recorder,
             linear={i: layer for i, layer in enumerate(cache.layers) if not isinstance(layer, StaticLayer)},
+            beside={i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, StaticLayer) and has_linear_part(layer)},
             # What transformers keeps of them: the window, or the whole text where that is shorter.
             windows={i: layer.max_cache_len for i, layer in enumerate(cache.layers) if isinstance(layer, StaticSlidingWindowLayer)},
         )
