@@ -3,13 +3,15 @@
 import pytest
 import torch
 from captured_texts import IDS, MASK, check_captured_text
-from tiny import tiny_model_of
+from tiny import SIZES, tiny_model_of
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import dsla_hf.inference.graph
 from dsla_hf import LevelProcessor
 from dsla_hf.core.cache import VisibleStaticLayer
 from dsla_hf.inference.graph import GraphDecoder
 from dsla_hf.models.trial.checks import layer_order
+from dsla_hf.models.trial.small_models import make_uneven
 
 pytestmark = pytest.mark.usefixtures("small_views")
 
@@ -90,6 +92,17 @@ def test_levels_of_heads_hybrids_and_bases_alone(kind, adapter_model, recorder):
     assert torch.equal(recorder.decoder_of(model).generate(IDS, max_new_tokens=20, **OPTIONS), expected)
     hybrid = model.merge_and_unload().eval()
     assert torch.equal(recorder.decoder_of(hybrid).generate(IDS, max_new_tokens=20, **OPTIONS), expected)
+
+
+def test_bases_alone_whose_layers_have_heads_of_their_own_number_and_size(recorder):
+    sizes = {"v_head_dim": 6, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
+    kinds = {"layer_types": ["full_attention", "sliding_attention"] * 2, "mlp_layer_types": ["dense"] * 4}
+    config = AutoConfig.for_model("mimo_v2_flash", **SIZES, **sizes, **kinds, sliding_window=WINDOW)
+    model = make_uneven(AutoModelForCausalLM.from_config(config).eval())
+    expected = model.generate(IDS, attention_mask=MASK, max_new_tokens=20, **OPTIONS)
+    decoder = recorder.decoder_of(model)
+    for _ in range(2):
+        assert torch.equal(decoder.generate(IDS, attention_mask=MASK, max_new_tokens=20, **OPTIONS), expected)
 
 
 @pytest.mark.parametrize("by", ["masks", "lengths"])

@@ -41,7 +41,7 @@ from ..levels.drafting import (
     stop_by_criterion,
 )
 from ..models.adapter import DSLALayer, dsla_layers
-from ..models.architectures import check_draftable, convertible_layers, kv_heads_of
+from ..models.architectures import check_draftable
 from ..models.base_attention import DSLAAttentionMixin
 from ..models.decoder import decoder_layers
 from ..models.level import counts_heads
@@ -100,13 +100,13 @@ class Workspace:
     logits: fp32 `[B, vocabulary]`, the output of the last step.
     counts: int64 `[layers, B + 1]`, of DSLA layers the lengths of the rows and the tokens in the cache.
     cached: int64 `[layers]`, of layers with keys and values the tokens in the cache.
-    kv_heads: by number of layers that can be converted; others, whose heads may differ, keep all of theirs.
     recorder: of steps by (what of each layer is DSLA, padding, tokens shown).
     linear: by layer number the cache layers of layers without attention, whose states a step changes in place.
     beside: by layer number those that have such states beside attention: all layers that take their place share them.
     windows: by layer number how many tokens attention sees, where it slides.
     softmax: by layer number the keys and values of as many heads as were kept at once.
     dsla: by layer number and part the cache layers of DSLA, whole or in part, as far as they have been in use.
+    kv_heads: by layer number how many a layer has that was in use in part.
     by_length: whether the attention of a step knows how far the cache is filled, and needs not be shown a part of it.
     drafts: what drafts have beside it, once there was one.
     """
@@ -120,13 +120,13 @@ class Workspace:
     logits: Tensor
     counts: Tensor
     cached: Tensor
-    kv_heads: dict[int, int]
     recorder: Recorder
     linear: dict[int, Any] = field(default_factory=dict)
     beside: dict[int, Any] = field(default_factory=dict)
     windows: dict[int, int] = field(default_factory=dict)
     softmax: dict[int, VisibleStaticLayer] = field(default_factory=dict)
     dsla: dict[tuple[int, Part], Any] = field(default_factory=dict)
+    kv_heads: dict[int, int] = field(default_factory=dict)
     by_length: bool = False
     drafts: DraftSpace | None = None
     read: int = 0  # tokens in the cache
@@ -178,6 +178,10 @@ class Workspace:
         states = StaticDSLACacheLayer(self.length)
         if part is True:
             return with_linear_part(states, self.beside.get(index))
+        return self._partial(index, part, states)
+
+    def _partial(self, index: int, part: Any, states: Any) -> PartialCacheLayer:
+        self.kv_heads[index] = len(part[0]) + len(part[1])
         return partial_layer(self._memory(index, len(part[1])), states, *part)
 
     def _memory(self, index: int, heads: int | None) -> VisibleStaticLayer:
@@ -195,7 +199,7 @@ class Workspace:
         """From now on this is the layer of its part."""
         states = layer
         if isinstance(part, tuple):
-            states, place = layer.converted, partial_layer(self._memory(index, len(part[1])), layer.converted, *part)
+            states, place = layer.converted, self._partial(index, part, layer.converted)
             if _copied(place.softmax, layer.softmax):  # a raise has made it anew
                 self.cache.layers[index] = layer = place
         states.count_in(self.counts[index, :-1], self.counts[index, -1])
@@ -604,7 +608,6 @@ class GraphDecoder:
             logits=torch.zeros(rows, config.vocab_size, device=device),
             counts=torch.zeros(len(cache.layers), rows + 1, dtype=torch.long, device=device),
             cached=torch.zeros(len(cache.layers), dtype=torch.long, device=device),
-            kv_heads=dict.fromkeys(convertible_layers(config), kv_heads_of(config)),
             recorder=self.recorder,
             linear={i: layer for i, layer in enumerate(cache.layers) if not isinstance(layer, StaticLayer)},
             beside={i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, StaticLayer) and has_linear_part(layer)},
