@@ -186,7 +186,9 @@ def takes_few_rows(x: Tensor, *weights: Tensor) -> bool:
     if torch.is_grad_enabled():
         return False
     return 0 < x.numel() <= MOST_ROWS * x.shape[-1] and all(
-        weight.dtype == x.dtype and weight.device == x.device and weight.shape[1] == x.shape[-1]
+        weight.dtype == x.dtype
+        and weight.device == x.device
+        and weight.shape[1] == x.shape[-1]
         and weight.stride() == (weights[0].stride(0), 1)
         for weight in weights
     )

@@ -246,7 +246,7 @@ def test_a_recorded_step_never_waits_for_a_value(tiny_model, adapter_model, unit
     assert {key[1] for key in decoder.recorder.recordings} >= {"follow", "draft", "check", *(["commit"] if check else [])}
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "gpt_oss", "olmo2"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_oss", "olmo2"])
 def test_windows_alone_are_read_where_they_lie(tiny_model, adapter_model, recorder, kind, units):
     """No state of a draft, and nothing to fold, but where layers slide or prompts are padded."""
     model = adapter(tiny_model, adapter_model, kind, states=False, **units)
@@ -284,7 +284,8 @@ def test_heads_that_lie_as_in_the_base(tiny_model, adapter_model, recorder):
 
 
 @pytest.mark.parametrize(
-    "unit, check, padded, states", [("layers", 0, True, True), ("heads", 0, False, True), ("heads", 1, True, True), ("heads", 0, False, False)]
+    "unit, check, padded, states",
+    [("layers", 0, True, True), ("heads", 0, False, True), ("heads", 1, True, True), ("heads", 0, False, False)],
 )
 def test_kernels_of_drafts(tiny_model, adapter_model, recorder, unit, check, padded, states, interpreted_kernels, monkeypatch):
     """Steps of guesses run in them, over states that are written in place, and checks of several tokens."""

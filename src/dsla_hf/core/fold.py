@@ -209,7 +209,7 @@ def partial_cache_layer(
         raise RuntimeError(f"layer {layer_idx}: {LEVEL_LOWERED}")
     states = _states_of(cache, layer_idx, attention, heads, split.num_kv_heads, layout, exact)
     kept = with_heads(softmax, [held.index(head) for head in split.kept])
-    cache.layers[layer_idx] = new = partial_layer(kept, states, split)
+    cache.layers[layer_idx] = new = partial_layer(kept, states, heads, split.kept)
     return new
 
 
@@ -292,5 +292,6 @@ def _cached(layer: Any, tokens: int) -> tuple[Tensor, Tensor]:
     slots = layer.keys.shape[2]
     if type(layer) is StaticSlidingWindowLayer and tokens >= slots:  # the oldest one leaves with the next token
         return layer.keys[:, :, 1:], layer.values[:, :, 1:]
+    first = layer.out_of_window(tokens + 1) if isinstance(layer, VisibleStaticLayer) else 0
     kept = min(tokens, slots)
-    return layer.keys[:, :, :kept], layer.values[:, :, :kept]
+    return layer.keys[:, :, first:kept], layer.values[:, :, first:kept]

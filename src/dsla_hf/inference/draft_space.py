@@ -124,7 +124,7 @@ class DraftSpace:
         for layer in self.cache.layers:
             for part in getattr(layer, "parts", (layer,)):
                 if isinstance(part, VisibleStaticLayer):
-                    part.visible, part.places = tokens, places
+                    part.visible, part.places, part.past = tokens, places, None
                 else:
                     part.max_length, part.counts = tokens, places is None
 
@@ -275,7 +275,7 @@ class _Converted:
             if held[first : first + len(kept)] == kept:
                 softmax = heads_from(memory, first, len(kept))
             else:
-                softmax = self.kept = VisibleStaticLayer(length, kept_count)
+                softmax = self.kept = VisibleStaticLayer(length, kept_count, memory.window)
                 self.kept_heads = torch.tensor(list(map(held.index, kept)), device=device)
                 softmax.lazy_initialization(*(x[:, : len(kept)] for x in (memory.keys, memory.values)))
             self.layer = PartialCacheLayer(softmax, self.states, *draft.part)
