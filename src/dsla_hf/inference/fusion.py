@@ -90,8 +90,8 @@ def fused(model: nn.Module, compile: Compile = _compile, prompt: bool = False) -
 
 
 def _few_rows(x: Any, *weights: Tensor) -> bool:
-    """Whether x is one token of each of a few rows `[B, 1, K]` that the kernels take, with these weights."""
-    return isinstance(x, Tensor) and x.ndim == 3 and x.shape[1] == 1 and takes_few_rows(x, *weights)
+    """Whether x `[B, T, K]` has as few tokens as the kernels take, with these weights: one of each of a few rows, or a checked draft's."""
+    return isinstance(x, Tensor) and x.ndim == 3 and takes_few_rows(x, *weights)
 
 
 def _views(model: nn.Module) -> list[nn.Module]:
