@@ -228,9 +228,7 @@ STARTS = {"starts": "B; as lengths"}
 OF_DECODE = SINK_LOGITS | {"starts": "B; int32 or int64; optional; (tokens of each row before the queries)"}
 MASK = {"mask": "B T; bool; optional; (True at tokens that are seen)"}
 SOFTMAX_DECODE = _softmax("B queries", "B Hkv T", MASK | OF_DECODE)
-SOFTMAX_DECODE_OF_HEADS = _softmax(
-    "B queries", "B columns T", MASK | {"heads": "Hkv; int32; (of each KV head which of the keys)"} | OF_DECODE
-)
+SOFTMAX_DECODE_OF_HEADS = _softmax("B queries", "B columns T", MASK | {"heads": "Hkv; int32; (of each KV head which of the keys)"} | OF_DECODE)
 PAGED_DECODE = _softmax("B queries", "blocks block_size Hkv", BLOCK_TABLE | OF_DECODE)
 PAGED_DECODE_OF_HEADS = _softmax("B queries", "blocks block_size columns", BLOCK_TABLES | OF_DECODE)
 SOFTMAX_PROMPT = _softmax("B T", "blocks block_size Hkv", BLOCK_TABLE | STARTS)
