@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from reporting import RESULTS, fill_page, rows_table, write_results
-from serving import MIXES, highest_rate, listed, requests_of, within
+from serving import FIRST_TARGET, MIXES, TOKEN_TARGET, highest_rate, listed, policy_of, requests_of, within
 from serving_page import mean_level
 from step_costs import StepCosts, told
 from torch import Tensor
@@ -37,7 +37,7 @@ from dsla_hf import DSLAConfig
 from dsla_hf.core.progress import bar
 from dsla_hf.inference.bench.models import PRESETS
 from dsla_hf.inference.recorder import power_of_two
-from dsla_hf.levels.policies import FixedLevel, Load, Policy
+from dsla_hf.levels.policies import Policy
 from dsla_hf.serving.engine.engine import Engine, EngineOptions
 from dsla_hf.serving.engine.graphs import piece_sizes
 from dsla_hf.serving.engine.request import Event, Request, Sampling
@@ -72,26 +72,11 @@ class Settings:
     queue_depth: int = 8
     waiting_prompt: int = 8192
     waiting_tokens: int | None = 16384
-    token_target: float | None = 0.75
-    first_target: float | None = 0.5
+    token_target: float | None = TOKEN_TARGET
+    first_target: float | None = FIRST_TARGET
     step: int = 16
     cool_down: float = 1.0
     max_level: int = 32
-
-    def policy(self, name: str, slo_first: float, token_objective: float) -> Policy:
-        if name == "fixed":
-            return FixedLevel(0)
-        return Load(
-            queue_depth=self.queue_depth,
-            waiting_prompt=self.waiting_prompt,
-            waiting_tokens=self.waiting_tokens,
-            free_share=0.1,
-            seconds_to_first_token=None if self.first_target is None else self.first_target * slo_first,
-            seconds_per_token=None if self.token_target is None else self.token_target * token_objective,
-            cool_down=self.cool_down,
-            step=self.step,
-            max_level="100%",  # the engine's limit holds
-        )
 
 
 DEFAULTS = Settings(1024, 0.4, 32, 50, 1024, None, None, None, 4, 5.0, 24)  # of `dsla serve`
@@ -260,7 +245,8 @@ class Work:
 
     def simulated(self, mix: str, policy: str, rate: float, count: int, settings: Settings) -> dict[str, Any]:
         objective = self.objective(mix)
-        chosen = settings.policy(policy, self.options.slo_first, objective)
+        targets = {"first_target": settings.first_target, "token_target": settings.token_target}
+        chosen = policy_of(policy, settings, self.options.slo_first, objective, **targets)
         if policy == "fixed":
             settings = replace(settings, max_level=0)
         requests = requests_of(self.trace, mix, count, self.options.seed)
