@@ -27,6 +27,7 @@ from ..compat.attributes import attention_implementation
 from .prompt_attention import attend_to_prompt
 
 ATTENTION_FUNCTION = "dsla_decode"
+QUERIES = 512  # of a prompt that read a sliding window at a time, at least: as many as the window is long, where that is longer
 FEW = 16  # tokens a row up to which the cache is cut into parts, as for one: there are too few queries to keep a GPU at work
 
 
@@ -121,10 +122,7 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
     if cached is None or cached.begins:
         if window is None or key.shape[2] <= window:
             return attend_to_prompt(query, key, value, scale, recorded=cached is not None and cached.recorded), None
-        mask = _behind_cache(query.shape[2], key.shape[2], window, query.device)
-        grouped = query.shape[1] != key.shape[1]
-        o = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
-        return o.transpose(1, 2).contiguous(), None
+        return _attend_sliding(query, key, value, window, scale).transpose(1, 2).contiguous(), None
     table = heads = None
     if cached.block_tables is not None:
         place = cached.places[module.layer_idx]
@@ -141,8 +139,23 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
     return o.view(query.shape[0], -1, *o.shape[2:]), None
 
 
-def _behind_cache(new: int, tokens: int, window: int, device: torch.device) -> Tensor:
-    """Which of `tokens` tokens the last `new` of them see, `[new, tokens]`."""
+def _attend_sliding(query: Tensor, key: Tensor, value: Tensor, window: int, scale: float | None) -> Tensor:
+    """The last tokens, of which each sees so many, over all of them, o as query `[B, Hq, T, D]`."""
+    new, tokens, group = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+    parts, past, at_once = [], tokens - new, max(window, QUERIES)
+    for start in range(0, new, at_once):
+        q = query[:, :, start : start + at_once]
+        last = past + start + q.shape[2]
+        first = max(past + start + 1 - window, 0)
+        # With a mask SDPA has no fast kernel for shared heads.
+        k, v = (x[:, :, first:last].repeat_interleave(group, 1) for x in (key, value))
+        mask = _in_window(q.shape[2], last - first, window, query.device)
+        parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale))
+    return torch.cat(parts, 2)
+
+
+def _in_window(new: int, tokens: int, window: int, device: torch.device) -> Tensor:
+    """Which of so many tokens each of the last `new` sees, bool `[new, tokens]`."""
     query, key = torch.arange(tokens - new, tokens, device=device)[:, None], torch.arange(tokens, device=device)
     return (key <= query) & (key > query - window)
 
