@@ -29,10 +29,11 @@ KINDS = {
     "gpt_oss": {},
     "gemma4_text": {},  # whose layers have heads of different sizes, and not as many
 }
+IN_DEPTH = ("gemma2", "gemma3_text", "mistral", "gemma4_text")
 OPTIONS = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[kind if kind in IN_DEPTH else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS])
 def kind(request):
     return request.param
 
@@ -46,6 +47,7 @@ def rising(stats):
     return 0 if stats.tokens < 20 else 2 if stats.tokens < 28 else 4
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_text_is_that_of_generate_and_the_next_one_uses_the_same_graphs(kind, adapter_model, recorder, padded):
     model = converted(adapter_model, kind, level=0)
@@ -147,7 +149,7 @@ def test_pieces_of_prompts_are_shown_what_their_tokens_see(tiny_model):
     assert torch.equal(layer.update(k[:, :, :5], v[:, :, :5])[0], torch.cat([k[:, :, 9:], k[:, :, :5]], 2))
 
 
-@pytest.mark.parametrize("kind, by", [*((kind, "masks") for kind in KINDS), ("gemma3_text", "lengths")])
+@pytest.mark.parametrize("kind, by", [("gemma2", "masks"), ("mistral", "masks"), ("gemma3_text", "lengths")])
 def test_drafts_give_the_text_of_the_checking_level(kind, adapter_model, recorder, by, request):
     if by == "lengths":
         request.getfixturevalue("by_length")
