@@ -6,7 +6,7 @@
 DATA is a folder with some of `novels_val.jsonl.xz`, `wikitext2/valid.txt`, `code_val.jsonl.xz` and `peps_val.jsonl.xz`, all held out;
 what is asked is in `asked.py`. Level 0 in float32 answers first, greedily: these answers are the reference. Level 0 in the dtype of the
 levels (bfloat16, unless `--dtype` says otherwise) is measured against them as every level is, and is the noise floor: more agreement than
-that there is not. An interrupted run goes on behind its last level.
+that there is not. An interrupted run goes on behind its last level, or behind the reference.
 `--tiny` takes sizes for a small model on a CPU.
 """
 
@@ -334,9 +334,15 @@ def measure(options: argparse.Namespace) -> None:
     asked = make_asked(tokenizer, options.data, sizes.counts, options.seed)
     tasks = make_codes(tokenizer, options.data, sizes, options.probes, options.seed) if "codes" in options.parts else {}
     chats = [one for one in asked if one.kind in ("short", "long")]
+
+    def write() -> None:
+        # What each prompt was answered at level 0 is needed to go on with other levels.
+        write_results(options.out.stem, rows, command_of(options), folder=options.out.parent, **about, reference=reference)
+
     teacher = Reference(options.model, tokenizer) if "agreement" in options.parts else None
     if teacher is not None and reference is None:
         reference = teacher.answers(chats, sizes.answer_tokens)
+        write()
     for kept, level in left.items():
         set_level(model, level)
         start = time.perf_counter()
@@ -351,8 +357,7 @@ def measure(options: argparse.Namespace) -> None:
         row |= codes(model, tasks) | cache_bytes(model, level)
         row |= {"device": origin()["device"], "seconds": round(time.perf_counter() - start, 1)}
         rows.append(row)
-        # What each prompt was answered at level 0 is needed to go on with other levels.
-        write_results(options.out.stem, rows, command_of(options), folder=options.out.parent, **about, reference=reference)
+        write()
         told = [f"{name} {row[name]:.3f}" for name in ("agreement_short", "agreement_long", "format", "choice") if name in row]
         told += [f"{name} {row[name]:.3f}" for name in tasks]
         say(f"{arm}, {kept} kept: {', '.join(told)} ({row['seconds']:.0f} s)")

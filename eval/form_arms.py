@@ -20,6 +20,7 @@ from typing import Any
 import heads
 import torch
 import torch.nn.functional as F
+from layer_arms import in_blocks
 from state_forms import lengths_of_pairs
 from torch import Tensor, nn
 
@@ -96,7 +97,7 @@ class FormAttention(DualStateAttention):
         of_k = self._features(k, self.gate_features) * (torch.arange(tokens, device=k.device) >= self.sink_tokens)[:, None, None]
         of_q = self._features(q, self.features).unflatten(2, (self.num_kv_heads, -1))
         with_one = torch.cat([v, torch.ones_like(v[..., :1])], -1)
-        of_k, of_q, with_one, log_decay = (_blocks(x, size) for x in (of_k, of_q, with_one, log_decay))
+        of_k, of_q, with_one, log_decay = (in_blocks(x, size) for x in (of_k, of_q, with_one, log_decay))
         cumulative = log_decay.cumsum(2)
         total = cumulative[:, :, -1:]
         added = torch.einsum("bnchf,bnchv->bnhfv", (of_k * (total - cumulative).exp()[..., None]).to(v.dtype), with_one).float()
@@ -146,11 +147,6 @@ class _Window(torch.autograd.Function):
         dk[:, : sink_k.shape[1]] += found[9]
         dv[:, : sink_v.shape[1]] += found[10]
         return dq, dk, dv, None, None, None
-
-
-def _blocks(x: Tensor, size: int) -> Tensor:
-    """`[B, T, ...]` to `[B, N, size, ...]`, with zeros at the end."""
-    return F.pad(x, (0, 0) * (x.ndim - 2) + (0, -x.shape[1] % size)).unflatten(1, (-1, size))
 
 
 def unrotated(x: Tensor, theta: float) -> Tensor:

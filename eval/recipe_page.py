@@ -1,5 +1,5 @@
-"""Tables and plots of eval/results/recipe.md, and the table of docs/recipe.md, from eval/results/distillation.json and
-distillation-layers.json: `python eval/recipe_page.py`."""
+"""Tables and plots of eval/results/recipe.md, and the tables of docs/recipe.md, from eval/results/distillation.json and
+distillation-layers.json, and of KV heads as `recipe_heads.py` has them: `python eval/recipe_page.py`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import recipe_heads
 from reporting import RESULTS, fill_page, rows_table
 
 from dsla_hf.core.plots import figure, mark_plain, save
@@ -245,7 +246,7 @@ def fill_pages(page: Path = PAGE, summary_page: Path = SUMMARY_PAGE) -> None:
         "alignment": alignment_table(load("distillation-layers")["rows"]),
     }
     fill_page(page, tables)
-    fill_page(summary_page, {"summary": summary_table(rows)})
+    fill_page(summary_page, {**recipe_heads.parts(), "summary": summary_table(rows)})
 
 
 def make_page() -> None:

@@ -70,6 +70,7 @@ SHAPES = ("llama2-7b", "llama3-8b", "tiny")
 TINY = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 97}
 MIXES = ("plain", "paper")
 ALONE = 6  # requests that are measured one at a time
+FIRST_TARGET, TOKEN_TARGET = 0.5, 0.75  # shares of the objectives at which `load` rises
 YARDSTICK_LAYERS = 16
 LOOK_SECONDS = 0.1
 SILENT = "import os, sys; sys.stdout = open(os.devnull, 'w')"  # what the client runs first: rows are told here
@@ -199,19 +200,31 @@ def numbers_tokenizer(size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), unk_token="w0")
 
 
-def policy_of(name: str, options: argparse.Namespace, token_target: float | None) -> Policy:
-    """`load` rises before the objectives are missed: at half the time to a first token, at three quarters of the time per token."""
+def policy_of(
+    name: str,
+    settings: Any,
+    first: float,
+    per_token: float | None,
+    *,
+    first_target: float | None = FIRST_TARGET,
+    token_target: float | None = TOKEN_TARGET,
+) -> Policy:
+    """`fixed`, or `load`, which rises before objectives are missed: at the targets, shares of them; None: of none.
+
+    settings: with `queue_depth`, `waiting_prompt`, `waiting_tokens`, `cool_down` and `step`. first, per_token: objectives in seconds, of
+    the first token and of each.
+    """
     if name == "fixed":
         return FixedLevel(0)
     return Load(
-        queue_depth=options.queue_depth,
-        waiting_prompt=options.waiting_prompt,
-        waiting_tokens=options.waiting_tokens,
+        queue_depth=settings.queue_depth,
+        waiting_prompt=settings.waiting_prompt,
+        waiting_tokens=settings.waiting_tokens,
         free_share=0.1,
-        seconds_to_first_token=options.slo_first / 2,
-        seconds_per_token=None if token_target is None else 0.75 * token_target,
-        cool_down=options.cool_down,
-        step=options.step,
+        seconds_to_first_token=None if first_target is None else first_target * first,
+        seconds_per_token=None if token_target is None or per_token is None else token_target * per_token,
+        cool_down=settings.cool_down,
+        step=settings.step,
         max_level="100%",  # the engine's limit holds
     )
 
@@ -418,7 +431,8 @@ class Measurement:
 
     def row(self, run: Run) -> dict[str, Any]:
         """The row of a run, measured now if it is not there. One that was cut in a search serves the search only."""
-        policy = repr(policy_of(run.policy, self.options, None if run.part == "alone" else self.token_target(run.mix)))
+        per_token = None if run.part == "alone" else self.token_target(run.mix)
+        policy = repr(policy_of(run.policy, self.options, self.options.slo_first, per_token))
         for row in self.of(run.mix):
             same = (row["policy"], row["rate"], row["control"]) == (run.policy, run.rate, policy)
             if same and (row["cut"] is None or row["part"] == run.part):
@@ -460,7 +474,7 @@ class Measurement:
         target = self.token_target(run.mix)
         requests = requests_of(self.trace, run.mix, options.requests, options.seed)
         span = max(requests[-1].at * len(requests) / (len(requests) - 1), 1e-3)
-        begin_anew(engine, policy_of(run.policy, options, target), 0 if run.policy == "fixed" else self.highest)
+        begin_anew(engine, policy_of(run.policy, options, options.slo_first, target), 0 if run.policy == "fixed" else self.highest)
         # So many may be late without moving the percentile above the objective.
         late = math.floor(0.05 * (len(requests) - 1)) + 1 if run.part == "search" else None
         watch = Watch(engine, options.slo_first, late, len(requests) / rate + options.patience)
@@ -640,7 +654,7 @@ def main(arguments: list[str] | None = None) -> None:
             max_level=highest,
         )
         record = CudaRecording if where.type == "cuda" and options.graphs else None
-        engine = Engine(model, policy_of("load", options, None), engine_options, eos_tokens=set(), record=record)
+        engine = Engine(model, policy_of("load", options, options.slo_first, None), engine_options, eos_tokens=set(), record=record)
         begin = time.perf_counter()
         warm_up(engine, highest, options.step, options.temperature)
         print(f"warm-up: {time.perf_counter() - begin:.0f} s", flush=True)

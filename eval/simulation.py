@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from reporting import RESULTS, fill_page, rows_table, write_results
-from serving import MIXES, highest_rate, listed, requests_of, within
+from serving import FIRST_TARGET, MIXES, TOKEN_TARGET, highest_rate, listed, policy_of, requests_of, within
 from serving_page import mean_level
 from step_costs import StepCosts, told
 from torch import Tensor
@@ -37,7 +37,7 @@ from dsla_hf import DSLAConfig
 from dsla_hf.core.progress import bar
 from dsla_hf.inference.bench.models import PRESETS
 from dsla_hf.inference.recorder import power_of_two
-from dsla_hf.levels.policies import FixedLevel, Load, Policy
+from dsla_hf.levels.policies import Policy
 from dsla_hf.serving.engine.engine import Engine, EngineOptions
 from dsla_hf.serving.engine.graphs import piece_sizes
 from dsla_hf.serving.engine.request import Event, Request, Sampling
@@ -72,26 +72,11 @@ class Settings:
     queue_depth: int = 8
     waiting_prompt: int = 8192
     waiting_tokens: int | None = 16384
-    token_target: float | None = 0.75
-    first_target: float | None = 0.5
+    token_target: float | None = TOKEN_TARGET
+    first_target: float | None = FIRST_TARGET
     step: int = 16
     cool_down: float = 1.0
     max_level: int = 32
-
-    def policy(self, name: str, slo_first: float, token_objective: float) -> Policy:
-        if name == "fixed":
-            return FixedLevel(0)
-        return Load(
-            queue_depth=self.queue_depth,
-            waiting_prompt=self.waiting_prompt,
-            waiting_tokens=self.waiting_tokens,
-            free_share=0.1,
-            seconds_to_first_token=None if self.first_target is None else self.first_target * slo_first,
-            seconds_per_token=None if self.token_target is None else self.token_target * token_objective,
-            cool_down=self.cool_down,
-            step=self.step,
-            max_level="100%",  # the engine's limit holds
-        )
 
 
 DEFAULTS = Settings(1024, 0.4, 32, 50, 1024, None, None, None, 4, 5.0, 24)  # of `dsla serve`
@@ -114,6 +99,7 @@ class CostRunner(ModelRunner):
         super().__init__(levels, memory)
         self.costs, self.clock, self.sizes = costs, clock, piece_sizes(chunk)
         self.logits = torch.zeros(memory.num_slots, levels.causal_lm.config.vocab_size)
+        self.decoding = self.padding = 0.0  # seconds of all steps, and those that rows between texts took
 
     def prefill(self, request: Request, tokens: int) -> Tensor:
         padded = next((size for size in self.sizes if size >= tokens), tokens)
@@ -121,9 +107,18 @@ class CostRunner(ModelRunner):
         return self.logits[0]
 
     def decode(self, level: int, requests: Sequence[Running]) -> Tensor:
-        rows = min(power_of_two(max(request.slot for request in requests if request.slot is not None) + 1), self.memory.num_slots)
-        self.clock.now += self.costs.decode(level, rows, sum(request.cached + 1 for request in requests))
+        span = max(request.slot for request in requests if request.slot is not None) + 1
+        tokens, most = sum(request.cached + 1 for request in requests), self.memory.num_slots
+        found, least = (self.costs.decode(level, min(power_of_two(rows), most), tokens) for rows in (span, len(requests)))
+        self.decoding += found
+        self.padding += found - least
+        self.clock.now += found
         return self.logits[: len(requests)]
+
+    @property
+    def padding_share(self) -> float:
+        """Of the time of steps, what they would not take if texts always lay in the first slots; a row of padding is taken for a text."""
+        return self.padding / self.decoding if self.decoding else 0.0
 
 
 def small_model(layers: int) -> Any:
@@ -250,7 +245,8 @@ class Work:
 
     def simulated(self, mix: str, policy: str, rate: float, count: int, settings: Settings) -> dict[str, Any]:
         objective = self.objective(mix)
-        chosen = settings.policy(policy, self.options.slo_first, objective)
+        targets = {"first_target": settings.first_target, "token_target": settings.token_target}
+        chosen = policy_of(policy, settings, self.options.slo_first, objective, **targets)
         if policy == "fixed":
             settings = replace(settings, max_level=0)
         requests = requests_of(self.trace, mix, count, self.options.seed)
@@ -262,6 +258,7 @@ class Work:
             "meets": within(summary, self.options.slo_first, objective),
             "mean_level": mean_level(tokens),
             "changes": engine.control.count,
+            "padding_share": engine.runner.padding_share,
         }
 
 
@@ -364,6 +361,15 @@ def errors(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def padding(rows: list[dict[str, Any]]) -> str:
+    """What rows between texts cost, in a sentence."""
+    parts = []
+    for policy, name in (("fixed", "at a fixed level"), ("load", "under `load`")):
+        if shares := [row["forecast"]["padding_share"] for row in rows if row["policy"] == policy]:
+            parts.append(f"{median(shares):.1%} of the time of steps ({min(shares):.1%} to {max(shares):.1%}) {name}")
+    return f"Padding between texts, a row of it taken for a text, costs (median and range) {' and '.join(parts)}."
+
+
 def choose_table(rows: list[dict[str, Any]]) -> str:
     lines = [
         {
@@ -388,7 +394,7 @@ def page_parts(found: dict[str, Any]) -> dict[str, str]:
     forecasts, chosen = ([row for row in rows if row["part"] == part] for part in ("forecast", "choose"))
     costs = rows_table(found["costs"], list(found["costs"][0]))
     about = f"{found['shape']}, times of {', '.join(found['files'])}; `{found['command']}`"
-    parts = {"costs": f"{about}\n\n{costs}", "forecast": f"{errors(forecasts)}\n\n{forecast_table(forecasts)}"}
+    parts = {"costs": f"{about}\n\n{costs}", "forecast": f"{errors(forecasts)} {padding(forecasts)}\n\n{forecast_table(forecasts)}"}
     return {**parts, "settings": choose_table(chosen)} if chosen else parts
 
 

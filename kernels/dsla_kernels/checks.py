@@ -226,7 +226,11 @@ HEADS = {"heads": "Hkv 2; int32; (of each KV head its table and its column in bl
 BLOCK_TABLES = HEADS | {"block_table": "tables B most_blocks; int32 or int64; (one table more than a row's, as heads is given)"}
 STARTS = {"starts": "B; as lengths"}
 OF_DECODE = SINK_LOGITS | {"starts": "B; int32 or int64; optional; (tokens of each row before the queries)"}
-SOFTMAX_DECODE = _softmax("B queries", "B Hkv T", {"mask": "B T; bool; optional; (True at tokens that are seen)"} | OF_DECODE)
+MASK = {"mask": "B T; bool; optional; (True at tokens that are seen)"}
+SOFTMAX_DECODE = _softmax("B queries", "B Hkv T", MASK | OF_DECODE)
+SOFTMAX_DECODE_OF_HEADS = _softmax(
+    "B queries", "B columns T", MASK | {"heads": "Hkv; int32; (of each KV head which of the keys)"} | OF_DECODE
+)
 PAGED_DECODE = _softmax("B queries", "blocks block_size Hkv", BLOCK_TABLE | OF_DECODE)
 PAGED_DECODE_OF_HEADS = _softmax("B queries", "blocks block_size columns", BLOCK_TABLES | OF_DECODE)
 SOFTMAX_PROMPT = _softmax("B T", "blocks block_size Hkv", BLOCK_TABLE | STARTS)
@@ -245,13 +249,16 @@ def check_softmax_decode_inputs(
     mask: Tensor | None = None,
     heads: Tensor | None = None,
     starts: Tensor | None = None,
+    sink_tokens: int = 0,
+    whole_heads: int = 0,
 ) -> None:
     """Raises ValueError that names the argument which does not fit the contract of `softmax_decode`."""
     given = {"q": q, "keys": keys, "values": values, "lengths": lengths, "sink_logits": sink_logits, "starts": starts}
     if block_table is None:
-        if heads is not None:
-            raise ValueError("heads goes with block tables [tables, B, most blocks]: give block_table")
-        sizes = check(SOFTMAX_DECODE, given | {"mask": mask})
+        if heads is not None and heads.ndim == 2:
+            raise ValueError("heads [Hkv, 2] goes with block tables [tables, B, most blocks]: give block_table, or heads [Hkv]")
+        lines = SOFTMAX_DECODE if heads is None else SOFTMAX_DECODE_OF_HEADS
+        sizes = check(lines, given | {"mask": mask, "heads": heads})
         room = sizes["T"]
     elif mask is not None:
         raise ValueError("mask goes with keys [B, Hkv, T, D], not with a block_table: leave padding out of the blocks")
@@ -262,6 +269,11 @@ def check_softmax_decode_inputs(
     _check_queries(q, sizes["queries"])
     _check_softmax(sizes, room, window)
     check_softcap(softcap)
+    for name, value, most in (("sink_tokens", sink_tokens, None), ("whole_heads", whole_heads, sizes["Hkv"])):
+        if value < 0 or (most is not None and value > most):
+            raise ValueError(f"{name} must be 0 or more{'' if most is None else f', and {most} at most, the KV heads'}, got {value}")
+        if value and window is None:
+            raise ValueError(f"{name}={value} goes with a window: without one every head sees all tokens")
 
 
 def _check_queries(q: Tensor, queries: int) -> None:
@@ -357,8 +369,11 @@ def check_linears_inputs(x: Tensor, weights: Sequence[Tensor], biases: Sequence[
         for number, tensor in enumerate(tensors):
             if tensor.dtype != x.dtype or tensor.device != x.device:
                 raise ValueError(f"{name} {number} must be {x.dtype} on {x.device} as x is, got {tensor.dtype} on {tensor.device}")
-            if tensor is not x and not tensor.is_contiguous():
-                raise ValueError(f"{name} {number} must be contiguous, got strides {tensor.stride()}")
+            if name == "weight" and tensor.stride() != (tensors[0].stride(0), 1):
+                far = f"strides {(tensors[0].stride(0), 1)}" + (" as weight 0 has" if number else ", with a dense last dimension")
+                raise ValueError(f"weight {number} must have {far}, got {tensor.stride()}")
+            if name == "bias" and not tensor.is_contiguous():
+                raise ValueError(f"bias {number} must be contiguous, got strides {tensor.stride()}")
             if tensor.requires_grad and torch.is_grad_enabled():
                 raise ValueError(f"{name} {number} requires a gradient, which these kernels do not have: call them under torch.no_grad()")
 

@@ -567,6 +567,8 @@ def softmax_decode(
     mask: Tensor | None = None,
     heads: Tensor | None = None,
     starts: Tensor | None = None,
+    sink_tokens: int = 0,
+    whole_heads: int = 0,
 ) -> Tensor:
     """Softmax attention of the last token of each row, or the last few, over its keys and values. Each sees those before it and its own.
 
@@ -580,10 +582,13 @@ def softmax_decode(
         window: a query sees this many tokens, its own included; all if None.
         block_table: int `[B, most blocks]`; token j of a row lies in block `block_table[row, j // block_size]`.
         mask: bool `[B, T]`, False at tokens that nobody sees, such as padding on the left. Not with a block table.
-        heads: int32 `[Hkv, 2]`, with a pool whose blocks hold heads of other layers too, in columns `[blocks, block_size, columns, D]`, and
+        heads: int32 `[Hkv]`, without a block table: KV head h reads head `heads[h]` of keys and values, which may have more or fewer. Or
+            int32 `[Hkv, 2]`, with a pool whose blocks hold heads of other layers too, in columns `[blocks, block_size, columns, D]`, and
             several tables `[tables, B, most blocks]`: KV head h lies in blocks of table `heads[h, 0]`, in column `heads[h, 1]`.
         starts: int `[B]`, tokens of each row before those of the queries, where rows have fewer of them than others: a query behind its
             row's length gives zeros. None: the queries are the last tokens of each row (and those before its first give zeros).
+        sink_tokens: with a window, a query sees the first so many tokens, too (attention sinks: Xiao et al. 2024, arXiv 2309.17453).
+        whole_heads: the first so many KV heads see all tokens, whatever the window of the others is.
 
     Returns:
         o `[B, queries, Hq, V]` in q's dtype; the sums are in fp32 (fp64 for fp64 inputs).
@@ -591,7 +596,8 @@ def softmax_decode(
     Raises:
         ValueError: names the argument that does not fit.
     """
-    check_softmax_decode_inputs(q, keys, values, lengths, softcap, sink_logits, window, block_table, mask, heads, starts)
+    seen = window, block_table, mask, heads, starts, sink_tokens, whole_heads
+    check_softmax_decode_inputs(q, keys, values, lengths, softcap, sink_logits, *seen)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if block_table is not None:
         blocks = block_table.long().clamp(0, keys.shape[0] - 1)  # behind a row's length they may be anything
@@ -600,22 +606,24 @@ def softmax_decode(
         else:
             table, column = heads.long().unbind(1)
             keys, values = (x[blocks[table], :, column[:, None, None]].flatten(2, 3).transpose(0, 1) for x in (keys, values))
+    elif heads is not None:
+        keys, values = (x[:, heads.long()] for x in (keys, values))
     token = torch.arange(keys.shape[2], device=q.device)
     lengths = lengths.clamp(0, keys.shape[2])
     places = (lengths - q.shape[1] if starts is None else starts)[:, None] + torch.arange(q.shape[1], device=q.device)
     places = places.masked_fill(places >= lengths[:, None], -1)
-    visible = (token < lengths[:, None, None]) & (token <= places[..., None])  # [B, queries, T]
-    if window is not None:
-        visible = visible & (token > places[..., None] - window)
+    visible = ((token < lengths[:, None, None]) & (token <= places[..., None]))[:, None].repeat(1, keys.shape[1], 1, 1)
+    if window is not None:  # [B, Hkv, queries, T]
+        visible[:, whole_heads:] &= ((token > places[..., None] - window) | (token < sink_tokens))[:, None]
     if mask is not None:
-        visible = visible & mask[:, None]
-    unseen = ~visible.any(1)[:, None, :, None]
+        visible = visible & mask[:, None, None]
+    unseen = ~visible.any(2)[..., None]
     keys, values = (x.to(dtype).masked_fill(unseen, 0) for x in (keys, values))
     q_grouped = q.to(dtype).unflatten(2, (keys.shape[1], -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = torch.einsum("bqhrk,bhtk->bqhrt", q_grouped, keys)
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
-    scores = scores.masked_fill(~visible[:, :, None, None], float("-inf"))
+    scores = scores.masked_fill(~visible.transpose(1, 2)[:, :, :, None], float("-inf"))
     log_denominator = scores.logsumexp(-1)
     if sink_logits is not None:
         log_denominator = log_denominator.logaddexp(sink_logits.to(dtype).unflatten(0, (keys.shape[1], -1)))

@@ -11,10 +11,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dsla_cli import main
 from dsla_hf import DSLAConfig
 from dsla_hf.cli.distill import new_config
+from dsla_hf.cli.distill_defaults import PLANTED
 from dsla_hf.cli.distill_options import parse_options
 from dsla_hf.cli.quickstart import train_tokenizer
 from dsla_hf.levels.table import measured_kept
 from dsla_hf.models.loading import load_model
+from dsla_hf.training.planting import ANSWER_WEIGHT, with_planted
 
 TEXT = " ".join(f"{number} green bottles hang on the wall, and if one of them should fall" for number in range(300, 0, -1))
 LAYERS, KV_HEADS = 4, 2
@@ -212,3 +214,34 @@ def test_an_adapter_goes_on_with_what_the_checkpoint_writes(base, finished, tmp_
     assert main([*on_own_texts(base, tmp_path / "other"), "--adapter", str(finished[0])]) == 0
     written = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "other")]
     assert written[0] == written[1]
+
+
+CHAT = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("data", "planted"), [(["self"], True), (["self", "text.txt"], True), (["self", "chats.jsonl"], False)])
+def test_facts_are_planted_in_chats_that_the_checkpoint_writes_itself(data, planted, base, tmp_path, monkeypatch):
+    model = shutil.copytree(base, tmp_path / "chats")
+    (model / "chat_template.jinja").write_text(CHAT)
+    said = [{"role": "user", "content": TEXT[:200]}, {"role": "assistant", "content": TEXT[200:4000]}]
+    (model / "chats.jsonl").write_text(json.dumps({"messages": said}) + "\n")
+    made = []
+    monkeypatch.setattr("dsla_hf.cli.distill.with_planted", lambda *of: made.append((of, with_planted(*of))) or made[0][1])
+    words = [*distill(model, tmp_path / "out", "--tokens", 4096, "--length", 256, "--eval_sequences", 0)]
+    at = words.index("--data")
+    words[at + 1 : at + 2] = [name if name == "self" else str(model / name) for name in data]
+    assert main(words) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / "self.jsonl").read_bytes().splitlines()]
+    assert rows and all([message["role"] for message in row["messages"]] == ["user", "assistant"] for row in rows)
+    [((before, tokenizer, share, *_), after)] = made
+    assert share == (PLANTED if planted else 0)
+    changed = [place for place in range(len(before)) if not torch.equal(before[place]["input_ids"], after[place]["input_ids"])]
+    assert bool(changed) == planted
+    for place in changed:
+        row = after[place]
+        assert row["input_ids"].shape == row["loss_mask"].shape == (256,) and ANSWER_WEIGHT in row["loss_mask"].tolist()
+        text = tokenizer.decode(row["input_ids"].tolist())
+        assert any(asked in text for asked in ("gate one has to say:", "finds the", "are now sent to the town of"))

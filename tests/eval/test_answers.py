@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsla_hf import DSLAConfig
 from dsla_hf.cli.quickstart import train_tokenizer
+from dsla_hf.inference.graph import PlainRecording
 
 LAYERS, KV_HEADS = 2, 2
 TEMPLATE = (
@@ -231,6 +232,39 @@ def test_an_interrupted_run_goes_on_behind_its_last_level(answers, folder, measu
         run(answers, folder, out, "--seed", "1")
     with pytest.raises(ValueError, match="another parts"):
         run(answers, folder, out, "--without", "codes")
+
+
+def test_a_run_cut_before_its_first_level_has_kept_the_reference(answers, folder, measured, tmp_path, monkeypatch):
+    def cut(*of):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answers, "agreement", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run(answers, folder, tmp_path / "rows.json", "--kept", "0")
+    found = json.loads((tmp_path / "rows.json").read_text())
+    assert found["rows"] == [] and found["reference"] == measured["reference"]
+    with pytest.raises(ValueError, match="no file has level 0"):
+        answers.join([tmp_path / "rows.json"])
+    monkeypatch.setattr(answers.Reference, "answers", None)  # which are in the file
+    assert len(run(answers, folder, tmp_path / "rows.json", "--kept", "0")["rows"]) == 2
+
+
+@pytest.mark.parametrize("level", [0, 1, 4])
+def test_recorded_steps_answer_as_generate_does(answers, folder, level):
+    """What a GPU runs: levels with whole and divided layers, prompts of several lengths in a batch, greedy and drawn."""
+    tokenizer = letters_tokenizer()
+    model = answers.load_adapter(str(folder / "model"), str(folder / "adapter"), "float32").eval()
+    answers.set_level(model, level)
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12], [20, 21] * 20, [30, 31, 32] * 250]
+    speaker = answers.Speaker(model, tokenizer)
+    usual = speaker.answers(prompts, 5)
+    speaker.decoder = answers.GraphDecoder(model, record=PlainRecording)
+    assert speaker.answers(prompts, 5) == usual
+    drawn = [speaker.answers(prompts, 5, temperature=2.0, seed=seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    recorder = speaker.decoder.recorder
+    assert recorder.replayed > 0 and recorder.plain == 0 and recorder.reason is None
 
 
 def test_parts_can_be_left_out(answers, folder, tmp_path):

@@ -94,6 +94,16 @@ def test_levels_follow_the_load_and_folds_cost(script, simulation):
     assert sum(outcome.latency for outcome in quicker) < sum(outcome.latency for outcome in found)
 
 
+def test_rows_between_texts_are_counted(script, costs, simulation):
+    """Two texts, of which the one in the first slot ends before the other."""
+    settings = script.Settings(max_level=0)
+    both = [TracedRequest(0.0, 100, tokens) for tokens in (3, 9)]
+    shares = [simulation.run(requests, FixedLevel(0), settings)[1].runner.padding_share for requests in (both, both[::-1])]
+    longer = sum(costs.decode(0, 2, 101 + n) - costs.decode(0, 1, 101 + n) for n in range(2, 8))
+    assert shares[0] * simulation.run(both, FixedLevel(0), settings)[1].runner.decoding == pytest.approx(longer)
+    assert shares[1] == 0
+
+
 def measured_run(script, policy, rate, **more):
     times = {"mean": 0.5, "p50": 0.5, "p95": 0.5, "p99": 0.5}
     setup = {"requests": 12, "max_level": 32, "slots": 8, "chunk": 1024, "prompt_share": 0.4}
@@ -138,9 +148,21 @@ def test_the_page_holds_what_the_results_say(script):
 def test_the_defaults_are_those_of_the_server(script):
     chosen, served = script.DEFAULTS, ServeOptions("model", adapter="adapter")
     assert (chosen.chunk, chosen.prompt_share, chosen.slots) == (served.chunk, served.prompt_share, served.slots)
-    policy, meant = policy_of(served, 32), chosen.policy("load", 2.0, 0.01)
+    targets = {"first_target": chosen.first_target, "token_target": chosen.token_target}
+    policy, meant = policy_of(served, 32), script.policy_of("load", chosen, 2.0, 0.01, **targets)
     names = ("queue_depth", "waiting_prompt", "waiting_tokens", "seconds_to_first_token", "seconds_per_token", "cool_down", "step")
     assert [getattr(policy, name) for name in names] == [getattr(meant, name) for name in names]
+
+
+def test_levels_rise_before_objectives_are_missed(script):
+    settings = script.Settings()
+    usual = script.policy_of("load", settings, 2.0, 0.01)
+    assert usual.seconds_to_first_token == script.FIRST_TARGET * 2.0 < 2.0 and usual.seconds_per_token == script.TOKEN_TARGET * 0.01 < 0.01
+    assert (settings.first_target, settings.token_target) == (script.FIRST_TARGET, script.TOKEN_TARGET), "simulated as it was measured"
+    blind = script.policy_of("load", settings, 2.0, 0.01, first_target=None, token_target=None)
+    assert blind.seconds_to_first_token is None and blind.seconds_per_token is None and blind.queue_depth == settings.queue_depth
+    assert script.policy_of("load", settings, 2.0, None).seconds_per_token is None
+    assert script.policy_of("fixed", settings, 2.0, 0.01) == FixedLevel(0)
 
 
 def test_wrong_options(script, capsys):

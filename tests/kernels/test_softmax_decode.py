@@ -130,6 +130,48 @@ def test_heads_anywhere_in_blocks_of_several_layers(kv_heads, group, block_size,
     torch.testing.assert_close(check(q, pool_keys, pool_values, lengths, splits, block_table=two_of_three, heads=heads), found)
 
 
+@pytest.mark.parametrize("splits", [0, 1, 4])
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("window, sinks, whole", [(40, 0, 0), (40, 5, 0), (40, 70, 1), (64, 4, 2), (16, 1, 3), (300, 4, 1)])
+def test_windows_of_some_heads_and_sinks_of_these(window, sinks, whole, queries, splits):
+    """Beside the truth: each head alone, with what it sees as a mask; heads that lie in another order among others."""
+    lengths = [0, 1, 41, 130, 201, 330]
+    q, keys, values, lengths = make_inputs(lengths, 330, kv_heads=3, queries=queries)
+    options = {"window": window, "sink_tokens": sinks, "whole_heads": whole}
+    found = check(q, keys, values, lengths, splits, **options)
+    token = torch.arange(330, device=DEVICE)
+    for query in range(queries):
+        place = lengths - queries + query
+        seen = (token > place[:, None] - window) | (token < sinks)
+        for head in range(3):
+            mask = None if head < whole else seen
+            some = slice(2 * head, 2 * head + 2)
+            alone = q[:, query : query + 1, some], keys[:, head : head + 1], values[:, head : head + 1], (place + 1).clamp_min(0)
+            expected = reference.softmax_decode(*alone, mask=mask)
+            torch.testing.assert_close(found[:, query : query + 1, some], expected, rtol=2e-4, atol=2e-4)
+    order = torch.tensor([2, 0, 1], dtype=torch.int32, device=DEVICE)
+    q_of = q.unflatten(2, (3, 2))[:, :, order.long()].flatten(2, 3)
+    heads = torch.argsort(order)  # head h of q lies at place heads[h] of q_of
+    keys_of, values_of = (torch.cat([x[:, :1] * 9, x[:, order.long()]], 1) for x in (keys, values))
+    back = q_of.unflatten(2, (3, 2))[:, :, heads].flatten(2, 3)
+    torch.testing.assert_close(check(back, keys_of, values_of, lengths, splits, heads=(heads + 1).int(), **options), found)
+
+
+def test_what_goes_with_a_window():
+    inputs = make_inputs([9], 12, kv_heads=2)
+    for wrong, message in (
+        ({"sink_tokens": 4}, "sink_tokens=4 goes with a window"),
+        ({"whole_heads": 1}, "whole_heads=1 goes with a window"),
+        ({"sink_tokens": -1, "window": 4}, "sink_tokens must be 0 or more, got -1"),
+        ({"whole_heads": 3, "window": 4}, "whole_heads must be 0 or more, and 2 at most, the KV heads, got 3"),
+        ({"heads": torch.zeros(2, 2, dtype=torch.int32, device=DEVICE)}, "goes with block tables"),
+        ({"heads": torch.zeros(2, dtype=torch.int64, device=DEVICE)}, "heads"),
+    ):
+        for function in (softmax.softmax_decode, reference.softmax_decode):
+            with pytest.raises(ValueError, match=message):
+                function(*inputs, **wrong)
+
+
 def test_the_truth_of_several_queries_is_scaled_dot_product_attention():
     """Of the last tokens of a row, some of which are not there; of tokens from a start on, some of them behind the row's end."""
     q, keys, values, lengths = make_inputs([9, 12, 2, 0], 12, 8, 6, dtype=torch.float64, queries=3)
@@ -197,7 +239,7 @@ def test_heads_that_do_not_fit_are_refused():
         ({"block_table": tables}, "block_table must be"),
         ({"block_table": tables, "heads": heads.long()}, "heads must be int32"),
         ({"block_table": tables, "heads": heads[:, :1]}, "heads must be"),
-        ({"heads": heads}, "heads goes with block tables"),
+        ({"heads": heads}, "heads \\[Hkv, 2\\] goes with block tables"),
     ]:
         with pytest.raises(ValueError, match=words):
             softmax.softmax_decode(q, pool_keys, pool_values, lengths, **wrong)

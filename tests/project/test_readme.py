@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def readme(monkeypatch):
     monkeypatch.syspath_prepend(REPOSITORY / "eval")
     yield importlib.import_module("readme")
-    for name in ("readme", "recipe_page", "reporting"):
+    for name in ("readme", "recipe_page", "recipe_heads", "reporting"):
         sys.modules.pop(name, None)
 
 

@@ -36,7 +36,7 @@ from ..training.probes import NoRoom, check_fits_context, make_probes
 from ..training.ranking import LayerRanking
 from ..training.recipe import STAGE_SETTINGS, check_output, check_ranking, distill
 from ..training.sharding import initial_weights
-from ..training.text import token_blocks
+from ..training.text import holds_chats, token_blocks
 from ..training.text_check import check_teaches
 from ..training.trainer import highest_trained, trained_level
 from ..training.unit_ranking import UnitRanking
@@ -85,8 +85,8 @@ def _distill_job(options: DistillOptions, args: DSLATrainingArguments, output: P
     tokenizer = load_tokenizer(options.model)
     recorded = _recorded(options, args, config, metric)
     _check_recorded(output, recorded)
-    base = None
-    if OWN in options.data:
+    given, base = [source for source in options.data if source != OWN], None
+    if len(given) < len(options.data):
         path = output / OWN_FILE
         base = _own_texts(options, args, config, tokenizer, path)
         options = dataclasses.replace(options, data=[str(path) if source == OWN else source for source in options.data])
@@ -94,7 +94,7 @@ def _distill_job(options: DistillOptions, args: DSLATrainingArguments, output: P
         text = _read_text(options, tokenizer)
     check_teaches(text.train, config.window_size, config.sink_tokens)
     probes = _probes(options, tokenizer, text, base_config) if heads and text.ranking and metric != "random" else []
-    planted = share_planted(options, text.chats)
+    planted = share_planted(options, holds_chats(given, split=options.split, column=options.column))
     train = with_planted(text.train, tokenizer, planted, args.seed, options.answer_weight)
 
     model = _new_model(options, config, args.seed, base)
@@ -201,14 +201,13 @@ def _what_is_kept(output: Path) -> str:
 @dataclass(frozen=True)
 class _Text:
     """train: what is trained on, `sequences` of them (None: as the text streams). ranking, held_out: token ids `[T]`, no part of it.
-    first: token ids of the first sequences, whatever their use. chats: whether some tokens are not learnt from, as in chats."""
+    first: token ids of the first sequences, whatever their use."""
 
     train: Any
     sequences: int | None
     ranking: list[Any]
     held_out: list[Any]
     first: list[Any]
-    chats: bool
 
 
 def _own_texts(options: DistillOptions, args: DSLATrainingArguments, config: DSLAConfig, tokenizer: Any, path: Path) -> Any:
@@ -263,13 +262,12 @@ def _read_text(options: DistillOptions, tokenizer: Any) -> _Text:
     rest = there - ranked
     enough = rest >= wanted + options.tokens // length or (options.streaming and there == looked_at)
     held = wanted if enough else min(wanted, rest - 1, max(1, rest // LEAST_TRAINED))
-    chats = "loss_mask" in blocks.features
     if options.streaming:
-        return _Text(blocks.skip(ranked + held), None, first[:ranked], first[ranked : ranked + held], first, chats)
+        return _Text(blocks.skip(ranked + held), None, first[:ranked], first[ranked : ranked + held], first)
     # Spread over the text, which may be of several kinds.
     apart = {ranked + place * rest // held for place in range(held)}
     train = [index for index in range(ranked, there) if index not in apart]
-    return _Text(blocks.select(train), len(train), first[:ranked], [blocks[index]["input_ids"] for index in sorted(apart)], first, chats)
+    return _Text(blocks.select(train), len(train), first[:ranked], [blocks[index]["input_ids"] for index in sorted(apart)], first)
 
 
 def _probes(options: DistillOptions, tokenizer: Any, text: _Text, base_config: Any) -> list[dict[str, Tensor]]:

@@ -11,7 +11,7 @@ from .distill_options import BATCH_SIZE, DistillOptions
 LONGEST, SHORTEST = 8192, 2048  # tokens of a step's sequences, in turn
 TOKENS_PER_STEP = 16_384
 WINDOW_ALONE = 512  # of converted heads without states
-PLANTED = 1 / 3  # of the rows of plain text
+PLANTED = 1 / 3  # of the rows of plain text, and of what the checkpoint writes itself
 
 
 def settle(options: DistillOptions, args: DSLATrainingArguments, base_config: Any) -> DistillOptions:
@@ -44,7 +44,8 @@ def of_conversion(options: DistillOptions) -> dict[str, Any]:
 
 
 def share_planted(options: DistillOptions, chats: bool) -> float:
-    """Share of the rows in which facts are planted; in the middle of a chat they would break its form."""
+    """Share of the rows in which facts are planted. chats: whether there are chats among the texts that the user gave; in the middle of
+    one they would break its form."""
     if options.probes_in_training is not None:
         return options.probes_in_training
     return 0.0 if chats else PLANTED

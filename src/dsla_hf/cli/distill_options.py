@@ -132,7 +132,9 @@ class DistillOptions:
     )
     probes_in_training: float | None = field(
         default=None,
-        metadata={"help": "Share of the sequences in which facts are planted that are asked for later. Default: 1/3, of chats 0."},
+        metadata={
+            "help": "Share of the sequences in which facts are planted that are asked for later. Default: 1/3, 0 where --data has chats."
+        },
     )
     answer_weight: float = field(
         default=ANSWER_WEIGHT, metadata={"help": "Of the tokens that answer what was planted, in the loss, beside 1 of all others."}

@@ -352,6 +352,8 @@ def fold_in_pieces(
 ) -> DualState:
     """`attention.fold` of k, v `[B, T, Hkv, D]` and mask `[B, T]`, some tokens at a time; kv_heads as there."""
     piece = max(FOLDED_AT_ONCE // k.shape[0], 1)
+    if not attention.states and attention.window_size and mask is None and not attention.reorders_keys:
+        piece = max(k.shape[1], 1)  # it takes what its window has, and passes over the rest
     masks = [None] * -(-k.shape[1] // piece) if mask is None else mask.split(piece, 1)
     for k_part, v_part, mask_part in zip(k.split(piece, 1), v.split(piece, 1), masks, strict=True):
         state = attention.fold(k_part, v_part, mask_part, state, kv_heads=kv_heads)

@@ -24,6 +24,7 @@ from .cache import LEVEL_LOWERED, RECORDS_PAST, DSLACacheLayer, RingStaticLayer,
 from .heads import HeadSplit, of_heads
 from .layout import TokenLayout
 from .partial_cache import PartialCacheLayer, join_states, with_heads
+from .window_view import WindowView
 
 logger = logging.get_logger(__name__)
 
@@ -121,7 +122,7 @@ def check_cache(cache: Any, converted: Sequence[bool | tuple[int, ...]], rows: i
                 _check_foldable(index, layer.softmax)
                 if not recorded:
                     _check_reaches_back(index, layer)
-        elif is_dsla and (recorded or _tokens_of(layer) > 0):
+        elif is_dsla and not isinstance(layer, WindowView) and (recorded or _tokens_of(layer) > 0):
             _check_foldable(index, layer)
     if recorded or not any(is_dsla for _, is_dsla in layers):
         return cache.get_seq_length()

@@ -3,7 +3,7 @@
 transformers hands an attention function keys, values and a mask of the same length. A static cache is then read to its end, a paged one
 is copied first, and a prompt that goes on behind a cache has a mask, with which SDPA cannot run its flash kernel. Steps of one token or a
 few inside `over_cache` use the split-KV kernel instead, which knows lengths and block tables, and pieces of prompts over blocks one that
-knows them too; prompts inside `over_prompt` need no mask.
+knows them too. Prompts inside `over_prompt`, and pieces that texts begin with, need no mask: see `prompt_attention`.
 Everything else goes to SDPA as it would without this module.
 """
 
@@ -18,13 +18,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from dsla_kernels import softmax_decode, softmax_prompt, uses_triton
 
 from ..compat.attention_functions import ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS
 from ..compat.attributes import attention_implementation
+from .prompt_attention import attend_to_prompt
 
 ATTENTION_FUNCTION = "dsla_decode"
 QUERIES = 512  # of a prompt that read a sliding window at a time, at least: as many as the window is long, where that is longer
@@ -43,6 +43,9 @@ class CachedTokens:
         of the heads of a block it is.
     rings: by number of a layer whose window is a ring, all of which the new token sees: `lengths` and `mask` of that.
     starts: int `[B]`, tokens of each row before the new ones, where rows differ in these, or they are more than `FEW` (with block tables).
+        More rows than the call has: its one row holds that many pieces, of equal room and maybe of one text, one behind the other.
+    begins: texts begin with the new tokens, so that these are all there is to attend to; keys and values are then those of the call.
+    recorded: the call is recorded, and so has this shape whenever it is replayed.
     """
 
     lengths: Tensor
@@ -51,6 +54,8 @@ class CachedTokens:
     starts: Tensor | None = None
     places: Sequence[int | Tensor | None] = ()
     rings: Mapping[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    begins: bool = False
+    recorded: bool = False
 
 
 _cached: ContextVar[CachedTokens | None] = ContextVar("cached tokens of this step", default=None)
@@ -121,10 +126,12 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
     if cached is None and windows is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
     scale, window = kwargs.get("scaling"), kwargs.get("sliding_window")
-    if cached is None:
-        if windows:
-            window = windows.get(module.layer_idx, window)
-        return _attend_prompt(query, key, value, window, scale).transpose(1, 2).contiguous(), None
+    if windows:
+        window = windows.get(module.layer_idx, window)
+    if cached is None or cached.begins:
+        if window is None or key.shape[2] <= window:
+            return attend_to_prompt(query, key, value, scale, recorded=cached is not None and cached.recorded), None
+        return _attend_sliding(query, key, value, window, scale).transpose(1, 2).contiguous(), None
     table = heads = None
     if cached.block_tables is not None:
         place = cached.places[module.layer_idx]
@@ -133,18 +140,20 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
     if cached.rings and module.layer_idx in cached.rings:
         (lengths, mask), window = cached.rings[module.layer_idx], None
     q = query.transpose(1, 2)
-    if cached.starts is not None and table is not None and query.shape[2] > FEW:
-        return softmax_prompt(q, key, value, cached.starts, cached.lengths, table, scale=scale, window=window, heads=heads), None
-    options: dict[str, Any] = {"scale": scale, "window": window, "mask": mask, "block_table": table, "heads": heads}
-    return softmax_decode(q, key, value, lengths, starts=cached.starts, **options), None
+    if cached.starts is not None and len(cached.starts) > len(q):
+        q = q[0].unflatten(0, (len(cached.starts), -1))
+    options: dict[str, Any] = {"scale": scale, "window": window, "heads": heads}
+    if cached.starts is not None and table is not None and q.shape[1] > FEW:
+        o = softmax_prompt(q, key, value, cached.starts, lengths, table, **options)
+    else:
+        options |= {"mask": mask, "block_table": table}
+        o = softmax_decode(q, key, value, lengths, starts=cached.starts, **options)
+    return o.view(query.shape[0], -1, *o.shape[2:]), None
 
 
-def _attend_prompt(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float | None) -> Tensor:
-    """The last tokens over all of them, o as query `[B, Hq, T, D]`."""
+def _attend_sliding(query: Tensor, key: Tensor, value: Tensor, window: int, scale: float | None) -> Tensor:
+    """The last tokens, of which each sees so many, over all of them, o as query `[B, Hq, T, D]`."""
     new, tokens, group = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
-    if window is None:
-        mask: Any = causal_lower_right(new, tokens)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=group > 1)
     parts, past, at_once = [], tokens - new, max(window, QUERIES)
     for start in range(0, new, at_once):
         q = query[:, :, start : start + at_once]

@@ -103,8 +103,8 @@ def _datasets() -> Any:
     return datasets
 
 
-def _check_sources(sources: Iterable[str], split: str, column: str) -> bool:
-    """Whether the first record of a source is a chat.
+def holds_chats(sources: Iterable[str], *, split: str = "train", column: str = "text") -> bool:
+    """Whether the first record of a source is a chat; sources, split and column as in `token_blocks`.
 
     Raises:
         ValueError: if a source is of an unknown kind, has no records, or its first is neither text nor chat.
@@ -208,7 +208,7 @@ class PackedTokens(torch.utils.data.Dataset):
             as `token_blocks`.
         """
         sources = tuple(sources)
-        _check_sources(sources, "train", "text")
+        holds_chats(sources)
         rows = _blocks(sources, tokenizer, length, max_tokens, "train", "text", chats=False)
         return cls(torch.stack([torch.tensor(row["input_ids"]) for row in rows]))
 
@@ -257,7 +257,7 @@ def token_blocks(
     """
     datasets = _datasets()
     sources = tuple(sources)  # a list would be taken for shards, each packed on its own
-    chats = _check_sources(sources, split, column) and completion_only
+    chats = holds_chats(sources, split=split, column=column) and completion_only
     options = {
         "sources": sources,
         "tokenizer": tokenizer,

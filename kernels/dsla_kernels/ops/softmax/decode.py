@@ -22,19 +22,44 @@ from .tiles import NOTHING, load_tokens
 
 
 @triton.jit
-def _cut(lengths, starts, row, room, window, parts, least, T: tl.constexpr, BN: tl.constexpr):
-    """Of a row: its length, the place of its first query, and the tiles of BN tokens that any of its queries sees: the first, how many, and
-    how many a part."""
+def _cut(lengths, starts, row, head, room, window, sinks, whole, parts, least, T: tl.constexpr, BN: tl.constexpr):
+    """Of a row and KV head: its length, the place of its first query, and the tiles of BN tokens that any of its queries sees: the first of
+    the window, how many before it have sinks, how many in all, and how many a part."""
     length = tl.load(lengths + row).to(tl.int32)
     length = tl.minimum(tl.maximum(length, 0), room)
     start = length - T
     if starts is not None:
         start = tl.load(starts + row).to(tl.int32)
     first = length * 0
+    before = length * 0
     if window is not None:
         first = tl.minimum(tl.maximum(start + 1 - window, 0), length) // BN
-    tiles = (length + BN - 1) // BN - first
-    return length, start, first, tiles, tl.maximum((tiles + parts - 1) // parts, least)
+        if whole is not None:
+            first = tl.where(head < whole, 0, first)
+        if sinks is not None:
+            before = tl.minimum(first, (sinks + BN - 1) // BN)
+    tiles = (length + BN - 1) // BN - first + before
+    return length, start, first, before, tiles, tl.maximum((tiles + parts - 1) // parts, least)
+
+
+@triton.jit
+def _tile(number, first, before, sinks):
+    """Where tile `number` of those that a row and head see lies."""
+    if sinks is None:
+        return first + number
+    else:
+        return tl.where(number < before, number, number + first - before)
+
+
+@triton.jit
+def _in_window(token, place, head, window, sinks, whole):
+    """Whether a query at `place` sees a token by the window, if there is one."""
+    seen = token > place - window
+    if sinks is not None:
+        seen = seen | (token < sinks)
+    if whole is not None:
+        seen = seen | (head < whole)
+    return seen
 
 
 @triton.jit
@@ -52,7 +77,7 @@ def _softmax_decode_kernel(
     starts,  # [B] or None
     mask,  # uint8 [B, T] or None
     block_table,  # [B, most blocks] or None; with places [tables, B, most blocks]
-    places,  # [Hkv, 2] or None
+    places,  # [Hkv, 2] or None; without a table [Hkv] or None
     sink_logits,  # [Hq] or None
     o,  # [B, T, Hq, V]
     pieces,  # fp32 [B * T * Hq, parts, V], for the join; None with one part
@@ -69,6 +94,8 @@ def _softmax_decode_kernel(
     room,  # tokens of a row at most
     least,  # tiles a part
     window,  # or None
+    sinks,  # or None
+    whole,  # or None
     scale,
     softcap,  # or None
     HKV,
@@ -90,9 +117,9 @@ def _softmax_decode_kernel(
     GROUPS: tl.constexpr = (T * R + BM - 1) // BM
     number, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     row, head = (number // (HKV * GROUPS)).to(tl.int64), number // GROUPS % HKV
-    length, start, first, tiles, share = _cut(lengths, starts, row, room, window, parts, least, T, BN)
-    begin = first + part * share
-    end = tl.minimum(begin + share, first + tiles)
+    length, start, first, before, tiles, share = _cut(lengths, starts, row, head, room, window, sinks, whole, parts, least, T, BN)
+    begin = part * share
+    end = tl.minimum(begin + share, tiles)
     if (part > 0) & (begin >= end):  # the first part is there for rows without tokens too
         return
 
@@ -106,7 +133,9 @@ def _softmax_decode_kernel(
     channels = tl.arange(0, BV)
     channel_ok = channels < V
     column = head
-    if places is not None:
+    if places is not None and block_table is None:
+        column = tl.load(places + head)
+    elif places is not None:
         block_table += tl.load(places + head * 2).to(tl.int64) * table_next
         column = tl.load(places + head * 2 + 1)
     keys += column.to(tl.int64) * k_head
@@ -123,15 +152,16 @@ def _softmax_decode_kernel(
         # A tile ahead: nothing waits for it, and the compiler, which looks for the narrowest load behind a product within a turn
         # of the loop, does not take the products for ones of bytes.
         mask += row * mask_row
-        shown = _load_mask(mask, begin, length, BN)
-    for tile in range(begin, end):
+        shown = _load_mask(mask, _tile(begin, first, before, sinks), length, BN)
+    for number in range(begin, end):
+        tile = _tile(number, first, before, sinks)
         token = tile * BN + tl.arange(0, BN)
         there = token < length
         if window is not None:
-            there = there & (token > start - window)
+            there = there & _in_window(token, start, head, window, sinks, whole)
         if mask is not None:
             there = there & (shown != 0)
-            shown = _load_mask(mask, tile + 1, length, BN)
+            shown = _load_mask(mask, _tile(number + 1, first, before, sinks), length, BN)
         if block_table is None:
             block, inside = row, token
         elif BLOCK % BN == 0:  # a tile lies in one block
@@ -146,7 +176,7 @@ def _softmax_decode_kernel(
         else:
             visible = there[None, :] & (token[None, :] <= place[:, None])
             if window is not None:
-                visible = visible & (token[None, :] > place[:, None] - window)
+                visible = visible & _in_window(token[None, :], place[:, None], head, window, sinks, whole)
         scores = softmax_scores(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), scale, softcap)
         top, denominator, result = softmax_step(scores, visible, v_tile, top, denominator, result, DOT, "ieee")
     store_ok = query_ok[:, None] & channel_ok[None, :]
@@ -171,7 +201,10 @@ def _join_kernel(
     room,
     least,
     window,
+    sinks,
+    whole,
     HQ,
+    R: tl.constexpr,
     T: tl.constexpr,
     V: tl.constexpr,
     BV: tl.constexpr,
@@ -184,7 +217,7 @@ def _join_kernel(
     row, head = number // (T * HQ), number % HQ
     channels = tl.arange(0, BV)
     channel_ok = channels < V
-    length, start, first, tiles, share = _cut(lengths, starts, row, room, window, parts, least, T, BN)
+    length, start, first, before, tiles, share = _cut(lengths, starts, row, head // R, room, window, sinks, whole, parts, least, T, BN)
     written = tl.maximum((tiles + share - 1) // share, 1)
     top = tl.full([1], NOTHING, tl.float32)
     denominator = tl.zeros([1], tl.float32)
@@ -227,8 +260,10 @@ def _softmax_decode(
     splits: int,
     places: Tensor | None,
     starts: Tensor | None,
+    sinks: int | None,
+    whole: int | None,
 ) -> Tensor:
-    plan = make_plan(q, keys, values, block_table, window, splits, places)
+    plan = make_plan(q, keys, values, block_table, window, splits, places, sinks, whole)
     order = (0, 1, 2) if block_table is None else (0, 2, 1)  # a row or block, a head, a token
     rows, parts = q.shape[:3].numel(), plan.grid[1]
     o = new_output(q, values)
@@ -253,16 +288,19 @@ def _softmax_decode(
         *[values.stride(dim) for dim in order],
         0 if mask is None else mask.stride(0),
         0 if block_table is None else block_table.stride(-2),
-        0 if places is None else block_table.stride(0),  # type: ignore[union-attr]
+        0 if places is None or block_table is None else block_table.stride(0),
         plan.room,
         plan.least,
         window,
+        sinks,
+        whole,
         scale,
         softcap,
         **plan.options,
     )
     if pieces is not None:
-        _join_kernel[(rows,)](pieces, softmax, lengths, starts, sink_logits, o, parts, plan.room, plan.least, window, **plan.join)
+        seen = window, sinks, whole
+        _join_kernel[(rows,)](pieces, softmax, lengths, starts, sink_logits, o, parts, plan.room, plan.least, *seen, **plan.join)
     return o
 
 
@@ -285,6 +323,8 @@ def softmax_decode(
     mask: Tensor | None = None,
     heads: Tensor | None = None,
     starts: Tensor | None = None,
+    sink_tokens: int = 0,
+    whole_heads: int = 0,
     splits: int = 0,
 ) -> Tensor:
     """Softmax attention of a token a row, or of a few, over its keys and values, which include theirs. No gradient.
@@ -294,7 +334,8 @@ def softmax_decode(
         keys, values: of any strides, but for a dense last dimension; read where they are.
         splits: parts that a row's tokens are cut into; 0 chooses by shape.
     """
-    check_softmax_decode_inputs(q, keys, values, lengths, softcap, sink_logits, window, block_table, mask, heads, starts)
+    seen = window, block_table, mask, heads, starts, sink_tokens, whole_heads
+    check_softmax_decode_inputs(q, keys, values, lengths, softcap, sink_logits, *seen)
     check_softmax_kernel_inputs(q, keys, values)
     if splits < 0:
         raise ValueError(f"splits must be 0 (chosen by shape) or a number of parts, got {splits}")
@@ -312,4 +353,6 @@ def softmax_decode(
         splits,
         None if heads is None else heads.contiguous(),
         None if starts is None else starts.contiguous(),
+        sink_tokens or None,
+        whole_heads or None,
     )

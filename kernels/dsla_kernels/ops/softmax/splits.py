@@ -64,14 +64,17 @@ def make_plan(
     window: int | None,
     splits: int,
     places: Tensor | None = None,
+    sinks: int | None = None,
+    whole: int | None = None,
 ) -> Plan:
-    """By shape; splits: the number of parts, or 0. Nothing depends on what lies in a tensor. places: of KV heads in blocks, see
+    """By shape; splits: the number of parts, or 0. Nothing depends on what lies in a tensor. places: of KV heads, sinks, whole: see
     `softmax_decode`."""
     if block_table is None:
-        kv_heads, tokens, blocks = keys.shape[1], keys.shape[2], None
+        kv_heads, tokens, blocks = keys.shape[1] if places is None else places.shape[0], keys.shape[2], None
     else:
         kv_heads, tokens, blocks = keys.shape[2] if places is None else places.shape[0], keys.shape[1], block_table.shape[-1]
-    return _plan(q.shape, kv_heads, tokens, values.shape[-1], blocks, window, splits, q.dtype, q.device, tuned)
+    seen = None if window is None else window + (sinks or 0)
+    return _plan(q.shape, kv_heads, tokens, values.shape[-1], blocks, seen, whole or 0, splits, q.dtype, q.device, tuned)
 
 
 @functools.lru_cache(maxsize=1024)  # layers and steps come one after the other, and most are alike
@@ -82,6 +85,7 @@ def _plan(
     value_dim: int,
     blocks: int | None,  # of a row, None without a block table
     window: int | None,
+    whole: int,  # heads that see more than the window, if there is one
     splits: int,
     dtype: torch.dtype,
     device: torch.device,
@@ -91,20 +95,23 @@ def _plan(
     room, block = (tokens, 0) if blocks is None else (tokens * blocks, tokens)
     block_key, block_value = head_tiles(key_dim, value_dim)
     launch = wanted or choose_launch(max(block_key, block_value) * dtype.itemsize)
-    tiles = triton.cdiv(room if window is None else min(room, window + queries - 1), launch.tokens)
+    tiles = triton.cdiv(room if window is None or whole else min(room, window + queries - 1), launch.tokens)
     of_a_head = queries * (heads // kv_heads)
     together = (
         GROUP_TILE if queries == 1 else max(GROUP_TILE, min(triton.next_power_of_2(of_a_head), MOST_QUERIES, MOST_RESULTS // block_value))
     )
-    programs = batch * kv_heads * triton.cdiv(of_a_head, together)
+    of_each = triton.cdiv(of_a_head, together)
+    programs = batch * kv_heads * of_each
+    # Others than whole heads have little to do, and leave.
+    busy = batch * (kv_heads if window is None or not whole else whole) * of_each
     uneven = blocks is not None and batch > 1
     least = 1 if splits else triton.cdiv(LEAST_OF_MANY if uneven else LEAST_TOKENS, launch.tokens)
     if splits:
         parts = min(splits, tiles)
     elif uneven:
-        parts = choose_uneven_splits(batch, programs, tiles, least, 2 * processors(device))
+        parts = choose_uneven_splits(batch, busy, tiles, least, 2 * processors(device))
     else:
-        parts = choose_splits(programs, tiles, least, 2 * processors(device))
+        parts = choose_splits(busy, tiles, least, 2 * processors(device))
     overlap = parts > 1 and can_overlap(device)
     shared = {"T": queries, "V": value_dim, "BV": block_value, "BN": launch.tokens, "OVERLAP": overlap}
     options = shared | {
@@ -122,5 +129,5 @@ def _plan(
     if parts <= LITTLE_JOIN:  # no more choices than two: each is compiled
         at_a_time = min(LITTLE_JOIN, at_a_time)
     warps = max(1, at_a_time * block_value // 1024)
-    join = shared | {"HQ": heads, "BP": at_a_time, "num_warps": warps, **overlapping(overlap)}
+    join = shared | {"HQ": heads, "R": heads // kv_heads, "BP": at_a_time, "num_warps": warps, **overlapping(overlap)}
     return Plan((programs, parts), room, least, options, join)
