@@ -19,15 +19,14 @@ docs/measured/bases.md and draws its plot.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import random
 import statistics
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +36,27 @@ sys.path[:] = [str(REPOSITORY / "eval"), str(REPOSITORY / "kernels"), *(x for x 
 
 import torch  # noqa: E402
 from peft import get_peft_model  # noqa: E402
-from reporting import RESULTS, fill_page, rows_table  # noqa: E402
-from timing import Clock, Rows, fill, peak, reset_peak  # noqa: E402
+from reporting import fill_page, rows_table  # noqa: E402
+from timing import (  # noqa: E402
+    Clock,
+    Rows,
+    decode_behind,
+    numbers_of_steps,
+    numbers_or_error,
+    parser_for,
+    peak,
+    plan_for,
+    reset_peak,
+    runner_for,
+    say_whether_complete,
+)
 from transformers import AutoConfig, DynamicCache  # noqa: E402
 
 from dsla_hf import DSLAConfig, GraphDecoder  # noqa: E402
 from dsla_hf.core.cache import cache_bytes  # noqa: E402
 from dsla_hf.core.plots import figure, save  # noqa: E402
 from dsla_hf.inference.bench.costs import synchronize  # noqa: E402
-from dsla_hf.inference.bench.measure import Case, Runner  # noqa: E402
+from dsla_hf.inference.bench.measure import Case  # noqa: E402
 from dsla_hf.inference.bench.models import collect, random_model, ready  # noqa: E402
 from dsla_hf.inference.graph import PlainRecording  # noqa: E402
 from dsla_hf.models.architectures import kv_heads_of  # noqa: E402
@@ -245,7 +256,7 @@ class Forwards:
             ids = self.network(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
             synchronize(self.device)
             times.append(time.perf_counter() - start)
-        return _of_steps(times[4:], rows, cache, self.device)
+        return numbers_of_steps(times[4:], rows, cache, self.device)
 
 
 class Graphs:
@@ -256,14 +267,8 @@ class Graphs:
     def __init__(self, network: Any, plan: Plan):
         self.network, self.plan, self.device = network, plan, network.device
 
-    def runner(self) -> Runner:
-        runner = Runner(self.network)
-        if self.device.type != "cuda":
-            runner.decoder = GraphDecoder(self.network, record=PlainRecording)  # to see that it runs
-        return runner
-
     def prefill(self, tokens: int) -> dict[str, Any]:
-        runner, times = self.runner(), []
+        runner, times = runner_for(self.network), []
         case = Case("graph", tokens, 1, 4, prefill_tokens=PIECE)
         runner.run(case, 1)
         reset_peak(self.device)
@@ -273,29 +278,7 @@ class Graphs:
         return {"prefill_seconds": statistics.median(times), "cache_bytes": cache_bytes(cache), "peak_bytes": peak(self.device)}
 
     def decode(self, tokens: int, rows: int) -> dict[str, Any]:
-        runner = self.runner()
-        case = Case("graph", tokens, rows, self.plan.steps + 4, prefill_tokens=PIECE)
-        runner.run(case, 1, self.plan.read)
-        decoder = runner.decoder
-        assert decoder is not None and decoder.workspace is not None
-        fill(decoder.workspace, tokens - 1)
-        reset_peak(self.device)
-        times, cache = runner.run(case, case.new_tokens, past_key_values=decoder.workspace.cache)
-        if (why := decoder.recorder.reason) is not None:
-            raise (torch.OutOfMemoryError if "memory" in why else RuntimeError)(f"steps were not recorded: {why}")
-        steps = [after - before for before, after in itertools.pairwise(times[1:])][-self.plan.steps :]  # the first ones record
-        return _of_steps(steps, rows, cache, self.device)
-
-
-def _of_steps(steps: list[float], rows: int, cache: Any, device: torch.device) -> dict[str, Any]:
-    per_token = statistics.fmean(steps)
-    return {
-        "seconds_per_token": per_token,
-        "median_seconds_per_token": statistics.median(steps),
-        "tokens_per_second": rows / per_token,
-        "cache_bytes": cache_bytes(cache),
-        "peak_bytes": peak(device),
-    }
+        return decode_behind(self.network, tokens, rows, steps=self.plan.steps, read=self.plan.read, piece=PIECE)
 
 
 def engine_for(arm: str, network: Any, plan: Plan) -> tuple[Any, str | None]:
@@ -309,16 +292,10 @@ def engine_for(arm: str, network: Any, plan: Plan) -> tuple[Any, str | None]:
 
 
 def measured(engine: Any, place: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of a row, or the error that it ended with."""
-    try:
-        if place["what"] == "prefill":
-            return engine.prefill(place["tokens"])
-        return engine.decode(place["tokens"], place["batch_size"])
-    except torch.OutOfMemoryError:
-        return {"error": "out of memory"}
-    except Exception as error:  # one row that breaks must not cost the others
-        traceback.print_exc()
-        return {"error": f"{type(error).__name__}: {error}"[:300]}
+    """The numbers of a row."""
+    if place["what"] == "prefill":
+        return engine.prefill(place["tokens"])
+    return engine.decode(place["tokens"], place["batch_size"])
 
 
 def places_of(name: str, shape: Shape, plan: Plan, card: str, arm: str) -> list[dict[str, Any]]:
@@ -357,7 +334,8 @@ def measure(plan: Plan, names: list[str], rows: Rows, device: torch.device, cloc
                 if not clock.allows_another():
                     return False
                 told = {"engine": engine.engine, **({} if why is None else {"no_graphs": why})}
-                rows.add({**place, "level": level, "kv_heads": heads, **told, **measured(engine, place)})
+                numbers = numbers_or_error(partial(measured, engine, place))
+                rows.add({**place, "level": level, "kv_heads": heads, **told, **numbers})
                 clock.ends_row()
             del engine
             collect()
@@ -448,29 +426,14 @@ def make_page(rows: list[dict[str, Any]], page: Path = PAGE, plot: Path = PLOT) 
 
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--tokens", nargs="+", type=int, help="lengths of prompts (8192 and 32768)")
+    parser = parser_for(__doc__, NAME, SHAPES, "8192 and 32768", "fill docs/measured/bases.md and draw its plot")
     parser.add_argument("--layers", type=int, help="of each shape, instead of 12 of Gemma 3 and 8 of others")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row that would probably end later")
-    parser.add_argument("--again", action="store_true", help="measure rows that are there already, too")
-    parser.add_argument("--tiny", action="store_true", help="small shapes, to see that all of it runs")
-    parser.add_argument("--page", action="store_true", help="measure nothing; fill docs/measured/bases.md and draw its plot")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--results", type=Path, default=RESULTS, help=f"folder of {NAME}.json")
     args = parser.parse_args(arguments)
     rows = Rows(NAME, KEY, args.results)
     if args.page:
         make_page(rows.rows)
         return
-    device, clock = torch.device(args.device), Clock(args.seconds)
-    if device.type != "cuda" and not args.tiny:
-        parser.error("times are those of a CUDA device; --tiny runs on a CPU, too")
-    plan = tiny_plan() if args.tiny else Plan(SHAPES)
-    if args.tokens:
-        if (shortest := min(args.tokens)) <= plan.read:
-            parser.error(f"--tokens must be above {plan.read}, of which every text is really read, got {shortest}")
-        plan = replace(plan, lengths=tuple(args.tokens))
+    plan = plan_for(parser, args, lambda: Plan(SHAPES), tiny_plan)
     if args.layers is not None:
         for name in args.shapes:
             if not 1 <= args.layers <= plan.shapes[name].of_layers:
@@ -479,12 +442,11 @@ def main(arguments: list[str] | None = None) -> None:
             plan, shapes={name: replace(shape, layers=args.layers) for name, shape in plan.shapes.items() if name in args.shapes}
         )
     torch.manual_seed(0)
-    complete = measure(plan, args.shapes, rows, device, clock, args.again)
+    complete = measure(plan, args.shapes, rows, torch.device(args.device), Clock(args.seconds), args.again)
     for card in dict.fromkeys(row["device"] for row in rows.rows):
         of_card = [row for row in rows.rows if row["device"] == card]
         print(rows_table(summary(of_card), ["shape", "model", "runs by", *columns(of_card)]))
-    if not complete:
-        print(f"{args.seconds:g} seconds did not suffice: rows are missing, and the same command again goes on with them")
+    say_whether_complete(complete, args.seconds)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,12 @@ same command again goes on where `--seconds` ended the last one; `--again` measu
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import random
-import statistics
 import sys
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +31,25 @@ sys.path[:] = [str(REPOSITORY / "eval"), str(REPOSITORY / "kernels"), *(x for x 
 
 import torch  # noqa: E402
 from peft import get_peft_model  # noqa: E402
-from reporting import RESULTS, fill_page, rows_table  # noqa: E402
-from timing import Clock, Rows, fill, peak, reset_peak  # noqa: E402
+from reporting import fill_page, rows_table  # noqa: E402
+from timing import (  # noqa: E402
+    Clock,
+    Rows,
+    decode_behind,
+    numbers_or_error,
+    parser_for,
+    peak,
+    plan_for,
+    reset_peak,
+    runner_for,
+    say_whether_complete,
+)
 from transformers import AutoConfig  # noqa: E402
 
-from dsla_hf import DSLAConfig, GraphDecoder  # noqa: E402
+from dsla_hf import DSLAConfig  # noqa: E402
 from dsla_hf.core.cache import cache_bytes  # noqa: E402
-from dsla_hf.inference.bench.measure import Case, Runner  # noqa: E402
+from dsla_hf.inference.bench.measure import Case  # noqa: E402
 from dsla_hf.inference.bench.models import collect, preset_config, random_model, ready  # noqa: E402
-from dsla_hf.inference.graph import PlainRecording  # noqa: E402
 
 NAME = "heads-models"
 PAGE = REPOSITORY / "docs" / "measured" / "inference.md"
@@ -117,42 +125,15 @@ def bytes_per_row(config: Any, plan: Plan, kept: int, itemsize: int, tokens: int
 # --- measurements -----------------------------------------------------------------------------------------------
 
 
-def new_runner(network: Any) -> Runner:
-    runner = Runner(network)
-    if runner.device.type != "cuda":
-        runner.decoder = GraphDecoder(network, record=PlainRecording)  # to see that it runs
-    return runner
-
-
 def decode(network: Any, plan: Plan, tokens: int, rows: int) -> dict[str, Any]:
-    """Seconds of a step of `rows` texts that have `tokens` tokens behind them: the mean of as many steps as it takes until a block of the
-    window went into the states, and the median."""
-    runner = new_runner(network)
-    case = Case("graph", tokens, rows, plan.steps + 4, prefill_tokens=PIECE)
-    runner.run(case, 1, plan.read)
-    decoder = runner.decoder
-    assert decoder is not None and decoder.workspace is not None
-    with torch.no_grad():
-        fill(decoder.workspace, tokens - 1)
-    reset_peak(runner.device)
-    times, cache = runner.run(case, case.new_tokens, past_key_values=decoder.workspace.cache)
-    if (why := decoder.recorder.reason) is not None:
-        raise (torch.OutOfMemoryError if "memory" in why else RuntimeError)(f"steps were not recorded: {why}")
-    steps = [after - before for before, after in itertools.pairwise(times[1:])][-plan.steps :]  # the first ones record
-    per_token = statistics.fmean(steps)
-    return {
-        "batch_size": rows,
-        "seconds_per_token": per_token,
-        "median_seconds_per_token": statistics.median(steps),
-        "tokens_per_second": rows / per_token,
-        "cache_bytes": cache_bytes(cache),
-        "peak_bytes": peak(runner.device),
-    }
+    """The numbers of steps of `rows` texts that have `tokens` tokens behind them."""
+    numbers = decode_behind(network, tokens, rows, steps=plan.steps, read=plan.read, piece=PIECE)
+    return {"batch_size": rows, **numbers}
 
 
 def prefill(network: Any, plan: Plan, tokens: int) -> dict[str, Any]:
     """Seconds until one text is read and has its first token. Pieces of the same size were read before."""
-    runner = new_runner(network)
+    runner = runner_for(network)
     case = Case("graph", tokens, 1, 4)
     runner.run(case, 1, min(tokens, 2 * (case.chunk or tokens)))
     reset_peak(runner.device)
@@ -173,28 +154,22 @@ def most_rows(network: Any, plan: Plan, kept: int, tokens: int) -> int:
 
 
 def measured(network: Any, plan: Plan, place: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of a row, or the error that it ended with."""
+    """The numbers of a row."""
     tokens = place["tokens"]
-    try:
-        if place["what"] == "prefill":
-            return prefill(network, plan, tokens)
-        if place["batch"] == "one":
-            return decode(network, plan, tokens, 1)
-        decode(network, plan, 2 * plan.read, 1)  # now this level has its buffers
-        rows = max(most_rows(network, plan, place["kept"], tokens), 1)
-        while rows:
-            try:
-                return decode(network, plan, tokens, rows)
-            except torch.OutOfMemoryError:
-                pass
-            collect()  # out here nothing holds the memory of the failed attempt any more
-            rows -= max(rows // 16, 1)
-        return {"error": "no text fits", "batch_size": 0}
-    except torch.OutOfMemoryError:
-        return {"error": "out of memory"}
-    except Exception as error:  # one row that breaks must not cost the others
-        traceback.print_exc()
-        return {"error": f"{type(error).__name__}: {error}"[:300]}
+    if place["what"] == "prefill":
+        return prefill(network, plan, tokens)
+    if place["batch"] == "one":
+        return decode(network, plan, tokens, 1)
+    decode(network, plan, 2 * plan.read, 1)  # now this level has its buffers
+    rows = max(most_rows(network, plan, place["kept"], tokens), 1)
+    while rows:
+        try:
+            return decode(network, plan, tokens, rows)
+        except torch.OutOfMemoryError:
+            pass
+        collect()  # out here nothing holds the memory of the failed attempt any more
+        rows -= max(rows // 16, 1)
+    return {"error": "no text fits", "batch_size": 0}
 
 
 def measure(plan: Plan, names: list[str], what: list[str], rows: Rows, device: torch.device, clock: Clock, again: bool) -> bool:
@@ -220,7 +195,7 @@ def measure(plan: Plan, names: list[str], what: list[str], rows: Rows, device: t
                     if not clock.allows_another():
                         return False
                     of = {"kv_heads": base.config.num_hidden_layers * base.config.num_key_value_heads}
-                    rows.add({**place, **of, **measured(network, plan, place)})
+                    rows.add({**place, **of, **numbers_or_error(partial(measured, network, plan, place))})
                     collect()
                     clock.ends_row()
         del base
@@ -295,34 +270,18 @@ def make_page(rows: list[dict[str, Any]], page: Path = PAGE) -> None:
 
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["8B", "7B"], choices=["8B", "7B"])
-    parser.add_argument("--tokens", nargs="+", type=int, help="lengths of texts (32768 and 131072)")
+    parser = parser_for(__doc__, NAME, ("8B", "7B"), "32768 and 131072", "fill docs/measured/inference.md")
     parser.add_argument("--what", nargs="+", default=list(WHAT), choices=WHAT)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row that would probably end later")
-    parser.add_argument("--again", action="store_true", help="measure rows that are there already, too")
-    parser.add_argument("--tiny", action="store_true", help="small shapes, to see that all of it runs")
-    parser.add_argument("--page", action="store_true", help="measure nothing; fill docs/measured/inference.md")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--results", type=Path, default=RESULTS, help=f"folder of {NAME}.json")
     args = parser.parse_args(arguments)
     rows = Rows(NAME, KEY, args.results)
     if args.page:
         make_page(rows.rows)
         return
-    device, clock = torch.device(args.device), Clock(args.seconds)
-    if device.type != "cuda" and not args.tiny:
-        parser.error("times are those of a CUDA device; --tiny runs on a CPU, too")
-    plan = tiny_plan() if args.tiny else full_plan()
-    if args.tokens:
-        if (shortest := min(args.tokens)) <= plan.read:
-            parser.error(f"--tokens must be above {plan.read}, of which every text is really read, got {shortest}")
-        plan = Plan(**{**vars(plan), "lengths": tuple(args.tokens)})
+    plan = plan_for(parser, args, full_plan, tiny_plan)
     torch.manual_seed(0)
-    complete = measure(plan, args.shapes, args.what, rows, device, clock, args.again)
+    complete = measure(plan, args.shapes, args.what, rows, torch.device(args.device), Clock(args.seconds), args.again)
     print(rows_table(summary(rows.rows), list(COLUMNS)))
-    if not complete:
-        print(f"{args.seconds:g} seconds did not suffice: rows are missing, and the same command again goes on with them")
+    say_whether_complete(complete, args.seconds)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,25 @@ def test_where_no_graphs_can_run_rows_say_why(benchmark, shape, why, tmp_path, m
     assert {row["kv_heads"] for row in rows} == {2}  # one layer of six sees all tokens, or is no linear one
 
 
+def test_a_row_that_breaks_does_not_cost_the_others(benchmark, tmp_path, monkeypatch):
+    """What is missing is measured by the next run."""
+    decode = benchmark.Forwards.decode
+
+    def breaks(engine, tokens, rows):
+        if rows == 2:
+            raise torch.OutOfMemoryError("no room")
+        raise ValueError("of a reason")
+
+    command = ["--tiny", "--device", "cpu", "--results", str(tmp_path), "--shapes", "glm4-9b", "--tokens", "40", "--layers", "2"]
+    monkeypatch.setattr(benchmark.Forwards, "decode", breaks)
+    benchmark.main(command)
+    rows = rows_in(tmp_path)
+    assert [row.get("error") for row in rows[:3]] == [None, "ValueError: of a reason", "out of memory"] and len(rows) == 12
+    monkeypatch.setattr(benchmark.Forwards, "decode", decode)
+    benchmark.main(command)
+    assert not any("error" in row for row in rows_in(tmp_path))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("shape", ["gemma3-4b", "qwen3.5-4b"])
 def test_every_row_of_a_batch_goes_on_as_the_prompt_that_was_read(benchmark, shape):

@@ -8,7 +8,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import dsla_hf.inference.graph
 from dsla_hf import LevelProcessor
-from dsla_hf.core.cache import VisibleStaticLayer
+from dsla_hf.compat.attributes import attention_implementation
+from dsla_hf.core.cache import RingStaticLayer, VisibleStaticLayer
+from dsla_hf.inference.decode_attention import ATTENTION_FUNCTION
 from dsla_hf.inference.graph import GraphDecoder
 from dsla_hf.models.trial.checks import layer_order
 from dsla_hf.models.trial.small_models import make_uneven
@@ -27,10 +29,11 @@ KINDS = {
     "gpt_oss": {},
     "gemma4_text": {},  # whose layers have heads of different sizes, and not as many
 }
+IN_DEPTH = ("gemma2", "gemma3_text", "mistral", "gemma4_text")
 OPTIONS = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[kind if kind in IN_DEPTH else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS])
 def kind(request):
     return request.param
 
@@ -44,6 +47,7 @@ def rising(stats):
     return 0 if stats.tokens < 20 else 2 if stats.tokens < 28 else 4
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_text_is_that_of_generate_and_the_next_one_uses_the_same_graphs(kind, adapter_model, recorder, padded):
     model = converted(adapter_model, kind, level=0)
@@ -66,8 +70,12 @@ def test_the_text_is_that_of_generate_and_the_next_one_uses_the_same_graphs(kind
 @pytest.fixture
 def by_length(monkeypatch):
     """Attention takes lengths and windows in place of masks, as on a GPU."""
-    monkeypatch.setattr(dsla_hf.inference.graph, "can_attend_where_cached", lambda model: model.config._attn_implementation == "sdpa")
-    monkeypatch.setattr(dsla_hf.inference.graph, "uses_triton", lambda *tensors: True)
+
+    def can(model):
+        return attention_implementation(model.config) in ("sdpa", ATTENTION_FUNCTION)
+
+    monkeypatch.setattr(dsla_hf.inference.graph, "can_attend_where_cached", can)
+    monkeypatch.setattr(dsla_hf.inference.graph, "uses_triton", lambda *tensors, quietly=False: True)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -77,11 +85,17 @@ def test_attention_that_is_told_the_window_gives_the_same_text(kind, adapter_mod
     expected = model.generate(IDS, **options)
     decoder = recorder.decoder_of(model)
     assert torch.equal(decoder.generate(IDS, **options), expected)
-    assert decoder.workspace.by_length == (model.config._attn_implementation == "sdpa")
+    space, by_length = decoder.workspace, model.config._attn_implementation == "sdpa"
+    assert space.by_length == by_length
+    if by_length and kind != "gemma4_text":  # whose heads differ in size
+        assert all(type(space.softmax[i]) is RingStaticLayer and space.softmax[i].keys.shape[2] == WINDOW for i in space.windows)
 
 
+@pytest.mark.parametrize("by", ["masks", "lengths"])
 @pytest.mark.parametrize("kind", ["gemma3_text", "mistral"])
-def test_levels_of_heads_hybrids_and_bases_alone(kind, adapter_model, recorder):
+def test_levels_of_heads_hybrids_and_bases_alone(kind, adapter_model, recorder, by, request):
+    if by == "lengths":
+        request.getfixturevalue("by_length")
     base = tiny_model_of(kind, uneven=True, **KINDS[kind])
     plain = base.generate(IDS, max_new_tokens=20, **OPTIONS)
     assert torch.equal(recorder.decoder_of(base).generate(IDS, max_new_tokens=20, **OPTIONS), plain)
@@ -135,7 +149,10 @@ def test_pieces_of_prompts_are_shown_what_their_tokens_see(tiny_model):
     assert torch.equal(layer.update(k[:, :, :5], v[:, :, :5])[0], torch.cat([k[:, :, 9:], k[:, :, :5]], 2))
 
 
-def test_drafts_give_the_text_of_the_checking_level(kind, adapter_model, recorder):
+@pytest.mark.parametrize("kind, by", [("gemma2", "masks"), ("mistral", "masks"), ("gemma3_text", "lengths")])
+def test_drafts_give_the_text_of_the_checking_level(kind, adapter_model, recorder, by, request):
+    if by == "lengths":
+        request.getfixturevalue("by_length")
     model = converted(adapter_model, kind, level=1)
     expected = model.generate(IDS[:1], max_new_tokens=30, **OPTIONS)
     decoder = recorder.decoder_of(model, draft_level=3, draft_tokens=3)
@@ -148,6 +165,33 @@ def test_a_recorded_step_never_waits_for_a_value(kind, adapter_model, watched_re
     options = {"attention_mask": MASK, "max_new_tokens": 24, **OPTIONS}
     expected = model.generate(IDS, **options)
     assert torch.equal(GraphDecoder(model, record=watched_recording).generate(IDS, **options), expected)
+
+
+def test_a_step_in_rings_never_waits_for_a_value_either(adapter_model, watched_recording, by_length):
+    model = converted(adapter_model, "gemma3_text", level=0)
+    options = {"attention_mask": MASK, "max_new_tokens": 24, **OPTIONS}
+    expected = model.generate(IDS, **options)
+    assert torch.equal(GraphDecoder(model, record=watched_recording).generate(IDS, **options), expected)
+
+
+def test_keys_and_values_of_raised_layers_are_freed_if_asked(adapter_model, recorder, by_length):
+    model = converted(adapter_model, "gemma3_text", level=0)
+    options = {"max_new_tokens": 30, "level_policy": rising, **OPTIONS}
+    expected = model.generate(IDS, **options)
+    decoder = recorder.decoder_of(model, keep=False)
+    assert torch.equal(decoder.generate(IDS, **options), expected) and not decoder.workspace.softmax
+
+
+def test_another_attention_is_noticed(adapter_model, recorder, by_length):
+    """Rings are in no order that masks know."""
+    model = converted(adapter_model, "gemma3_text", level=2)
+    decoder = recorder.decoder_of(model, max_length=60)
+    first = decoder.generate(IDS, max_new_tokens=10, return_dict_in_generate=True, **OPTIONS)
+    model.get_base_model().set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="attention implementation has changed within a text"):
+        decoder.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=2, **OPTIONS)
+    expected = model.generate(IDS, max_new_tokens=20, **OPTIONS)
+    assert torch.equal(decoder.generate(IDS, max_new_tokens=20, **OPTIONS), expected)
 
 
 @pytest.mark.gpu

@@ -274,7 +274,7 @@ class VisibleStaticLayer(StaticLayer):
     made for a long text is then not read to its end while the text is short. A step of one token may be told its `places`: the layer
     above asks five launches for what a kernel does in one.
 
-    It has room for all tokens of a text, also where attention slides: a mask, or the kernel, leaves out those that have left the window.
+    It has room for all tokens of a text, also where attention slides: masks leave out those that have left the window.
 
     count: int64 `[]`, where tokens are counted: a part of that of all layers. None: one of its own.
     window: of attention that slides, in tokens, a query's own included; None where all are seen.
@@ -308,6 +308,38 @@ class VisibleStaticLayer(StaticLayer):
     def out_of_window(self, tokens: int) -> int:
         """How many of so many tokens the last one does not see."""
         return 0 if self.window is None else max(tokens - self.window, 0)
+
+
+class RingStaticLayer(VisibleStaticLayer):
+    """The same with room for the window alone: token t lies at place t modulo the window, over one that no later token sees. Steps are told
+    their `places`, and their attention sees all that is there, in whatever order; pieces of prompts get earlier tokens in theirs."""
+
+    def __init__(self, window: int, count: Tensor | None = None) -> None:
+        super().__init__(window, count, window)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if self.places is not None:
+            append(self.keys, self.values, key_states, value_states, self.places, self.cumulative_length)
+            return self.keys, self.values
+        if self.past is None:
+            raise RuntimeError("a ring of keys and values takes steps whose places are told, or pieces of prompts")
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        before, end = self.before_next(self.past), self.past + key_states.shape[2]
+        at = self._places(max(end - self.max_cache_len, self.past), end)
+        for mine, new in ((self.keys, key_states), (self.values, value_states)):
+            mine.index_copy_(2, at, new[:, :, -len(at) :])
+        self.cumulative_length.add_(key_states.shape[2])
+        keys, values = (torch.cat(pair, 2) for pair in zip(before, (key_states, value_states), strict=True))
+        return keys, values
+
+    def before_next(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of those of so many tokens that the next one sees, in their order."""
+        at = self._places(self.out_of_window(tokens + 1), tokens)
+        return self.keys.index_select(2, at), self.values.index_select(2, at)
+
+    def _places(self, start: int, end: int) -> Tensor:
+        return torch.arange(start, end, device=self.keys.device) % self.max_cache_len
 
 
 def fold_in_pieces(

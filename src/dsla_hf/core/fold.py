@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from .attention import DualStateAttention
 from .beside_linear import BESIDE_LINEAR, partial_layer, with_linear_part
-from .cache import LEVEL_LOWERED, RECORDS_PAST, DSLACacheLayer, StaticDSLACacheLayer, VisibleStaticLayer, fold_in_pieces
+from .cache import LEVEL_LOWERED, RECORDS_PAST, DSLACacheLayer, RingStaticLayer, StaticDSLACacheLayer, VisibleStaticLayer, fold_in_pieces
 from .heads import HeadSplit, of_heads
 from .layout import TokenLayout
 from .partial_cache import PartialCacheLayer, join_states, with_heads
@@ -29,7 +29,15 @@ from .window_view import WindowView
 logger = logging.get_logger(__name__)
 
 # Cache layers of which keys and values can be read, so that they can be folded; subclasses may hold them otherwise (quantised, say).
-FOLDABLE = (DynamicLayer, StaticLayer, VisibleStaticLayer, DynamicSlidingWindowLayer, StaticSlidingWindowLayer, *BESIDE_LINEAR)
+FOLDABLE = (
+    DynamicLayer,
+    StaticLayer,
+    VisibleStaticLayer,
+    RingStaticLayer,
+    DynamicSlidingWindowLayer,
+    StaticSlidingWindowLayer,
+    *BESIDE_LINEAR,
+)
 # Static ones that keep all tokens.
 FULL_STATIC = (StaticLayer, LinearAttentionAndStaticFullAttentionLayer)
 
@@ -292,6 +300,8 @@ def _cached(layer: Any, tokens: int) -> tuple[Tensor, Tensor]:
     slots = layer.keys.shape[2]
     if type(layer) is StaticSlidingWindowLayer and tokens >= slots:  # the oldest one leaves with the next token
         return layer.keys[:, :, 1:], layer.values[:, :, 1:]
+    if isinstance(layer, RingStaticLayer):
+        return layer.before_next(tokens)
     first = layer.out_of_window(tokens + 1) if isinstance(layer, VisibleStaticLayer) else 0
     kept = min(tokens, slots)
     return layer.keys[:, :, first:kept], layer.values[:, :, first:kept]

@@ -9,10 +9,10 @@ Everything else goes to SDPA as it would without this module.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class CachedTokens:
         (`[blocks, block_size, heads, D]`); None for `[B, Hkv, T, D]`.
     places: with block tables, by layer, where its heads lie: the number of its own table, or int32 `[Hkv, 2]`, of each its table and which
         of the heads of a block it is.
+    rings: by number of a layer whose window is a ring, all of which the new token sees: `lengths` and `mask` of that.
     starts: int `[B]`, tokens of each row before the new ones, where rows differ in these, or they are more than `FEW` (with block tables).
         More rows than the call has: its one row holds that many pieces, of equal room and maybe of one text, one behind the other.
     begins: texts begin with the new tokens, so that these are all there is to attend to; keys and values are then those of the call.
@@ -52,12 +53,14 @@ class CachedTokens:
     block_tables: Tensor | None = None
     starts: Tensor | None = None
     places: Sequence[int | Tensor | None] = ()
+    rings: Mapping[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     begins: bool = False
     recorded: bool = False
 
 
 _cached: ContextVar[CachedTokens | None] = ContextVar("cached tokens of this step", default=None)
-_prompt: ContextVar[bool] = ContextVar("whether a prompt without padding is read", default=False)
+# While a prompt without padding is read: by number of a layer how many tokens a query sees, where that is known.
+_prompt: ContextVar[Mapping[int, int] | None] = ContextVar("windows of a prompt without padding", default=None)
 
 
 def can_attend_where_cached(model: Any) -> bool:
@@ -87,12 +90,15 @@ def over_cache(cached: CachedTokens) -> Iterator[None]:
         _cached.reset(token)
 
 
-def run_token(model: Any, space: Any, mask: Tensor | None, by_length: bool) -> None:
+def run_token(
+    model: Any, space: Any, mask: Tensor | None, by_length: bool, rings: Mapping[int, tuple[Tensor, Tensor | None]] | None = None
+) -> None:
     """A step of one token a row: the logits after `space.tokens` `[B, 1]` at `space.positions`, over `space.cache`, into `space.logits`.
 
-    mask: `[B, T]` of what is shown of the cache, None without padding. by_length: attention reads `space.lengths` `[B]` in place of a mask.
+    mask: `[B, T]` of what is shown of the cache, None without padding. by_length: attention reads `space.lengths` `[B]` in place of a mask,
+    and in `rings` (see `CachedTokens`) what these hold.
     """
-    with over_cache(CachedTokens(space.lengths, mask)) if by_length else nullcontext():
+    with over_cache(CachedTokens(space.lengths, mask, rings=rings or {})) if by_length else nullcontext():
         logits = model(
             input_ids=space.tokens,
             attention_mask=mask,
@@ -104,9 +110,10 @@ def run_token(model: Any, space: Any, mask: Tensor | None, by_length: bool) -> N
 
 
 @contextmanager
-def over_prompt() -> Iterator[None]:
-    """Calls of the model inside read prompts without padding: every token sees all cached ones and those before it."""
-    token = _prompt.set(True)
+def over_prompt(windows: Mapping[int, int] | None = None) -> Iterator[None]:
+    """Calls of the model inside read prompts without padding: every token sees all cached ones and those before it, or of these the last,
+    as its layer says or `windows` does by number of layer."""
+    token = _prompt.set(windows or {})
     try:
         yield
     finally:
@@ -115,10 +122,12 @@ def over_prompt() -> Iterator[None]:
 
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> tuple[Tensor, None]:
     """query `[B, Hq, T, D]`, as transformers calls attention functions; o `[B, T, Hq, D]`."""
-    cached = _cached.get()
-    if cached is None and not _prompt.get():
+    cached, windows = _cached.get(), _prompt.get()
+    if cached is None and windows is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
     scale, window = kwargs.get("scaling"), kwargs.get("sliding_window")
+    if windows:
+        window = windows.get(module.layer_idx, window)
     if cached is None or cached.begins:
         if window is None or key.shape[2] <= window:
             return attend_to_prompt(query, key, value, scale, recorded=cached is not None and cached.recorded), None
@@ -127,15 +136,18 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
     if cached.block_tables is not None:
         place = cached.places[module.layer_idx]
         table, heads = (cached.block_tables, place) if isinstance(place, Tensor) else (cached.block_tables[place], None)
+    lengths, mask = cached.lengths, cached.mask
+    if cached.rings and module.layer_idx in cached.rings:
+        (lengths, mask), window = cached.rings[module.layer_idx], None
     q = query.transpose(1, 2)
     if cached.starts is not None and len(cached.starts) > len(q):
         q = q[0].unflatten(0, (len(cached.starts), -1))
     options: dict[str, Any] = {"scale": scale, "window": window, "heads": heads}
     if cached.starts is not None and table is not None and q.shape[1] > FEW:
-        o = softmax_prompt(q, key, value, cached.starts, cached.lengths, table, **options)
+        o = softmax_prompt(q, key, value, cached.starts, lengths, table, **options)
     else:
-        options |= {"mask": cached.mask, "block_table": table}
-        o = softmax_decode(q, key, value, cached.lengths, starts=cached.starts, **options)
+        options |= {"mask": mask, "block_table": table}
+        o = softmax_decode(q, key, value, lengths, starts=cached.starts, **options)
     return o.view(query.shape[0], -1, *o.shape[2:]), None
 
 
@@ -161,7 +173,7 @@ def _in_window(new: int, tokens: int, window: int, device: torch.device) -> Tens
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    return None if _cached.get() is not None or _prompt.get() else ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
+    return None if _cached.get() is not None or _prompt.get() is not None else ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
 
 
 AttentionInterface.register(ATTENTION_FUNCTION, _attend)

@@ -23,7 +23,7 @@ from dsla_kernels import uses_triton
 
 from ..compat.attributes import attention_implementation, padding_token
 from ..core.beside_linear import has_linear_part, partial_layer, with_linear_part
-from ..core.cache import DSLACacheLayer, StaticDSLACacheLayer, VisibleStaticLayer
+from ..core.cache import DSLACacheLayer, RingStaticLayer, StaticDSLACacheLayer, VisibleStaticLayer
 from ..core.fold import dsla_cache_layer, partial_cache_layer
 from ..core.layout import TokenLayout
 from ..core.partial_cache import PartialCacheLayer, last_heads, with_heads
@@ -41,7 +41,7 @@ from ..levels.drafting import (
     stop_by_criterion,
 )
 from ..models.adapter import DSLALayer, dsla_layers
-from ..models.architectures import check_draftable
+from ..models.architectures import check_draftable, head_dim_of, heads_differ
 from ..models.base_attention import DSLAAttentionMixin
 from ..models.decoder import decoder_layers
 from ..models.level import counts_heads
@@ -104,6 +104,7 @@ class Workspace:
     linear: by layer number the cache layers of layers without attention, whose states a step changes in place.
     beside: by layer number those that have such states beside attention: all layers that take their place share them.
     windows: by layer number how many tokens attention sees, where it slides.
+    has_rings: whether such layers keep their windows alone; else the whole text.
     softmax: by layer number the keys and values of as many heads as were kept at once.
     dsla: by layer number and part the cache layers of DSLA, whole or in part, as far as they have been in use.
     kv_heads: by layer number how many a layer has that was in use in part.
@@ -124,6 +125,7 @@ class Workspace:
     linear: dict[int, Any] = field(default_factory=dict)
     beside: dict[int, Any] = field(default_factory=dict)
     windows: dict[int, int] = field(default_factory=dict)
+    has_rings: bool = False
     softmax: dict[int, VisibleStaticLayer] = field(default_factory=dict)
     dsla: dict[tuple[int, Part], Any] = field(default_factory=dict)
     kv_heads: dict[int, int] = field(default_factory=dict)
@@ -190,7 +192,10 @@ class Workspace:
         held = memory.num_heads if memory is not None and memory.is_initialized else None
         if memory is None or (held is not None and heads is not None and held < heads):
             self._forget(index)
-            new = VisibleStaticLayer(self.length, self.cached[index], self.windows.get(index))
+            window = self.windows.get(index)
+            new = VisibleStaticLayer(self.length, self.cached[index], window)
+            if self.has_rings and window is not None:
+                new = RingStaticLayer(window, self.cached[index])
             self.softmax[index] = memory = with_linear_part(new, self.beside.get(index))
             return memory
         return memory if held is None or heads is None or held == heads else last_heads(memory, heads)
@@ -225,12 +230,28 @@ class Workspace:
     def show(self, tokens: int, places: Tensor | None = None, past: int | None = None) -> None:
         """Let attention see the first `tokens` places of the cache; the next token goes to `places` `[B]`, if given. past: for a piece of
         a prompt, tokens before it."""
+        in_rings = {} if places is None else {window: places % window for window in set(self.windows.values()) if self.has_rings}
         for layer in self.layers():
             if isinstance(layer, VisibleStaticLayer):
                 layer.visible, layer.places, layer.past = tokens, places, past
+                if isinstance(layer, RingStaticLayer):
+                    layer.places = in_rings.get(layer.max_cache_len)
             elif isinstance(layer, StaticDSLACacheLayer):
                 layer.max_length = tokens  # what it answers when it is asked for the size of masks
                 layer.counts = places is None  # the step counts for all layers
+
+    def rings(self) -> dict[int, tuple[Tensor, Tensor | None]]:
+        """By number of a layer that has a ring how many tokens of it the next step sees, `[B]`, and which, `[B, window]`; None for all."""
+        found: dict[int, tuple[Tensor, Tensor | None]] = {}
+        for window in set(self.windows.values()) if self.has_rings else ():
+            mask = None
+            if self.padded:
+                newest, places = self.lengths[:, None] - 1, torch.arange(window, device=self.lengths.device)
+                tokens = newest - (newest - places) % window  # which one lies there; before the first one none does
+                mask = self.mask.gather(1, tokens.clamp_min(0))
+            seen = self.lengths.clamp_max(window), mask
+            found |= {index: seen for index, size in self.windows.items() if size == window}
+        return found
 
     def view(self) -> int:
         """How many places the next step needs to see, rounded up so that few recordings are needed."""
@@ -581,11 +602,21 @@ class GraphDecoder:
         self._own_attention = can_attend_where_cached(self.causal_lm)
         return attends_where_cached(self.causal_lm) if self._own_attention else nullcontext()
 
+    def _takes_rings(self) -> bool:
+        """Whether windows may lie in rings. Masks are in the order of tokens, and so is what drafts read and write."""
+        config = self.causal_lm.config.get_text_config(decoder=True)
+        if self.draft_level is not None or heads_differ(config) or not can_attend_where_cached(self.causal_lm):
+            return False
+        head = torch.empty(0, head_dim_of(config), device=self.causal_lm.device, dtype=self.causal_lm.dtype)
+        return uses_triton(head, head, quietly=True)
+
     def _space(self, rows: int, length: int, goes_on: bool) -> Workspace:
         """The workspace for so many rows and tokens: the one at hand if it fits, else a new one."""
-        space = self.workspace
-        if space is not None and space.rows == rows and space.length >= length:
+        space, has_rings = self.workspace, self._takes_rings()
+        if space is not None and space.rows == rows and space.length >= length and space.has_rings == has_rings:
             return space
+        if goes_on and space is not None and space.has_rings != has_rings:
+            raise ValueError("the attention implementation has changed within a text: set it back, or begin anew without past_key_values")
         if goes_on:
             raise ValueError(
                 f"the cache has room for {space.rows if space else 0} rows of {space.length if space else 0} tokens, the text needs "
@@ -613,6 +644,7 @@ class GraphDecoder:
             beside={i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, StaticLayer) and has_linear_part(layer)},
             # What transformers keeps of them: the window, or the whole text where that is shorter.
             windows={i: layer.max_cache_len for i, layer in enumerate(cache.layers) if isinstance(layer, StaticSlidingWindowLayer)},
+            has_rings=has_rings,
         )
         return self.workspace
 
@@ -625,7 +657,7 @@ class GraphDecoder:
             start, space.read = space.read, space.read + part.shape[1]
             space.show(space.read, past=start)
             fuses = self.recorder.fused(prompt=True) if part.numel() >= LONG_PROMPT else nullcontext()
-            with fuses, over_prompt() if self._own_attention and not space.padded else nullcontext():
+            with fuses, over_prompt(space.windows) if self._own_attention and not space.padded else nullcontext():
                 logits = self.causal_lm(
                     input_ids=part,
                     attention_mask=mask[:, : space.read] if space.padded else None,
@@ -640,6 +672,7 @@ class GraphDecoder:
         space.lengths.fill_(space.read + 1)
         cached = [layer for layer in space.layers() if isinstance(layer, VisibleStaticLayer)]
         space.by_length = self._own_attention and all(uses_triton(layer.keys, layer.values) for layer in cached)
+        assert space.by_length or not space.has_rings
 
     def _step(self, space: Workspace, token: Tensor, view_for: int | None = None) -> None:
         """The logits after `token` `[B]`, into `space.logits`. `view_for`: choose the recording for a text of so many tokens."""
@@ -654,7 +687,7 @@ class GraphDecoder:
         def step() -> None:
             space.show(view, space.lengths - 1 if space.by_length else None)
             mask = space.mask[:, :view] if space.padded else None
-            run_token(self.causal_lm, space, mask, space.by_length)
+            run_token(self.causal_lm, space, mask, space.by_length, space.rings())
             for count in (space.positions, space.lengths, *([space.counts] if space.by_length else [])):
                 count.add_(1)
 

@@ -29,12 +29,12 @@ def check_served(config: Any) -> None:
     if heads_differ(config):
         raise ValueError(
             f"{base_type_of(config)!r} has layers whose heads differ in size or number, for which the server has no blocks of memory: use "
-            "generate() of the model"
+            "generate() of the model, or on a GPU GraphDecoder(model).generate()"
         )
     if has_linear_layers(config):
         raise ValueError(
             f"{base_type_of(config)!r} has layers that are linear already, whose states the server does not keep: use generate() of the "
-            "model"
+            "model, or on a GPU GraphDecoder(model).generate()"
         )
 
 
