@@ -99,6 +99,7 @@ class CostRunner(ModelRunner):
         super().__init__(levels, memory)
         self.costs, self.clock, self.sizes = costs, clock, piece_sizes(chunk)
         self.logits = torch.zeros(memory.num_slots, levels.causal_lm.config.vocab_size)
+        self.decoding = self.padding = 0.0  # seconds of all steps, and those that rows between texts took
 
     def prefill(self, request: Request, tokens: int) -> Tensor:
         padded = next((size for size in self.sizes if size >= tokens), tokens)
@@ -106,9 +107,18 @@ class CostRunner(ModelRunner):
         return self.logits[0]
 
     def decode(self, level: int, requests: Sequence[Running]) -> Tensor:
-        rows = min(power_of_two(max(request.slot for request in requests if request.slot is not None) + 1), self.memory.num_slots)
-        self.clock.now += self.costs.decode(level, rows, sum(request.cached + 1 for request in requests))
+        span = max(request.slot for request in requests if request.slot is not None) + 1
+        tokens, most = sum(request.cached + 1 for request in requests), self.memory.num_slots
+        found, least = (self.costs.decode(level, min(power_of_two(rows), most), tokens) for rows in (span, len(requests)))
+        self.decoding += found
+        self.padding += found - least
+        self.clock.now += found
         return self.logits[: len(requests)]
+
+    @property
+    def padding_share(self) -> float:
+        """Of the time of steps, what they would not take if texts always lay in the first slots; a row of padding is taken for a text."""
+        return self.padding / self.decoding if self.decoding else 0.0
 
 
 def small_model(layers: int) -> Any:
@@ -248,6 +258,7 @@ class Work:
             "meets": within(summary, self.options.slo_first, objective),
             "mean_level": mean_level(tokens),
             "changes": engine.control.count,
+            "padding_share": engine.runner.padding_share,
         }
 
 
@@ -350,6 +361,15 @@ def errors(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def padding(rows: list[dict[str, Any]]) -> str:
+    """What rows between texts cost, in a sentence."""
+    parts = []
+    for policy, name in (("fixed", "at a fixed level"), ("load", "under `load`")):
+        if shares := [row["forecast"]["padding_share"] for row in rows if row["policy"] == policy]:
+            parts.append(f"{median(shares):.1%} of the time of steps ({min(shares):.1%} to {max(shares):.1%}) {name}")
+    return f"Padding between texts, a row of it taken for a text, costs (median and range) {' and '.join(parts)}."
+
+
 def choose_table(rows: list[dict[str, Any]]) -> str:
     lines = [
         {
@@ -374,7 +394,7 @@ def page_parts(found: dict[str, Any]) -> dict[str, str]:
     forecasts, chosen = ([row for row in rows if row["part"] == part] for part in ("forecast", "choose"))
     costs = rows_table(found["costs"], list(found["costs"][0]))
     about = f"{found['shape']}, times of {', '.join(found['files'])}; `{found['command']}`"
-    parts = {"costs": f"{about}\n\n{costs}", "forecast": f"{errors(forecasts)}\n\n{forecast_table(forecasts)}"}
+    parts = {"costs": f"{about}\n\n{costs}", "forecast": f"{errors(forecasts)} {padding(forecasts)}\n\n{forecast_table(forecasts)}"}
     return {**parts, "settings": choose_table(chosen)} if chosen else parts
 
 

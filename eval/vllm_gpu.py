@@ -39,6 +39,7 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
+from random_hybrids import let_states_speak
 from reporting import RESULTS, rows_table, write_results
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -111,18 +112,7 @@ def random_hybrid(shape: str, overrides: dict[str, Any], plan: dict[str, Any]) -
         for name, x in merged.named_parameters():
             if name.endswith("norm.weight"):
                 x.add_(0.2 * torch.randn_like(x))
-            if ".dsla." not in name:
-                continue
-            if "state_bias" in name:
-                x.fill_(2.0)
-            elif "state_gain" in name:
-                x.fill_(0.5)
-            elif "norm_weight" in name:
-                x.uniform_(0.5, 2.0)
-            elif "gate_bias" in name:
-                x.add_(torch.randn_like(x) * 0.3)
-            else:
-                x.normal_(0, 0.5)
+    let_states_speak(merged)
     return merged.to(torch.bfloat16).float()  # weights that bf16 has
 
 

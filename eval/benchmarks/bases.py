@@ -7,8 +7,7 @@
 Shapes are those of Gemma 3 (4B and 1B, text), Qwen3.5 (4B, text, with linear layers) and GLM-4 (9B), with random weights in bf16: the
 first layers of each, as many as rows say, and of the vocabulary the same share, so that embeddings weigh as in the whole model. Levels
 convert none, half and all of the KV heads that can be converted, in random order. The plain model is read and decoded by its forward with
-SDPA and a `DynamicCache`. DSLA runs by `GraphDecoder` where that can run (not where layers slide), else by the same
-forward; rows say which.
+SDPA and a `DynamicCache`. DSLA runs by `GraphDecoder` where that can run, else by the same forward; rows say which.
 
 A prompt of one text is read whole by a forward, and in pieces by `GraphDecoder`. What a forward decodes are tokens behind the prompt that
 it has read, in a batch that prompt in every row; `GraphDecoder` decodes behind a cache whose keys and values are random.

@@ -228,7 +228,9 @@ STARTS = {"starts": "B; as lengths"}
 OF_DECODE = SINK_LOGITS | {"starts": "B; int32 or int64; optional; (tokens of each row before the queries)"}
 MASK = {"mask": "B T; bool; optional; (True at tokens that are seen)"}
 SOFTMAX_DECODE = _softmax("B queries", "B Hkv T", MASK | OF_DECODE)
-SOFTMAX_DECODE_OF_HEADS = _softmax("B queries", "B columns T", MASK | {"heads": "Hkv; int32; (of each KV head which of the keys)"} | OF_DECODE)
+SOFTMAX_DECODE_OF_HEADS = _softmax(
+    "B queries", "B columns T", MASK | {"heads": "Hkv; int32; (of each KV head which of the keys)"} | OF_DECODE
+)
 PAGED_DECODE = _softmax("B queries", "blocks block_size Hkv", BLOCK_TABLE | OF_DECODE)
 PAGED_DECODE_OF_HEADS = _softmax("B queries", "blocks block_size columns", BLOCK_TABLES | OF_DECODE)
 SOFTMAX_PROMPT = _softmax("B T", "blocks block_size Hkv", BLOCK_TABLE | STARTS)
@@ -367,8 +369,11 @@ def check_linears_inputs(x: Tensor, weights: Sequence[Tensor], biases: Sequence[
         for number, tensor in enumerate(tensors):
             if tensor.dtype != x.dtype or tensor.device != x.device:
                 raise ValueError(f"{name} {number} must be {x.dtype} on {x.device} as x is, got {tensor.dtype} on {tensor.device}")
-            if tensor is not x and not tensor.is_contiguous():
-                raise ValueError(f"{name} {number} must be contiguous, got strides {tensor.stride()}")
+            if name == "weight" and tensor.stride() != (tensors[0].stride(0), 1):
+                far = f"strides {(tensors[0].stride(0), 1)}" + (" as weight 0 has" if number else ", with a dense last dimension")
+                raise ValueError(f"weight {number} must have {far}, got {tensor.stride()}")
+            if name == "bias" and not tensor.is_contiguous():
+                raise ValueError(f"bias {number} must be contiguous, got strides {tensor.stride()}")
             if tensor.requires_grad and torch.is_grad_enabled():
                 raise ValueError(f"{name} {number} requires a gradient, which these kernels do not have: call them under torch.no_grad()")
 

@@ -178,7 +178,7 @@ def softmax_prompt(q: Tensor, keys: Tensor, values: Tensor, starts: Tensor, leng
 
 def takes_few_rows(x: Tensor, *weights: Tensor) -> bool:
     """Whether the Triton kernels for linear layers of few rows take x `[..., K]` and weights `[N, K]`: 16 rows at most, one dtype and
-    device, dense weights, gradients off and no autocast."""
+    device, weights whose rows are dense and as far from each other in all, gradients off and no autocast."""
     if choice == "pytorch" or (choice == "auto" and _obstacle(x.device.type) is not None):
         return False
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or torch.is_autocast_enabled(x.device.type):
@@ -186,7 +186,10 @@ def takes_few_rows(x: Tensor, *weights: Tensor) -> bool:
     if torch.is_grad_enabled():
         return False
     return 0 < x.numel() <= MOST_ROWS * x.shape[-1] and all(
-        weight.dtype == x.dtype and weight.device == x.device and weight.shape[1] == x.shape[-1] and weight.is_contiguous()
+        weight.dtype == x.dtype
+        and weight.device == x.device
+        and weight.shape[1] == x.shape[-1]
+        and weight.stride() == (weights[0].stride(0), 1)
         for weight in weights
     )
 

@@ -582,8 +582,8 @@ def softmax_decode(
         window: a query sees this many tokens, its own included; all if None.
         block_table: int `[B, most blocks]`; token j of a row lies in block `block_table[row, j // block_size]`.
         mask: bool `[B, T]`, False at tokens that nobody sees, such as padding on the left. Not with a block table.
-        heads: int32 `[Hkv]`, without a block table: KV head h reads head `heads[h]` of keys and values, which may have more or fewer. Or int32
-            `[Hkv, 2]`, with a pool whose blocks hold heads of other layers too, in columns `[blocks, block_size, columns, D]`, and
+        heads: int32 `[Hkv]`, without a block table: KV head h reads head `heads[h]` of keys and values, which may have more or fewer. Or
+            int32 `[Hkv, 2]`, with a pool whose blocks hold heads of other layers too, in columns `[blocks, block_size, columns, D]`, and
             several tables `[tables, B, most blocks]`: KV head h lies in blocks of table `heads[h, 0]`, in column `heads[h, 1]`.
         starts: int `[B]`, tokens of each row before those of the queries, where rows have fewer of them than others: a query behind its
             row's length gives zeros. None: the queries are the last tokens of each row (and those before its first give zeros).

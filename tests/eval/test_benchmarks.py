@@ -116,3 +116,22 @@ def test_speed_of_training_is_measured_beside_a_plain_step(tmp_path):
     rows = json.loads((tmp_path / "training-speed.json").read_text())["rows"]
     assert [(row["step"], row["layer"]) for row in rows] == [("plain", ""), ("alignment", "window"), ("logits", "window")]
     assert rows[0]["of_plain"] == 1 and all(row["tokens_per_second"] == pytest.approx(96 / row["step_seconds"]) for row in rows)
+
+
+def test_times_of_prompts_leave_out_what_there_is_not(tmp_path):
+    with loaded_script("benchmarks/prompt_attention.py") as script:
+        rows = script.main(["--shapes", "llama3-8b", "--results", str(tmp_path)])
+    timed = [row for row in rows if "new" in row]
+    assert timed and all(row["chosen"] > 0 and row["chosen_first"] > 0 for row in timed)
+    if not torch.cuda.is_available():
+        assert not any(key.startswith(("flash", "cudnn", "blocks")) for row in timed for key in row)
+    one_by_one = {row["form"]: row for row in rows if "form" in row}
+    assert {"default", "chosen"} <= set(one_by_one) and all(row["second_time"] > 0 for row in one_by_one.values())
+    assert json.loads((tmp_path / "prompt_attention.json").read_text())["rows"] == rows
+
+
+def test_times_of_the_linear_layers_of_a_step(tmp_path):
+    with loaded_script("benchmarks/step_linears.py") as script:
+        rows = script.main(["--results", str(tmp_path)])
+    assert {row["rows"] for row in rows} >= {1, 17} and all(row["separate"] > 0 and row["joined"] > 0 for row in rows)
+    assert json.loads((tmp_path / "step_linears.json").read_text())["rows"] == rows

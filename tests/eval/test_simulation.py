@@ -94,6 +94,16 @@ def test_levels_follow_the_load_and_folds_cost(script, simulation):
     assert sum(outcome.latency for outcome in quicker) < sum(outcome.latency for outcome in found)
 
 
+def test_rows_between_texts_are_counted(script, costs, simulation):
+    """Two texts, of which the one in the first slot ends before the other."""
+    settings = script.Settings(max_level=0)
+    both = [TracedRequest(0.0, 100, tokens) for tokens in (3, 9)]
+    shares = [simulation.run(requests, FixedLevel(0), settings)[1].runner.padding_share for requests in (both, both[::-1])]
+    longer = sum(costs.decode(0, 2, 101 + n) - costs.decode(0, 1, 101 + n) for n in range(2, 8))
+    assert shares[0] * simulation.run(both, FixedLevel(0), settings)[1].runner.decoding == pytest.approx(longer)
+    assert shares[1] == 0
+
+
 def measured_run(script, policy, rate, **more):
     times = {"mean": 0.5, "p50": 0.5, "p95": 0.5, "p99": 0.5}
     setup = {"requests": 12, "max_level": 32, "slots": 8, "chunk": 1024, "prompt_share": 0.4}

@@ -12,7 +12,7 @@ def addresses(decoder):
     """Where a step reads and writes; of weights those that a level of heads picks."""
     space = decoder.workspace
     tensors = [space.tokens, space.positions, space.mask, space.logits]
-    for layer in space.linear.values():
+    for layer in (*space.linear.values(), *space.beside.values()):
         tensors += [x for name in ("conv_states", "recurrent_states") for x in getattr(layer, name, {}).values() if x is not None]
     for layer in space.layers():
         if layer in space.linear.values():

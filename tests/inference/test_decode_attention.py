@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+import dsla_hf.inference.decode_attention
 from dsla_hf.inference.decode_attention import attends_where_cached, over_prompt
 
 IDS = torch.randint(3, 90, (2, 21), generator=torch.Generator().manual_seed(0))
@@ -19,7 +20,9 @@ def read(model, pieces):
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])  # all tokens are seen; also sliding windows, of 12 tokens
 @pytest.mark.parametrize("pieces", [(21,), (8, 13), (8, 1, 7, 5)])
-def test_prompts_that_go_on_behind_a_cache_need_no_mask(tiny_model, kind, pieces):
+@pytest.mark.parametrize("queries", [1, 512])  # of a window as many as it is long, or all
+def test_prompts_that_go_on_behind_a_cache_need_no_mask(tiny_model, kind, pieces, queries, monkeypatch):
+    monkeypatch.setattr(dsla_hf.inference.decode_attention, "QUERIES", queries)
     model = tiny_model(kind)
     with torch.no_grad():
         expected = read(model, pieces)

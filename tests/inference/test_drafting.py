@@ -6,6 +6,7 @@ import pytest
 import torch
 from captured_texts import IDS
 
+from dsla_hf.core.window_view import WindowView
 from dsla_hf.inference import decode_attention
 from dsla_hf.inference.graph import GraphDecoder
 
@@ -245,11 +246,53 @@ def test_a_recorded_step_never_waits_for_a_value(tiny_model, adapter_model, unit
     assert {key[1] for key in decoder.recorder.recordings} >= {"follow", "draft", "check", *(["commit"] if check else [])}
 
 
-@pytest.mark.parametrize("unit, check, padded", [("layers", 0, True), ("heads", 0, False), ("heads", 1, True)])
-def test_kernels_of_drafts(tiny_model, adapter_model, recorder, unit, check, padded, interpreted_kernels, monkeypatch):
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_oss", "olmo2"])
+def test_windows_alone_are_read_where_they_lie(tiny_model, adapter_model, recorder, kind, units):
+    """No state of a draft, and nothing to fold, but where layers slide or prompts are padded."""
+    model = adapter(tiny_model, adapter_model, kind, states=False, **units)
+    most, slides = model.level_sizes()["max_level"], kind in ("gemma2", "gpt_oss")
+    options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    for level in (1, most // 2, most):
+        decoder = recorder.decoder_of(model, draft_level=level, draft_tokens=3)
+        for ids in (torch.randint(2, 97, (1, 45)), TEXT):
+            expected, found = model.generate(ids, draft_level=level, draft_tokens=3, **options), decoder.generate(ids, **options)
+            assert torch.equal(found.sequences, expected.sequences)
+            # Of layers that slide a dynamic cache has lost what a fold would take in.
+            assert slides or drafted(found) == drafted(expected)
+        space = decoder.workspace.drafts
+        viewed = [layer for layer in space.cache.layers if isinstance(layer, WindowView)]
+        assert len(viewed) + len(space.converted) == sum(part is not False for part in space.parts)
+        if not slides:
+            assert not space.converted
+            assert all(layer.keys.data_ptr() in {x.keys.data_ptr() for x in decoder.workspace.layers()} for layer in viewed)
+    assert any(key[1] == "draft" for key in decoder.recorder.recordings)
+    padded = torch.ones_like(TEXT)
+    padded[:, :4] = 0
+    expected = model.generate(TEXT, attention_mask=padded, draft_level=most, draft_tokens=3, **options)
+    found = decoder.generate(TEXT, attention_mask=padded, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert decoder.workspace.drafts.converted
+    found = decoder.generate(TEXT, **options)
+    assert torch.equal(found.sequences, model.generate(TEXT, **options).sequences)
+
+
+def test_heads_that_lie_as_in_the_base(tiny_model, adapter_model, recorder):
+    """Where projections cannot be in order of conversion, as trained keys would not let them, queries are put in order."""
+    model = adapter(tiny_model, adapter_model, "phi3", states=False, **UNITS["heads"])
+    options = {"max_new_tokens": 30, "do_sample": False, "return_dict_in_generate": True}
+    decoder = recorder.decoder_of(model, draft_level=5, draft_tokens=3)
+    expected, found = model.generate(TEXT, draft_level=5, draft_tokens=3, **options), decoder.generate(TEXT, **options)
+    assert torch.equal(found.sequences, expected.sequences) and drafted(found) == drafted(expected)
+
+
+@pytest.mark.parametrize(
+    "unit, check, padded, states",
+    [("layers", 0, True, True), ("heads", 0, False, True), ("heads", 1, True, True), ("heads", 0, False, False)],
+)
+def test_kernels_of_drafts(tiny_model, adapter_model, recorder, unit, check, padded, states, interpreted_kernels, monkeypatch):
     """Steps of guesses run in them, over states that are written in place, and checks of several tokens."""
     order = [[1, 0], [0, 1], [1, 1]] if unit == "heads" else [1, 0]
-    config = {"conversion_order": order, "conversion_unit": unit.removesuffix("s")}
+    config = {"conversion_order": order, "conversion_unit": unit.removesuffix("s"), "states": states}
     model = adapter_model(tiny_model("llama", num_hidden_layers=2), level=check, **config).requires_grad_(False)
     mask = torch.ones_like(TEXT)
     mask[:, :5] = 0 if padded else 1
@@ -279,4 +322,5 @@ def test_captured_drafts_give_the_text_of_generate(tiny_model, adapter_model, un
     for _ in range(2):
         assert torch.equal(decoder.generate(ids, **options), expected)
     assert decoder.recorder.reason is None
-    assert {key[1] for key in decoder.recorder.recordings} >= {"follow", "draft", "check"}
+    folds = {"follow"} if states else set()
+    assert {key[1] for key in decoder.recorder.recordings if len(key) > 3} == {"draft", "check", *folds, *(["commit"] if check else [])}

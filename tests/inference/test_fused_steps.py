@@ -1,6 +1,7 @@
 """Norms, MLPs, rotations and linear layers by other kernels while a step is captured: the same results, and nothing left behind."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers.models.llama import modeling_llama
 
 from dsla_hf.inference import fusion as fused_steps
 from dsla_hf.inference.fusion import can_compile, fused
+from dsla_hf.inference.joined import join_weights
 from dsla_hf.models.adapter import dsla_layers
 from dsla_hf.models.decoder import decoder_layers
 
@@ -123,7 +125,8 @@ def launches(monkeypatch):
     launched = []
 
     def takes(x, *weights):
-        return not torch.is_grad_enabled() and all(weight.dtype == x.dtype for weight in weights)
+        few = x.numel() <= 4 * x.shape[-1]  # fewer than a prompt has here
+        return few and not torch.is_grad_enabled() and all(weight.dtype == x.dtype for weight in weights)
 
     def linears(x, weights, biases=None, overlap=False):
         launched.append(len(weights))
@@ -242,9 +245,9 @@ def test_a_hidden_state_that_is_replaced(tiny_model, launches, counted):
         assert torch.equal(attention.k_proj(other), F.linear(other, attention.k_proj.weight))
         assert torch.equal(attention.k_proj(x), F.linear(x, attention.k_proj.weight))
         assert torch.equal(attention.v_proj(x), F.linear(x, attention.v_proj.weight))
-        assert launches == [3, 1, 1]
+        assert launches == [3, 1, 2]  # keys that are asked for anew bring values along
         attention.v_proj(x)
-        assert launches == [3, 1, 1, 1]
+        assert launches == [3, 1, 2, 1]
 
 
 def test_threads_that_run_the_model_meanwhile(tiny_model, launches, counted):
@@ -276,3 +279,97 @@ def test_linear_forwards_are_put_back(tiny_model, adapter_model, counted, launch
     assert not any("forward" in module.__dict__ for module in model.modules())
     decode(model, 1)
     assert launches == []
+
+
+# --- weights that lie beside each other -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Shapes of the weights that are multiplied here, not by a layer: of products that are made of several, and of `down_proj`."""
+    made, real = [], F.linear
+
+    def linear(x, weight, bias=None):
+        made.append(tuple(weight.shape))
+        return real(x, weight, bias)
+
+    monkeypatch.setattr(fused_steps, "F", SimpleNamespace(linear=linear))
+    return made
+
+
+def projections(attention):
+    return [len(getattr(attention, name).weight) for name in ("q_proj", "k_proj", "v_proj")]
+
+
+@pytest.mark.parametrize("kind, level", [("llama", None), ("llama", 2), ("qwen2", 0), ("gemma3_text", None), ("phi3", None)])
+@pytest.mark.parametrize("prompt", [False, True])
+def test_products_of_one_x_are_one_where_their_weights_are_beside_each_other(
+    tiny_model, adapter_model, counted, products, kind, level, prompt
+):
+    """Steps of more rows than there are kernels for; biases; queries of their own; what is one matrix already."""
+    base = tiny_model(kind)
+    model = base if level is None else adapter_model(base, level=level)
+    expected, layers = decode(model), base.config.num_hidden_layers
+    count = join_weights(model)
+    assert torch.equal(decode(model), expected)  # the model alone runs as before
+    with fused(model, counted, prompt=prompt):
+        found = decode(model)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    if kind == "phi3":
+        assert count == 0 and not products
+        return
+    assert count == 2 * layers
+    sizes, inner = projections(base.model.layers[-1].self_attn), 2 * base.config.intermediate_size
+    whole, values, inner = ((size, base.config.hidden_size) for size in (sum(sizes), sum(sizes[1:]), inner))
+    calls = 4  # the prompt, and three tokens
+    assert products.count(inner) == calls * layers
+    assert products.count(whole) == calls * (layers - (level or 0)) and products.count(values) == calls * (level or 0)
+
+
+def test_kernels_for_few_rows_come_first(tiny_model, counted, launches, products):
+    model = tiny_model("llama")
+    join_weights(model)
+    with fused(model, counted):
+        decode(model, behind_prompt=products.clear)
+    assert launches[-3 * (len(LAYER) * 4 + 1) :] == (LAYER * 4 + [1]) * 3 and not products
+
+
+def test_gradients_and_autocast_go_through_each_layer(tiny_model, counted, products):
+    model = tiny_model("llama")
+    join_weights(model)
+    with fused(model, counted):
+        model(IDS).logits.sum().backward()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            model(IDS)
+    assert not products and model.model.layers[0].self_attn.v_proj.weight.grad.abs().sum() > 0
+
+
+def test_joined_weights_can_be_changed_moved_and_saved(tiny_model, counted, products, tmp_path):
+    model = tiny_model("llama")
+    before = decode(model)
+    parameters = list(model.parameters())
+    assert join_weights(model) == 8 and join_weights(model) == 0  # once is enough
+    assert all(x is y for x, y in zip(model.parameters(), parameters, strict=True))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(decode(type(model).from_pretrained(tmp_path).eval()), before)
+    attention = model.model.layers[0].self_attn
+    with torch.no_grad():
+        attention.k_proj.weight.mul_(2)
+    changed = decode(model)
+    assert not torch.equal(changed, before)
+    with fused(model, counted):
+        torch.testing.assert_close(decode(model), changed, atol=1e-5, rtol=1e-5)
+        assert products
+        attention.k_proj.weight.data = attention.k_proj.weight.data.clone()
+        products.clear()
+        torch.testing.assert_close(decode(model), changed, atol=1e-5, rtol=1e-5)
+        assert products.count((sum(projections(attention)), 32)) == 4 * 3  # not in the first layer
+
+
+def test_what_shares_its_memory_is_not_joined(tiny_model):
+    model = tiny_model("llama")
+    first, second = (layer.self_attn for layer in model.model.layers[:2])
+    second.k_proj.weight = first.k_proj.weight  # one parameter, two layers
+    held = torch.zeros(2, *first.q_proj.weight.shape)
+    model.model.layers[2].self_attn.q_proj.weight.data = held[1]
+    assert join_weights(model) == 8 - 2

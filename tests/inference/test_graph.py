@@ -313,8 +313,10 @@ def test_under_autocast_nothing_is_recorded(tiny_model, adapter_model):
 
 def test_models_whose_steps_look_at_the_length_are_left_alone(tiny_model):
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    chunked = tiny_model("llama")
+    chunked.config.attention_chunk_size = 8
     for model, words in (
-        (tiny_model("gemma3_text"), "StaticSlidingWindowLayer"),
+        (chunked, "in chunks"),
         (tiny_model("llama", rope_parameters=rope), "dynamic"),
     ):
         assert words in GraphDecoder(model, record=PlainRecording).obstacle()

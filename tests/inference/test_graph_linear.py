@@ -11,7 +11,8 @@ from dsla_hf.models.trial.checks import HEADS, layer_order
 
 pytestmark = pytest.mark.usefixtures("small_views")
 
-KINDS = ("qwen3_5_text", "qwen3_next", "lfm2", "granitemoehybrid", "nemotron_h", "olmo_hybrid")
+# The last has a state-space model beside attention in every layer.
+KINDS = ("qwen3_5_text", "qwen3_next", "lfm2", "granitemoehybrid", "nemotron_h", "olmo_hybrid", "falcon_h1")
 OPTIONS = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -49,7 +50,7 @@ def test_the_text_is_that_of_generate_and_the_next_one_uses_the_same_graphs(kind
     assert recorder.recorded == recorded and recorder.replayed
 
 
-@pytest.mark.parametrize("kind", ["qwen3_5_text", "lfm2"])
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "lfm2", "falcon_h1"])
 def test_levels_of_heads_hybrids_and_bases_alone(kind, adapter_model, recorder):
     base = tiny_model_of(kind, uneven=True)
     order = [(layer_order(base)[place], head) for place, head in HEADS]
@@ -63,7 +64,7 @@ def test_levels_of_heads_hybrids_and_bases_alone(kind, adapter_model, recorder):
     assert torch.equal(recorder.decoder_of(hybrid).generate(IDS, max_new_tokens=20, **OPTIONS), expected)
 
 
-@pytest.mark.parametrize("kind", ["qwen3_5_text", "granitemoehybrid"])
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "granitemoehybrid", "falcon_h1"])
 def test_a_text_goes_on_and_a_prompt_is_read_in_pieces(kind, adapter_model, recorder):
     model = converted(adapter_model, kind, level=2)
     options = {"return_dict_in_generate": True, "prefill_chunk_size": 5, **OPTIONS}
@@ -90,6 +91,6 @@ def test_drafts_are_refused(adapter_model, recorder):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("kind", ["qwen3_5_text", "lfm2"])
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "lfm2", "falcon_h1"])
 def test_captured_graphs_give_the_text_of_generate(kind, adapter_model):
     check_captured_text(converted(adapter_model, kind, level=0).cuda(), padded=True, highest=4)

@@ -102,6 +102,19 @@ def test_shapes_of_x():
     check(x[:1].expand(4, 1, 32), weights)
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+def test_weights_that_are_columns_of_wider_ones(rows):
+    """As those of an output projection in order of conversion are."""
+    x, weights, _ = make_inputs(rows, 72, (40, 24))
+    columns = [F.pad(weight, (16, 40), value=float("nan"))[:, 16:88] for weight in weights]
+    assert not columns[0].is_contiguous()
+    for found, expected in zip(check(x, columns), check(x, weights), strict=True):
+        assert torch.equal(found, expected)
+    wide = [F.pad(weight, (0, 8))[:, :72] for weight in (weights[0], weights[0] * 0.5)]
+    found, expected = (few_rows.gated_linear(x, *pair, "silu") for pair in (wide, [weights[0], weights[0] * 0.5]))
+    assert torch.equal(found, expected)
+
+
 def test_rows_do_not_depend_on_their_number():
     """As far as they are computed alike."""
     x, weights, _ = make_inputs(16, 200, (40, 24))
@@ -222,7 +235,9 @@ WRONG = {
     "integers": ({"x": torch.Tensor.long}, "x must be fp32"),
     "sizes": ({"x": lambda x: x[..., :60]}, r"\[N, 60\] to fit x \[2, 1, 60\], got \[40, 64\]"),
     "dtypes": ({"first": torch.Tensor.half}, "weight 0 must be torch.float32 .* got torch.float16"),
-    "strided": ({"second": lambda x: x.t().contiguous().t()}, r"weight 1 must be contiguous, got strides \(1, 40\)"),
+    "strided": ({"second": lambda x: x.t().contiguous().t()}, r"weight 1 must have strides \(64, 1\) as weight 0 has, got \(1, 40\)"),
+    "strided first": ({"first": lambda x: x.t().contiguous().t()}, r"weight 0 must have .* dense last dimension, got \(1, 40\)"),
+    "apart": ({"second": lambda x: F.pad(x, (0, 8))[:, :64]}, r"weight 1 must have strides \(64, 1\) as weight 0 has, got \(72, 1\)"),
     "elsewhere": ({"first": lambda x: x.to("meta")}, "weight 0 must be .* got .* on meta"),
     "gradient": ({"x": lambda x: x.requires_grad_()}, "x 0 requires a gradient"),
     "three dimensions": ({"first": lambda x: x[None]}, r"to fit x \[2, 1, 64\], got \[1, 40, 64\]"),

@@ -14,6 +14,7 @@ from dsla_hf import DSLAConfig, DualState, DualStateAttention
 from dsla_hf.vllm.checks import check_pages, check_servable
 from dsla_hf.vllm.pages import Place, converted_heads, of_heads, page_parts, places, read_state, write_state
 from dsla_hf.vllm.prefills import Prefill, alike
+from dsla_hf.vllm.ranks import RankHeads, indices, own_part, rank_heads
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -73,8 +74,15 @@ def test_what_is_refused():
     biased.attention_bias = True
     with pytest.raises(ValueError, match=r"gemma, whose attention has biases \(attention_bias=True\)"):
         check_servable(biased)
-    with pytest.raises(ValueError, match="tensor_parallel_size=2"):
-        check_servable(config_of(), tensor_parallel=2)
+    check_servable(config_of(), tensor_parallel=2)
+    with pytest.raises(ValueError, match="2 key-value heads cannot be divided among 4 processes"):
+        check_servable(config_of(), tensor_parallel=4)
+    scaled = config_of()
+    scaled.quantization_config = {"quant_method": "compressed-tensors", "kv_cache_scheme": None}
+    check_servable(scaled)
+    scaled.quantization_config["kv_cache_scheme"] = {"num_bits": 8, "type": "float"}
+    with pytest.raises(ValueError, match="kv_cache_scheme in quantization_config"):
+        check_servable(scaled)
     with pytest.raises(ValueError, match="pipeline_parallel_size=2"):
         check_servable(config_of(), pipeline_parallel=2)
     with pytest.raises(ValueError, match="speculative-config"):
@@ -82,11 +90,11 @@ def test_what_is_refused():
 
 
 def test_kept_heads_that_a_release_cannot_pack_are_refused():
-    converted = {1: (0, 2), 3: (0,)}
-    check_pages(4, converted, layouts=True)
-    check_pages(4, {1: (0, 2), 2: (0, 1, 2), 3: (0, 1, 2, 3)}, layouts=False)
+    kept = {1: 2, 3: 3}
+    check_pages(4, kept, layouts=True)
+    check_pages(4, {1: 2, 2: 1, 3: 0}, layouts=False)
     with pytest.raises(ValueError, match="of whose layer 3 3 of 4 KV heads are kept"):
-        check_pages(4, converted, layouts=False)
+        check_pages(4, kept, layouts=False)
 
 
 def test_a_hybrid_says_the_kind_of_each_layer():
@@ -124,6 +132,52 @@ def test_the_converted_heads_of_each_layer():
     assert converted_heads(config_of()) == {2: (0, 1), 0: (0, 1)}
     heads = config_of(conversion_unit="head", conversion_order=[[0, 1], [2, 1], [2, 0]])
     assert converted_heads(heads) == {0: (1,), 2: (0, 1)}
+
+
+def test_the_heads_of_each_rank():
+    assert rank_heads((1, 4, 5), 8, 1, 0) == RankHeads((1, 4, 5), (0, 2, 3, 6, 7), 0, 3, 5)
+    two = [RankHeads((1,), (0, 2, 3), 0, 2, 3), RankHeads((0, 1), (2, 3), 1, 2, 3)]
+    assert [rank_heads((1, 4, 5), 8, 2, rank) for rank in (0, 1)] == two
+    ranks = [rank_heads((1, 4, 5), 8, 4, rank) for rank in range(4)]
+    assert [heads[:3] for heads in ranks] == [((1,), (0,), 0), ((), (0, 1), 1), ((0, 1), (), 1), ((), (0, 1), 3)]
+    assert {heads[3:] for heads in ranks} == {(2, 2)}, "caches are the same on all"
+
+
+@pytest.mark.parametrize("converted", [(1, 4, 5), (0, 1, 2, 3), (0, 1, 2, 3, 4, 5, 6, 7)], ids=str)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@torch.no_grad()
+def test_ranks_together_are_the_layer(converted, ranks):
+    """Each with its part of the weights, chosen as `DSLAHeadsAttention` chooses."""
+    torch.manual_seed(0)
+    options = {"window_size": 4, "sink_tokens": 1, "gate_rank": 4}
+    whole = DualStateAttention(2 * len(converted), len(converted), 8, **options)
+    for x in whole.parameters():
+        x.normal_()
+    q, k, v = torch.randn(1, 21, 16, 8), torch.randn(1, 21, 8, 8), torch.randn(1, 21, 8, 8)
+    queries = [2 * head + i for head in converted for i in range(2)]
+    expected = q.clone()  # of kept heads, whose attention is not the point here, the queries
+    expected[:, :, queries] = whole(q[:, :, queries], k[:, :, [*converted]], v[:, :, [*converted]])[0]
+    found = []
+    for rank in range(ranks):
+        heads = rank_heads(converted, 8, ranks, rank)
+        own_q, own_k, own_v = (x.chunk(ranks, 2)[rank] for x in (q, k, v))
+        at, count = indices(heads, 2), len(heads.converted)
+        assert len(at.kept) == heads.most_kept
+        outputs = [own_q[:, :, at.kept_queries]] if heads.kept else []
+        parts = {name: own_part(f"model.layers.3.self_attn.dsla.{name}", x, {3: heads}, 2) for name, x in whole.named_parameters()}
+        if count:
+            layer = DualStateAttention(2 * count, count, 8, **options)
+            layer.load_state_dict(parts)
+            outputs.insert(0, layer(own_q[:, :, at.converted_queries], own_k[:, :, at.converted], own_v[:, :, at.converted])[0])
+        else:
+            assert set(parts.values()) == {None}
+        found.append(torch.cat(outputs, 2)[:, :, at.order])
+    torch.testing.assert_close(torch.cat(found, 2), expected, rtol=0, atol=1e-5)
+
+
+def test_weights_of_others_are_left_to_vllm():
+    weight = torch.randn(6, 3)
+    assert own_part("model.layers.3.self_attn.q_proj.weight", weight, {}, 2) is weight
 
 
 def test_requests_of_like_lengths_are_read_together():

@@ -1,6 +1,7 @@
-"""Continues prompts with vLLM in a process of its own: python texts.py MODEL OPTIONS, where OPTIONS is a JSON dict; writes JSON, last line.
+"""Continues prompts with vLLM in a process of its own: python texts.py MODEL OPTIONS, where OPTIONS is a JSON dict; writes JSON in a line.
 
 options: of `LLM`. prompts: lists of token ids. new_tokens: how many for each. rounds: how often. forget: leave states unwritten.
+weights: also say the dtype of each.
 """
 
 import json
@@ -8,10 +9,11 @@ import os
 import sys
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or vLLM wants a NUMA node for each process of tensor parallelism
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, where its layers can be changed
 
 
-def main(path, prompts, new_tokens=40, rounds=1, forget=False, options=None):
+def main(path, prompts, new_tokens=40, rounds=1, forget=False, weights=False, options=None):
     from vllm import LLM, SamplingParams
 
     if forget:
@@ -27,7 +29,10 @@ def main(path, prompts, new_tokens=40, rounds=1, forget=False, options=None):
     texts = [[list(request.outputs[0].token_ids) for request in requests] for requests in said]
     cached = [[request.num_cached_tokens for request in requests] for requests in said]
     room = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
-    print("\n" + json.dumps({"texts": texts, "cached": cached, "preemptions": counts.get("vllm:num_preemptions", 0), "room": room}))
+    found = {"texts": texts, "cached": cached, "preemptions": counts.get("vllm:num_preemptions", 0), "room": room}
+    if weights:
+        (found["weights"],) = llm.apply_model(lambda model: {name: str(x.dtype) for name, x in model.named_parameters()})
+    print("\n" + json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -17,12 +17,8 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from .cache import DSLACacheLayer, StaticDSLACacheLayer
-from .heads import HeadSplit
+from .cache import DSLACacheLayer, StaticDSLACacheLayer, VisibleStaticLayer
 from .partial_cache import PartialCacheLayer
-
-# Layers whose keys and values can be folded, and whose other part goes on.
-BESIDE_LINEAR = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndStaticFullAttentionLayer)
 
 
 def has_linear_part(layer: Any) -> bool:
@@ -77,15 +73,30 @@ class StaticDSLABesideLinearLayer(_BesideLinear, StaticDSLACacheLayer, LinearAtt
     is_croppable = False
 
 
-def with_linear_part(states: DSLACacheLayer, before: Any) -> DSLACacheLayer:
-    """The DSLA layer `states` with the linear part of `before`, the cache layer whose place it takes; as it is if that has none."""
+class VisibleBesideLinearLayer(VisibleStaticLayer, LinearAttentionAndStaticFullAttentionLayer):
+    """A `VisibleStaticLayer` with the states of a linear part."""
+
+
+# Layers whose keys and values can be folded, and whose other part goes on.
+BESIDE_LINEAR = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndStaticFullAttentionLayer, VisibleBesideLinearLayer)
+_BESIDE: dict[type, Any] = {
+    DSLACacheLayer: DSLABesideLinearLayer,
+    StaticDSLACacheLayer: StaticDSLABesideLinearLayer,
+    VisibleStaticLayer: VisibleBesideLinearLayer,
+}
+
+
+def with_linear_part(layer: Any, before: Any) -> Any:
+    """A layer of DSLA or a `VisibleStaticLayer` with the linear part of `before`, the cache layer whose place it takes; as it is if that
+    has none. Both then have the same states."""
     if not has_linear_part(before):
-        return states
-    kind: Any = StaticDSLABesideLinearLayer if isinstance(states, StaticDSLACacheLayer) else DSLABesideLinearLayer
-    layer = kind.__new__(kind)
-    linear = {name: getattr(before, name) for name in vars(LinearAttentionLayer()) if name != "record_past"}
-    layer.__dict__.update({**states.__dict__, **linear})
-    return layer
+        return layer
+    kind = _BESIDE[type(layer)]
+    new = kind.__new__(kind)
+    linear = {name: getattr(before, name) for name in vars(LinearAttentionLayer())}
+    new.__dict__.update({**layer.__dict__, **linear})
+    new.record_past = getattr(layer, "record_past", before.record_past)  # of DSLA it is its own
+    return new
 
 
 class PartialBesideLinearLayer(PartialCacheLayer, LinearAttentionLayer):
@@ -101,7 +112,7 @@ class PartialBesideLinearLayer(PartialCacheLayer, LinearAttentionLayer):
 _OF_LINEAR_PART = {*vars(LinearAttentionLayer()), "update_conv_state", "update_recurrent_state"} - {"record_past"}
 
 
-def partial_layer(softmax: Any, converted: DSLACacheLayer, split: HeadSplit) -> PartialCacheLayer:
-    """The cache layer of a layer converted in part, also where it has a linear part beside it."""
+def partial_layer(softmax: Any, converted: DSLACacheLayer, heads: tuple[int, ...], kept: tuple[int, ...]) -> PartialCacheLayer:
+    """The `PartialCacheLayer` of these, also where the softmax layer has a linear part beside it."""
     kind = PartialBesideLinearLayer if has_linear_part(softmax) else PartialCacheLayer
-    return kind(softmax, converted, split.converted, split.kept)
+    return kind(softmax, converted, heads, kept)

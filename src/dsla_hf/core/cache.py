@@ -274,15 +274,20 @@ class VisibleStaticLayer(StaticLayer):
     made for a long text is then not read to its end while the text is short. A step of one token may be told its `places`: the layer
     above asks five launches for what a kernel does in one.
 
+    It has room for all tokens of a text, also where attention slides: a mask, or the kernel, leaves out those that have left the window.
+
     count: int64 `[]`, where tokens are counted: a part of that of all layers. None: one of its own.
+    window: of attention that slides, in tokens, a query's own included; None where all are seen.
     """
 
-    def __init__(self, max_cache_len: int, count: Tensor | None = None) -> None:
+    def __init__(self, max_cache_len: int, count: Tensor | None = None, window: int | None = None) -> None:
         super().__init__(max_cache_len)
         if count is not None:
             self.cumulative_length = count
+        self.window, self.is_sliding = window, window is not None
         self.visible = max_cache_len
         self.places: Tensor | None = None  # int `[B]`, where the next token goes, for a kernel that writes it; None: behind the others
+        self.past: int | None = None  # tokens before a piece of a prompt that is read; None in steps, whose lengths no host knows
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if self.places is None:
@@ -290,10 +295,19 @@ class VisibleStaticLayer(StaticLayer):
         else:
             keys, values = self.keys, self.values
             append(keys, values, key_states, value_states, self.places, self.cumulative_length)
-        return keys[:, :, : self.visible], values[:, :, : self.visible]
+        first = self._first()
+        return keys[:, :, first : self.visible], values[:, :, first : self.visible]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.visible, 0
+        return self.visible - self._first(), self._first()
+
+    def _first(self) -> int:
+        """The first place that is shown: of a prompt none that its first token does not see."""
+        return 0 if self.past is None else self.out_of_window(self.past + 1)
+
+    def out_of_window(self, tokens: int) -> int:
+        """How many of so many tokens the last one does not see."""
+        return 0 if self.window is None else max(tokens - self.window, 0)
 
 
 def fold_in_pieces(
@@ -306,6 +320,8 @@ def fold_in_pieces(
 ) -> DualState:
     """`attention.fold` of k, v `[B, T, Hkv, D]` and mask `[B, T]`, some tokens at a time; kv_heads as there."""
     piece = max(FOLDED_AT_ONCE // k.shape[0], 1)
+    if not attention.states and attention.window_size and mask is None and not attention.reorders_keys:
+        piece = max(k.shape[1], 1)  # it takes what its window has, and passes over the rest
     masks = [None] * -(-k.shape[1] // piece) if mask is None else mask.split(piece, 1)
     for k_part, v_part, mask_part in zip(k.split(piece, 1), v.split(piece, 1), masks, strict=True):
         state = attention.fold(k_part, v_part, mask_part, state, kv_heads=kv_heads)

@@ -24,6 +24,7 @@ from .cache import LEVEL_LOWERED, RECORDS_PAST, DSLACacheLayer, StaticDSLACacheL
 from .heads import HeadSplit, of_heads
 from .layout import TokenLayout
 from .partial_cache import PartialCacheLayer, join_states, with_heads
+from .window_view import WindowView
 
 logger = logging.get_logger(__name__)
 
@@ -113,7 +114,7 @@ def check_cache(cache: Any, converted: Sequence[bool | tuple[int, ...]], rows: i
                 _check_foldable(index, layer.softmax)
                 if not recorded:
                     _check_reaches_back(index, layer)
-        elif is_dsla and (recorded or _tokens_of(layer) > 0):
+        elif is_dsla and not isinstance(layer, WindowView) and (recorded or _tokens_of(layer) > 0):
             _check_foldable(index, layer)
     if recorded or not any(is_dsla for _, is_dsla in layers):
         return cache.get_seq_length()
@@ -208,7 +209,7 @@ def partial_cache_layer(
         raise RuntimeError(f"layer {layer_idx}: {LEVEL_LOWERED}")
     states = _states_of(cache, layer_idx, attention, heads, split.num_kv_heads, layout, exact)
     kept = with_heads(softmax, [held.index(head) for head in split.kept])
-    cache.layers[layer_idx] = new = partial_layer(kept, states, split)
+    cache.layers[layer_idx] = new = partial_layer(kept, states, heads, split.kept)
     return new
 
 
@@ -291,5 +292,6 @@ def _cached(layer: Any, tokens: int) -> tuple[Tensor, Tensor]:
     slots = layer.keys.shape[2]
     if type(layer) is StaticSlidingWindowLayer and tokens >= slots:  # the oldest one leaves with the next token
         return layer.keys[:, :, 1:], layer.values[:, :, 1:]
+    first = layer.out_of_window(tokens + 1) if isinstance(layer, VisibleStaticLayer) else 0
     kept = min(tokens, slots)
-    return layer.keys[:, :, :kept], layer.values[:, :, :kept]
+    return layer.keys[:, :, first:kept], layer.values[:, :, first:kept]

@@ -3,7 +3,7 @@
 transformers hands an attention function keys, values and a mask of the same length. A static cache is then read to its end, a paged one
 is copied first, and a prompt that goes on behind a cache has a mask, with which SDPA cannot run its flash kernel. Steps of one token or a
 few inside `over_cache` use the split-KV kernel instead, which knows lengths and block tables, and pieces of prompts over blocks one that
-knows them too; prompts inside `over_prompt` need no mask.
+knows them too. Prompts inside `over_prompt`, and pieces that texts begin with, need no mask: see `prompt_attention`.
 Everything else goes to SDPA as it would without this module.
 """
 
@@ -18,15 +18,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from dsla_kernels import softmax_decode, softmax_prompt, uses_triton
 
 from ..compat.attention_functions import ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS
 from ..compat.attributes import attention_implementation
+from .prompt_attention import attend_to_prompt
 
 ATTENTION_FUNCTION = "dsla_decode"
+QUERIES = 512  # of a prompt that read a sliding window at a time, at least: as many as the window is long, where that is longer
 FEW = 16  # tokens a row up to which the cache is cut into parts, as for one: there are too few queries to keep a GPU at work
 
 
@@ -41,6 +42,9 @@ class CachedTokens:
     places: with block tables, by layer, where its heads lie: the number of its own table, or int32 `[Hkv, 2]`, of each its table and which
         of the heads of a block it is.
     starts: int `[B]`, tokens of each row before the new ones, where rows differ in these, or they are more than `FEW` (with block tables).
+        More rows than the call has: its one row holds that many pieces, of equal room and maybe of one text, one behind the other.
+    begins: texts begin with the new tokens, so that these are all there is to attend to; keys and values are then those of the call.
+    recorded: the call is recorded, and so has this shape whenever it is replayed.
     """
 
     lengths: Tensor
@@ -48,6 +52,8 @@ class CachedTokens:
     block_tables: Tensor | None = None
     starts: Tensor | None = None
     places: Sequence[int | Tensor | None] = ()
+    begins: bool = False
+    recorded: bool = False
 
 
 _cached: ContextVar[CachedTokens | None] = ContextVar("cached tokens of this step", default=None)
@@ -113,26 +119,43 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
     if cached is None and not _prompt.get():
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
     scale, window = kwargs.get("scaling"), kwargs.get("sliding_window")
-    if cached is None:
-        mask = _behind_cache(query.shape[2], key.shape[2], window, query.device)
-        grouped = query.shape[1] != key.shape[1]
-        o = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
-        return o.transpose(1, 2).contiguous(), None
+    if cached is None or cached.begins:
+        if window is None or key.shape[2] <= window:
+            return attend_to_prompt(query, key, value, scale, recorded=cached is not None and cached.recorded), None
+        return _attend_sliding(query, key, value, window, scale).transpose(1, 2).contiguous(), None
     table = heads = None
     if cached.block_tables is not None:
         place = cached.places[module.layer_idx]
         table, heads = (cached.block_tables, place) if isinstance(place, Tensor) else (cached.block_tables[place], None)
     q = query.transpose(1, 2)
-    if cached.starts is not None and table is not None and query.shape[2] > FEW:
-        return softmax_prompt(q, key, value, cached.starts, cached.lengths, table, scale=scale, window=window, heads=heads), None
-    options: dict[str, Any] = {"scale": scale, "window": window, "mask": cached.mask, "block_table": table, "heads": heads}
-    return softmax_decode(q, key, value, cached.lengths, starts=cached.starts, **options), None
+    if cached.starts is not None and len(cached.starts) > len(q):
+        q = q[0].unflatten(0, (len(cached.starts), -1))
+    options: dict[str, Any] = {"scale": scale, "window": window, "heads": heads}
+    if cached.starts is not None and table is not None and q.shape[1] > FEW:
+        o = softmax_prompt(q, key, value, cached.starts, cached.lengths, table, **options)
+    else:
+        options |= {"mask": cached.mask, "block_table": table}
+        o = softmax_decode(q, key, value, cached.lengths, starts=cached.starts, **options)
+    return o.view(query.shape[0], -1, *o.shape[2:]), None
 
 
-def _behind_cache(new: int, tokens: int, window: int | None, device: torch.device) -> Any:
-    """What the last `new` of `tokens` tokens see, as SDPA takes it."""
-    if window is None:
-        return causal_lower_right(new, tokens)
+def _attend_sliding(query: Tensor, key: Tensor, value: Tensor, window: int, scale: float | None) -> Tensor:
+    """The last tokens, of which each sees so many, over all of them, o as query `[B, Hq, T, D]`."""
+    new, tokens, group = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+    parts, past, at_once = [], tokens - new, max(window, QUERIES)
+    for start in range(0, new, at_once):
+        q = query[:, :, start : start + at_once]
+        last = past + start + q.shape[2]
+        first = max(past + start + 1 - window, 0)
+        # With a mask SDPA has no fast kernel for shared heads.
+        k, v = (x[:, :, first:last].repeat_interleave(group, 1) for x in (key, value))
+        mask = _in_window(q.shape[2], last - first, window, query.device)
+        parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale))
+    return torch.cat(parts, 2)
+
+
+def _in_window(new: int, tokens: int, window: int, device: torch.device) -> Tensor:
+    """Which of so many tokens each of the last `new` sees, bool `[new, tokens]`."""
     query, key = torch.arange(tokens - new, tokens, device=device)[:, None], torch.arange(tokens, device=device)
     return (key <= query) & (key > query - window)
 

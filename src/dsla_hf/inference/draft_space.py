@@ -4,7 +4,8 @@ The checking level has the keys and values of heads that it keeps, and states of
 it keeps where they lie, and writes its guesses behind them, over which the check then writes its own; where such heads of a layer do not
 lie side by side, it has a copy. Of heads that it converts it has states: those of the checking level, or the fold of that one's keys and
 values; one copy after the text, where it is a fold, and one that guesses change. A check leaves the states that it reads as they are, and
-takes in what was accepted afterwards.
+takes in what was accepted afterwards. A layer of which the checking level converts nothing, and the draft heads to a window alone, needs
+none of this: both read the same memory, the draft less of it (`core.window_view`).
 
 States take in tokens a block at a time. Between two of these a new token changes one place of the window and nothing else, and so does a
 guess: whatever follows or is taken back is then a few places (`within_block`), not whole states.
@@ -24,6 +25,8 @@ from ..core.cache import StaticDSLACacheLayer, VisibleStaticLayer, fold_in_piece
 from ..core.heads import of_heads
 from ..core.partial_cache import PartialCacheLayer, heads_from, join_states
 from ..core.past import DualState, changes_window_alone, clone_state
+from ..core.window_view import WindowView
+from ..models.architectures import sliding_window_of
 
 
 def is_of_drafts(key: Any) -> bool:
@@ -81,19 +84,24 @@ class DraftSpace:
         # Of layers with a copy of keys and values the tokens in it.
         self.kept_counts = torch.zeros(len(layers), dtype=torch.long, device=device)
         self.committed = [_Committed(layer, low, longest + 1) for layer, low in zip(layers, check, strict=True) if low.part is not False]
-        self.converted = [
-            _Converted(layer, high, low, space.length, count)
-            for layer, high, low, count in zip(layers, draft, check, self.kept_counts, strict=True)
-            if high.part is not False
-        ]
+        of_drafts: list[Any] = list(layers)
+        self.converted: list[_Converted] = []
+        for index, (layer, high, low) in enumerate(zip(layers, draft, check, strict=True)):
+            if high.part is False:
+                continue
+            if not space.padded and _can_be_viewed(layer, high, low):
+                attention = high.attention
+                of_drafts[index] = WindowView(layer, high.core, attention.split, attention.ordered, self.lengths)
+            else:
+                self.converted.append(_Converted(layer, high, low, space.length, self.kept_counts[index]))
+                of_drafts[index] = self.converted[-1].layer
         core = next(level.core for level in draft if level.part is not False)
         self.window, self.sinks, self.has_states = core.window_size, core.sink_tokens, core.states
         self.spoilt = False  # whether guesses have changed more than places of the window
         # Of each converted layer the tokens that its states have seen, without padding and with it.
         self.counts = torch.zeros(len(self.converted), 2, dtype=torch.long, device=device)
-        of_drafts = iter(self.converted)
         self.cache = StaticCache(config=config, max_cache_len=space.length)
-        self.cache.layers = [layer if part is False else next(of_drafts).layer for layer, part in zip(layers, self.parts, strict=True)]
+        self.cache.layers = of_drafts
 
     def fits(self, draft: Sequence[LayerOfLevels], check: Sequence[LayerOfLevels], longest: int) -> bool:
         """Whether this is what such drafts need, as the workspace's memory and the weights lie now."""
@@ -101,7 +109,7 @@ class DraftSpace:
 
     def _seen(self, draft: Sequence[LayerOfLevels], check: Sequence[LayerOfLevels], longest: int) -> list[Any]:
         """What all here rests on."""
-        seen: list[Any] = [longest]
+        seen: list[Any] = [longest, self.space.padded]
         for layer, high, low in zip(self.space.cache.layers, draft, check, strict=True):
             memory, states = _memory(layer), _states(layer)
             tensors = ([] if memory is None else [memory.keys, memory.values]) + ([] if states is None else list(states.state))
@@ -116,7 +124,7 @@ class DraftSpace:
         for layer in self.cache.layers:
             for part in getattr(layer, "parts", (layer,)):
                 if isinstance(part, VisibleStaticLayer):
-                    part.visible, part.places = tokens, places
+                    part.visible, part.places, part.past = tokens, places, None
                 else:
                     part.max_length, part.counts = tokens, places is None
 
@@ -191,6 +199,13 @@ class DraftSpace:
         self.space.cached.fill_(tokens)
 
 
+def _can_be_viewed(layer: Any, draft: LayerOfLevels, check: LayerOfLevels) -> bool:
+    """Whether the draft finds all that its converted heads see among the keys and values of the checking level."""
+    if check.part is not False or draft.core.states or not draft.core.window_size:
+        return False
+    return isinstance(layer, VisibleStaticLayer) and draft.attention.exact_fold and sliding_window_of(draft.attention) is None
+
+
 def _memory(layer: Any) -> Any:
     """Of a layer of a cache the `VisibleStaticLayer` of keys and values; None if there is none."""
     softmax = layer.softmax if isinstance(layer, PartialCacheLayer) else layer
@@ -260,7 +275,7 @@ class _Converted:
             if held[first : first + len(kept)] == kept:
                 softmax = heads_from(memory, first, len(kept))
             else:
-                softmax = self.kept = VisibleStaticLayer(length, kept_count)
+                softmax = self.kept = VisibleStaticLayer(length, kept_count, memory.window)
                 self.kept_heads = torch.tensor(list(map(held.index, kept)), device=device)
                 softmax.lazy_initialization(*(x[:, : len(kept)] for x in (memory.keys, memory.values)))
             self.layer = PartialCacheLayer(softmax, self.states, *draft.part)

@@ -87,7 +87,9 @@ class GraphEngine:
         view = self._view(tokens + 1)
         self.set_level(self.levels[1])
         try:
-            if drafts.folded_tokens == 0 or behind > drafts.longest + 1:
+            if not drafts.converted:
+                drafts.folded_tokens = space.read
+            elif drafts.folded_tokens == 0 or behind > drafts.longest + 1:
                 drafts.read(space.read, space.mask if space.padded else None)
             else:
                 within = not drafts.spoilt and drafts.within_block(behind)

@@ -4,7 +4,8 @@ layers in kernels for few rows.
 A norm of transformers takes eight launches, a rotation ten. Where a token takes three milliseconds of reading weights, they add as
 much again. `torch.compile` fuses each of them once a class, in seconds; the model as a whole stays what it is, so that one level or
 cache more costs no compilation. Reading the weights is most of the rest: queries, keys and values are one launch, the gate of an MLP and
-what it gates another. `dsla_hf.inference.parts` says which of them a model has (`dsla env --model`).
+what it gates another; of few rows by kernels for them, of more where the weights lie beside each other (`dsla_hf.inference.joined`).
+`dsla_hf.inference.parts` says which of them a model has (`dsla env --model`).
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsla_kernels import gated_linear, linears, takes_few_rows
 
 from ..compat.attributes import children_of, has_hooks
 from ..models.adapter_layer import DSLALayer
-from .parts import ROTATION, GatedMLP, Layer, is_plain, parts_of, summary
+from .joined import whole_of
+from .parts import ACTIVATIONS, ROTATION, GatedMLP, Layer, is_plain, parts_of, summary
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +61,10 @@ def can_compile(device: torch.device) -> bool:
 
 @contextmanager
 def fused(model: nn.Module, compile: Compile = _compile, prompt: bool = False) -> Iterator[None]:
-    """Within it, norms, MLPs and rotations of `model` run compiled, and plain linear layers of few tokens, one a row, by the kernels for
-    them, where these run. To be held while a step is run once and captured, or a piece of a prompt is read, not longer: other threads that
-    run a model of the same kind meanwhile get the compiled rotation too, which computes the same. prompt: pieces of prompts run within it,
-    not steps; each has compiled functions of its own."""
+    """Within it, norms, MLPs and rotations of `model` run compiled, plain linear layers of few tokens by the kernels for them, where these
+    run, and of more tokens those of one x as one product, where their weights lie beside each other. To be held while a step is run once
+    and captured, or a piece of a prompt is read, not longer: other threads that run a model of the same kind meanwhile get the compiled
+    rotation too, which computes the same. prompt: pieces of prompts run within it, not steps; each has compiled functions of its own."""
     with _lock:
         parts = parts_of(model)
         if model not in _told:
@@ -73,7 +76,7 @@ def fused(model: nn.Module, compile: Compile = _compile, prompt: bool = False) -
         views = _views(model)
         linear = {x for module in (model, *views) for x in module.modules() if x not in inner and is_plain(x)}
         forwards |= _linear_forwards(linear, _projections([*model.modules(), *views]))
-        forwards |= {module: _gated_forward(module, form, forwards[module]) for module, form in parts.gated.items()}
+        forwards |= {module: _gated_forward(module, form, forwards[module], compile, prompt) for module, form in parts.gated.items()}
         forwards |= {module: _layer_forward(module, form, compile, prompt) for module, form in parts.layers.items()}
         rotations = parts.rotations
         try:
@@ -118,26 +121,49 @@ def _linear_forwards(modules: set[Any], projections: list[list[Any]]) -> dict[nn
             and not any(has_hooks(x, before_only=True) for x in group)
         ):
             followers[leader] = others
+            followers.setdefault(others[0], others[1:])  # where queries cannot be computed with them
 
     def forward_of(module: Any) -> Callable[[Tensor], Tensor]:
         def forward(input: Tensor) -> Tensor:
             of, result = kept.pop(module, (None, None))
             if result is not None and of is input:
                 return result
-            group = [module, *followers.get(module, ())]
-            if not _few_rows(input, *(x.weight for x in group)):
-                group = [module]
-            weights = [x.weight for x in group]
-            if not _few_rows(input, *weights):
+            group = [module, *(followers.get(module, ()) if result is None else ())]  # one that was kept in vain: each has an x of its own
+            results = None
+            for some in (group, [module]):
+                weights = [x.weight for x in some]
+                if _few_rows(input, *weights):
+                    biases = None if module.bias is None else [x.bias for x in some]
+                    results = linears(input, weights, biases, overlap=OVERLAP)
+                elif len(some) > 1:
+                    results = _as_one(input, some)
+                if results:
+                    break
+            else:
                 return type(module).forward(module, input)
-            biases = None if module.bias is None else [x.bias for x in group]
-            result, *others = linears(input, weights, biases, overlap=OVERLAP)
-            kept.update({x: (input, other) for x, other in zip(group[1:], others, strict=True)})
+            result, *others = results
+            kept.update({x: (input, other) for x, other in zip(some[1:], others, strict=True)})
             return result
 
         return forward
 
     return {module: forward_of(module) for module in modules}
+
+
+def _as_one(x: Any, group: list[Any]) -> list[Tensor]:
+    """What plain linear layers give for x `[..., K]`, by one product; nothing where their weights do not lie beside each other, or a
+    gradient is wanted."""
+    if not isinstance(x, Tensor) or not _as_it_is(x, *(layer.weight for layer in group)):
+        return []
+    weight, bias = whole_of([layer.weight for layer in group]), None
+    if weight is None or (group[0].bias is not None and (bias := whole_of([layer.bias for layer in group])) is None):
+        return []
+    return list(F.linear(x, weight, bias).split([len(layer.weight) for layer in group], -1))
+
+
+def _as_it_is(x: Tensor, *weights: Tensor) -> bool:
+    """Whether a product of x and these weights needs no gradient and no other dtype."""
+    return not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type) and all(w.dtype == x.dtype for w in weights)
 
 
 @functools.cache
@@ -191,13 +217,32 @@ def _layer_forward(module: Any, form: Layer, compile: Compile, prompt: bool) -> 
     return forward
 
 
-def _gated_forward(module: Any, form: GatedMLP, otherwise: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
+@functools.cache
+def _gated(activation: str) -> Callable[[Tensor], Tensor]:
+    """What stands between the products of an MLP, of gate and up `[..., 2 N]` beside each other."""
+
+    def gated(both: Tensor) -> Tensor:
+        gate, up = both.chunk(2, -1)
+        return ACTIVATIONS[activation](gate) * up
+
+    return gated
+
+
+def _gated_forward(
+    module: Any, form: GatedMLP, otherwise: Callable[..., Any], compile: Compile, prompt: bool
+) -> Callable[[Tensor], Tensor]:
+    beside = not form.joined and whole_of(form.inner(module)) is not None
+    activate = _once(_gated(form.activation), compile, prompt) if beside else None
+
     def forward(x: Tensor) -> Tensor:
         gate, up = form.inner(module)
-        if not _few_rows(x, gate, up):
+        if _few_rows(x, gate, up):
+            hidden = gated_linear(x, gate, up, form.activation, overlap=OVERLAP)
+            return linears(hidden, [module.down_proj.weight], overlap=OVERLAP)[0]
+        both = whole_of([gate, up]) if activate is not None and _as_it_is(x, gate, up) else None
+        if activate is None or both is None:
             return otherwise(x)
-        hidden = gated_linear(x, gate, up, form.activation, overlap=OVERLAP)
-        return linears(hidden, [module.down_proj.weight], overlap=OVERLAP)[0]
+        return F.linear(activate(F.linear(x, both)), module.down_proj.weight)
 
     return forward
 

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import StaticCache
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
 from dsla_kernels import uses_triton
 
 from ..compat.attributes import attention_implementation, padding_token
-from ..core.beside_linear import has_linear_part
+from ..core.beside_linear import has_linear_part, partial_layer, with_linear_part
 from ..core.cache import DSLACacheLayer, StaticDSLACacheLayer, VisibleStaticLayer
 from ..core.fold import dsla_cache_layer, partial_cache_layer
 from ..core.layout import TokenLayout
@@ -41,7 +41,7 @@ from ..levels.drafting import (
     stop_by_criterion,
 )
 from ..models.adapter import DSLALayer, dsla_layers
-from ..models.architectures import check_draftable, kv_heads_of
+from ..models.architectures import check_draftable
 from ..models.base_attention import DSLAAttentionMixin
 from ..models.decoder import decoder_layers
 from ..models.level import counts_heads
@@ -56,8 +56,15 @@ from .recorder import PlainRecording as PlainRecording
 logger = logging.get_logger(__name__)
 
 REHEARSAL = 64  # tokens of the text that `prepare` reads
-# Of static caches, by name, as a release may lack one: layers whose tensors stay where they are, and whose lengths no host counts.
-KNOWN_LAYERS = {"StaticLayer", "LinearAttentionLayer", "DummyLayer"}
+# Of static caches, by name, as a release may lack one: layers whose tensors stay where they are, and those of softmax attention, in whose
+# place are such as no host counts the lengths of.
+KNOWN_LAYERS = {
+    "StaticLayer",
+    "StaticSlidingWindowLayer",
+    "LinearAttentionLayer",
+    "LinearAttentionAndStaticFullAttentionLayer",
+    "DummyLayer",
+}
 FOR_MEMORY = "give a smaller max_length, fewer rows, or GraphDecoder(keep=False)"
 
 
@@ -93,11 +100,13 @@ class Workspace:
     logits: fp32 `[B, vocabulary]`, the output of the last step.
     counts: int64 `[layers, B + 1]`, of DSLA layers the lengths of the rows and the tokens in the cache.
     cached: int64 `[layers]`, of layers with keys and values the tokens in the cache.
-    kv_heads: of a layer.
     recorder: of steps by (what of each layer is DSLA, padding, tokens shown).
     linear: by layer number the cache layers of layers without attention, whose states a step changes in place.
+    beside: by layer number those that have such states beside attention: all layers that take their place share them.
+    windows: by layer number how many tokens attention sees, where it slides.
     softmax: by layer number the keys and values of as many heads as were kept at once.
     dsla: by layer number and part the cache layers of DSLA, whole or in part, as far as they have been in use.
+    kv_heads: by layer number how many a layer has that was in use in part.
     by_length: whether the attention of a step knows how far the cache is filled, and needs not be shown a part of it.
     drafts: what drafts have beside it, once there was one.
     """
@@ -111,11 +120,13 @@ class Workspace:
     logits: Tensor
     counts: Tensor
     cached: Tensor
-    kv_heads: int
     recorder: Recorder
     linear: dict[int, Any] = field(default_factory=dict)
+    beside: dict[int, Any] = field(default_factory=dict)
+    windows: dict[int, int] = field(default_factory=dict)
     softmax: dict[int, VisibleStaticLayer] = field(default_factory=dict)
     dsla: dict[tuple[int, Part], Any] = field(default_factory=dict)
+    kv_heads: dict[int, int] = field(default_factory=dict)
     by_length: bool = False
     drafts: DraftSpace | None = None
     read: int = 0  # tokens in the cache
@@ -129,8 +140,8 @@ class Workspace:
     def begin(self, parts: Iterable[Part], mask: Tensor | None) -> None:
         """For a new text: empty layers, of the kind that `parts` asks for; `mask` `[B, T]` of its prompt."""
         self.cache.layers = [self._layer(index, part) for index, part in enumerate(parts)]
-        for layer in self.layers():
-            if getattr(layer, "is_initialized", True):  # linear ones do not say
+        for layer in (*self.layers(), *self.beside.values()):
+            if getattr(layer, "is_initialized", True) or has_linear_part(layer):  # whether its states are there, it does not say
                 layer.reset()
         self.cached.zero_()
         self.read, self.parts = 0, None
@@ -161,25 +172,34 @@ class Workspace:
     def _layer(self, index: int, part: Part) -> Any:
         """A layer for a new text: where it was before, if it was."""
         if part is False:
-            return self.linear[index] if index in self.linear else self._memory(index, self.kv_heads)
+            return self.linear[index] if index in self.linear else self._memory(index, self.kv_heads.get(index))
         if (index, part) in self.dsla:
             return self.dsla[index, part]
         states = StaticDSLACacheLayer(self.length)
-        return states if part is True else PartialCacheLayer(self._memory(index, len(part[1])), states, *part)
+        if part is True:
+            return with_linear_part(states, self.beside.get(index))
+        return self._partial(index, part, states)
 
-    def _memory(self, index: int, heads: int) -> VisibleStaticLayer:
-        """Keys and values of so many heads. Where there were fewer, these go, and with them what was recorded over them."""
+    def _partial(self, index: int, part: Any, states: Any) -> PartialCacheLayer:
+        self.kv_heads[index] = len(part[0]) + len(part[1])
+        return partial_layer(self._memory(index, len(part[1])), states, *part)
+
+    def _memory(self, index: int, heads: int | None) -> VisibleStaticLayer:
+        """Keys and values of so many heads, all if None. Where there were fewer, these go, and with them what was recorded over them."""
         memory = self.softmax.get(index)
-        if memory is None or (memory.is_initialized and memory.num_heads < heads):
+        held = memory.num_heads if memory is not None and memory.is_initialized else None
+        if memory is None or (held is not None and heads is not None and held < heads):
             self._forget(index)
-            memory = self.softmax[index] = VisibleStaticLayer(self.length, self.cached[index])
-        return last_heads(memory, heads) if memory.is_initialized and memory.num_heads > heads else memory
+            new = VisibleStaticLayer(self.length, self.cached[index], self.windows.get(index))
+            self.softmax[index] = memory = with_linear_part(new, self.beside.get(index))
+            return memory
+        return memory if held is None or heads is None or held == heads else last_heads(memory, heads)
 
     def _take_in(self, index: int, part: Part, layer: Any) -> None:
         """From now on this is the layer of its part."""
         states = layer
         if isinstance(part, tuple):
-            states, place = layer.converted, PartialCacheLayer(self._memory(index, len(part[1])), layer.converted, *part)
+            states, place = layer.converted, self._partial(index, part, layer.converted)
             if _copied(place.softmax, layer.softmax):  # a raise has made it anew
                 self.cache.layers[index] = layer = place
         states.count_in(self.counts[index, :-1], self.counts[index, -1])
@@ -195,18 +215,19 @@ class Workspace:
         if isinstance(part, tuple):
             layer = self.cache.layers[index]
             self.softmax[index] = smaller = with_heads(layer.softmax, list(range(kept)))
-            self.cache.layers[index] = self.dsla[index, part] = PartialCacheLayer(smaller, layer.converted, *part)
+            self.cache.layers[index] = self.dsla[index, part] = partial_layer(smaller, layer.converted, *part)
 
     def _forget(self, index: int) -> None:
         """Drop what reads the keys and values of a layer."""
         self.dsla = {key: layer for key, layer in self.dsla.items() if key[0] != index or key[1] is True}
         self.recorder.drop(lambda key: key[0][index] is not True)
 
-    def show(self, tokens: int, places: Tensor | None = None) -> None:
-        """Let attention see the first `tokens` places of the cache; the next token goes to `places` `[B]`, if given."""
+    def show(self, tokens: int, places: Tensor | None = None, past: int | None = None) -> None:
+        """Let attention see the first `tokens` places of the cache; the next token goes to `places` `[B]`, if given. past: for a piece of
+        a prompt, tokens before it."""
         for layer in self.layers():
             if isinstance(layer, VisibleStaticLayer):
-                layer.visible, layer.places = tokens, places
+                layer.visible, layer.places, layer.past = tokens, places, past
             elif isinstance(layer, StaticDSLACacheLayer):
                 layer.max_length = tokens  # what it answers when it is asked for the size of masks
                 layer.counts = places is None  # the step counts for all layers
@@ -318,9 +339,9 @@ class GraphDecoder:
         kinds = {str(entry.get("rope_type")) for entry in (rope, *rope.values()) if isinstance(entry, dict)}
         if changing := sorted(kinds & {"dynamic", "longrope"}):
             return f"rotary embeddings of type {changing} change with the length, which the host would have to look at"
+        if getattr(config, "attention_chunk_size", None) is not None:
+            return "this base attends in chunks (attention_chunk_size), which caches of recorded steps do not know"
         layers = StaticCache(config=config, max_cache_len=8).layers
-        if any(isinstance(layer, StaticLayer) and has_linear_part(layer) for layer in layers):
-            return "this base has linear states and keys in one cache layer, which no recorded step has at addresses that stay"
         if others := {type(layer).__name__ for layer in layers} - KNOWN_LAYERS:
             return f"the static cache of this model has {sorted(others)}, whose tokens the host counts"
         return self._obstacle_in(options)
@@ -587,9 +608,11 @@ class GraphDecoder:
             logits=torch.zeros(rows, config.vocab_size, device=device),
             counts=torch.zeros(len(cache.layers), rows + 1, dtype=torch.long, device=device),
             cached=torch.zeros(len(cache.layers), dtype=torch.long, device=device),
-            kv_heads=kv_heads_of(config),
             recorder=self.recorder,
             linear={i: layer for i, layer in enumerate(cache.layers) if not isinstance(layer, StaticLayer)},
+            beside={i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, StaticLayer) and has_linear_part(layer)},
+            # What transformers keeps of them: the window, or the whole text where that is shorter.
+            windows={i: layer.max_cache_len for i, layer in enumerate(cache.layers) if isinstance(layer, StaticSlidingWindowLayer)},
         )
         return self.workspace
 
@@ -600,7 +623,7 @@ class GraphDecoder:
         positions = (mask.long().cumsum(1) - 1).clamp_min(0)
         for part in ids.split(chunk or ids.shape[1], 1):
             start, space.read = space.read, space.read + part.shape[1]
-            space.show(space.read)
+            space.show(space.read, past=start)
             fuses = self.recorder.fused(prompt=True) if part.numel() >= LONG_PROMPT else nullcontext()
             with fuses, over_prompt() if self._own_attention and not space.padded else nullcontext():
                 logits = self.causal_lm(

@@ -23,6 +23,7 @@ from ..core.fold import dsla_cache_layer, partial_cache_layer
 from ..core.heads import HeadIndices, HeadSplit, of_heads, split_of
 from ..core.layout import TokenLayout, read_layout
 from ..core.tensor_parallel import DSLA, HEADS
+from ..core.window_view import WindowView, window_view
 from .architectures import kv_heads_of, sliding_window_of
 from .configuration import DSLAConfig
 
@@ -54,12 +55,16 @@ def dsla_attention_function(
     dsla_layer: DSLACacheLayer | None = None,
     dsla_layout: TokenLayout | None = None,
     dsla_kept: KeptKeys | None = None,
+    dsla_view: WindowView | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of converted layers, in transformers' interface: q, k, v `[B, H, T, D]`, output `[B, T, H, D]`.
 
-    dsla_layer, dsla_kept: of a cache, what converted and kept heads have in it. dsla_layout: of the tokens of the call.
+    dsla_layer, dsla_kept: of a cache, what converted and kept heads have in it. dsla_view: of a cache that has both in one memory.
+    dsla_layout: of the tokens of the call.
     """
+    if dsla_view is not None:
+        return dsla_view.attend(query, key, value, **kwargs), None
     layout = dsla_layout or TokenLayout()
     dsla: Any = getattr(module, "dsla", None)
     if dsla is None:  # someone wrote the name into the config of a model
@@ -268,6 +273,9 @@ class DSLAAttentionMixin:
     ) -> Any:
         if "cache" in kwargs:  # the paged cache of continuous batching, which knows keys and values only
             raise NotImplementedError(NO_CONTINUOUS_BATCHING)
+        if past_key_values is not None and (view := window_view(past_key_values, self.layer_idx)) is not None:
+            options = {"attention_mask": None, "past_key_values": past_key_values, "dsla_view": view}
+            return super().forward(hidden_states, *args, **options, **kwargs)  # type: ignore[misc]
         if (layout := dsla_layout) is None:
             layout = read_layout(attention_mask, tokens=hidden_states.shape[1], sliding_window=sliding_window_of(self))
         if self.split is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..core.tensor_parallel import check_heads
 from .releases import TESTED_VERSIONS, installed_version
 
 # Module and name of vLLM's class of each. Its attention calls `self.attn(q, k, v)` on rotated queries and keys, which is where DSLA goes.
@@ -50,28 +51,35 @@ def check_servable(config: Any, tensor_parallel: int = 1, pipeline_parallel: int
             f"vLLM cannot serve this hybrid of {base}, whose attention has biases ({biased[0]}=True): its class leaves some out; "
             "`dsla serve` can"
         )
-    for name, size in (("tensor_parallel_size", tensor_parallel), ("pipeline_parallel_size", pipeline_parallel)):
-        if size != 1:
-            raise ValueError(f"vLLM cannot serve DSLA hybrids with {name}={size}: use {name}=1")
+    if (getattr(config, "quantization_config", None) or {}).get("kv_cache_scheme"):
+        raise ValueError(
+            "vLLM cannot serve DSLA hybrids with scales of keys and values (kv_cache_scheme in quantization_config): quantise the "
+            "weights of linear layers alone"
+        )
+    check_heads(config.num_key_value_heads, tensor_parallel)
+    if pipeline_parallel != 1:
+        raise ValueError(
+            f"vLLM cannot serve DSLA hybrids with pipeline_parallel_size={pipeline_parallel}: use pipeline_parallel_size=1, and "
+            "tensor_parallel_size for several GPUs"
+        )
     if speculative:
         raise ValueError("vLLM cannot serve DSLA hybrids with speculative decoding: leave --speculative-config out")
 
 
-def check_pages(kv_heads: int, converted: dict[int, tuple[int, ...]], layouts: bool) -> None:
+def check_pages(kv_heads: int, kept: dict[int, int], layouts: bool) -> None:
     """Refuse kept heads whose pages vLLM cannot fit together.
 
     Args:
-        kv_heads: of a layer that keeps all.
-        converted: the converted KV heads of each layer that has any.
+        kv_heads: that a rank has of a layer that keeps all.
+        kept: how many of these a rank keeps at most, of each layer that has converted ones.
         layouts: `releases.has_cache_layouts()`; without, all pages must be as large as the largest, by more tokens.
 
     Raises:
         ValueError: names a layer whose kept heads do not divide those of a whole one.
     """
-    for layer, heads in {} if layouts else converted.items():
-        kept = kv_heads - len(heads)
-        if kept and kv_heads % kept:
+    for layer, count in {} if layouts else kept.items():
+        if count and kv_heads % count:
             raise ValueError(
-                f"vLLM {installed_version()} cannot serve this hybrid, of whose layer {layer} {kept} of {kv_heads} KV heads are kept: "
+                f"vLLM {installed_version()} cannot serve this hybrid, of whose layer {layer} {count} of {kv_heads} KV heads are kept: "
                 f"let it be a number that divides {kv_heads}, or take vLLM {TESTED_VERSIONS[-1]}"
             )

@@ -14,9 +14,9 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from dsla_kernels import uses_triton
 
 from ..core.attention import DualState, DualStateAttention
-from ..core.heads import HeadIndices, HeadSplit
 from .pages import head_size, of_heads, read_state, write_state
 from .prefills import Prefill, alike
+from .ranks import RankHeads, indices
 from .state_page import StatePage, StatePageMetadata, register
 
 # By this name vLLM knows the operator: torch.compile does not look into it, and graphs of its pieces end before it.
@@ -126,16 +126,19 @@ class DSLAHeadsAttention(nn.Module):
     """What `self.attn` of a layer converted in part is: vLLM's attention for kept heads, DSLA for the others.
 
     Args:
-        split: which heads are which.
-        kept: vLLM's attention of the kept heads.
-        mixer: of the converted ones.
+        heads: which of the rank's are which.
+        queries: query heads that read a KV head.
+        kept: vLLM's attention, of as many kept heads as the rank with the most of them has.
+        mixer: of the converted ones; None where the rank has none.
     """
 
-    def __init__(self, split: HeadSplit, kept: nn.Module, mixer: DSLAMixer) -> None:
+    def __init__(self, heads: RankHeads, queries: int, kept: Any, mixer: DSLAMixer | None) -> None:
         super().__init__()
-        self.kept_attention, self.dsla_attention, self.key_dim = kept, DSLAAttention(mixer), mixer.key_dim
-        for name, heads in zip(HeadIndices.__annotations__, split.on(torch.get_default_device()), strict=True):
-            self.register_buffer(name, heads, persistent=False)
+        self.kept_attention, self.key_dim = kept, kept.head_size
+        self.dsla_attention = None if mixer is None else DSLAAttention(mixer)
+        self.keeps = bool(heads.kept)
+        for name, numbers in indices(heads, queries)._asdict().items():
+            self.register_buffer(name, numbers.to(torch.get_default_device()), persistent=False)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q, k, v = (x.reshape(x.shape[0], -1, self.key_dim) for x in (query, key, value))
@@ -143,14 +146,14 @@ class DSLAHeadsAttention(nn.Module):
         def chosen(x: Tensor, heads: Any) -> Tensor:
             return x.index_select(1, heads).flatten(1)
 
-        outputs = [
-            attention(chosen(q, queries), chosen(k, kv_heads), chosen(v, kv_heads))
-            for attention, queries, kv_heads in (
-                (self.dsla_attention, self.converted_queries, self.converted),
-                (self.kept_attention, self.kept_queries, self.kept),
-            )
-        ]
-        return chosen(torch.cat(outputs, 1).view_as(q), self.order)
+        outputs = []
+        if self.dsla_attention is not None:
+            queries, kv_heads = self.converted_queries, self.converted
+            outputs.append(self.dsla_attention(chosen(q, queries), chosen(k, kv_heads), chosen(v, kv_heads)))
+        if self.keeps:
+            queries, kv_heads = self.kept_queries, self.kept
+            outputs.append(self.kept_attention(chosen(q, queries), chosen(k, kv_heads), chosen(v, kv_heads)))
+        return chosen(torch.cat(outputs, 1).view(len(q), -1, self.key_dim), self.order)
 
 
 def _dsla_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, layer_name: str) -> None:

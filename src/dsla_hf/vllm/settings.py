@@ -9,7 +9,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 from vllm.platforms import current_platform
 
 from .checks import check_pages, check_servable
-from .pages import converted_heads
+from .ranks import heads_by_layer
 from .releases import has_cache_layouts
 
 __all__ = ["MODELS_CONFIG_MAP", "HybridSettings"]
@@ -26,11 +26,10 @@ class HybridSettings(VerifyAndUpdateConfig):
         they are what the base's layers are, so that a hybrid's config has them so (Qwen2, Qwen3).
 
         Raises:
-            ValueError: as `check_servable` and `check_pages`.
+            ValueError: as `check_servable`.
         """
         config = model_config.hf_config
         check_servable(config)
-        check_pages(config.num_key_value_heads, converted_heads(config), has_cache_layouts())
         if getattr(config, "layer_types", None) is None:
             return
         converted = {*config.get_dsla_config().layers_to_transform}
@@ -43,11 +42,13 @@ class HybridSettings(VerifyAndUpdateConfig):
         """Refuse settings with which a hybrid cannot be served, and on a CPU let pages of different sizes share blocks.
 
         Raises:
-            ValueError: as `check_servable`.
+            ValueError: as `check_servable` and `check_pages`.
         """
-        model, parallel = vllm_config.model_config, vllm_config.parallel_config
-        speculative = vllm_config.speculative_config is not None
-        check_servable(model.hf_config, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, speculative)
+        config, parallel = vllm_config.model_config.hf_config, vllm_config.parallel_config
+        ranks, speculative = parallel.tensor_parallel_size, vllm_config.speculative_config is not None
+        check_servable(config, ranks, parallel.pipeline_parallel_size, speculative)
+        kept = {layer: heads.most_kept for layer, heads in heads_by_layer(config, ranks).items()}
+        check_pages(config.num_key_value_heads // ranks, kept, has_cache_layouts())
         if has_cache_layouts() and current_platform.is_cpu() and envs.VLLM_KV_CACHE_LAYOUT is None:
             # What `StatePageBackend` asks for. vLLM's attention on CPUs does not offer it, but takes blocks of any stride.
             vllm_config.cache_config.kv_cache_layout = "BLHNC"

@@ -71,6 +71,7 @@ def _few_rows_kernel(
     end1,
     end2,
     end,
+    stride,  # from a row of a weight to the next
     K: tl.constexpr,
     BM: tl.constexpr,  # rows of a product, or 1
     BN: tl.constexpr,
@@ -84,11 +85,11 @@ def _few_rows_kernel(
     if GATE is None:
         number = tile
         last = end - 1
-        places = _places(weight1, weight2, weight3, tl.minimum(number, last).to(tl.int64), end1, end2, K)
+        places = _places(weight1, weight2, weight3, tl.minimum(number, last).to(tl.int64), end1, end2, stride)
     else:  # rows of both side by side
         number = tile // 2
         last = end1 - 1
-        both = tl.minimum(number, last).to(tl.int64) * K
+        both = tl.minimum(number, last).to(tl.int64) * stride
         places = tl.where(tile % 2 == 0, weight1 + both, weight2 + both)
     columns = tl.arange(0, BK)
     if BM == 1:
@@ -209,6 +210,7 @@ def _run(
         end1,
         end2,
         end,
+        weights[0].stride(0),
         K=k,
         BM=1 if rows == 1 else MOST_ROWS,
         BN=launch.rows,
@@ -231,7 +233,7 @@ def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | Non
 
     Args:
         x: `[..., K]`, 1 to 16 rows in bf16, fp16 or fp32.
-        weights: one to three `[N, K]`, contiguous, in x's dtype.
+        weights: one to three `[N, K]` in x's dtype, with a dense last dimension and the same distance from row to row.
         biases: `[N]` for each weight, contiguous, in x's dtype; or None.
         overlap: from Hopper on, ask for weights while the kernel before still runs. No weight may come out of that kernel.
 

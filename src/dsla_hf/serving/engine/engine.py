@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from ...core.cache import FOLDED_AT_ONCE
 from ...core.tensor_parallel import is_tensor_parallel
 from ...inference.batching import out_of_memory
 from ...inference.draws import sent
+from ...inference.joined import join_weights
 from ...inference.recorder import Record
 from ...inference.sampling import Constraint
 from ...levels.policies import FixedLevel, Load, Policy, Stats, as_policy
@@ -37,7 +38,7 @@ from .pool import OutOfBlocks
 from .recent import RecentMean
 from .request import Event, Request, Sampling
 from .reuse import Match, PrefixReuse
-from .runner import ModelRunner
+from .runner import ModelRunner, in_whole_rows
 from .scheduler import QueueFull, Scheduler
 from .slots import SlotMemory
 from .tokens import NextToken, NextTokens, logprobs_of, scored
@@ -70,6 +71,16 @@ class NotChosen(RuntimeError):
 
 class ShedForMemory(RuntimeError):
     """A request was given up because memory did not suffice."""
+
+
+class Piece(NamedTuple):
+    """What is read next of a prompt: so many tokens. first: whether they are the first of it that are read, behind what others have left.
+    keeps: whether states are kept behind them, and the text is read on at once."""
+
+    request: Request
+    tokens: int
+    first: bool
+    keeps: bool
 
 
 @dataclass(frozen=True)
@@ -164,7 +175,8 @@ class Engine:
         model: a causal LM, a `PeftModel` with a DSLA adapter, or a hybrid; in eval mode, on its device.
         policy: what `as_policy` takes.
         eos_tokens: ids that end a text; None: those of the model's generation config.
-        record: what records model calls, see `GraphRunner`; None: they run as they are.
+        record: what records model calls, see `GraphRunner`; None: they run as they are. Weights of linear layers that read the same x are
+            laid beside each other then: parameters stay, but are views of one tensor.
         processes: of a model that is cut over several, all of them: each has an engine of the same options, the first serves, and the
             others `follow`. An error in a model call then ends all of them.
     """
@@ -185,6 +197,8 @@ class Engine:
         self.processes = processes = processes or OneProcess()
         self._check_processes(model, record)
         self.levels = levels = Levels(model)
+        if record is not None:
+            join_weights(levels.causal_lm)  # steps of more rows than there are kernels for
         config = model.config
         self.vocab_size = int(config.vocab_size)
         self.max_tokens = options.max_tokens or int(config.max_position_embeddings)
@@ -727,29 +741,78 @@ class Engine:
         budget = self.chunk
         unread = deque(self.scheduler.to_read())
         while unread and budget:
-            request = unread[0]
-            if first := request.cached == request.given and self.reuses:  # others may have left more since it was admitted
-                self.reuse.begin(request, self.reuse.match(request, request.level, lower=request.cached == 0))
-            tokens = self._piece(request, self.chunk if self.options.batch_invariant else budget)
-            if not 0 < tokens <= budget:
+            pieces = self._next_pieces(unread, budget)
+            budget -= sum(piece.tokens for piece in pieces)
+            if not pieces:
                 break
-            keeps = False
-            if self.reuses:
-                if tokens == request.unread and not first:
-                    self.reuse.keep(request)
-                tokens, keeps = self.reuse.piece(request, tokens)
-            budget -= tokens
-            if not keeps or tokens == request.unread:
-                unread.popleft()
-            try:
-                logits = self._read_scored(request, tokens) if request.scores_prompt else self.runner.prefill(request, tokens)
-                token = self._chosen(logits[None], [request])[0] if tokens == request.unread else None
-            except Exception as error:
-                self._failed([request], error)
+            if not self._read_pieces(pieces):
                 return True
-            self.health.succeeded("prefill")
+        return budget < self.chunk
+
+    def _next_pieces(self, unread: deque[Request], budget: int) -> list[Piece]:
+        """What the next call reads, of the oldest prompt or of several; what is not to be read further in this step leaves `unread`."""
+        piece = self._next_piece(unread[0], budget)
+        if piece is None:
+            return []
+        if not piece.keeps or piece.tokens == piece.request.unread:
+            unread.popleft()
+        level, pieces = piece.request.level, [piece]
+        room = 0 if self.options.batch_invariant or piece.request.scores_prompt else self.runner.room_together(level)
+        room, budget = room - in_whole_rows(piece.tokens), budget - piece.tokens
+        known = set(self._blocks_of(piece))
+        while unread and room > 0 and budget > 0 and unread[0].level == level and not unread[0].scores_prompt:
+            piece = self._next_piece(unread[0], min(budget, room))
+            # What begins with a block that this very call reads is read after it, and finds it.
+            if piece is None or not known.isdisjoint(self._blocks_of(piece)):
+                break
+            pieces.append(piece)
+            known.update(self._blocks_of(piece))
+            room, budget = room - in_whole_rows(piece.tokens), budget - piece.tokens
+            unread.popleft()
+        return pieces
+
+    def _next_piece(self, request: Request, budget: int) -> Piece | None:
+        """What to read of a prompt now; None if of so many tokens nothing can be."""
+        if first := request.cached == request.given and self.reuses:  # others may have left more since it was admitted
+            self.reuse.begin(request, self.reuse.match(request, request.level, lower=request.cached == 0))
+        tokens = self._piece(request, self.chunk if self.options.batch_invariant else budget)
+        if not 0 < tokens <= budget:
+            return None
+        keeps = False
+        if self.reuses:
+            if tokens == request.unread and not first:
+                self.reuse.keep(request)
+            tokens, keeps = self.reuse.piece(request, tokens)
+        return Piece(request, tokens, first, keeps)
+
+    def _blocks_of(self, piece: Piece) -> list[bytes]:
+        """Hashes of the whole blocks that others can find behind a piece."""
+        request, size = piece.request, self.options.block_size
+        return request.keys[request.cached // size : (request.cached + piece.tokens) // size] if self.reuses else []
+
+    def _read_pieces(self, pieces: list[Piece]) -> bool:
+        """Read pieces of prompts in a call, and choose the first tokens of the texts that they end; False if that failed."""
+        requests = [piece.request for piece in pieces]
+        done = [number for number, piece in enumerate(pieces) if piece.tokens == piece.request.unread]
+        try:
+            if len(pieces) > 1:
+                logits = self.runner.prefill_together([(piece.request, piece.tokens) for piece in pieces])
+            else:
+                read = self._read_scored if requests[0].scores_prompt else self.runner.prefill
+                logits = read(requests[0], pieces[0].tokens)[None]
+            chosen: dict[int, NextToken] = {}
+            if done:
+                if len(done) < len(pieces):
+                    logits = torch.stack([logits[number] for number in done])
+                chosen = dict(zip(done, self._chosen(logits, [requests[number] for number in done]), strict=True))
+        except Exception as error:
+            self._failed(requests, error)
+            return False
+        self.health.succeeded("prefill")
+        for number, (request, tokens, first, keeps) in enumerate(pieces):
             request.cached += tokens
             self.read_tokens += tokens
+            token = chosen.get(number)
             if self.reuses:
                 if first and not request.tokens and not request.scores_prompt:
                     self.prefix_queries += request.length
@@ -759,7 +822,7 @@ class Engine:
                 (self.reuse.keep if keeps or token is not None else self.reuse.publish)(request)
             if token is not None:
                 self._accept(request, token)
-        return budget < self.chunk
+        return True
 
     def _piece(self, request: Request, budget: int) -> int:
         """How many tokens of a prompt to read now. What comes behind whole windows is less work, so all pieces but the last end with one,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,7 +17,7 @@ from ...inference.recorder import Record, Recorder, Step, power_of_two, shown_to
 from .levels import Levels
 from .pool import Rows
 from .request import Request
-from .runner import ModelRunner
+from .runner import ROW, ModelRunner, in_rows, in_whole_rows
 from .slots import SlotMemory
 
 SMALLEST_PIECE, FINE_PIECES = 64, 512  # tokens of a prompt that a recording reads; above the second there are four sizes an octave
@@ -30,7 +30,8 @@ class GraphRunner(ModelRunner):
 
     Where attention reads keys and values in their blocks, pieces of prompts are recorded too, for each (level, size, kind of place): a host
     needs as long for the launches of a prompt as a GPU for two thousand of its tokens. A shorter piece is padded at its end. Pieces with
-    which a text begins, and such as come behind whole windows, are less work in DSLA layers than pieces anywhere.
+    which a text begins, and such as come behind whole windows, are less work in DSLA layers than pieces anywhere. Where there are no DSLA
+    layers, pieces of several texts are one call, too.
 
     Args:
         record: such as `dsla_hf.inference.recorder.CudaRecording`; `PlainRecording` for tests.
@@ -47,7 +48,11 @@ class GraphRunner(ModelRunner):
         self._logits: Tensor | None = None  # [slots, V], made by the first step
         self.sizes = piece_sizes(chunk) if self.in_blocks and chunk else []
         self.piece = torch.zeros(3 + chunk, dtype=torch.long, device=device)  # slot, tokens before, tokens, and these
+        # Of pieces of several texts the same of each row of `ROW` tokens, and then all of these.
+        self.sizes_together = [size for size in self.sizes if size % ROW == 0 and size > ROW]
+        self.pieces = torch.zeros((3 + ROW) * (max(self.sizes_together, default=0) // ROW), dtype=torch.long, device=device)
         self._piece_logits: Tensor | None = None  # [1, V]
+        self._pieces_logits: Tensor | None = None  # [rows, V]
         # By key, what a recording reads: a layer of an adapter may compose weights for one level at a time, and these stay.
         self._read_by: dict[Hashable, list[Any]] = {}
 
@@ -69,6 +74,8 @@ class GraphRunner(ModelRunner):
                 self._prepare_piece(level, size, 0, 1)
                 if size >= self.levels.window:
                     break
+            for size in self.sizes_together if self.room_together(level) else ():
+                self._prepare_together(level, size)
 
     @torch.no_grad()
     def prefill(self, request: Request, tokens: int) -> Tensor:
@@ -83,6 +90,23 @@ class GraphRunner(ModelRunner):
                 return self._piece_logits[0]
         with self.recorder.fused(prompt=True) if tokens >= LONG_PROMPT else nullcontext():
             return super().prefill(request, tokens)
+
+    def room_together(self, level: int) -> int:
+        return min(super().room_together(level), max(self.sizes_together, default=0))
+
+    @torch.no_grad()
+    def prefill_together(self, pieces: Sequence[tuple[Request, int]]) -> Tensor:
+        wanted = sum(in_whole_rows(tokens) for _, tokens in pieces)
+        key, read, ready = self._prepare_together(pieces[0][0].level, next(size for size in self.sizes_together if size >= wanted))
+        if not ready:
+            with self.recorder.fused(prompt=True) if wanted >= LONG_PROMPT else nullcontext():
+                return super().prefill_together(pieces)
+        rows, ids, last = in_rows(pieces)
+        places = torch.tensor(last, device=self.piece.device)  # now: a copy from the host waits for all that has been launched
+        self._set_pieces(key[1], rows, ids)
+        self.recorder.run(key, read)
+        assert self._pieces_logits is not None
+        return self._pieces_logits[places]
 
     @torch.no_grad()
     def prefill_scored(self, request: Request, tokens: int) -> Tensor:
@@ -113,7 +137,7 @@ class GraphRunner(ModelRunner):
             active = (torch.arange(size, device=self.piece.device) < counts)[None]
             seen = 0 if place == "first" else None
             rows = Rows(slots, active, starts, 0, seen=seen, whole_windows=place == "behind windows", in_blocks=True)
-            with self._reading(level, rows, starts + counts, starts), padding_at_end():
+            with self._reading(level, rows, starts + counts, starts, recorded=True), padding_at_end():
                 logits = self._call(level, self.piece[None, 3 : 3 + size], rows, active.long(), (counts - 1).clamp_min(0))
             if self._piece_logits is None:
                 self._piece_logits = torch.empty_like(logits)
@@ -122,6 +146,29 @@ class GraphRunner(ModelRunner):
 
         if key not in self.recorder.recordings:
             self._set_piece(slot, start, [])
+        return key, read, self.recorder.prepare(key, read, prompt=True)
+
+    def _set_pieces(self, size: int, rows: list[tuple[int, int, int]], ids: list[int]) -> None:
+        """As `_prepare_together` reads them: slots, tokens before, and tokens of all rows, and their ids."""
+        count = size // ROW
+        filled = [*rows, *[(0, 0, 0)] * (count - len(rows))]
+        given = [*itertools.chain(*zip(*filled, strict=True)), *ids, *[0] * (size - len(ids))]
+        self.pieces[: len(given)].copy_(torch.tensor(given))  # in one: the host waits for every copy
+
+    def _prepare_together(self, level: int, size: int) -> tuple[tuple[int, int, str], Step, bool]:
+        """As `_prepare_piece`, for pieces of several texts; the call as it is reads rows without tokens."""
+        key, count = (level, size, "together"), size // ROW
+
+        def read() -> None:
+            slots, starts, counts = self.pieces[: 3 * count].view(3, count)
+            logits = self._read_together(level, slots, starts, counts, self.pieces[3 * count : 3 * count + size])
+            if self._pieces_logits is None:
+                self._pieces_logits = logits.new_empty(max(self.sizes_together) // ROW, logits.shape[1])
+            self._pieces_logits[:count].copy_(logits)
+            self._read_by[key] = self.levels.attentions_in_part()
+
+        if key not in self.recorder.recordings:
+            self._set_pieces(size, [], [])
         return key, read, self.recorder.prepare(key, read, prompt=True)
 
     def _run(self, level: int, ids: list[int], lengths: list[int], active: list[bool]) -> Tensor:

@@ -34,6 +34,7 @@ class Rows:
     seen: what every entry of `lengths` is, where the host knows it; 0: texts begin, and what their slots hold is of others.
     whole_windows: whether every entry of `lengths` is a multiple of the window's size of DSLA layers, and not 0.
     in_blocks: whether attention reads keys and values in their blocks, each row to its own end. Otherwise they are copied out.
+    together: whether the call's tokens are one row, in which these rows lie one behind the other.
     """
 
     slots: slice | Tensor
@@ -43,6 +44,7 @@ class Rows:
     seen: int | None = None
     whole_windows: bool = False
     in_blocks: bool = False
+    together: bool = False
 
 
 class OutOfBlocks(RuntimeError):
@@ -109,6 +111,7 @@ class BlockPool:
         # ones `[G, B, T]`.
         self._index: Tensor | None = None
         self._write: Tensor | None = None
+        self._begins = False  # whether its texts begin with its new tokens
 
     @property
     def free_blocks(self) -> int:
@@ -315,11 +318,14 @@ class BlockPool:
         block = block.expand(self.tables.shape[0], -1, -1)
         index = self.tables[:, rows.slots].gather(2, block) * self.block_size + position % self.block_size
         self._index = None if rows.in_blocks else index
+        self._begins = rows.seen == 0
         self._write = torch.where(rows.active.view(rows.active.shape[0], -1), index[:, :, past:], 0)
+        if rows.together:
+            self._write = self._write.flatten(1)[:, None]
 
     def extend(self, places: HeadPlaces, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys and values `[B, H, T, D]` behind those of their rows, and return all `[B, H, L + T, D]`; for a call that reads
-        them in their blocks the whole pool, `[N + 1, P, C, D]`.
+        them in their blocks the whole pool, `[N + 1, P, C, D]`, unless its texts begin with the new ones.
 
         Rows end at the right: what is shorter than L has padding before it, of any content.
         """
@@ -336,9 +342,11 @@ class BlockPool:
         else:
             at = places.of(self._write), places.columns
             self.keys[at], self.values[at] = k.transpose(0, 1), v.transpose(0, 1)
+        if self._begins:  # nothing came before
+            return k, v
         if self._index is None:
             return self._whole_blocks()
-        if self._index.shape == self._write.shape:  # nothing came before
+        if self._index.shape == self._write.shape:
             return k, v
         keys, values = self._at(places, places.of(self._index))
         return keys.transpose(1, 2), values.transpose(1, 2)

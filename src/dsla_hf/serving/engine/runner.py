@@ -1,7 +1,8 @@
-"""Model calls of the engine: a piece of one prompt, or the next token of many texts."""
+"""Model calls of the engine: a piece of one prompt, pieces of several, or the next token of many texts."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
@@ -16,6 +17,8 @@ from .levels import Levels
 from .pool import Rows
 from .request import Request
 from .slots import SlotMemory
+
+ROW = 64  # tokens; of several prompts that are read together each begins a row of so many, and may go on in the next
 
 
 class Running(Protocol):
@@ -59,6 +62,36 @@ class ModelRunner:
     def prefill(self, request: Request, tokens: int) -> Tensor:
         """Read the next `tokens` of a text; logits `[V]` after them."""
         return self._read(request, tokens, 1)[-1]
+
+    def room_together(self, level: int) -> int:
+        """Tokens that `prefill_together` reads at most, each text's rounded up to whole rows; 0 where it does not run: states of DSLA
+        layers go from one token of a text to the next, while softmax attention need know no more than where tokens lie."""
+        return sys.maxsize if self.in_blocks and not self.levels.converted(level) else 0
+
+    @torch.no_grad()
+    def prefill_together(self, pieces: Sequence[tuple[Request, int]]) -> Tensor:
+        """Read the next tokens, so many, of each of several texts of one level in a call; logits `[len(pieces), V]` after them."""
+        rows, ids, last = in_rows(pieces)
+        places = torch.tensor(last, device=self.levels.device)
+        slots, starts, counts = torch.tensor(rows, device=self.levels.device).t()
+        return self._read_together(pieces[0][0].level, slots, starts, counts, torch.tensor(ids, device=self.levels.device))[places]
+
+    def _read_together(self, level: int, slots: Tensor, starts: Tensor, counts: Tensor, ids: Tensor) -> Tensor:
+        """Rows of tokens, ids `[rows * ROW]`: of each the first `counts` ones, behind `starts` others of the text in its slot; logits
+        `[rows, V]` after the last of them. Reads no value on the host."""
+        inside = torch.arange(ROW, device=ids.device)
+        rows = Rows(slots, inside < counts[:, None], starts, 0, in_blocks=True, together=True)
+        with self._reading(level, rows, starts + counts, starts):
+            cache = self.memory.cache(level, rows, ROW)
+            last = torch.arange(len(slots), device=ids.device) * ROW + (counts - 1).clamp_min(0)
+            output = self.levels.model(
+                input_ids=ids[None],
+                position_ids=(starts[:, None] + inside).view(1, -1),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=last,
+            )
+        return output.logits[0]
 
     @torch.no_grad()
     def prefill_scored(self, request: Request, tokens: int) -> Tensor:
@@ -139,13 +172,14 @@ class ModelRunner:
         before = torch.arange(past, device=ids.device) >= (past - lengths)[:, None]
         return self._logits_of(level, ids, rows, torch.cat([before, active], 1).long(), tokens)
 
-    def _reading(self, level: int, rows: Rows, lengths: Tensor, starts: Tensor | None = None) -> Any:
+    def _reading(self, level: int, rows: Rows, lengths: Tensor, starts: Tensor | None = None, recorded: bool = False) -> Any:
         """For a call at a level on `rows`, which have `lengths` tokens with the new ones and `starts` before them."""
         if not rows.in_blocks:
             return nullcontext()
         self.levels.use(level)
         tables, places = self.memory.pool.tables[:, rows.slots], self.memory.places(level)
-        return over_cache(CachedTokens(lengths, block_tables=tables, starts=starts, places=places))
+        begins = rows.seen == 0
+        return over_cache(CachedTokens(lengths, block_tables=tables, starts=starts, places=places, begins=begins, recorded=recorded))
 
     def _call(self, level: int, ids: Tensor, rows: Rows, mask: Tensor | None, last: Tensor | int = 1) -> Tensor:
         """Logits `[B, V]` of the last token of each row, or of the one whose place `last` `[1]` is."""
@@ -160,3 +194,23 @@ class ModelRunner:
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=last
         )
         return output.logits
+
+
+def in_whole_rows(tokens: int) -> int:
+    """Of a text that is read together with others, the room that so many of its tokens take."""
+    return -(-tokens // ROW) * ROW
+
+
+def in_rows(pieces: Sequence[tuple[Request, int]]) -> tuple[list[tuple[int, int, int]], list[int], list[int]]:
+    """Pieces of texts in rows: of each row (slot, tokens before it, tokens in it); their ids, rows filled up with zeros; and of each text
+    the number of its last row."""
+    rows: list[tuple[int, int, int]] = []
+    ids: list[int] = []
+    last: list[int] = []
+    for request, tokens in pieces:
+        assert request.slot is not None
+        start, end = request.cached, request.cached + tokens
+        rows += [(request.slot, row, min(ROW, end - row)) for row in range(start, end, ROW)]
+        ids += [*request.text[start:end], *[0] * (in_whole_rows(tokens) - tokens)]
+        last.append(len(rows) - 1)
+    return rows, ids, last

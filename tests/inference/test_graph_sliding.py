@@ -1,0 +1,158 @@
+"""Recorded steps of bases whose layers, or some of them, see a sliding window alone."""
+
+import pytest
+import torch
+from captured_texts import IDS, MASK, check_captured_text
+from tiny import SIZES, tiny_model_of
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import dsla_hf.inference.graph
+from dsla_hf import LevelProcessor
+from dsla_hf.core.cache import VisibleStaticLayer
+from dsla_hf.inference.graph import GraphDecoder
+from dsla_hf.models.trial.checks import layer_order
+from dsla_hf.models.trial.small_models import make_uneven
+
+pytestmark = pytest.mark.usefixtures("small_views")
+
+WINDOW = 12  # IDS is as long: texts pass it with the first token
+KINDS = {
+    "gemma2": {},
+    "gemma3_text": {},
+    "mistral": {"sliding_window": WINDOW},
+    "olmo3": {},
+    "cohere2": {},
+    "exaone4": {},
+    "cwm": {},
+    "gpt_oss": {},
+    "gemma4_text": {},  # whose layers have heads of different sizes, and not as many
+}
+OPTIONS = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+def converted(adapter_model, kind, **config):
+    base = tiny_model_of(kind, uneven=True, **KINDS[kind])
+    return adapter_model(base, **{"conversion_order": layer_order(base), **config}).requires_grad_(False)
+
+
+def rising(stats):
+    return 0 if stats.tokens < 20 else 2 if stats.tokens < 28 else 4
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_text_is_that_of_generate_and_the_next_one_uses_the_same_graphs(kind, adapter_model, recorder, padded):
+    model = converted(adapter_model, kind, level=0)
+    mask = MASK if padded else torch.ones_like(MASK)
+    options = {"attention_mask": mask, "max_new_tokens": 30, "return_dict_in_generate": True, **OPTIONS}
+    expected = model.generate(IDS, level_policy=rising, **options)
+    decoder = recorder.decoder_of(model)
+    assert decoder.obstacle(**options) is None
+    for text in range(2):
+        processor = LevelProcessor(model, rising)
+        found = decoder.generate(IDS, level_policy=processor, **options)
+        assert torch.equal(found.sequences, expected.sequences)
+        assert [level for _, level in processor.history] == [0, 2, 4]
+        if text == 0:
+            recorded = recorder.recorded
+            assert decoder.workspace.windows
+    assert recorder.recorded == recorded and recorder.replayed
+
+
+@pytest.fixture
+def by_length(monkeypatch):
+    """Attention takes lengths and windows in place of masks, as on a GPU."""
+    monkeypatch.setattr(dsla_hf.inference.graph, "can_attend_where_cached", lambda model: model.config._attn_implementation == "sdpa")
+    monkeypatch.setattr(dsla_hf.inference.graph, "uses_triton", lambda *tensors: True)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_that_is_told_the_window_gives_the_same_text(kind, adapter_model, recorder, by_length, padded):
+    model = converted(adapter_model, kind, level=0)
+    options = {"attention_mask": MASK if padded else torch.ones_like(MASK), "max_new_tokens": 30, "level_policy": rising, **OPTIONS}
+    expected = model.generate(IDS, **options)
+    decoder = recorder.decoder_of(model)
+    assert torch.equal(decoder.generate(IDS, **options), expected)
+    assert decoder.workspace.by_length == (model.config._attn_implementation == "sdpa")
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "mistral"])
+def test_levels_of_heads_hybrids_and_bases_alone(kind, adapter_model, recorder):
+    base = tiny_model_of(kind, uneven=True, **KINDS[kind])
+    plain = base.generate(IDS, max_new_tokens=20, **OPTIONS)
+    assert torch.equal(recorder.decoder_of(base).generate(IDS, max_new_tokens=20, **OPTIONS), plain)
+    order = [(0, 1), (1, 0), (2, 0), (1, 1), (3, 0), (2, 1), (0, 0), (3, 1)]
+    model = adapter_model(base, conversion_unit="head", conversion_order=order, level=3).requires_grad_(False)
+    expected = model.generate(IDS, max_new_tokens=20, **OPTIONS)
+    assert not torch.equal(expected, plain)
+    assert torch.equal(recorder.decoder_of(model).generate(IDS, max_new_tokens=20, **OPTIONS), expected)
+    hybrid = model.merge_and_unload().eval()
+    assert torch.equal(recorder.decoder_of(hybrid).generate(IDS, max_new_tokens=20, **OPTIONS), expected)
+
+
+def test_bases_alone_whose_layers_have_heads_of_their_own_number_and_size(recorder):
+    sizes = {"v_head_dim": 6, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
+    kinds = {"layer_types": ["full_attention", "sliding_attention"] * 2, "mlp_layer_types": ["dense"] * 4}
+    config = AutoConfig.for_model("mimo_v2_flash", **SIZES, **sizes, **kinds, sliding_window=WINDOW)
+    model = make_uneven(AutoModelForCausalLM.from_config(config).eval())
+    expected = model.generate(IDS, attention_mask=MASK, max_new_tokens=20, **OPTIONS)
+    decoder = recorder.decoder_of(model)
+    for _ in range(2):
+        assert torch.equal(decoder.generate(IDS, attention_mask=MASK, max_new_tokens=20, **OPTIONS), expected)
+
+
+@pytest.mark.parametrize("by", ["masks", "lengths"])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "mistral"])
+def test_a_text_goes_on_and_a_prompt_is_read_in_pieces(kind, adapter_model, recorder, padded, by, request):
+    if by == "lengths":
+        request.getfixturevalue("by_length")
+    model = converted(adapter_model, kind, level=2)
+    ids, mask = IDS.repeat(1, 3), MASK
+    mask = torch.cat([MASK if padded else torch.ones_like(MASK), torch.ones_like(IDS.repeat(1, 2))], 1)
+    options = {"return_dict_in_generate": True, "prefill_chunk_size": 5, **OPTIONS}
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=24, **OPTIONS)
+    decoder = recorder.decoder_of(model, max_length=70)
+    decoder.prepare([2], max_length=70, rows=2, padded=padded)
+    first = decoder.generate(ids, attention_mask=mask, max_new_tokens=10, **options)
+    longer = torch.cat([mask, torch.ones(2, 10, dtype=torch.long)], 1)
+    cache = first.past_key_values
+    again = decoder.generate(first.sequences, attention_mask=longer, past_key_values=cache, max_new_tokens=14, **options)
+    assert torch.equal(again.sequences, expected)
+
+
+def test_pieces_of_prompts_are_shown_what_their_tokens_see(tiny_model):
+    layer = VisibleStaticLayer(40, window=WINDOW)
+    k = v = torch.randn(1, 2, 20, 4)
+    layer.visible, layer.past = 20, 0
+    assert layer.update(k, v)[0].shape[2] == 20
+    layer.visible, layer.past = 25, 20
+    assert layer.get_mask_sizes(5) == (16, 9)  # the first new token has 11 before it
+    assert torch.equal(layer.update(k[:, :, :5], v[:, :, :5])[0], torch.cat([k[:, :, 9:], k[:, :, :5]], 2))
+
+
+def test_drafts_give_the_text_of_the_checking_level(kind, adapter_model, recorder):
+    model = converted(adapter_model, kind, level=1)
+    expected = model.generate(IDS[:1], max_new_tokens=30, **OPTIONS)
+    decoder = recorder.decoder_of(model, draft_level=3, draft_tokens=3)
+    for _ in range(2):
+        assert torch.equal(decoder.generate(IDS[:1], max_new_tokens=30, **OPTIONS), expected)
+
+
+def test_a_recorded_step_never_waits_for_a_value(kind, adapter_model, watched_recording):
+    model = converted(adapter_model, kind, level=2)
+    options = {"attention_mask": MASK, "max_new_tokens": 24, **OPTIONS}
+    expected = model.generate(IDS, **options)
+    assert torch.equal(GraphDecoder(model, record=watched_recording).generate(IDS, **options), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "mistral"])
+def test_captured_graphs_give_the_text_of_generate(kind, adapter_model, padded):
+    check_captured_text(converted(adapter_model, kind, level=0).cuda(), padded=padded, highest=4)
