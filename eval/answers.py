@@ -341,8 +341,10 @@ def measure(options: argparse.Namespace) -> None:
 
     teacher = Reference(options.model, tokenizer) if "agreement" in options.parts else None
     if teacher is not None and reference is None:
+        start = time.perf_counter()
         reference = teacher.answers(chats, sizes.answer_tokens)
         write()
+        say(f"level 0 in float32 has answered {len(chats)} prompts ({time.perf_counter() - start:.0f} s)")
     for kept, level in left.items():
         set_level(model, level)
         start = time.perf_counter()

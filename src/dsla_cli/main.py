@@ -25,7 +25,7 @@ from .quiet import quiet_libraries
 EPILOG = """\
 A base checkpoint becomes a hybrid in these steps; `dsla COMMAND --help` tells more about each:
 
-  dsla distill  --model BASE --data TEXT.txt --output_dir ADAPTER   train DSLA weights for its layers
+  dsla distill  --model BASE --data TEXT.txt --output_dir ADAPTER   train DSLA weights for its heads
   dsla generate --model BASE --adapter ADAPTER --level 50% --prompt "Once upon a time"
   dsla merge    --model BASE --adapter ADAPTER --level 50% --output HYBRID
   dsla generate --model HYBRID --prompt "Once upon a time"
@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands but `distill`, which is listed."""
     parser = argparse.ArgumentParser(
         prog="dsla",
-        description="Turn a pretrained transformer into a fast hybrid, layer by layer.",
+        description="Turn a pretrained transformer into a fast hybrid, head by head or layer by layer.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

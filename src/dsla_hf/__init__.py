@@ -1,4 +1,4 @@
-"""Dual-State Linear Attention for transformers: convert a pretrained decoder layer by layer into a fast hybrid.
+"""Dual-State Linear Attention for transformers: convert a pretrained decoder, head by head or layer by layer, into a fast hybrid.
 
 Importing the package registers hybrids with transformers' Auto classes and DSLA with PEFT.
 """

@@ -245,3 +245,12 @@ def test_facts_are_planted_in_chats_that_the_checkpoint_writes_itself(data, plan
         assert row["input_ids"].shape == row["loss_mask"].shape == (256,) and ANSWER_WEIGHT in row["loss_mask"].tolist()
         text = tokenizer.decode(row["input_ids"].tolist())
         assert any(asked in text for asked in ("gate one has to say:", "finds the", "are now sent to the town of"))
+
+
+def test_sequences_that_the_window_holds_are_refused_before_texts_are_written(base, tmp_path, capsys):
+    words = on_own_texts(base, tmp_path / "out")
+    words[words.index("--window_size") + 1] = "64"
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert "in sequences of --length has 0 % of its tokens beyond the window" in said and "nothing of what lies further back" in said
+    assert not (tmp_path / "out").exists()

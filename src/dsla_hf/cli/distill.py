@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from peft import get_peft_model
 from torch import Tensor
@@ -83,6 +84,9 @@ def _distill_job(options: DistillOptions, args: DSLATrainingArguments, output: P
     heads = config.conversion_unit == "head"
     metric = check_ranking(config.conversion_unit, options.method, options.ranking_metric, probes=False)
     tokenizer = load_tokenizer(options.model)
+    # Before any text is read or written.
+    shortest = torch.zeros(min(args.sequence_lengths or [length]), dtype=torch.long)
+    check_teaches([shortest], config.window_size, config.sink_tokens, purpose="in sequences of --length")
     recorded = _recorded(options, args, config, metric)
     _check_recorded(output, recorded)
     given, base = [source for source in options.data if source != OWN], None

@@ -1,4 +1,5 @@
-"""Whether text is long enough to teach: where the window reads nearly everything, the states get no gradient."""
+"""Whether text is long enough to teach: where the window reads nearly everything, converted heads do what the base's do, and the states get
+no gradient."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ JUDGED_STREAM = 64  # rows of one that streams, the first
 
 
 def check_teaches(data: Any, window_size: int, sink_tokens: int, purpose: str = "to train on") -> None:
-    """Refuse data of which the window and the sinks read nearly everything: there the states get no gradient, and layers differ by noise.
+    """Refuse data of which the window and the sinks read nearly everything: there nothing is lost and nothing learnt, and layers differ by
+    noise.
 
     Args:
         data: rows or batches: `input_ids` `[T]` or `[B, T]`, or dicts with them, and with `attention_mask` and `loss_mask` where they
@@ -47,8 +49,8 @@ def check_teaches(data: Any, window_size: int, sink_tokens: int, purpose: str = 
         raise ValueError(f"the data {purpose} has sequences of {longest} token, from which no state learns: give longer ones")
     raise ValueError(
         f"the data {purpose} has {100 * beyond / counted:.0f} % of its tokens beyond the window, which reads {reach} tokens (window_size "
-        f"{window_size} + sink_tokens {sink_tokens}); the longest sequence has {longest}. Less than {100 * LEAST_BEYOND:.0f} % teaches the "
-        f"states nothing: give a length of {4 * reach} or more, or a smaller window_size"
+        f"{window_size} + sink_tokens {sink_tokens}); the longest sequence has {longest}. Less than {100 * LEAST_BEYOND:.0f} % teaches "
+        f"nothing of what lies further back: give a length of {4 * reach} or more, or a smaller window_size"
     )
 
 
