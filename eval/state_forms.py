@@ -411,11 +411,30 @@ def page(arguments: list[str]) -> None:
     plot_forms(rows, options.docs / "images" / f"{NAME}.png")
     table = markdown_table(["form", "window", *layers, "sum", "beside"], [_shown(row, layers) for row in rows])
     text = PAGE.format(
-        **{name: found[name] for name in ("command", "model", "device", "texts", "tokens", "steps")}, apart=APART, table=table
+        **{name: found[name] for name in ("command", "model", "device", "texts", "tokens", "steps")},
+        apart=APART,
+        table=table,
+        whole=whole_model(options.results),
     )
     path = options.docs / "measured" / f"{NAME}.md"
     write_whole(path, text)
     say(f"wrote {path}")
+
+
+def whole_model(results: Path) -> str:
+    """A table of forms that `form_arms.py` trained in a whole model, beside the library's own layers of equal bytes, trained alike."""
+    forms = json.loads((results / "form-arms.json").read_text())["rows"]
+    alike = ("kept", "align_steps", "steps", "learning_rate")
+    known = json.loads((results / "heads-recipes.json").read_text())["rows"]
+    known = [row for row in known if row.get("matched") and row.get("gate_factor") == 10.0]
+    lines = []
+    for row in forms:
+        lines.append([f"{row['form']}, window {row['window']}", str(row["kept"]), *(f"{row[name]:.2f}" for name in ("wiki", "novels"))])
+    for row in known:
+        if any(all(row.get(name) == form[name] for name in alike) for form in forms):
+            name = {"heads-window": "a window alone", "heads-one": "one state", "heads": "two states"}[row["arm"]]
+            lines.append([f"{name}, window {row['window']}", str(row["kept"]), *(f"{row[text]:.2f}" for text in ("wiki", "novels"))])
+    return markdown_table(["form", "KV heads kept of 90", "WikiText-2", "novels"], lines)
 
 
 def _shown(row: dict[str, Any], layers: Sequence[str]) -> list[str]:
@@ -447,6 +466,14 @@ when the form takes the place of a window of equal bytes, in the geometric mean.
 ![errors beside a window of equal bytes](../images/state-forms.png)
 
 {table}
+
+## In a whole model
+
+`eval/form_arms.py` trains such a form in all heads (60 steps of alignment and 300 of KL); perplexities, of `eval/results/form-arms.json`,
+beside the library's layers of equal bytes, of `heads-recipes.json`; one seed. Little is left of what a form spares a layer that is trained
+alone, and it is not the same for both texts: so the default stays a window alone.
+
+{whole}
 """
 
 

@@ -3,6 +3,7 @@
     python eval/vllm_gpu.py
     python eval/vllm_gpu.py --parts speed --arms "vllm 0 graph" "vllm 16 graph"
     python eval/vllm_gpu.py --shape tiny --lengths 200 300 --rows 1 2
+    python eval/vllm_gpu.py --page    # measures nothing: the table of docs/vllm.md, and its plot
 
 Rows go to eval/results/vllm.json as soon as they are there, in place of earlier ones of the same
 measurement; an arm that fails, or takes longer than `--limit` seconds, leaves a row with `error`, and others go on.
@@ -40,14 +41,17 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from random_hybrids import let_states_speak
-from reporting import RESULTS, rows_table, write_results
+from reporting import RESULTS, fill_page, rows_table, write_results
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dsla_hf import DSLAConfig
+from dsla_hf.core.plots import figure, save
+from dsla_hf.core.tables import markdown_table
 from dsla_hf.inference.bench.measure import Case, Runner, measured
 from dsla_hf.inference.bench.models import networks, preset_config, random_model
 
 PARTS = ("equal", "speed")
+DOCS = Path(__file__).parent.parent / "docs"
 # A row replaces an earlier one that is alike in these.
 KEY = ("part", "shape", "arm", "length", "batch_size")
 TOKENS = 32  # of which the median is taken
@@ -395,6 +399,37 @@ def carry_out(part: str, arms: list[str], options: Options, rows: Rows, limit: f
     print(f"{part}, {'; '.join(arms)}: {time.monotonic() - begin:.0f} s {error or ''}", flush=True)
 
 
+def arm_label(arm: str, layers: int) -> str:
+    """In words, of an arm of `speed`."""
+    engine, level, mode = arm.split()
+    what = "softmax in all layers" if level == "0" else f"{level} of {layers} layers converted"
+    return f"{'vLLM' if engine == 'vllm' else 'dsla_hf'}, {what}" + ("" if mode == "graph" else ", no graphs")
+
+
+def write_page(results: Path = RESULTS, docs: Path = DOCS) -> None:
+    """The table of times in docs/vllm.md, and a plot of tokens a second."""
+    found = json.loads((results / "vllm.json").read_text())
+    rows = [row for row in found["rows"] if row["part"] == "speed" and "seconds_per_token" in row]
+    layers = config_of("llama3-8b").num_hidden_layers
+    rows.sort(key=lambda row: (row["length"], row["batch_size"], int(row["arm"].split()[1]), row["arm"]))
+    lines = []
+    for row in rows:
+        prompt = f"{row['prefill_seconds']:.3f}" if row["batch_size"] == 1 and "prefill_seconds" in row else ""
+        times = [prompt, f"{1e3 * row['seconds_per_token']:.2f}", f"{row['tokens_per_second']:,.0f}"]
+        lines.append([f"{row['length']:,}", str(row["batch_size"]), arm_label(row["arm"], layers), *times])
+    table = markdown_table(["tokens of a text", "texts", "", "a prompt, s", "ms a token", "tokens/s"], lines)
+    drawn, (axes,) = figure(size=(7, 0.35 * len(rows) + 1))
+    names = [f"{row['batch_size']} x {row['length']:,}: {arm_label(row['arm'], layers)}" for row in rows]
+    axes.barh(
+        names, [1e3 * row["seconds_per_token"] for row in rows], color=["tab:orange" if "ours" in r["arm"] else "tab:blue" for r in rows]
+    )
+    axes.invert_yaxis()
+    axes.set_xlabel("ms a token")
+    save(drawn, docs / "images" / "vllm.png")
+    about = f"Llama-3.1-8B's shape, random weights, bf16, {found['device']}, vLLM {rows[0]['vllm']}, CUDA graphs:"
+    fill_page(docs / "vllm.md", {"vllm": f"{about}\n\n{table}\n\n![ms a token](images/vllm.png)"})
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
@@ -406,7 +441,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--limit", type=float, default=150, help="seconds of an arm")
     parser.add_argument("--begin-within", type=float, default=math.inf, help="seconds after which no further arm begins")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of vllm.json")
+    parser.add_argument("--page", action="store_true", help="write docs/vllm.md's table of what was measured")
     given = parser.parse_args(arguments)
+    if given.page:
+        return write_page(given.results)
     begin = time.monotonic()
     options = Options(given.shape, tuple(given.lengths), tuple(given.rows), tuple(given.own_rows or given.rows))
     rows = Rows(given.results)

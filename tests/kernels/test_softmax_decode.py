@@ -391,7 +391,7 @@ def test_compiled_whole_graph(dynamic):
     assert torch.equal(found, step(*inputs))
     torch.library.opcheck(
         torch.ops.dsla_kernels.softmax_decode,
-        (*inputs, None, None, None, 0.2, None, None, 0, None, None),
+        (*inputs, None, None, None, 0.2, None, 50, 0, None, None, 4, 1),
         test_utils=("test_schema", "test_faketensor"),
     )
 
