@@ -423,7 +423,10 @@ def page(arguments: list[str]) -> None:
 
 def whole_model(results: Path) -> str:
     """A table of forms that `form_arms.py` trained in a whole model, beside the library's own layers of equal bytes, trained alike."""
-    forms = json.loads((results / "form-arms.json").read_text())["rows"]
+    path = results / "form-arms.json"
+    if not path.exists():
+        return "(No form was trained in a whole model yet.)"
+    forms = json.loads(path.read_text())["rows"]
     alike = ("kept", "align_steps", "steps", "learning_rate")
     known = json.loads((results / "heads-recipes.json").read_text())["rows"]
     known = [row for row in known if row.get("matched") and row.get("gate_factor") == 10.0]

@@ -18,7 +18,7 @@ def table(monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize(
     "kind, expected",
-    [("llama", (True, True, True)), ("gemma3_text", (True, "no", True)), ("lfm2", ("no", True, "no")), ("falcon_h1", ("no", "no", "no"))],
+    [("llama", (True, True, True)), ("gemma3_text", (True, True, True)), ("lfm2", ("no", True, "no")), ("falcon_h1", ("no", True, "no"))],
 )
 def test_what_generates(table, kind, expected):
     checks = (table.CHECKS[name] for name in ("drafts", "graphs", "server"))

@@ -207,7 +207,7 @@ def test_queries_keys_and_values_of_a_layer_in_part_are_one_launch(head_model, m
                 [torch.nn.functional.linear(x, weight) for weight in weights],
             )[1],
         )
-        monkeypatch.setattr(fusion, "_gated_forward", lambda module, form, otherwise: otherwise)
+        monkeypatch.setattr(fusion, "_gated_forward", lambda module, form, otherwise, *how: otherwise)
         with fused(model, lambda function: function):
             found = model(ids).logits
         assert not any("forward" in x.__dict__ for x in model.model.model.layers[2].self_attn.dsla_attention((0,)).modules())

@@ -137,8 +137,9 @@ class DSLAHeadsAttention(nn.Module):
         self.kept_attention, self.key_dim = kept, kept.head_size
         self.dsla_attention = None if mixer is None else DSLAAttention(mixer)
         self.keeps = bool(heads.kept)
-        for name, numbers in indices(heads, queries)._asdict().items():
-            self.register_buffer(name, numbers.to(torch.get_default_device()), persistent=False)
+        places = indices(heads, queries)
+        for name in ("converted", "kept", "converted_queries", "kept_queries", "order"):
+            self.register_buffer(name, getattr(places, name).to(torch.get_default_device()), persistent=False)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q, k, v = (x.reshape(x.shape[0], -1, self.key_dim) for x in (query, key, value))
