@@ -32,22 +32,21 @@ class WindowView(VisibleStaticLayer):
     def __init__(
         self, memory: VisibleStaticLayer, attention: DualStateAttention, split: HeadSplit | None, ordered: bool, lengths: Tensor
     ) -> None:
-        super().__init__(memory.max_cache_len, memory.cumulative_length)
-        self.lazy_initialization(memory.keys, memory.values)
-        self.keys, self.values = memory.keys, memory.values
+        vars(self).update(vars(memory))  # keys, values and their count
         self.attention, self.split, self.ordered, self.lengths = attention, split, ordered, lengths
         self.heads: Tensor | None = None
+        self.queries: Tensor | None = None  # kept ones first, as `heads` are
         if split is not None:
-            self.heads = torch.tensor(split.kept + split.converted, dtype=torch.int32, device=memory.keys.device)
+            index = split.on(memory.keys.device)
+            self.heads = torch.cat([index.kept, index.converted])
+            self.queries = torch.cat([index.kept_queries, index.converted_queries])
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, **kwargs: Any) -> Tensor:
         """o `[B, 1, Hq, V]` of queries `[B, Hq, 1, K]`, over what `update` returned. kwargs: as of attention functions in transformers."""
         split, sinks = self.split, kwargs.get("s_aux")
-        queries = None if split is None else split.on(query.device)
-        if queries is not None:  # kept heads first
-            places = torch.cat([queries.kept_queries, queries.converted_queries])
-            query = query if self.ordered else query.index_select(1, places)
-            sinks = None if sinks is None else sinks[places]
+        if self.queries is not None:
+            query = query if self.ordered else query.index_select(1, self.queries)
+            sinks = None if sinks is None else sinks[self.queries]
         o = softmax_decode(
             query.transpose(1, 2),
             keys,

@@ -89,7 +89,7 @@ class DraftSpace:
         for index, (layer, high, low) in enumerate(zip(layers, draft, check, strict=True)):
             if high.part is False:
                 continue
-            if not space.padded and _can_be_viewed(layer, high, low):
+            if self._views(layer, high, low):
                 attention = high.attention
                 of_drafts[index] = WindowView(layer, high.core, attention.split, attention.ordered, self.lengths)
             else:
@@ -107,16 +107,24 @@ class DraftSpace:
         """Whether this is what such drafts need, as the workspace's memory and the weights lie now."""
         return self._made_for == self._seen(draft, check, longest)
 
+    def _views(self, layer: Any, draft: LayerOfLevels, check: LayerOfLevels) -> bool:
+        """Whether the draft finds all that its converted heads see among the keys and values of the checking level."""
+        if self.space.padded or draft.part is False or check.part is not False or draft.core.states or not draft.core.window_size:
+            return False
+        return isinstance(layer, VisibleStaticLayer) and draft.attention.exact_fold and sliding_window_of(draft.attention) is None
+
     def _seen(self, draft: Sequence[LayerOfLevels], check: Sequence[LayerOfLevels], longest: int) -> list[Any]:
         """What all here rests on."""
-        seen: list[Any] = [longest, self.space.padded]
+        seen: list[Any] = [longest]
         for layer, high, low in zip(self.space.cache.layers, draft, check, strict=True):
             memory, states = _memory(layer), _states(layer)
             tensors = ([] if memory is None else [memory.keys, memory.values]) + ([] if states is None else list(states.state))
             # Heads of a core that are its weights picked out are of these weights: another core, or written anew, makes them others.
             cores = [core for core in (high.core, low.core) if core is not None]
             weights = [versions_of(core.parameters()) for core in cores]
-            seen.append((high.part, low.part, [x.data_ptr() for x in tensors], list(map(id, cores)), weights))
+            seen.append(
+                (high.part, low.part, self._views(layer, high, low), [x.data_ptr() for x in tensors], list(map(id, cores)), weights)
+            )
         return seen
 
     def show(self, tokens: int, places: Tensor | None = None) -> None:
@@ -197,13 +205,6 @@ class DraftSpace:
     def after(self, tokens: int) -> None:
         """What guesses may write to is as after so many tokens of the text, where they have not been checked."""
         self.space.cached.fill_(tokens)
-
-
-def _can_be_viewed(layer: Any, draft: LayerOfLevels, check: LayerOfLevels) -> bool:
-    """Whether the draft finds all that its converted heads see among the keys and values of the checking level."""
-    if check.part is not False or draft.core.states or not draft.core.window_size:
-        return False
-    return isinstance(layer, VisibleStaticLayer) and draft.attention.exact_fold and sliding_window_of(draft.attention) is None
 
 
 def _memory(layer: Any) -> Any:
