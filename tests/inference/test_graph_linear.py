@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from captured_texts import IDS, MASK, check_captured_text
+from captured_texts import IDS, MASK, check_captured_text, rising_texts
 from tiny import tiny_model_of
 
-from dsla_hf import LevelProcessor, cache_bytes
+from dsla_hf import cache_bytes
 from dsla_hf.inference.graph import GraphDecoder
 from dsla_hf.models.trial.checks import HEADS, layer_order
 
@@ -26,28 +26,12 @@ def converted(adapter_model, kind, **config):
     return adapter_model(base, **{"conversion_order": layer_order(base), **config}).requires_grad_(False)
 
 
-def rising(stats):
-    return 0 if stats.tokens < 20 else 2 if stats.tokens < 28 else 4
-
-
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_text_is_that_of_generate_and_the_next_one_uses_the_same_graphs(kind, adapter_model, recorder, padded):
     """A level is raised twice in mid-text; states of linear layers stay where they are."""
     model = converted(adapter_model, kind, level=0)
-    mask = MASK if padded else torch.ones_like(MASK)
-    options = {"attention_mask": mask, "max_new_tokens": 30, "return_dict_in_generate": True, **OPTIONS}
-    expected = model.generate(IDS, level_policy=rising, **options)
-    decoder = recorder.decoder_of(model)
-    assert decoder.obstacle(**options) is None
-    for text in range(2):
-        processor = LevelProcessor(model, rising)
-        found = decoder.generate(IDS, level_policy=processor, **options)
-        assert torch.equal(found.sequences, expected.sequences)
-        assert [level for _, level in processor.history] == [0, 2, 4]
+    for _, found, expected in rising_texts(model, recorder, padded, **OPTIONS):
         assert cache_bytes(found.past_key_values) == cache_bytes(expected.past_key_values)
-        if text == 0:
-            recorded = recorder.recorded
-    assert recorder.recorded == recorded and recorder.replayed
 
 
 @pytest.mark.parametrize("kind", ["qwen3_5_text", "lfm2", "falcon_h1"])

@@ -2,6 +2,7 @@
 
 import torch
 
+from dsla_hf import LevelProcessor
 from dsla_hf.inference.graph import GraphDecoder
 from dsla_hf.inference.recorder import CudaRecording
 
@@ -28,3 +29,26 @@ def check_captured_text(model, padded, highest, record=CudaRecording):
         assert torch.equal(decoder.generate(ids, **options), expected)
     assert decoder.recorder.recordings and decoder.recorder.reason is None
     return decoder
+
+
+def rising(stats):
+    return 0 if stats.tokens < 20 else 2 if stats.tokens < 28 else 4
+
+
+def rising_texts(model, recorder, padded, **options):
+    """Two texts whose level is raised twice are those of `generate`, the second by the recordings of the first. Behind each: the decoder,
+    what it gave, and what was expected."""
+    mask = MASK if padded else torch.ones_like(MASK)
+    options |= {"attention_mask": mask, "max_new_tokens": 30, "return_dict_in_generate": True}
+    expected = model.generate(IDS, level_policy=rising, **options)
+    decoder = recorder.decoder_of(model)
+    assert decoder.obstacle(**options) is None
+    for text in range(2):
+        processor = LevelProcessor(model, rising)
+        found = decoder.generate(IDS, level_policy=processor, **options)
+        assert torch.equal(found.sequences, expected.sequences)
+        assert [level for _, level in processor.history] == [0, 2, 4]
+        if text == 0:
+            recorded = recorder.recorded
+        yield decoder, found, expected
+    assert recorder.recorded == recorded and recorder.replayed
