@@ -32,7 +32,7 @@ class WindowView(VisibleStaticLayer):
     def __init__(
         self, memory: VisibleStaticLayer, attention: DualStateAttention, split: HeadSplit | None, ordered: bool, lengths: Tensor
     ) -> None:
-        vars(self).update(vars(memory))  # keys, values and their count
+        self.__dict__.update(vars(memory))  # keys, values and their count
         self.attention, self.split, self.ordered, self.lengths = attention, split, ordered, lengths
         self.heads: Tensor | None = None
         self.queries: Tensor | None = None  # kept ones first, as `heads` are
