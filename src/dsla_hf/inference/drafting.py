@@ -98,16 +98,36 @@ class GraphEngine:
                 drafts.folded_tokens, drafts.spoilt = space.read, False
             drafts.positions.copy_(space.positions)
             drafts.lengths.copy_(space.lengths)
-            guesses, drawn_from = (self._likeliest if rule.likeliest else self._guessed)(drafts, ids, tokens, rule, view)
+            drawn_from: list[Tensor | None] = [None] * tokens
+            if rule.likeliest:
+                guesses = self._likeliest(drafts, ids[:, -1:], tokens, view)
+            else:
+                guesses, drawn_from = self._guessed(drafts, ids, tokens, rule, view)
             drafts.spoilt = not drafts.within_block(tokens)
             drafts.after(space.read)
         finally:
             self.set_level(self.levels[0])
         return guesses, drawn_from
 
-    def _likeliest(self, drafts: DraftSpace, ids: Tensor, tokens: int, rule: Rule, view: int) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Guesses of which each is the next token of the step that makes it: the host has nothing to do in between."""
-        drafts.tokens.copy_(ids[:, -1:])
+    def draft_ahead(self, chosen: Tensor, guesses: Tensor, tokens: int, rule: Rule) -> list[Tensor] | None:
+        """As in the protocol, for drafts that read the memory of the level that checks: nothing of theirs follows the text."""
+        space, drafts = self.space, self.drafts
+        if drafts is None or drafts.converted or drafts.committed or not rule.likeliest:
+            return None
+        right = (chosen[:-1] == guesses).long().cumprod(0).sum(0, keepdim=True)
+        drafts.positions.copy_(space.positions + (right + 1))
+        drafts.lengths.copy_(space.lengths + (right + 1))
+        space.cached.copy_((drafts.lengths - 1).expand_as(space.cached))
+        self.set_level(self.levels[1])
+        try:
+            return self._likeliest(drafts, chosen.index_select(0, right)[None], tokens, self._view(len(chosen) + tokens + 1))
+        finally:
+            self.set_level(self.levels[0])
+
+    def _likeliest(self, drafts: DraftSpace, last: Tensor, tokens: int, view: int) -> list[Tensor]:
+        """Guesses of which each is the next token of the step that makes it, behind `last` `[1, 1]`: the host has nothing to do in
+        between."""
+        drafts.tokens.copy_(last)
         drafts.made.zero_()
 
         def step() -> None:
@@ -119,7 +139,7 @@ class GraphEngine:
 
         for _ in range(tokens):
             self.recorder.run((drafts.parts, "draft", self.space.padded, view, "likeliest"), step)
-        return list(drafts.guesses[:tokens].split(1)), [None] * tokens
+        return list(drafts.guesses[:tokens].split(1))
 
     def _guessed(self, drafts: DraftSpace, ids: Tensor, tokens: int, rule: Rule, view: int) -> tuple[list[Tensor], list[Tensor | None]]:
         guesses: list[Tensor] = []

@@ -17,6 +17,7 @@ from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogit
 from dsla_kernels import draw as draw_in_kernels
 from dsla_kernels import draws_logits
 
+from ..core.transfers import sent
 from .noise import gumbel, key_of, token_ids
 from .sampling import Sampling
 
@@ -99,26 +100,6 @@ class _Table(NamedTuple):
 
     def of(self, rows: slice) -> _Table:
         return _Table(*(x[rows] for x in self))
-
-
-def sent(values: Tensor, device: torch.device) -> Tensor:
-    """To a device; the host goes on at once."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
-
-
-def received(values: Tensor) -> Callable[[], list[Any]]:
-    """Bring values from their device, behind what has been launched there; who asks for them waits no longer than for that."""
-    if values.device.type != "cuda":
-        return values.tolist
-    here = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
-    there = torch.cuda.Event()
-    there.record(torch.cuda.current_stream(values.device))
-
-    def wait() -> list[Any]:
-        there.synchronize()
-        return here.tolist()
-
-    return wait
 
 
 def draw(scores: Tensor, rows: Sequence[Row], candidates: int = CANDIDATES) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ have chosen stay, with the one that it chooses instead. No second model, and no 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from ..core.draft_cache import DraftCache, LayerPart, end_recording, records, take_back
 from ..core.tensor_parallel import is_tensor_parallel
+from ..core.transfers import received
 from .acceptance import Greedy, Rejection, Rule
 from .draft_length import DraftLength, FixedLength, Lengths
 
@@ -103,6 +105,11 @@ class Engine(Protocol):
     def check(self, tokens: Tensor) -> Tensor:
         """Read tokens `[1, K + 1]`, the last one of the text and guesses; logits fp32 `[K + 1, V]` behind each, at the checking level."""
 
+    def draft_ahead(self, chosen: Tensor, guesses: Tensor, tokens: int, rule: Rule) -> list[Tensor] | None:
+        """Begin the draft of the next round, before the host knows how much of this one stays: up to so many guesses int64 `[1]` behind the
+        text with those `guesses` `[K]` that stay and the token after them, of what `rule` has `chosen` `[K + 1]`. None where that is not
+        possible. `keep` comes afterwards, and then `check`."""
+
     def keep(self, tokens: int) -> None:
         """Of the tokens that were just checked the first so many are those of the text."""
 
@@ -158,6 +165,9 @@ class DynamicEngine:
         self._checked = tokens.shape[1]
         return self._forward(tokens, self.cache)[0].float()
 
+    def draft_ahead(self, chosen: Tensor, guesses: Tensor, tokens: int, rule: Rule) -> list[Tensor] | None:
+        return None
+
     def keep(self, tokens: int) -> None:
         take_back(self.cache, self._checked - tokens)
         self._checked = 0
@@ -210,16 +220,16 @@ class Ends:
     def __init__(self, criteria: StoppingCriteriaList):
         self.criteria = criteria
         # Beside these, all that is asked of a text are its length and its last token: then nothing is read from its device.
-        self._lengths = [one for one in criteria if type(one) is MaxLengthCriteria]
-        self._known = len(self._lengths) + sum(type(one) is EosTokenCriteria for one in criteria) == len(criteria)
+        lengths = [one.max_length for one in criteria if type(one) is MaxLengthCriteria]
+        self._known = len(lengths) + sum(type(one) is EosTokenCriteria for one in criteria) == len(criteria)
+        self._length = min(lengths, default=math.inf)
         self.tokens = ends_of(criteria)
 
     def knows(self, length: int, token: int) -> bool | None:
         """Whether a text of so many tokens, of which this is the last, is over; None where that does not tell."""
         if not self._known:
             return None
-        text = torch.zeros(1, 1, dtype=torch.long).expand(1, length)
-        return token in self.tokens or any(bool(one(text, None).all()) for one in self._lengths)
+        return token in self.tokens or length >= self._length
 
     def __call__(self, ids: Tensor) -> bool:
         """The same of the text `[1, T]` itself."""
@@ -253,40 +263,61 @@ def draft_and_check(
     """
     counts = Counts()
 
-    def add(token: Tensor, value: int | None) -> bool:
-        """value: of the token, where the host knows it."""
+    def add(token: Tensor) -> bool:
         nonlocal ids
         ids = torch.cat([ids, token[:, None]], 1)
-        show(token if value is None else torch.tensor([value]))
-        over = None if value is None else ends.knows(ids.shape[1], value)
-        return ends(ids) if over is None else over
+        show(token)
+        return ends(ids)
 
-    ended = add(rule.choose(ids, engine.read(ids)), None)
+    ended = add(rule.choose(ids, engine.read(ids)))
+    planned: int | None = None
+    ahead: list[Tensor] | None = None  # guesses that are made already
     while not ended:
         start = clock()
         room = max_length - ids.shape[1] - 1  # the checking level adds a token of its own
-        tokens = min(lengths.next(), room)
-        guesses, drawn_from = engine.draft(ids, tokens, rule, ends.tokens) if tokens > 0 else ([], [])
+        drawn_from: list[Tensor | None] = []
+        if ahead is not None:
+            guesses, drawn_from = ahead, [None] * len(ahead)
+        else:
+            tokens = min(lengths.next() if planned is None else planned, room)
+            guesses, drawn_from = engine.draft(ids, tokens, rule, ends.tokens) if tokens > 0 else ([], [])
         checked = torch.cat([ids[0, -1:], *guesses])
         between = clock()
         logits = engine.check(checked[None])
-        chosen, values = rule.choose_all(ids, logits, checked[1:], drawn_from), None
-        if chosen is not None:  # all that the host reads of a round, in one
-            values = torch.stack([chosen, torch.cat([checked[1:], chosen[-1:]])]).tolist()
+        chosen = rule.choose_all(ids, logits, checked[1:], drawn_from)
+        planned = ahead = None
         kept = accepted = 0
-        for place in range(len(checked)):
-            guess = guesses[place] if place < len(guesses) else None
-            if values is not None:
-                assert chosen is not None
-                token, value = chosen[place : place + 1], values[0][place]
-                hit = guess is not None and value == values[1][place]
-            else:
-                token, value = rule.choose(ids, logits[place : place + 1], guess, None if guess is None else drawn_from[place]), None
+        if chosen is None:
+            for place in range(len(checked)):
+                guess = guesses[place] if place < len(guesses) else None
+                token = rule.choose(ids, logits[place : place + 1], guess, None if guess is None else drawn_from[place])
                 hit = guess is not None and bool(token == guess)
-            kept, ended = place + 1, add(token, value)
-            accepted += hit
-            if ended or not hit:
-                break
+                kept, ended = place + 1, add(token)
+                accepted += hit
+                if ended or not hit:
+                    break
+        else:
+            # All that the host reads of a round, in one; while it does, the next draft may be under way.
+            values = received(torch.stack([chosen, torch.cat([checked[1:], chosen[-1:]])]))
+            if guesses:
+                planned = lengths.next()
+                if 0 < planned <= room - len(checked):
+                    ahead = engine.draft_ahead(chosen, checked[1:], planned, rule)
+            values_chosen, values_guessed = values()
+            length, text = ids.shape[1], ids
+            for place, value in enumerate(values_chosen):
+                hit = place < len(guesses) and value == values_guessed[place]
+                show(torch.tensor([value]))
+                kept = place + 1
+                over = ends.knows(length + kept, value)
+                if over is None:
+                    text = torch.cat([text, chosen[None, place : place + 1]], 1)
+                    over = ends(text)
+                ended = over
+                accepted += hit
+                if ended or not hit:
+                    break
+            ids = torch.cat([ids, chosen[None, :kept]], 1)
         engine.keep(kept)
         counts.add(len(guesses), min(kept, len(guesses)), accepted)
         lengths.record(len(guesses), accepted, between - start, clock() - between)

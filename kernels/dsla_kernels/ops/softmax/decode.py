@@ -43,6 +43,14 @@ def _cut(lengths, starts, row, head, room, window, sinks, whole, parts, least, T
 
 
 @triton.jit
+def _parts_of(head, whole, parts, few):
+    """Into how many parts a head's tokens are cut."""
+    if whole is not None:
+        parts = tl.where(head < whole, parts, few)
+    return parts
+
+
+@triton.jit
 def _tile(number, first, before, sinks):
     """Where tile `number` of those that a row and head see lies."""
     if sinks is None:
@@ -96,8 +104,11 @@ def _softmax_decode_kernel(
     window,  # or None
     sinks,  # or None
     whole,  # or None
+    parts,  # of a head that sees all tokens
+    few,  # of one that sees the window, where some see all; else not read
     scale,
     softcap,  # or None
+    B,
     HKV,
     T: tl.constexpr,
     R: tl.constexpr,
@@ -111,13 +122,22 @@ def _softmax_decode_kernel(
     DOT: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """A part of a row's tokens, for the queries of a KV head (BM of them at most)."""
+    """A part of a row's tokens, for the queries of a KV head (BM of them at most); the first parts of all rows and heads first."""
     if OVERLAP:
         gdc_launch_dependents()
     GROUPS: tl.constexpr = (T * R + BM - 1) // BM
-    number, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    row, head = (number // (HKV * GROUPS)).to(tl.int64), number // GROUPS % HKV
-    length, start, first, before, tiles, share = _cut(lengths, starts, row, head, room, window, sinks, whole, parts, least, T, BN)
+    number, heads = tl.program_id(0), HKV
+    first_head = number * 0
+    if whole is not None:  # the programs of heads that see all come first
+        of_whole = B * whole * GROUPS * parts
+        windowed = number >= of_whole
+        number = tl.where(windowed, number - of_whole, number)
+        heads = tl.where(windowed, HKV - whole, whole)
+        first_head = tl.where(windowed, whole, 0)
+    part, number = number // (B * heads * GROUPS), number % (B * heads * GROUPS)
+    row, head = (number // (heads * GROUPS)).to(tl.int64), number // GROUPS % heads + first_head
+    mine = _parts_of(head, whole, parts, few)
+    length, start, first, before, tiles, share = _cut(lengths, starts, row, head, room, window, sinks, whole, mine, least, T, BN)
     begin = part * share
     end = tl.minimum(begin + share, tiles)
     if (part > 0) & (begin >= end):  # the first part is there for rows without tokens too
@@ -198,6 +218,7 @@ def _join_kernel(
     sink_logits,
     o,
     parts,
+    few,
     room,
     least,
     window,
@@ -217,7 +238,8 @@ def _join_kernel(
     row, head = number // (T * HQ), number % HQ
     channels = tl.arange(0, BV)
     channel_ok = channels < V
-    length, start, first, before, tiles, share = _cut(lengths, starts, row, head // R, room, window, sinks, whole, parts, least, T, BN)
+    mine = _parts_of(head // R, whole, parts, few)
+    length, start, first, before, tiles, share = _cut(lengths, starts, row, head // R, room, window, sinks, whole, mine, least, T, BN)
     written = tl.maximum((tiles + share - 1) // share, 1)
     top = tl.full([1], NOTHING, tl.float32)
     denominator = tl.zeros([1], tl.float32)
@@ -265,7 +287,7 @@ def _softmax_decode(
 ) -> Tensor:
     plan = make_plan(q, keys, values, block_table, window, splits, places, sinks, whole)
     order = (0, 1, 2) if block_table is None else (0, 2, 1)  # a row or block, a head, a token
-    rows, parts = q.shape[:3].numel(), plan.grid[1]
+    rows, parts = q.shape[:3].numel(), plan.parts
     o = new_output(q, values)
     pieces = softmax = None
     if parts > 1:
@@ -294,13 +316,16 @@ def _softmax_decode(
         window,
         sinks,
         whole,
+        parts,
+        plan.few,
         scale,
         softcap,
+        q.shape[0],
         **plan.options,
     )
     if pieces is not None:
         seen = window, sinks, whole
-        _join_kernel[(rows,)](pieces, softmax, lengths, starts, sink_logits, o, parts, plan.room, plan.least, *seen, **plan.join)
+        _join_kernel[(rows,)](pieces, softmax, lengths, starts, sink_logits, o, parts, plan.few, plan.room, plan.least, *seen, **plan.join)
     return o
 
 

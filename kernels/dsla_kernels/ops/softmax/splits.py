@@ -49,7 +49,9 @@ def choose_uneven_splits(batch: int, programs: int, tiles: int, least: int, slot
 class Plan(NamedTuple):
     """All that a step of a shape is launched with."""
 
-    grid: tuple[int, int]  # programs of one part of every row, and parts
+    grid: tuple[int]
+    parts: int  # of a head's tokens in a row
+    few: int  # of those of a head that sees the window, where others see all
     room: int  # tokens of a row at most
     least: int  # tiles a part
     options: dict[str, Any]  # of the kernel: sizes by name, warps, stages
@@ -101,9 +103,9 @@ def _plan(
         GROUP_TILE if queries == 1 else max(GROUP_TILE, min(triton.next_power_of_2(of_a_head), MOST_QUERIES, MOST_RESULTS // block_value))
     )
     of_each = triton.cdiv(of_a_head, together)
-    programs = batch * kv_heads * of_each
-    # Others than whole heads have little to do, and leave.
-    busy = batch * (kv_heads if window is None or not whole else whole) * of_each
+    mixed = window is not None and whole > 0
+    # What others than whole heads have to do is little beside it.
+    busy = batch * (whole if mixed else kv_heads) * of_each
     uneven = blocks is not None and batch > 1
     least = 1 if splits else triton.cdiv(LEAST_OF_MANY if uneven else LEAST_TOKENS, launch.tokens)
     if splits:
@@ -112,6 +114,10 @@ def _plan(
         parts = choose_uneven_splits(batch, busy, tiles, least, 2 * processors(device))
     else:
         parts = choose_splits(busy, tiles, least, 2 * processors(device))
+    few = 0
+    if mixed and window is not None:  # a window may begin within a tile, and the sinks end within one
+        few = min(parts, triton.cdiv(triton.cdiv(min(room, window + queries - 1), launch.tokens) + 2, least))
+    programs = busy * parts + batch * (kv_heads - whole) * of_each * few if mixed else busy * parts
     overlap = parts > 1 and can_overlap(device)
     shared = {"T": queries, "V": value_dim, "BV": block_value, "BN": launch.tokens, "OVERLAP": overlap}
     options = shared | {
@@ -130,4 +136,4 @@ def _plan(
         at_a_time = min(LITTLE_JOIN, at_a_time)
     warps = max(1, at_a_time * block_value // 1024)
     join = shared | {"HQ": heads, "R": heads // kv_heads, "BP": at_a_time, "num_warps": warps, **overlapping(overlap)}
-    return Plan((programs, parts), room, least, options, join)
+    return Plan((programs,), parts, few, room, least, options, join)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...core.attention import DualStateAttention
 from ...core.heads import of_heads
 from ...core.past import changes_window_alone
-from ...inference.draws import sent
+from ...core.transfers import sent
 from .request import Request
 from .runner import ModelRunner
 from .slots import SlotStates

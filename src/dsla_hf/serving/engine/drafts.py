@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ...core.transfers import received
 from ...inference.batching import out_of_memory
-from ...inference.draws import received
 from ...inference.recorder import Record
 from ...levels.draft_length import Lengths
 from ...levels.drafting import lengths_for

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ...core.cache import FOLDED_AT_ONCE
 from ...core.tensor_parallel import is_tensor_parallel
+from ...core.transfers import sent
 from ...inference.batching import out_of_memory
-from ...inference.draws import sent
 from ...inference.recorder import Record
 from ...inference.sampling import Constraint
 from ...levels.policies import FixedLevel, Load, Policy, Stats, as_policy

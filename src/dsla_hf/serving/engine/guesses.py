@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ...core.past import changes_window_alone
-from ...inference.draws import Row, draw, sent
+from ...core.transfers import sent
+from ...inference.draws import Row, draw
 from ...inference.recorder import power_of_two
 from .checks import run_recorded
 from .draft_memory import CATCH_UP, PIECES, DraftMemory

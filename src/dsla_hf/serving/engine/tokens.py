@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...inference.draws import Row, draw, exactly, sent
+from ...core.transfers import sent
+from ...inference.draws import Row, draw, exactly
 from ...inference.sampling import Sampling
 from .request import Logprob, Request
 
