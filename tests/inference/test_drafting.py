@@ -8,6 +8,7 @@ from captured_texts import IDS
 
 from dsla_hf.core.window_view import WindowView
 from dsla_hf.inference import decode_attention
+from dsla_hf.inference.drafting import GraphEngine
 from dsla_hf.inference.graph import GraphDecoder
 
 pytestmark = pytest.mark.usefixtures("small_views")
@@ -308,6 +309,39 @@ def test_kernels_of_drafts(tiny_model, adapter_model, recorder, unit, check, pad
     expected = model.generate(TEXT, draft_level=len(order), draft_tokens=2, **options)
     assert decoder.workspace.by_length
     assert torch.equal(found.sequences, expected.sequences) and drafted(found) == drafted(expected)
+
+
+@pytest.mark.parametrize("tokens", [None, 3])
+def test_the_next_draft_begins_before_the_host_knows_the_text(tiny_model, adapter_model, recorder, tokens, monkeypatch):
+    """Where drafts only read what the checking level has; the text, its end and what goes on behind it are as without a draft."""
+    model = adapter(tiny_model, adapter_model, states=False, **UNITS["heads"])
+    ahead, begin = [], GraphEngine.draft_ahead
+
+    def counted(self, *args):
+        ahead.append(begin(self, *args))
+        return ahead[-1]
+
+    monkeypatch.setattr(GraphEngine, "draft_ahead", counted)
+    decoder = recorder.decoder_of(model, draft_level=5, draft_tokens=tokens, max_length=120)
+    text = model.generate(TEXT, max_new_tokens=60, do_sample=False, eos_token_id=None, pad_token_id=0)
+    start = TEXT.shape[1]
+    options = {"do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    found = decoder.generate(TEXT, max_new_tokens=40, eos_token_id=None, **options)
+    assert torch.equal(found.sequences, text[:, : start + 40])
+    assert sum(guesses is not None for guesses in ahead) > (0 if tokens is None else found.checks // 2)
+    decoder.draft_level = None  # others may go on, and drafts behind them
+    found = decoder.generate(found.sequences, past_key_values=found.past_key_values, max_new_tokens=5, eos_token_id=None, **options)
+    decoder.draft_level = 5
+    found = decoder.generate(found.sequences, past_key_values=found.past_key_values, max_new_tokens=15, eos_token_id=None, **options)
+    assert torch.equal(found.sequences, text)
+    for place in range(start + 3, start + 12):  # wherever in a round
+        end = int(text[0, place])
+        expected = model.generate(TEXT, max_new_tokens=40, do_sample=False, eos_token_id=end, pad_token_id=0)
+        found = decoder.generate(TEXT, max_new_tokens=40, eos_token_id=end, **options)
+        assert torch.equal(found.sequences, expected) and decoder.workspace.read == expected.shape[1] - 1
+        more = {"past_key_values": found.past_key_values, "max_new_tokens": 4, "eos_token_id": None, **options}
+        wanted = model.generate(expected, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert torch.equal(decoder.generate(expected, **more).sequences, wanted)
 
 
 @pytest.mark.gpu

@@ -177,6 +177,20 @@ def test_another_attention_is_noticed(adapter_model, recorder, by_length):
     assert torch.equal(decoder.generate(IDS, max_new_tokens=20, **OPTIONS), expected)
 
 
+def test_a_draft_that_begins_within_a_text_is_noticed(adapter_model, recorder, by_length):
+    """Drafts have no rings, and a text of a base without sliding layers may go on with or without them."""
+    model = converted(adapter_model, "gemma3_text", level=1)
+    decoder = recorder.decoder_of(model, max_length=60)
+    first = decoder.generate(IDS[:1], max_new_tokens=10, return_dict_in_generate=True, **OPTIONS)
+    decoder.draft_level = 3
+    goes_on = {"past_key_values": first.past_key_values, "max_new_tokens": 2, **OPTIONS}
+    with pytest.raises(ValueError, match="draft_level has changed within a text"):
+        decoder.generate(first.sequences, **goes_on)
+    decoder.draft_level = None
+    expected = model.generate(IDS[:1], max_new_tokens=12, **OPTIONS)
+    assert torch.equal(decoder.generate(first.sequences, **goes_on), expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("padded", [False, True])

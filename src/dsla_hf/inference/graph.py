@@ -613,10 +613,15 @@ class GraphDecoder:
     def _space(self, rows: int, length: int, goes_on: bool) -> Workspace:
         """The workspace for so many rows and tokens: the one at hand if it fits, else a new one."""
         space, has_rings = self.workspace, self._takes_rings()
-        if space is not None and space.rows == rows and space.length >= length and space.has_rings == has_rings:
+        other_windows = space is not None and bool(space.windows) and space.has_rings != has_rings
+        if space is not None and space.rows == rows and space.length >= length and not other_windows:
             return space
-        if goes_on and space is not None and space.has_rings != has_rings:
-            raise ValueError("the attention implementation has changed within a text: set it back, or begin anew without past_key_values")
+        if goes_on and other_windows:
+            what = "the attention implementation" if self.draft_level is None or has_rings else "draft_level"
+            raise ValueError(
+                f"{what} has changed within a text, whose sliding layers lie otherwise in memory: set it back, or begin anew without "
+                "past_key_values"
+            )
         if goes_on:
             raise ValueError(
                 f"the cache has room for {space.rows if space else 0} rows of {space.length if space else 0} tokens, the text needs "
