@@ -21,6 +21,8 @@ from dsla_kernels.ops.decode import launch as decode_launch  # noqa: E402
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 B, HQ, HKV, HELD, K, V, W, S = 3, 4, 2, 5, 8, 12, 4, 2
 PAGES, TOKENS = 6, 11
+# Programs of another number of heads are compiled anew, and may add in another order.
+EXACTLY = {"rtol": 0, "atol": 0} if INTERPRETED else {"rtol": 1e-5, "atol": 1e-6}
 WEIGHTS = {"mix_logits": (HQ, 2), "norm_weight": (HQ, V), "state_gain": (HQ,), "state_bias": (HQ,)}
 
 
@@ -65,7 +67,7 @@ def test_pages_are_rows_elsewhere(kind, held, parts, monkeypatch):
         token = [torch.randn(B, 1, h, d, device=DEVICE) for h, d in ((HQ, K), (HKV, K), (HKV, V))]
         expected = step(token, dense, lengths, padding_mask=real[:, None])
         found = step(token, (recurrent, window_k, window_v), lengths, pages=numbers, state_heads=state_heads)
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        torch.testing.assert_close(found, expected, **EXACTLY)
         lengths += real
     rows = real.nonzero()[:, 0]
     of_rows = numbers[rows].long()
