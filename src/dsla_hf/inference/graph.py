@@ -451,19 +451,29 @@ class GraphDecoder:
             streamer.put(input_ids.cpu())
         self._read(space, input_ids[:, space.read :], settings.prefill_chunk_size)
         can_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        ends, going = Ends(stopping_criteria), [True] * input_ids.shape[0]
         unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         sampler = Sampler(logits_processor, settings.do_sample, seed)
         places = space.mask[:, : space.read].sum(1).tolist()  # of the next tokens; padding does not count
         while True:
             token = sampler(space.logits.clone(), input_ids, places)
             places = [place + 1 for place in places]
-            if can_end:
+            if can_end and not (ends.known and all(going)):
                 token = torch.where(unfinished, token, padding_token(settings))
             input_ids = torch.cat([input_ids, token[:, None]], 1)
-            if streamer is not None:
-                streamer.put(token.cpu())
-            unfinished &= ~stopping_criteria(input_ids, None)
-            if not bool(unfinished.any()):
+            if ends.known:  # then the host waits once a token, and asks the device for nothing else
+                values, before = token.tolist(), going
+                if streamer is not None:
+                    streamer.put(torch.tensor(values))
+                going = [goes and not ends.knows(input_ids.shape[1], value) for goes, value in zip(before, values, strict=True)]
+                if going != before:
+                    unfinished = torch.tensor(going, device=input_ids.device)
+            else:
+                if streamer is not None:
+                    streamer.put(token.cpu())
+                unfinished &= ~stopping_criteria(input_ids, None)
+                going = [bool(unfinished.any())]
+            if not any(going):
                 break
             self._step(space, token)
         if streamer is not None:

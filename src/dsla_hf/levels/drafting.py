@@ -215,19 +215,21 @@ class Ends:
 
     Args:
         criteria: of transformers.
+
+    known: whether the length of a text and its last token tell.
     """
 
     def __init__(self, criteria: StoppingCriteriaList):
         self.criteria = criteria
         # Beside these, all that is asked of a text are its length and its last token: then nothing is read from its device.
         lengths = [one.max_length for one in criteria if type(one) is MaxLengthCriteria]
-        self._known = len(lengths) + sum(type(one) is EosTokenCriteria for one in criteria) == len(criteria)
+        self.known = len(lengths) + sum(type(one) is EosTokenCriteria for one in criteria) == len(criteria)
         self._length = min(lengths, default=math.inf)
         self.tokens = ends_of(criteria)
 
     def knows(self, length: int, token: int) -> bool | None:
         """Whether a text of so many tokens, of which this is the last, is over; None where that does not tell."""
-        if not self._known:
+        if not self.known:
             return None
         return token in self.tokens or length >= self._length
 
