@@ -141,7 +141,7 @@ def test_drafts_that_pause_catch_up(tiny_model, adapter_model, recorder, units, 
     """With more tokens behind than a recorded step folds."""
 
     class Paused:
-        longest = 2
+        longest, lengths = 2, [2]
 
         def __init__(self):
             self.rounds = 0

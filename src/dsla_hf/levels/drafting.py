@@ -281,7 +281,9 @@ def draft_and_check(
         if ahead is not None:
             guesses, drawn_from = ahead, [None] * len(ahead)
         else:
-            tokens = min(lengths.next() if planned is None else planned, room)
+            planned = lengths.next() if planned is None else planned
+            # At the end of a text no length that there was not before: where steps are recorded each is a recording of its own.
+            tokens = max((length for length in lengths.lengths if length <= min(planned, room)), default=0)
             guesses, drawn_from = engine.draft(ids, tokens, rule, ends.tokens) if tokens > 0 else ([], [])
         checked = torch.cat([ids[0, -1:], *guesses])
         between = clock()
