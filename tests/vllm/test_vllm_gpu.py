@@ -23,7 +23,7 @@ def test_regrets_tell_texts_that_states_wrote_from_others(name, monkeypatch):
     other = [*text[:5], (text[5] + 1) % model.config.vocab_size, *text[6:]]
     assert vllm_gpu.regrets(model, prompt, other)[5] > 1e-3
     vllm_gpu.close_states(model)
-    assert vllm_gpu.worst(model, [prompt], [text]) > 1e-3
+    assert vllm_gpu.mean_regrets(model, [prompt], [text])[0] > 1e-3
 
 
 def test_rows_take_the_place_of_an_arm_that_failed(tmp_path):

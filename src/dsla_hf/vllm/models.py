@@ -15,6 +15,7 @@ from vllm.model_executor.models.llama import LlamaForCausalLM
 
 from ..models.hybrid import hybrid_classes
 from .checks import SERVED_BASES
+from .kept_heads import backend_of_kept_heads
 from .mixer import OPERATOR, DSLAAttention, DSLAHeadsAttention, DSLAMixer
 from .pages import page_parts, places
 from .ranks import RankHeads, heads_by_layer, own_part
@@ -48,6 +49,7 @@ def _convert(attention: Any, name: str, heads: RankHeads, page: StatePage, first
         cache_config=vllm_config.cache_config,
         quant_config=softmax.quant_config,
         prefix=softmax.layer_name,
+        attn_backend=backend_of_kept_heads(softmax.attn_backend, queries),
     )
     attention.attn = DSLAHeadsAttention(heads, queries, kept, mixer)
 
