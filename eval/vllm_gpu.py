@@ -289,7 +289,8 @@ def time_ours(options: Options, level: int, tell: Tell) -> None:
     runner = Runner(network)
     for rows in options.own_rows:
         for length in options.lengths if rows == 1 else options.lengths[:1]:
-            numbers = measured(runner, Case(engine, length, rows, TOKENS))
+            whole = {"prefill_tokens": length} if rows == 1 else {}  # as `generate` reads one
+            numbers = measured(runner, Case(engine, length, rows, TOKENS, **whole))
             kept = ("prefill_seconds", "seconds_per_token", "tokens_per_second", "error", "warm_up_seconds")
             tell({"length": length, "batch_size": rows, **{name: numbers[name] for name in kept if name in numbers}})
             runner.forget()
