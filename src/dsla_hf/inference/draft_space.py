@@ -183,7 +183,7 @@ class DraftSpace:
             self.space.counts.add_(self.count)
 
     def within_block(self, tokens: int) -> bool:
-        """Whether so many tokens behind those that are folded change nothing but places of the window, which their numbers in the text tell."""
+        """Whether so many tokens behind those that are folded change nothing but places of the window, which lie as the text counts."""
         before, shape = self.folded_tokens - self.padding, (self.window, self.sinks, self.has_states)
         return self.counts_text and changes_window_alone(before, tokens, self.longest + 1, *shape)
 
