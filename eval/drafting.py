@@ -326,6 +326,23 @@ def page(options: argparse.Namespace) -> None:
     write_whole(options.page, text.rstrip() + "\n")
 
 
+def check_arguments(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends with an error, before anything is loaded, where a number cannot be one or there is nothing to run on."""
+    asked = vars(options)
+    for name, least in (("prompt_tokens", 1), ("new", 2), ("draft", 0 if options.run is time_drafts else 1), ("chunk", 1), ("prompts", 1)):
+        numbers = asked.get(name, least)
+        if (number := min(numbers if isinstance(numbers, list) else [numbers])) < least:
+            parser.error(f"--{name.replace('_', '-')} must be {least} or more, got {number}")
+    for name in ("kept", "acceptance"):
+        for share in asked.get(name, ()):
+            if not 0 <= share <= 1:
+                parser.error(f"--{name} must be shares from 0 to 1, got {share}")
+    if not isinstance(getattr(torch, options.dtype, None), torch.dtype):
+        parser.error(f"--dtype must be one of torch's, such as bfloat16, got {options.dtype}")
+    if asked.get("shape") in PRESETS and not torch.cuda.is_available():
+        parser.error(f"--shape {options.shape} needs a CUDA device, and there is none; a small model's folder runs without one")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -362,6 +379,8 @@ def main(arguments: list[str] | None = None) -> None:
     other.add_argument("--page", type=Path, default=PAGE)
     other.set_defaults(run=page)
     options = parser.parse_args(arguments)
+    if options.run is not page:
+        check_arguments(one if options.run is measure else clocked, options)
     options.run(options)
 
 

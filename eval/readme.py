@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -128,4 +129,5 @@ def fill(page: Path = README) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     fill()

@@ -6,8 +6,8 @@ has a table of its own, and `-cpu` behind these names.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,4 +53,9 @@ def main(folder: Path, results: Path = RESULTS, docs: Path = DOCS) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="with table.json and table.png, as `make real` writes it")
+    folder = parser.parse_args().folder
+    if missing := [name for name in ("table.json", "table.png") if not (folder / name).is_file()]:
+        parser.error(f"{folder} has no {' and no '.join(missing)}: give the folder that `make real` wrote")
+    main(folder)

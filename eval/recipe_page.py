@@ -3,6 +3,7 @@ distillation-layers.json, and of KV heads as `recipe_heads.py` has them: `python
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
@@ -257,4 +258,5 @@ def make_page() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     make_page()

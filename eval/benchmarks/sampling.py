@@ -33,6 +33,7 @@ from dsla_hf.serving.engine.tokens import NextTokens  # noqa: E402
 VOCABULARIES = (32_000, 128_256)
 PAGE = REPOSITORY / "docs" / "measured" / "serving.md"
 PROMPT = list(range(100, 356))
+SMALLEST_VOCABULARY = PROMPT[-1] + 1
 BUSY = 8192  # rows and columns of the matrices whose product keeps a device busy
 
 
@@ -153,8 +154,18 @@ def main() -> None:
     if args.page:
         fill_page(PAGE, {"sampling": page_part(json.loads((args.results / "sampling.json").read_text()))})
         return
-    device = torch.device(args.device)
-    repeats = args.repeats or (50 if device.type == "cuda" else 3)
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        parser.error(f"--device must be cpu or cuda, got {args.device}")
+    repeats = (50 if device.type == "cuda" else 3) if args.repeats is None else args.repeats
+    for name, number in (("rows", args.rows), ("repeats", repeats)):
+        if number < 1:
+            parser.error(f"--{name} must be 1 or more, got {number}")
+    if min(args.vocabularies) < SMALLEST_VOCABULARY:
+        parser.error(
+            f"--vocabularies must be {SMALLEST_VOCABULARY} or more, which has the tokens of the prompt, got {min(args.vocabularies)}"
+        )
     rows = []
     for vocabulary in args.vocabularies:
         for name in args.cases:

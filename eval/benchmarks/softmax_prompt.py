@@ -70,6 +70,8 @@ def main() -> None:
     parser.add_argument("--launches", action="store_true", help="try tiles, warps and stages, too")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of softmax_prompt.json")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device, and there is none")
     rows = [measure(new, past, kv_heads, LAUNCHES if args.launches else []) for kv_heads in (32, 8) for new, past in PIECES]
     write_results("softmax_prompt", rows, folder=args.results)
     print(rows_table(rows, max((list(row) for row in rows), key=len)))

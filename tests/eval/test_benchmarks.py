@@ -96,6 +96,31 @@ def test_a_benchmark_starts_beside_one_that_is_called_as_a_package():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("script", ["readme", "recipe_page", "real_checkpoint_page"])
+def test_makers_of_pages_say_what_they_do_and_do_nothing_then(script):
+    done = subprocess.run([sys.executable, SCRIPT.parents[1] / f"{script}.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and f"usage: {script}.py" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "script, wrong, words",
+    [
+        ("sampling", ["--rows", "0"], "--rows must be 1 or more, got 0"),
+        ("sampling", ["--repeats", "0"], "--repeats must be 1 or more, got 0"),
+        ("sampling", ["--vocabularies", "400", "100"], "--vocabularies must be 356 or more"),
+        ("sampling", ["--device", "nonsense"], "--device must be cpu or cuda, got nonsense"),
+        ("softmax_prompt", [], "needs a CUDA device"),
+    ],
+)
+def test_benchmarks_refuse_what_they_cannot_time(script, wrong, words, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with loaded_script(f"benchmarks/{script}.py") as benchmark:
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", "--results", str(tmp_path), *wrong])
+        with pytest.raises(SystemExit):
+            benchmark.main()
+    assert words in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_the_benchmark_of_draws_serves_every_case(monkeypatch, tmp_path, capsys):
     with loaded_script("benchmarks/sampling.py") as sampling:
         arguments = ["sampling.py", "--device", "cpu", "--rows", "2", "--vocabularies", "400", "--repeats", "1", "--results", str(tmp_path)]

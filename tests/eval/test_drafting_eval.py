@@ -33,6 +33,28 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ("measure m d --name n --new 1", "--new must be 2 or more, got 1"),
+        ("measure m d --name n --draft 0", "--draft must be 1 or more, got 0"),
+        ("measure m d --name n --kept 0.5 1.5", "--kept must be shares from 0 to 1, got 1.5"),
+        ("measure m d --name n --dtype bf16", "--dtype"),
+        ("time --shape m --prompt-tokens 8 0", "--prompt-tokens must be 1 or more, got 0"),
+        ("time --shape m --prompt-tokens 8 --draft -1", "--draft must be 0 or more, got -1"),
+        ("time --shape m --prompt-tokens 8 --acceptance -0.1", "--acceptance must be shares from 0 to 1"),
+        ("time --shape llama2-7b --prompt-tokens 8", "needs a CUDA device"),
+    ],
+)
+def test_wrong_arguments_end_before_anything_is_loaded(drafting, tmp_path, monkeypatch, capsys, wrong, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("load_model", "random_model"):
+        monkeypatch.setattr(drafting, name, None)
+    with pytest.raises(SystemExit):
+        drafting.main([*wrong.split(), "--out", str(tmp_path / "out.json")])
+    assert words in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def measured(drafting, folder, out, *more):
     sizes = ["--prompt-tokens", "100", "--prompts", "2", "--new", "10", "--draft", "3", "--dtype", "float32"]
     drafting.main(["measure", str(folder / "base"), str(folder), "--out", str(folder / out), *sizes, *more])

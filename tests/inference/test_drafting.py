@@ -81,6 +81,18 @@ def test_a_level_above_0_checks(tiny_model, adapter_model, recorder, kind, unit,
     assert recorder.replayed > 2 * recorder.recorded
 
 
+@pytest.mark.parametrize("states", [True, False])
+def test_drafts_that_are_longer_than_the_window(tiny_model, adapter_model, recorder, units, states):
+    """Places of a window of which several guesses would take the same one."""
+    model = adapter(tiny_model, adapter_model, window_size=4, sink_tokens=2, states=states, **units)
+    model.set_level(2)
+    options = {"max_new_tokens": 40, "do_sample": False, "return_dict_in_generate": True}
+    decoder = recorder.decoder_of(model, draft_level=3, draft_tokens=5)
+    expected, found = model.generate(TEXT, draft_level=3, draft_tokens=5, **options), decoder.generate(TEXT, **options)
+    assert torch.equal(found.sequences, model.generate(TEXT, max_new_tokens=40, do_sample=False))
+    assert drafted(found) == drafted(expected) and found.accepted > 0
+
+
 def test_the_checking_level_changes_between_texts_and_within_one(tiny_model, adapter_model, recorder, units):
     model = adapter(tiny_model, adapter_model, **units)
     decoder = recorder.decoder_of(model, draft_level=4, draft_tokens=3, max_length=80)

@@ -1,11 +1,15 @@
 """Norms, MLPs, rotations and linear layers by other kernels while a step is captured: the same results, and nothing left behind."""
 
+import copy
 import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_model
 from tiny import ARCHITECTURE_OPTIONS
 from torch import nn
 from transformers import DynamicCache
@@ -366,6 +370,28 @@ def test_joined_weights_can_be_changed_moved_and_saved(tiny_model, counted, prod
         products.clear()
         torch.testing.assert_close(decode(model), changed, atol=1e-5, rtol=1e-5)
         assert products.count((sum(projections(attention)), 32)) == 4 * 3  # not in the first layer
+
+
+def test_joined_weights_are_whole_whoever_saves_them(tiny_model, tmp_path):
+    """Also by those who take tensors of one storage for the same; none is copied for it."""
+    model = tiny_model("qwen2", tie_word_embeddings=False)
+    expected = {name: x.clone() for name, x in model.state_dict().items()}
+    assert join_weights(model) == 8
+    found = model.state_dict()
+    for name, parameter in model.named_parameters():
+        x = found[name]
+        assert x.data_ptr() == parameter.data_ptr() and x.untyped_storage().nbytes() == x.nbytes and torch.equal(x, expected[name])
+    Accelerator(cpu=True).save_model(model, tmp_path)
+    save_model(model, tmp_path / "again.safetensors")
+    torch.save(copy.deepcopy(model).state_dict(), tmp_path / "copy.pt")
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj", "up_proj"]))
+    torch.save(wrapped.merge_and_unload().state_dict(), tmp_path / "merged.pt")
+    for file in ("model.safetensors", "again.safetensors", "copy.pt", "merged.pt"):
+        saved = load_file(tmp_path / file) if file.endswith("s") else torch.load(tmp_path / file)
+        assert saved.keys() == expected.keys() and all(torch.equal(saved[name], x) for name, x in expected.items()), file
+    other = tiny_model("qwen2", tie_word_embeddings=False)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(decode(model), decode(other))
 
 
 def test_what_shares_its_memory_is_not_joined(tiny_model):

@@ -143,6 +143,19 @@ def test_drafts_give_the_text_of_the_checking_level(kind, adapter_model, recorde
         assert torch.equal(decoder.generate(IDS[:1], max_new_tokens=30, **OPTIONS), expected)
 
 
+def test_drafts_behind_a_raise_know_where_states_of_sliding_layers_begin(adapter_model, recorder):
+    """With the first token that such a layer still has, from which places in its window are counted."""
+    model = converted(adapter_model, "gemma3_text", level=0, conversion_order=[2, 0, 3, 1], states=False)
+    ids, how = torch.randint(3, 97, (1, 40)), {"return_dict_in_generate": True, **OPTIONS}
+    first = model.generate(ids, max_new_tokens=8, **how)
+    decoder = recorder.decoder_of(model, draft_level=3, draft_tokens=2, max_length=80)
+    drafted = decoder.generate(ids, max_new_tokens=8, **how)
+    model.set_level(2)
+    expected = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=24, **OPTIONS)
+    found = decoder.generate(first.sequences, past_key_values=drafted.past_key_values, max_new_tokens=24, **OPTIONS)
+    assert torch.equal(found, expected)
+
+
 def test_a_recorded_step_never_waits_for_a_value(kind, adapter_model, watched_recording):
     model = converted(adapter_model, kind, level=2)
     options = {"attention_mask": MASK, "max_new_tokens": 24, **OPTIONS}

@@ -70,6 +70,20 @@ def test_greedy_texts_and_guesses_are_those_of_generate_alone(tiny_model, adapte
     assert right > 0
 
 
+@pytest.mark.parametrize("unit", UNITS)
+def test_drafts_that_are_longer_than_the_window(tiny_model, adapter_model, unit):
+    """Places of a window of which several guesses would take the same one."""
+    model = adapter_model(tiny_model("llama"), **{"window_size": 4, "sink_tokens": 2} | UNITS[unit])
+    wanted, right = [(prompt, 25) for prompt in prompts(3)], 0
+    for level, draft in ((0, 2), (1, 3), (3, 4)):
+        engine = Engine(model, level, options(draft_level=draft, draft_tokens=6))
+        ears = texts(engine, wanted)
+        assert [ear.tokens for ear in ears] == [alone(model, prompt, tokens, level) for prompt, tokens in wanted]
+        assert (engine.drafts.drafted, engine.drafts.accepted) == of_generate(model, wanted, level, draft, 6)[1:]
+        right += engine.drafts.accepted
+    assert right > 0
+
+
 @pytest.mark.parametrize("unit", ["layers", "heads"])
 def test_recorded_steps_look_at_no_value(tiny_model, adapter_model, unit, watched_recording):
     model = adapter_model(tiny_model("llama"), **UNITS[unit])

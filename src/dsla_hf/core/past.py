@@ -43,10 +43,14 @@ def clone_state(state: DualState) -> DualState:
     return DualState(*(x.clone() for x in state))
 
 
-def changes_window_alone(before: int, tokens: int, window_size: int, sink_tokens: int, states: bool = True) -> bool:
+def changes_window_alone(before: int, tokens: int, written: int, window_size: int, sink_tokens: int, states: bool = True) -> bool:
     """Whether so many tokens behind `before` real ones change places of the window and nothing else: no sinks, and no block for the states,
-    if there are any."""
-    if not window_size or before < sink_tokens:
+    if there are any.
+
+    written: places of the window that are written, `tokens` or more, as they were where no token comes: one each, so that a window has as
+        many at least.
+    """
+    if written > window_size or before < sink_tokens:
         return False
     block = window_size // 2  # as in `Past.held`
     return not states or max((before + tokens) // block, 1) == max(before // block, 1)

@@ -98,6 +98,7 @@ class DraftSpace:
         core = next(level.core for level in draft if level.part is not False)
         self.window, self.sinks, self.has_states = core.window_size, core.sink_tokens, core.states
         self.spoilt = False  # whether guesses have changed more than places of the window
+        self.counts_text = True  # whether all states of the checking level begin where the text does
         # Of each converted layer the tokens that its states have seen, without padding and with it.
         self.counts = torch.zeros(len(self.converted), 2, dtype=torch.long, device=device)
         self.cache = StaticCache(config=config, max_cache_len=space.length)
@@ -141,6 +142,9 @@ class DraftSpace:
         self.folded_tokens, self.padding, self.spoilt = 0, padding, False
         for x in (self.folded, self.real):
             x.zero_()
+        # A raise within a text begins the states of a layer that slides with the first token that it still has.
+        lengths = [layer.states.state.lengths for layer in self.committed] if self.space.windows else []
+        self.counts_text = not lengths or bool((torch.cat(lengths) == self.space.read - padding).all())
 
     def read(self, tokens: int, mask: Tensor | None) -> None:
         """Fold the text from where the states are up to so many tokens, of any number; mask `[1, T]`, None without padding."""
@@ -179,8 +183,9 @@ class DraftSpace:
             self.space.counts.add_(self.count)
 
     def within_block(self, tokens: int) -> bool:
-        """Whether so many tokens behind those that are folded change nothing but places of the window."""
-        return changes_window_alone(self.folded_tokens - self.padding, tokens, self.window, self.sinks, self.has_states)
+        """Whether so many tokens behind those that are folded change nothing but places of the window, which lie as the text counts."""
+        before, shape = self.folded_tokens - self.padding, (self.window, self.sinks, self.has_states)
+        return self.counts_text and changes_window_alone(before, tokens, self.longest + 1, *shape)
 
     def _slots(self) -> Tensor:
         """Where `longest` + 1 tokens behind those that are folded lie in a window."""

@@ -3,11 +3,14 @@
 Above the few rows that have kernels of their own, a step multiplies by cuBLAS, where every product has a beginning and an end that leave
 processors idle: queries, keys and values in one, and gate and up in one, spare three of seven a layer. Modules and parameters stay what
 they are: their parameters become views of one tensor. Whoever moves one away gets separate products again, for places are looked at anew.
+In a state dict each has a storage of its own, over the same memory: those who write files take tensors of one storage for tied weights, and
+leave all but the first out (accelerate) or refuse them (`safetensors.torch.save_model`).
 """
 
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -24,6 +27,8 @@ logger = logging.getLogger(__name__)
 # Of modules by the names of their children: those that read the same x.
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
+_told_apart: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers whose tensors are, in state dicts
+
 
 @torch.no_grad()
 def join_weights(model: nn.Module) -> int:
@@ -39,6 +44,10 @@ def join_weights(model: nn.Module) -> int:
             layers: list[Any] = [children.get(name) for name in names]
             if not (all(is_plain(layer) for layer in layers) and _alike([x.weight for x in layers])):
                 continue
+            for layer in layers:
+                if layer not in _told_apart:
+                    _told_apart.add(layer)
+                    layer.register_state_dict_post_hook(_tell_apart)
             try:
                 _join([x.weight for x in layers])
                 if all(x.bias is not None for x in layers) and _alike([x.bias for x in layers]):
@@ -81,6 +90,17 @@ def _alike(parameters: list[Any]) -> bool:
         not x.is_meta and not x.is_inference() and x.is_contiguous() and x.untyped_storage().nbytes() == x.numel() * x.element_size()
         for x in parameters
     )
+
+
+def _tell_apart(layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+    """A hook of state dicts: the layer's tensors, where they are parts of a storage, get one of their own that is this part."""
+    for name in ("weight", "bias"):
+        x = state_dict.get(prefix + name)
+        if type(x) is not Tensor or x.is_meta or not x.is_contiguous() or x.untyped_storage().nbytes() == x.nbytes:
+            continue
+        start = x.storage_offset() * x.element_size()
+        part = x.untyped_storage()[start : start + x.nbytes]
+        state_dict[prefix + name] = x.new_empty(0).set_(part, 0, x.shape, x.stride())
 
 
 def _join(parameters: list[Any]) -> None:

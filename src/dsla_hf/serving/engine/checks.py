@@ -102,7 +102,7 @@ class Checks:
         self.kept[:rows].copy_(sent(torch.tensor(counts), self.kept.device))
         core = layers[0].core
         shape = core.window_size, core.sink_tokens, core.states
-        in_window = all(changes_window_alone(before, count, *shape) for before, count in zip(self._before, counts, strict=True))
+        in_window = all(changes_window_alone(before, count, width, *shape) for before, count in zip(self._before, counts, strict=True))
 
         def take_in() -> None:
             slots, new = self.inputs[:rows, 0], torch.arange(width, device=self.kept.device) < self.kept[:rows, None]

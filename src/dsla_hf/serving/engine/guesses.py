@@ -160,7 +160,7 @@ class LevelGuesses:
         self.made.zero_()
 
     def _in_window(self, before: int, tokens: int) -> bool:
-        return changes_window_alone(before, tokens, *self.memory.shape)
+        return changes_window_alone(before, tokens, self.longest + 1, *self.memory.shape)
 
     def _placed(self, requests: Sequence[Request]) -> list[_Draft]:
         """The drafts of these texts, in slots of their own."""
