@@ -17,6 +17,7 @@ import argparse
 import gc
 import json
 import math
+import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -41,7 +42,7 @@ from dsla_hf.levels.policies import Policy
 from dsla_hf.serving.engine.engine import Engine, EngineOptions
 from dsla_hf.serving.engine.graphs import piece_sizes
 from dsla_hf.serving.engine.request import Event, Request, Sampling
-from dsla_hf.serving.engine.runner import ModelRunner, Running
+from dsla_hf.serving.engine.runner import ROW, ModelRunner, Running, in_whole_rows
 from dsla_hf.serving.replay.client import Outcome, summarize
 from dsla_hf.serving.replay.trace import TracedRequest, read_trace, scaled
 
@@ -58,13 +59,16 @@ SETTINGS: dict[str, Sequence[Any]] = {
     "first_target": (0.25, 0.5, None),  # of that of the first
     "step": (4, 8, 16, 32),
     "cool_down": (0.5, 1.0, 5.0),
+    "packing": ("none", "level 0", "any level"),
+    "pinned": (0.1, 0.5),
 }
 FORECAST = ["mix", "policy", "requests/s", "requests", "latency, s", "token P95, ms", "first token P95, s", "mean level"]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Those of a server under `load`, as eval/serving.py has them; targets are shares of the objectives, None for none."""
+    """Those of a server under `load`, as eval/serving.py has them; targets are shares of the objectives, None for none. The last two
+    say what the engine and its requests do."""
 
     chunk: int = 2048
     prompt_share: float = 0.4
@@ -77,6 +81,8 @@ class Settings:
     step: int = 16
     cool_down: float = 1.0
     max_level: int = 32
+    packing: str = "level 0"  # at which levels a call reads pieces of several prompts
+    pinned: float = 0.0  # share of the requests that keep a level of their own, drawn of those that calls are recorded for
 
 
 DEFAULTS = Settings(1024, 0.4, 32, 50, 1024, None, None, None, 4, 5.0, 24)  # of `dsla serve`
@@ -93,18 +99,39 @@ class Clock:
 
 
 class CostRunner(ModelRunner):
-    """Model calls that take their time, and say that token 0 comes next."""
+    """Model calls that take their time, and say that token 0 comes next. `packing` as in `Settings`."""
 
-    def __init__(self, levels: Any, memory: Any, costs: StepCosts, clock: Clock, chunk: int):
+    def __init__(self, levels: Any, memory: Any, costs: StepCosts, clock: Clock, chunk: int, packing: str):
         super().__init__(levels, memory)
-        self.costs, self.clock, self.sizes = costs, clock, piece_sizes(chunk)
+        self.costs, self.clock, self.sizes, self.packing = costs, clock, piece_sizes(chunk), packing
+        self.sizes_together = [size for size in self.sizes if size % ROW == 0 and size > ROW]
         self.logits = torch.zeros(memory.num_slots, levels.causal_lm.config.vocab_size)
         self.decoding = self.padding = 0.0  # seconds of all steps, and those that rows between texts took
+        self.apart = 0.0  # seconds of these that steps of texts of several levels took, beyond what a call for all would
+        self.read = self.packed = 0  # pieces of prompts, and those that shared a call
+        self._step: list[tuple[int, int, int, int, float]] = []  # level, texts, tokens, highest slot and seconds of each call of a step
 
     def prefill(self, request: Request, tokens: int) -> Tensor:
-        padded = next((size for size in self.sizes if size >= tokens), tokens)
-        self.clock.now += self.costs.piece(request.level, request.cached, padded)
+        self.clock.now += self.costs.piece(request.level, request.cached, self._size(self.sizes, tokens))
+        self.read += 1
         return self.logits[0]
+
+    def room_together(self, level: int) -> int:
+        packs = self.packing == "any level" or (self.packing == "level 0" and not self.levels.converted(level))
+        return max(self.sizes_together, default=0) if packs else 0
+
+    def prefill_together(self, pieces: Sequence[tuple[Request, int]]) -> Tensor:
+        rows = [(request.cached, in_whole_rows(tokens)) for request, tokens in pieces]
+        wanted = sum(tokens for _, tokens in rows)
+        rows.append((0, self._size(self.sizes_together, wanted) - wanted))  # rows that nobody reads, as such of a text that begins
+        self.clock.now += self.costs.pieces(pieces[0][0].level, rows)
+        self.read += len(pieces)
+        self.packed += len(pieces)
+        return self.logits[: len(pieces)]
+
+    @staticmethod
+    def _size(sizes: Sequence[int], tokens: int) -> int:
+        return next((size for size in sizes if size >= tokens), tokens)
 
     def decode(self, level: int, requests: Sequence[Running]) -> Tensor:
         span = max(request.slot for request in requests if request.slot is not None) + 1
@@ -113,7 +140,26 @@ class CostRunner(ModelRunner):
         self.decoding += found
         self.padding += found - least
         self.clock.now += found
+        self._step.append((level, len(requests), tokens, span, found))
         return self.logits[: len(requests)]
+
+    def step_ends(self) -> None:
+        """A step of the engine is over."""
+        calls, self._step = self._step, []
+        if len(calls) > 1:
+            rows = min(power_of_two(max(span for *_, span, _ in calls)), self.memory.num_slots)
+            together = self.costs.decode_together([call[:3] for call in calls], rows)
+            self.apart += max(sum(seconds for *_, seconds in calls) - together, 0.0)
+
+    @property
+    def apart_share(self) -> float:
+        """Of the time of steps, what a call for each level takes beyond the least that one for all would."""
+        return self.apart / self.decoding if self.decoding else 0.0
+
+    @property
+    def packed_share(self) -> float:
+        """Of the pieces of prompts, those that shared a call."""
+        return self.packed / self.read if self.read else 0.0
 
     @property
     def padding_share(self) -> float:
@@ -149,17 +195,21 @@ class Simulation:
             prefix_reuse=False,  # random prompts share none
         )
         engine = Engine(self.model, policy, options, eos_tokens=set(), clock=clock)
-        engine.runner = CostRunner(engine.levels, engine.memory, self.costs, clock, settings.chunk)
+        engine.runner = CostRunner(engine.levels, engine.memory, self.costs, clock, settings.chunk, settings.packing)
         self._cost_folds(engine, clock)
+        draws = random.Random(0)
         waiting = scaled(requests, 1.0, max_length=self.max_tokens)[::-1]
         texts: list[tuple[TracedRequest, Request]] = []
         while waiting or engine.busy:
             while waiting and waiting[-1].at <= clock.now:
                 traced = waiting.pop()
-                texts.append((traced, engine.submit([0] * traced.prompt, traced.generated, _nobody, Sampling(temperature=0.0))))
+                level = draws.choice(engine.pinnable) if draws.random() < settings.pinned else None
+                text = engine.submit([0] * traced.prompt, traced.generated, _nobody, Sampling(temperature=0.0), level=level)
+                texts.append((traced, text))
             if engine.busy:
                 before = clock.now
                 engine.step()
+                engine.runner.step_ends()
                 if clock.now == before and engine.scheduler.waiting:
                     clock.now += IDLE_STEP
             elif waiting:
@@ -258,7 +308,7 @@ class Work:
             "meets": within(summary, self.options.slo_first, objective),
             "mean_level": mean_level(tokens),
             "changes": engine.control.count,
-            "padding_share": engine.runner.padding_share,
+            **{name: getattr(engine.runner, name) for name in ("padding_share", "apart_share", "packed_share")},
         }
 
 
@@ -306,7 +356,10 @@ def choose(work: Work) -> None:
             beside = found[options.compared_rate]
             return {
                 "highest_rate": best,
-                **{part: beside[part] for part in ("latency", "first_token", "per_token", "mean_level", "changes")},
+                **{
+                    part: beside[part]
+                    for part in ("latency", "first_token", "per_token", "mean_level", "changes", "packed_share", "apart_share")
+                },
             }
 
         key = {"part": "choose", "mix": mix, "setting": name, "value": value, "requests": options.requests, "at": options.compared_rate}
@@ -370,6 +423,27 @@ def padding(rows: list[dict[str, Any]]) -> str:
     return f"Padding between texts, a row of it taken for a text, costs (median and range) {' and '.join(parts)}."
 
 
+def calls(rows: list[dict[str, Any]]) -> str:
+    """How often prompts shared a call, and what calls for several levels cost, in two sentences."""
+    shared = [row["forecast"]["packed_share"] for row in rows if row["policy"] == "fixed"]
+    apart = [row["forecast"]["apart_share"] for row in rows if row["policy"] == "load"]
+    sentences = []
+    if shared:
+        sentences.append(
+            f"At level 0 {median(shared):.0%} of the pieces of prompts shared a call ({min(shared):.0%} to {max(shared):.0%})."
+        )
+    if apart:
+        sentences.append(
+            f"Under `load` calls of a second level in a step took {median(apart):.1%} of the time of steps "
+            f"({min(apart):.1%} to {max(apart):.1%}) beyond the least that one call for both would take."
+        )
+    return " ".join(sentences)
+
+
+def told_of(rows: list[dict[str, Any]]) -> str:
+    return " ".join((errors(rows), padding(rows), calls(rows)))
+
+
 def choose_table(rows: list[dict[str, Any]]) -> str:
     lines = [
         {
@@ -382,6 +456,8 @@ def choose_table(rows: list[dict[str, Any]]) -> str:
             "first token P95, s": row["first_token"]["p95"],
             "mean level": row["mean_level"],
             "changes": row["changes"],
+            "pieces that shared a call": f"{row['packed_share']:.0%}",
+            "second calls": f"{row['apart_share']:.1%}",
         }
         for row in rows
     ]
@@ -394,7 +470,7 @@ def page_parts(found: dict[str, Any]) -> dict[str, str]:
     forecasts, chosen = ([row for row in rows if row["part"] == part] for part in ("forecast", "choose"))
     costs = rows_table(found["costs"], list(found["costs"][0]))
     about = f"{found['shape']}, times of {', '.join(found['files'])}; `{found['command']}`"
-    parts = {"costs": f"{about}\n\n{costs}", "forecast": f"{errors(forecasts)} {padding(forecasts)}\n\n{forecast_table(forecasts)}"}
+    parts = {"costs": f"{about}\n\n{costs}", "forecast": f"{told_of(forecasts)}\n\n{forecast_table(forecasts)}"}
     return {**parts, "settings": choose_table(chosen)} if chosen else parts
 
 

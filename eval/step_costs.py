@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -71,8 +72,25 @@ class StepCosts:
 
     def piece(self, level: int, start: int, tokens: int) -> float:
         """So many tokens of a prompt behind `start` others; at least what a step of one row takes, which reads all weights."""
-        cost = {known: max(between(x, start + tokens) - between(x, start), self.steps[known][0][1]) for known, x in self.reading.items()}
-        return self._between(cost, level)
+        return self.pieces(level, [(start, tokens)])
+
+    def pieces(self, level: int, pieces: Sequence[tuple[int, int]]) -> float:
+        """Pieces of several prompts in a call, (tokens before it, its tokens) of each: together what a prompt is longer in by each, and
+        weights are read once."""
+        shares = {
+            known: sum(between(x, start + tokens) - between(x, start) for start, tokens in pieces) for known, x in self.reading.items()
+        }
+        return self._between({known: max(share, self.steps[known][0][1]) for known, share in shares.items()}, level)
+
+    def decode_together(self, levels: Sequence[tuple[int, int, int]], rows: int) -> float:
+        """The least that one step of texts of several levels would take, (level, texts, cached tokens) of each: linear layers have all
+        `rows` at once, attention is that of each level's texts. Launches that attention of two kinds needs more are not in it."""
+        texts = sum(count for _, count, _ in levels)
+        return sum((self.decode(level, rows, 0) * count / texts + self.cached(level, tokens)) for level, count, tokens in levels)
+
+    def cached(self, level: int, tokens: int) -> float:
+        """What so many cached tokens add to a step."""
+        return self._between({known: seconds * tokens for known, seconds in self.per_token.items()}, level)
 
     def fold(self, layers: int, tokens: int) -> float:
         """That so many layers go over, of texts that have so many tokens in all."""

@@ -61,6 +61,11 @@ def test_costs_between_what_was_measured(script, files, costs):
     assert costs.piece(0, 2048, 6144) == pytest.approx(0.2) and costs.piece(0, 0, 1024) == pytest.approx(0.025)
     assert costs.piece(0, 0, 16) == 0.004, "all weights are read"
     assert costs.piece(0, 32768, 24576) == pytest.approx(1.75), "straight on beyond the longest"
+    assert costs.pieces(0, [(0, 1024), (2048, 6144)]) == pytest.approx(0.025 + 0.2), "each what its own prompt is longer in"
+    assert costs.pieces(0, [(0, 64)] * 2) == 0.004 < 2 * costs.piece(0, 0, 64), "weights are read once"
+    together = costs.decode_together([(0, 1, 1000), (32, 3, 5000)], 4)
+    assert together == pytest.approx((costs.decode(0, 4, 0) + 3 * costs.decode(32, 4, 0)) / 4 + 1e-4)
+    assert together < costs.decode(0, 1, 1000) + costs.decode(32, 4, 5000)
     assert costs.fold(16, 3000) == pytest.approx(16 * (2e-4 + 3e-4))
     with pytest.raises(ValueError, match="no rows of the part growth for llama3-8b"):
         script.StepCosts.read("llama3-8b", files / "inference.json", files / "raises.json")
@@ -102,6 +107,30 @@ def test_rows_between_texts_are_counted(script, costs, simulation):
     longer = sum(costs.decode(0, 2, 101 + n) - costs.decode(0, 1, 101 + n) for n in range(2, 8))
     assert shares[0] * simulation.run(both, FixedLevel(0), settings)[1].runner.decoding == pytest.approx(longer)
     assert shares[1] == 0
+
+
+@pytest.mark.parametrize("level", [0, 32])
+def test_prompts_that_wait_together_share_calls(script, costs, simulation, level):
+    """Three prompts that come at once, of 300 tokens in whole rows of 64: one call at level 0, which is padded to a recorded size."""
+    requests, found = [TracedRequest(0.0, tokens, 1) for tokens in (100, 60, 70)], {}
+    for packing in ("none", "level 0", "any level"):
+        outcomes, engine = simulation.run(requests, FixedLevel(level), script.Settings(max_level=level, packing=packing))
+        found[packing] = max(outcome.first_token for outcome in outcomes), engine.runner.packed_share
+    apart = sum(costs.piece(level, 0, tokens) for tokens in (128, 64, 128))
+    together = costs.pieces(level, [(0, 128), (0, 64), (0, 128), (0, 512 - 320)])
+    assert found["none"] == (pytest.approx(apart), 0) and found["any level"] == (pytest.approx(together), 1)
+    assert found["level 0"] == found["any level" if level == 0 else "none"]
+
+
+def test_the_price_of_calls_of_several_levels_is_counted(script, costs, simulation):
+    requests = [TracedRequest(0.05 * n, 100, 40) for n in range(12)]
+    policy, settings = FixedLevel(32), script.Settings(slots=8)
+    (_, alike), (_, mixed) = (simulation.run(requests, policy, script.replace(settings, pinned=pinned)) for pinned in (0.0, 1.0))
+    assert alike.runner.apart_share == 0, "all texts have the one level of this server"
+    assert mixed.runner.apart_share == 0, "also where each says so"
+    load = Load(queue_depth=10**6, waiting_prompt=10**6, cool_down=0.1, step=16, max_level="100%")
+    shares = [simulation.run(requests, load, script.replace(settings, pinned=pinned))[1].runner.apart_share for pinned in (0.0, 1.0)]
+    assert shares[0] == 0 < shares[1] < 1
 
 
 def measured_run(script, policy, rate, **more):

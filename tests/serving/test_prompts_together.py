@@ -165,10 +165,68 @@ def test_draws_are_those_of_texts_alone(tiny_model, small_rows):
     assert all(first.tokens == second.tokens and first.tokens for first, second in texts.values())
 
 
-def test_an_error_is_of_all_in_the_call_and_a_lack_of_memory_of_the_newest(tiny_model, small_rows, monkeypatch):
+def test_of_a_call_that_fails_each_text_is_tried_alone_once(tiny_model, small_rows):
+    """What makes calls fail is the second of three texts, whether it is read with others or alone."""
     model = tiny_model("llama")
     wanted = [(prompt, 3) for prompt in prompts(3, 3, 9, seed=4)]
-    for error in (RuntimeError("broken"), torch.OutOfMemoryError("CUDA out of memory")):
+    engine = Engine(model, 0, options(slots=4, chunk=32))
+    one, several = engine.runner.prefill, engine.runner.prefill_together
+    error, tried = RuntimeError("broken"), []
+
+    def of(pieces):
+        tried.append([request.number for request, _ in pieces])
+        if ears[1].request.number in tried[-1]:
+            raise error
+
+    def alone_of(request, tokens):
+        of([(request, tokens)])
+        return one(request, tokens)
+
+    def together(pieces):
+        of(pieces)
+        return several(pieces)
+
+    engine.runner.prefill, engine.runner.prefill_together = alone_of, together
+    ears = ask(engine, wanted)
+    run(engine)
+    numbers = [ear.request.number for ear in ears]
+    assert tried == [numbers, *([number] for number in numbers)]
+    assert ears[1].error is error and not ears[1].tokens
+    assert [ears[n].tokens for n in (0, 2)] == expected(model, [wanted[0], wanted[2]], None)
+    assert engine.health.failed_steps == 2 and engine.problem is None and engine.finished["error"] == 1
+    assert_empty(engine)
+
+
+def test_a_call_that_fails_once_ends_no_text(tiny_model, small_rows, monkeypatch):
+    """Also if the error comes when first tokens are chosen; later texts share calls again."""
+    model = tiny_model("llama")
+    wanted = [(prompt, 3) for prompt in prompts(3, 3, 9, seed=4)]
+    for what in ("runner.prefill_together", "next_tokens"):
+        engine = Engine(model, 0, options(slots=4, chunk=32))
+        owner, name = (engine.runner, "prefill_together") if "." in what else (engine, what)
+        real, failed = getattr(owner, name), []
+
+        def fail(*args, real=real, failed=failed):
+            if not failed:
+                failed.append(True)
+                raise RuntimeError("broken")
+            return real(*args)
+
+        monkeypatch.setattr(owner, name, fail)
+        ears = ask(engine, wanted)
+        run(engine)
+        assert failed and [ear.tokens for ear in ears] == expected(model, wanted, None)
+        calls = watch(engine)
+        ears = ask(engine, [(prompt[::-1], tokens) for prompt, tokens in wanted])
+        run(engine)
+        assert len(calls[0]) == 3 and not any(ear.error for ear in ears)
+        assert_empty(engine)
+
+
+def test_lack_of_memory_is_of_the_newest_and_what_stays_with_the_device_of_all(tiny_model, small_rows, monkeypatch):
+    model = tiny_model("llama")
+    wanted = [(prompt, 3) for prompt in prompts(3, 3, 9, seed=4)]
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: device-side assert triggered")):
         engine = Engine(model, 0, options(slots=4, chunk=32))
         real, failed = engine.runner.prefill_together, []
 
@@ -185,7 +243,7 @@ def test_an_error_is_of_all_in_the_call_and_a_lack_of_memory_of_the_newest(tiny_
             assert isinstance(ears[2].error, ShedForMemory) and engine.chunk == 16
             assert [ear.tokens for ear in ears[:2]] == expected(model, wanted[:2], None)
         else:
-            assert all(ear.error is error for ear in ears)
+            assert all(ear.error is error for ear in ears) and engine.health.fatal
         assert_empty(engine)
 
 

@@ -30,7 +30,7 @@ from ..control import LevelControl
 from .buckets import TOKEN_SECONDS, Buckets
 from .drafts import Drafts, Round, check_draft_level, drafts_of
 from .graphs import GraphRunner
-from .health import Health
+from .health import Health, is_sticky
 from .levels import Levels
 from .plan import Arrival, OneProcess, Plan
 from .pool import OutOfBlocks
@@ -753,10 +753,10 @@ class Engine:
         if not piece.keeps or piece.tokens == piece.request.unread:
             unread.popleft()
         level, pieces = piece.request.level, [piece]
-        room = 0 if self.options.batch_invariant or piece.request.scores_prompt else self.runner.room_together(level)
+        room = self.runner.room_together(level) if self._may_share(piece.request) else 0
         room, budget = room - in_whole_rows(piece.tokens), budget - piece.tokens
         known = set(self._blocks_of(piece))
-        while unread and room > 0 and budget > 0 and unread[0].level == level and not unread[0].scores_prompt:
+        while unread and room > 0 and budget > 0 and unread[0].level == level and self._may_share(unread[0]):
             piece = self._next_piece(unread[0], min(budget, room))
             # What begins with a block that this very call reads is read after it, and finds it.
             if piece is None or not known.isdisjoint(self._blocks_of(piece)):
@@ -766,6 +766,10 @@ class Engine:
             room, budget = room - in_whole_rows(piece.tokens), budget - piece.tokens
             unread.popleft()
         return pieces
+
+    def _may_share(self, request: Request) -> bool:
+        """Whether a call that reads a prompt may read others, too."""
+        return not (self.options.batch_invariant or request.scores_prompt or request.reads_alone)
 
     def _next_piece(self, request: Request, budget: int) -> Piece | None:
         """What to read of a prompt now; None if of so many tokens nothing can be."""
@@ -802,7 +806,10 @@ class Engine:
                     logits = torch.stack([logits[number] for number in done])
                 chosen = dict(zip(done, self._chosen(logits, [requests[number] for number in done]), strict=True))
         except Exception as error:
-            self._failed(requests, error)
+            if len(pieces) > 1 and self.processes.size == 1 and not (out_of_memory(error) or is_sticky(error)):
+                self._try_alone(requests, error)
+            else:
+                self._failed(requests, error)
             return False
         self.health.succeeded("prefill")
         for number, (request, tokens, first, keeps) in enumerate(pieces):
@@ -977,6 +984,14 @@ class Engine:
                 self._begin_anew(request)
         if (higher := self.control.from_here()[1:]) and self.old_level is None:
             self._change_level(higher[0], "out of memory")
+
+    def _try_alone(self, requests: list[Request], error: Exception) -> None:
+        """A call that read pieces of several prompts went wrong, and does not say because of which: from now on each is read alone, where
+        an error is its own."""
+        self.health.failed("prefill", error)
+        logger.error("a call with pieces of %d prompts failed: each is read alone now", len(requests), exc_info=error)
+        for request in requests:
+            request.reads_alone = True
 
     def _begin_anew(self, request: Request) -> None:
         """What is cached of a text is worthless: it is read again, into blocks that no other text sees."""

@@ -49,7 +49,8 @@ class Request:
     scored: of the prompt, where its log-probabilities are asked for: of each piece that was read its end and what `tokens.scored` gave.
     prompt_logprobs: until they have been told. keys: hashes of the text's whole blocks, see `extend_keys`. history: the levels its cached
         tokens were read at. given: of these the first ones, that another text had read; reused: as many of the prompt.
-        published: whole blocks that others may find. Times are of the engine's clock.
+        published: whole blocks that others may find. reads_alone: in calls that read no other prompt, for one that did has
+        failed. Times are of the engine's clock.
     """
 
     prompt: list[int]
@@ -79,6 +80,7 @@ class Request:
     given: int = 0
     reused: int = 0
     published: int = 0
+    reads_alone: bool = False
     seed: int = field(init=False)
 
     def __post_init__(self) -> None:
