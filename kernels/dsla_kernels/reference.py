@@ -576,7 +576,7 @@ def softmax_decode(
     Args:
         q: `[B, queries, Hq, K]`.
         keys, values: `[B, Hkv, T, K]` and `[B, Hkv, T, V]`, a row's tokens from its start on; or, with a block table, a pool
-            `[blocks, block_size, Hkv, K]` and `[..., V]`. Of q's dtype, or both in fp8 (`torch.float8_e4m3fn`), which stands for what it is.
+            `[blocks, block_size, Hkv, K]` and `[..., V]`. Of q's dtype, or both in fp8 (`torch.float8_e4m3fn`).
         lengths: int `[B]`, tokens of each row, those of the queries included; what lies behind them is not read.
         scale: of the scores; `K ** -0.5` when None.
         softcap, sink_logits `[Hq]`: see `dual_state_window_attention`.

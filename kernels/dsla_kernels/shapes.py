@@ -56,8 +56,8 @@ Tables = tuple[tuple[Argument, ...], tuple[Argument, ...]]
 
 def table(lines: Mapping[str, str]) -> tuple[Argument, ...]:
     """Reads lines `dimensions; rule; ...` by name of the argument. Rules: dtypes (`fp32, bf16 or fp16`, `floating-point`, `as q`,
-    `as q or fp8`), `optional` (may be None), `dense` (its last dimension), `in place` (contiguous), `rows` (what each entry of its first dimension holds is
-    contiguous); `(words)` are added to messages.
+    `as q or fp8`), `optional` (may be None), `dense` (its last dimension), `in place` (contiguous), `rows` (what each entry of its first
+    dimension holds is contiguous); `(words)` are added to messages.
 
     Raises:
         ValueError: names a rule that there is not.

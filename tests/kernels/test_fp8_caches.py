@@ -150,7 +150,7 @@ def test_other_dtypes_are_named():
         with pytest.raises(ValueError, match="q must be floating-point"):
             run(to_fp8(q), keys, values, lengths)
     k, v = random(1, 2, 1, 32), random(1, 2, 1, 32)
-    with pytest.raises(ValueError, match="values must be torch.float32 or torch.float8_e4m3fn"):
+    with pytest.raises(ValueError, match=r"values must be torch.float32 or torch.float8_e4m3fn"):
         softmax.append(keys, values.to(torch.float16), k, v, lengths)
 
 

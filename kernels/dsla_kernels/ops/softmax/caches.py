@@ -69,12 +69,10 @@ def _append_kernel(
     held = held.to(tl.int64)
     place = tl.load(places + row).to(tl.int64)
     channel = tl.arange(0, BD)
-    key = tl.load(k + row * k_b + head * k_h + channel, mask=channel < K)
-    tl.store(keys + row * keys_b + held * keys_h + place * keys_t + channel, held_as(key, keys.dtype.element_ty), mask=channel < K)
-    value = tl.load(v + row * v_b + head * v_h + channel, mask=channel < V)
-    tl.store(
-        values + row * values_b + held * values_h + place * values_t + channel, held_as(value, values.dtype.element_ty), mask=channel < V
-    )
+    key = held_as(tl.load(k + row * k_b + head * k_h + channel, mask=channel < K), keys.dtype.element_ty)
+    tl.store(keys + row * keys_b + held * keys_h + place * keys_t + channel, key, mask=channel < K)
+    value = held_as(tl.load(v + row * v_b + head * v_h + channel, mask=channel < V), values.dtype.element_ty)
+    tl.store(values + row * values_b + held * values_h + place * values_t + channel, value, mask=channel < V)
     if count is not None:  # noqa: SIM102 (known at compile time, the other is not)
         if tl.program_id(0) == 0:
             tl.store(count, tl.load(count) + 1)

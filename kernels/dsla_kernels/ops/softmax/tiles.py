@@ -25,7 +25,7 @@ def load_tokens(cache, block, inside, visible, block_stride, token_stride, colum
 @triton.jit
 def held_as(x, DTYPE: tl.constexpr):
     """x as a cache of a dtype holds it, see `narrow.stored`."""
-    if DTYPE == tl.float8e4nv:
+    if DTYPE.is_fp8e4nv():
         x = tl.clamp(x.to(tl.float32), -LARGEST_FP8, LARGEST_FP8, propagate_nan=tl.PropagateNan.ALL)
     return x.to(DTYPE)
 
