@@ -4,10 +4,10 @@
     python eval/against_vllm.py --trace AzureLLMInferenceTrace_conv.csv --quick
     python eval/against_vllm.py --page
 
-Servers are processes, one at a time, and have random weights: `vllm` (bf16) and `vllm-fp8` (keys and values in fp8) are `python -m
-vllm.entrypoints.openai.api_server` with dummy weights, other arms are policies of `eval/random_server.py`: 0, levels in KV heads such as
-kept:10%, and load, each also with keys and values in fp8: 0-fp8, kept:10%-fp8. vLLM may lie elsewhere: `--vllm-python` names an
-interpreter, `--vllm-path` a folder for its PYTHONPATH.
+Servers are processes, one at a time, and have random weights: `vllm` (bf16) and `vllm-fp8` (keys and values in fp8) are
+`python -m vllm.entrypoints.openai.api_server` with dummy weights, other arms are policies of `eval/random_server.py`: 0, levels in KV
+heads such as kept:10%, and load, each also with keys and values in fp8: 0-fp8, kept:10%-fp8. vLLM may lie elsewhere: `--vllm-python`
+names an interpreter, `--vllm-path` a folder for its PYTHONPATH.
 All have prefix caching on, and no two runs of an arm send the same tokens. Measured over HTTP, by the client of `dsla replay`:
 
 - `token`: `--batches` texts at a time behind prompts of `--lengths` tokens: time of a token while all of them are generated;

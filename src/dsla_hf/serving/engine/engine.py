@@ -90,6 +90,7 @@ class EngineOptions:
     slots: texts that run at a time. max_waiting: requests that may wait.
     max_tokens: longest text, prompt included; None: what the model was made for.
     kv_bytes: memory for keys and values; None: what is free on a GPU but for a tenth, half a GiB on a CPU.
+    kv_cache_dtype: "auto", the model's, or "fp8": keys and values of heads that are softmax attention lie in e4m3, see `kv_dtype`.
     block_size: tokens in a block. chunk: prompt tokens read in a step.
     prompt_share: largest share of the time that prompts may take from texts that are being generated: with 0.5 a token takes twice as long
         while prompts are read as without them; with 1 a chunk is read before every token.
@@ -110,7 +111,6 @@ class EngineOptions:
         at their own level.
     draft_level: while few texts run, the model guesses tokens at this level, above that of the texts, and several are checked in one call:
         texts stay what they are. None: it does not. draft_lookup: what followed the same tokens before is guessed.
-    kv_cache_dtype: "auto", or "fp8": keys and values of heads that are softmax attention lie in e4m3, see `kv_dtype`.
     draft_tokens: guesses in a call; None: as many as pay, by measured times. draft_rows: texts that may run while tokens are guessed.
     """
 
