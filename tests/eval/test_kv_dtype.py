@@ -67,9 +67,8 @@ def test_perplexity_is_the_model_s_and_rows_of_other_levels_stay(script, folder)
     )
 
 
-def test_the_page_is_what_would_be_written():
-    with loaded_with("kv_dtype.py", ("reporting",)) as script:
-        assert script.table(script.stored(script.RESULTS)) in script.PAGE.read_text()
+def test_the_page_is_what_would_be_written(script):
+    assert script.table(script.stored(script.RESULTS)) in script.PAGE.read_text()
 
 
 @pytest.mark.parametrize(
