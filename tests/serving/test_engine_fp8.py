@@ -178,8 +178,7 @@ def test_guesses_are_those_of_generate(model, rounded):
     assert [ear.tokens for ear in ears] == [
         out.sequences[0, len(prompt) :].tolist() for out, (prompt, _) in zip(found, wanted, strict=True)
     ]
-    counts = sum(out.drafted for out in found), sum(out.accepted for out in found)
-    assert (engine.drafts.drafted, engine.drafts.accepted) == counts and counts[1] > 0
+    assert engine.drafts.accepted == sum(out.accepted for out in found) > 0, "drafts know the same text"
 
 
 def test_a_prefix_of_a_lower_level_is_a_raise(model, rounded):
