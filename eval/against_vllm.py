@@ -6,7 +6,8 @@
 
 Servers are processes, one at a time, and have random weights: `vllm` (bf16) and `vllm-fp8` (keys and values in fp8) are
 `python -m vllm.entrypoints.openai.api_server` with dummy weights, other arms are policies of `eval/random_server.py`: 0, levels in KV
-heads such as kept:10%, and load. vLLM may lie elsewhere: `--vllm-python` names an interpreter, `--vllm-path` a folder for its PYTHONPATH.
+heads such as kept:10%, and load, each also with keys and values in fp8: 0-fp8, kept:10%-fp8. vLLM may lie elsewhere: `--vllm-python`
+names an interpreter, `--vllm-path` a folder for its PYTHONPATH.
 All have prefix caching on, and no two runs of an arm send the same tokens. Measured over HTTP, by the client of `dsla replay`:
 
 - `token`: `--batches` texts at a time behind prompts of `--lengths` tokens: time of a token while all of them are generated;
@@ -39,7 +40,7 @@ from typing import Any
 
 import httpx
 import torch
-from against_vllm_page import ANCHOR, FP8, PAGE, write_page
+from against_vllm_page import ANCHOR, FP8, NARROW, PAGE, write_page
 from random_server import HOST, SHAPES, config_of
 from reporting import RESULTS, write_results
 from server_process import NotServing, free_port, server_process
@@ -53,7 +54,7 @@ from dsla_hf.serving.replay.trace import TracedRequest, read_trace
 
 PARTS = ("token", "prefill", "mixes")
 SAMPLING = {"greedy": 0.0, "sampled": 1.0}  # temperature
-ARMS = [ANCHOR, FP8, "0", "kept:50%", "kept:25%", "kept:10%", "load"]
+ARMS = [ANCHOR, FP8, "0", f"0{NARROW}", "kept:50%", "kept:25%", "kept:10%", f"kept:10%{NARROW}", "load"]
 # A row replaces an earlier one that is alike in these.
 KEY = ("shape", "arm", "part", "batch", "length", "mix", "sampling", "rate", "setup")
 ALONE = 6  # requests that are measured one at a time
@@ -118,14 +119,18 @@ class Rows:
 # --- what fits ------------------------------------------------------------------------------------------------------------
 
 
+def policy_of(arm: str) -> str:
+    """The policy of our server in this arm, or in its stead."""
+    return "0" if arm in (ANCHOR, FP8) else arm.removesuffix(NARROW)
+
+
 def kept_share(arm: str, config: Any) -> float:
     """Bytes of keys and values of a token, over those of all heads in bf16."""
-    if arm == FP8:
-        return 0.5
-    if arm in (ANCHOR, "load"):  # load begins at level 0
-        return 1.0
+    policy, share = policy_of(arm), 0.5 if arm.endswith(NARROW) else 1.0
+    if policy == "load":  # it begins at level 0
+        return share
     heads = config.num_hidden_layers * config.num_key_value_heads
-    return 1 - parse_level(arm, heads, "head") / heads
+    return share * (1 - parse_level(policy, heads, "head") / heads)
 
 
 def token_bytes(config: Any) -> int:
@@ -138,7 +143,8 @@ def weight_bytes(arm: str, config: Any) -> int:
     """In bf16; with an adapter it has q_proj and o_proj once more."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    own = 0 if arm in (ANCHOR, FP8, "0") else sum(x.numel() for name, x in model.named_parameters() if "q_proj" in name or "o_proj" in name)
+    has_own = policy_of(arm) != "0"
+    own = sum(x.numel() for name, x in model.named_parameters() if has_own and ("q_proj" in name or "o_proj" in name))
     return 2 * (model.num_parameters() + own)
 
 
@@ -208,9 +214,11 @@ class Server:
 
     def own_command(self, port: int) -> list[str]:
         options = self.options
-        policy = "0" if self.arm in (ANCHOR, FP8) else self.arm  # the former in a trial, as stand-ins
+        policy = policy_of(self.arm)
         command = [sys.executable, str(Path(__file__).with_name("random_server.py")), "--shape", self.shape, "--policy", policy]
         sizes = {"port": port, "slots": options.slots, "chunk": options.chunk, "max-tokens": self.longest, "kv-gib": options.kv_gib}
+        if self.arm.endswith(NARROW):
+            sizes["kv-cache-dtype"] = "fp8"
         if policy == "load":  # before the objectives are missed
             target = None if self.target is None else 0.75 * self.target
             sizes |= {"max-level": options.max_level, "first-token-target": options.slo_first / 2, "token-target": target}
@@ -471,7 +479,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one shape, one mix, three rates: less than five minutes")
     parser.add_argument("--trace", help="CSV with the columns of the Azure LLM inference traces")
     parser.add_argument("--shapes", type=listed(str, SHAPES), default=["llama2-7b", "llama3-8b"])
-    parser.add_argument("--arms", type=listed(str), default=ARMS, help=f"{ANCHOR}, {FP8}, 0, levels such as kept:10%%, load")
+    parser.add_argument(
+        "--arms", type=listed(str), default=ARMS, help=f"{ANCHOR}, {FP8}, 0, levels such as kept:10%%, load; these with {NARROW}"
+    )
     parser.add_argument("--parts", type=listed(str, PARTS), default=list(PARTS))
     parser.add_argument("--batches", type=listed(int), default=[1, 16, 64])
     parser.add_argument("--lengths", type=listed(int), default=[2048, 8192, 32768], help="prompts of the part token")

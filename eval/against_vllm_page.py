@@ -11,14 +11,15 @@ from reporting import rows_table
 from dsla_hf.core.files import write_whole
 from dsla_hf.core.plots import figure, mark_measured, mark_plain, save
 
-ANCHOR, FP8 = "vllm", "vllm-fp8"
+ANCHOR, NARROW = "vllm", "-fp8"  # the latter behind the name of an arm whose keys and values are in fp8
+FP8 = f"{ANCHOR}{NARROW}"
 PAGE = Path(__file__).parent.parent / "docs" / "measured" / "against_vllm.md"
 IMAGE = "against_vllm.png"
 HEAD = """# Beside vLLM, measured
 
-The same requests to vLLM and to `dsla serve`, one after the other on one GPU, random weights, over HTTP, prefix caching on. `vllm-fp8`
-has keys and values in fp8; `0` is our engine with the base alone; `kept:10%` keeps a tenth of the KV heads, the others see a window of 512
-tokens; `load` moves between level 0 and `--max-level` as the load asks for. In parentheses: over vLLM's.
+The same requests to vLLM and to `dsla serve`, one after the other on one GPU, random weights, over HTTP, prefix caching on. `-fp8` behind a
+name: keys and values in fp8; `0` is our engine with the base alone; `kept:10%` keeps a tenth of the KV heads, the others see a window of
+512 tokens; `load` moves between level 0 and `--max-level` as the load asks for. In parentheses: over vLLM's.
 
 ```console
 python eval/against_vllm.py --trace AzureLLMInferenceTrace_conv.csv

@@ -23,6 +23,7 @@ from dsla_hf.inference.recorder import CudaRecording
 from dsla_hf.models.configuration import resolve_level
 from dsla_hf.serving.command import ServeOptions, check_address, policy_of, run
 from dsla_hf.serving.engine.engine import Engine, EngineOptions
+from dsla_hf.serving.engine.kv_dtype import KV_CACHE_DTYPES
 from dsla_hf.serving.http.api import ApiOptions
 
 # For a CPU: heads are as large as the least that other servers take there.
@@ -69,6 +70,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt-share", type=float, default=0.4, help="of the time that prompts may take from texts that are generated")
     parser.add_argument("--max-tokens", type=int, help="longest text")
     parser.add_argument("--kv-gib", type=float, help="GiB for keys and values; else what is free")
+    parser.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="of keys and values of kept heads")
     options = parser.parse_args(arguments)
     if options.policy != "load" and (options.max_level or options.first_token_target or options.token_target):
         parser.error(f"--max-level and targets are for --policy load, not {options.policy}: leave them out")
@@ -91,6 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
         max_waiting=10**6,
         max_tokens=options.max_tokens,
         kv_bytes=None if options.kv_gib is None else int(options.kv_gib * 2**30),
+        kv_cache_dtype=options.kv_cache_dtype,
         chunk=options.chunk,
         prompt_share=options.prompt_share,
         max_level=highest,

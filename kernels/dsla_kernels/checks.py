@@ -217,7 +217,12 @@ def check_window_inputs(
 
 
 def _softmax(q: str, keys: str, others: dict[str, str]) -> tuple[Argument, ...]:
-    lines = {"q": f"{q} Hq D; floating-point", "keys": f"{keys} D; as q", "values": f"{keys} V; as q", "lengths": "B; int32 or int64"}
+    lines = {
+        "q": f"{q} Hq D; floating-point",
+        "keys": f"{keys} D; as q or fp8",
+        "values": f"{keys} V; as keys",
+        "lengths": "B; int32 or int64",
+    }
     return table(lines | others)
 
 

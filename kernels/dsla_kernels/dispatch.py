@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import narrow, reference
 from .checks import LARGEST_HEAD, LARGEST_RANK, MOST_ROWS
 
 VARIABLE = "DSLA_KERNELS"
@@ -221,6 +221,8 @@ def append(
         from .ops import softmax
 
         return softmax.append(keys, values, k, v, places, count, heads)
+    k, v = (narrow.bits(narrow.stored(x, cache.dtype)) for x, cache in ((k, keys), (v, values)))
+    keys, values = narrow.bits(keys), narrow.bits(values)
     if heads is not None:
         table, column = heads.long().unbind(1)
         here = column[:, None], places.long()[table]

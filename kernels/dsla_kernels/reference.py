@@ -35,6 +35,7 @@ from .checks import (
     check_window_inputs,
 )
 from .ragged import Rows, rows_from_cu_seqlens
+from .shapes import FP8
 
 CHUNK_SIZE = 64
 
@@ -575,7 +576,7 @@ def softmax_decode(
     Args:
         q: `[B, queries, Hq, K]`.
         keys, values: `[B, Hkv, T, K]` and `[B, Hkv, T, V]`, a row's tokens from its start on; or, with a block table, a pool
-            `[blocks, block_size, Hkv, K]` and `[..., V]`.
+            `[blocks, block_size, Hkv, K]` and `[..., V]`. Of q's dtype, or both in fp8 (`torch.float8_e4m3fn`).
         lengths: int `[B]`, tokens of each row, those of the queries included; what lies behind them is not read.
         scale: of the scores; `K ** -0.5` when None.
         softcap, sink_logits `[Hq]`: see `dual_state_window_attention`.
@@ -599,6 +600,8 @@ def softmax_decode(
     seen = window, block_table, mask, heads, starts, sink_tokens, whole_heads
     check_softmax_decode_inputs(q, keys, values, lengths, softcap, sink_logits, *seen)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if keys.dtype == FP8:
+        keys, values = keys.to(dtype), values.to(dtype)
     if block_table is not None:
         blocks = block_table.long().clamp(0, keys.shape[0] - 1)  # behind a row's length they may be anything
         if heads is None:
@@ -649,7 +652,7 @@ def softmax_prompt(
     Args:
         q: `[B, T, Hq, K]`; query t is that of token `starts + t` and sees the tokens up to itself. Queries behind a row's length are
             padding.
-        keys, values: a pool `[blocks, block_size, Hkv, K]` and `[..., V]`.
+        keys, values: a pool `[blocks, block_size, Hkv, K]` and `[..., V]`, of dtypes as in `softmax_decode`.
         starts: int `[B]`, tokens of each row before the piece.
         lengths: int `[B]`, tokens of each row with it; what lies behind them is not read.
         block_table, scale, window, heads: as in `softmax_decode`.

@@ -4,6 +4,7 @@
         "q": "B 1 Hq K; fp32, bf16 or fp16",
         "k": "B 1 Hkv K; as q",
         "recurrent": "B Hkv 2 K V; fp32; in place",
+        "keys": "B Hkv L K; as q or fp8",
         "lengths": "B; int32 or int64",
         "sink_logits": "Hq; floating-point; optional",
     })
@@ -28,6 +29,7 @@ DTYPES = {
     "uint8": torch.uint8,
     "bool": torch.bool,
 }
+FP8 = torch.float8_e4m3fn  # of keys and values that lie in caches alone: no sums are in it
 NUMBERS = {str(number): number for number in range(10)}  # dimensions of a fixed size
 KERNEL_DTYPES = "fp32, bf16 or fp16"  # that the Triton kernels take
 
@@ -40,7 +42,7 @@ class Argument(NamedTuple):
     new: tuple[tuple[int, str], ...]  # dimensions that this line may be the first to have
     words: str  # of its dtype
     dtypes: tuple[torch.dtype, ...]  # that it may have; none given: any
-    like: str  # the argument whose dtype it has, or ""
+    like: str  # the argument whose dtype it has, or one of `dtypes`; or ""
     optional: bool
     dense: bool  # in the last dimension
     in_place: bool  # contiguous, as it changes
@@ -53,9 +55,9 @@ Tables = tuple[tuple[Argument, ...], tuple[Argument, ...]]
 
 
 def table(lines: Mapping[str, str]) -> tuple[Argument, ...]:
-    """Reads lines `dimensions; rule; ...` by name of the argument. Rules: dtypes (`fp32, bf16 or fp16`, `floating-point`, `as q`),
-    `optional` (may be None), `dense` (its last dimension), `in place` (contiguous), `rows` (what each entry of its first dimension holds is
-    contiguous); `(words)` are added to messages.
+    """Reads lines `dimensions; rule; ...` by name of the argument. Rules: dtypes (`fp32, bf16 or fp16`, `floating-point`, `as q`,
+    `as q or fp8`), `optional` (may be None), `dense` (its last dimension), `in place` (contiguous), `rows` (what each entry of its first
+    dimension holds is contiguous); `(words)` are added to messages.
 
     Raises:
         ValueError: names a rule that there is not.
@@ -89,7 +91,10 @@ def _argument(name: str, line: str, known: set[str]) -> Argument:
             continue
         words = rule
         if rule.startswith("as "):
-            like = rule.removeprefix("as ")
+            like, _, narrow = rule.removeprefix("as ").partition(" or ")
+            dtypes = (FP8,) if narrow == "fp8" else ()
+            if narrow not in ("", "fp8"):
+                raise ValueError(f"{name} has the rule {rule!r}: beside the dtype of {like} a rule of shapes.table knows fp8 alone")
         elif rule == "floating-point":
             dtypes = tuple(dtype for dtype in DTYPES.values() if dtype.is_floating_point)
         else:
@@ -142,9 +147,9 @@ def check(arguments: tuple[Argument, ...], given: Mapping[str, Tensor | None], *
                 raise _misfit(given, argument, x, device, sizes, fixed)
             for place, letter in new:
                 sizes.setdefault(letter, shape[place])
-        if shape != tuple([sizes[letter] for letter in letters]) or x.device != device or (dtypes and x.dtype not in dtypes):
+        if shape != tuple([sizes[letter] for letter in letters]) or x.device != device or (dtypes and not like and x.dtype not in dtypes):
             raise _misfit(given, argument, x, device, sizes, fixed)
-        if like and x.dtype != given[like].dtype:  # type: ignore[union-attr]
+        if like and x.dtype != given[like].dtype and x.dtype not in dtypes:  # type: ignore[union-attr]
             raise _misfit(given, argument, x, device, sizes, fixed)
         if dense and x.stride(-1) != 1:
             raise ValueError(f"{name} must be dense in the last dimension, got strides {x.stride()}; call contiguous() on it")
@@ -168,7 +173,8 @@ def _misfit(
     own = {letter for place, letter in wrong.new if letter not in fixed and fits and sizes[letter] == x.shape[place]}
     shape = ", ".join(letter if letter in own else str(sizes.get(letter, letter)) for letter in wrong.letters)
     like = given[wrong.like] if wrong.like else None
-    must = f"{wrong.words if like is None else like.dtype} [{shape}] on {device}".lstrip()
+    words = wrong.words if like is None else " or ".join(map(str, (like.dtype, *wrong.dtypes)))
+    must = f"{words} [{shape}] on {device}".lstrip()
     note = f"(of the dtype of {wrong.like})" if like is not None and x.dtype != like.dtype else wrong.note
     return ValueError(f"{wrong.name} must be {must}, got {x.dtype} {list(x.shape)} on {x.device} {note}".rstrip())
 

@@ -82,10 +82,23 @@ def test_what_fits(script):
     assert script.token_bytes(config) == 131072 and script.token_bytes(script.config_of("llama2-7b")) == 524288
     assert [script.kept_share(arm, config) for arm in ("vllm", "vllm-fp8", "0", "load")] == [1.0, 0.5, 1.0, 1.0]
     assert script.kept_share("kept:25%", config) == 0.25
+    assert [script.kept_share(arm, config) for arm in ("0-fp8", "load-fp8", "kept:25%-fp8")] == [0.5, 0.5, 0.125]
+    assert script.weight_bytes("kept:10%-fp8", config) == script.weight_bytes("kept:10%", config)
+    assert script.weight_bytes("0-fp8", config) == script.weight_bytes("vllm", config)
     assert 8.0e9 < script.weight_bytes("0", config) / 2 < 8.1e9
     own = script.weight_bytes("kept:10%", config) - script.weight_bytes("vllm", config)
     assert own == 2 * 2 * 32 * 4096 * 4096
     assert script.tokens_wanted(16, 8192, 2048, 128) == 128 + 2 * 64
+
+
+@pytest.mark.parametrize(
+    "arm, policy, narrow", [("0", "0", False), ("0-fp8", "0", True), ("kept:10%-fp8", "kept:10%", True), ("vllm-fp8", "0", True)]
+)
+def test_arms_in_fp8_are_servers_with_it(script, trace_file, tmp_path, arm, policy, narrow):
+    options = script.parse_arguments(arguments(trace_file, tmp_path, "--arms", arm))
+    server = script.Server(options, "small", arm, 256, None, script.Budget(None), script.ExitStack())
+    asked = sys.modules["random_server"].parse_arguments(server.own_command(8001)[2:])
+    assert (asked.policy, asked.kv_cache_dtype) == (policy, "fp8" if narrow else "auto")
 
 
 def test_runs_of_all_arms_send_the_same_and_no_two_runs_do(script):

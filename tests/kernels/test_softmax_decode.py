@@ -421,7 +421,7 @@ WRONG = {
     "no rows": ({name: (lambda x: x[:0]) for name in ("q", "keys", "values", "lengths")}, "no rows"),
     "rows": ({"keys": lambda x: x[:1]}, "keys must be"),
     "three dimensions": ({"values": lambda x: x[0]}, "values must be"),
-    "head size": ({"keys": lambda x: x[..., :16]}, r"keys must be torch.float32 \[2, Hkv, T, 32\]"),
+    "head size": ({"keys": lambda x: x[..., :16]}, r"keys must be torch.float32 or torch.float8_e4m3fn \[2, Hkv, T, 32\]"),
     "tokens": ({"values": lambda x: x[:, :, :5]}, "values must be"),
     "no room": ({"keys": lambda x: x[:, :, :0], "values": lambda x: x[:, :, :0]}, "room"),
     "a dtype each": ({"keys": lambda x: x.half()}, "keys must be torch.float32 .* got torch.float16"),

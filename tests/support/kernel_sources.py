@@ -26,6 +26,7 @@ MODULES = (
     "test_few_rows",
     "test_softmax_decode",
     "test_caches_kernel",
+    "test_fp8_caches",
     "test_pages",
 )
 LAYER = ("attention", "checks", "padding", "past", "precision", "recording", "step")  # modules of dsla_hf.core that call the kernels

@@ -57,6 +57,12 @@ def add_to(commands: Any, name: str) -> None:
     )
     sizes.add_argument("--kv-gib", type=float, metavar="X", help="GiB for keys and values (default: what a GPU has free; 0.5 on a CPU)")
     sizes.add_argument(
+        "--kv-cache-dtype",
+        choices=("auto", "fp8"),
+        default="auto",
+        help="of keys and values of heads that are softmax attention; fp8 (e4m3) holds twice the tokens (default: auto, the model's)",
+    )
+    sizes.add_argument(
         "--prompt-share",
         type=float,
         default=0.4,

@@ -56,6 +56,7 @@ class ServeOptions:
     policy: a name or a level, see `as_policy`; "load" with the thresholds that are given, `step` units (layers, or KV heads) or a share of
         the model's at a time (an eighth if None). max_level: a number, a share such as "50%", or of heads what is kept, "kept:10%".
     draft_level: likewise. kv_gib: GiB for keys and values. graphs: on a CUDA device, replay model calls from CUDA graphs.
+    kv_cache_dtype: "auto" or "fp8", see `EngineOptions`.
     snapshot_gib: GiB for snapshots of states, see `EngineOptions.snapshot_bytes`.
     tensor_parallel: processes that the model is cut over, each with a GPU if there are any; None: as many as torchrun has started, or one.
     """
@@ -77,6 +78,7 @@ class ServeOptions:
     chunk: int = 1024
     prompt_share: float = 0.4
     kv_gib: float | None = None
+    kv_cache_dtype: str = "auto"
     name: str | None = None
     api_key: str | None = None
     dtype: str = "auto"
@@ -142,6 +144,7 @@ def load(options: ServeOptions, processes: OneProcess | None = None) -> tuple[En
         max_waiting=options.max_waiting,
         max_tokens=options.max_tokens,
         kv_bytes=None if options.kv_gib is None else int(options.kv_gib * 2**30),
+        kv_cache_dtype=options.kv_cache_dtype,
         chunk=options.chunk,
         prompt_share=options.prompt_share,
         max_level=limit,

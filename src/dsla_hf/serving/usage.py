@@ -52,6 +52,8 @@ def what_is_served(engine: Engine, name: str, *, chats: bool, key: bool, traces:
         return f"{texts} of that length at level {level}"
 
     by = "by lookup" if options.draft_level is None else f"at level {options.draft_level}"
+    steps = dict.fromkeys((levels.lowest, control.highest))
+    each = ", ".join(f"{engine.bytes_per_token(level):,} bytes a token at level {level}" for level in steps)
     drafts = f"{by}, {options.draft_tokens or 'as many as pay'} tokens a call, while {options.draft_rows} texts at most run"
     rows = {
         "model": f"{name}: {type(levels.causal_lm).__name__}, {levels.num_layers} layers, {levels.dtype}, {weights / GIB:,.2f} GiB",
@@ -60,7 +62,8 @@ def what_is_served(engine: Engine, name: str, *, chats: bool, key: bool, traces:
         "texts": f"{options.slots} at a time, of {engine.max_tokens:,} tokens at most; {options.max_waiting} may wait",
         **({} if engine.drafts is None else {"drafts": drafts}),
         "keys and values": f"{pool.num_blocks:,} blocks of {options.block_size} tokens, {room / GIB:,.2f} GiB: "
-        + ", ".join(at_once(level) for level in dict.fromkeys((levels.lowest, control.highest))),
+        + ", ".join(map(at_once, steps))
+        + f"; {engine.kv_dtype}, {each}",
         "prefixes": prefixes_of(engine),
         "chats": "with the tokenizer's template" if chats else "refused: the tokenizer has no chat template",
         "API key": "asked for" if key else "none",

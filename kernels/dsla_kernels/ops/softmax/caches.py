@@ -10,13 +10,14 @@ from torch import Tensor
 from ..._ops import add_op_namespace_prefix, ops
 from ...common import COUNTS, on_its_device, unit_stride
 from ...shapes import check, table
+from .tiles import held_as
 
 TABLE = table(
     {
         "k": "B Hkv 1 K; dense",
         "v": "B Hkv 1 V; dense",
-        "keys": "rows Hkv L K; as k; dense",
-        "values": "rows Hkv L V; as v; dense",
+        "keys": "rows Hkv L K; as k or fp8; dense",
+        "values": "rows Hkv L V; as v or fp8; dense",
         "places": "B; int32 or int64",
         "count": "; int64; optional",
     }
@@ -25,8 +26,8 @@ TABLE_OF_HEADS = table(
     {
         "k": "B Hkv 1 K; dense",
         "v": "B Hkv 1 V; dense",
-        "keys": "1 columns L K; as k; dense",
-        "values": "1 columns L V; as v; dense",
+        "keys": "1 columns L K; as k or fp8; dense",
+        "values": "1 columns L V; as v or fp8; dense",
         "heads": "Hkv 2; int32; (of each KV head its table and its column)",
         "places": "tables B; int32 or int64",
         "count": "; int64; optional",
@@ -68,9 +69,9 @@ def _append_kernel(
     held = held.to(tl.int64)
     place = tl.load(places + row).to(tl.int64)
     channel = tl.arange(0, BD)
-    key = tl.load(k + row * k_b + head * k_h + channel, mask=channel < K)
+    key = held_as(tl.load(k + row * k_b + head * k_h + channel, mask=channel < K), keys.dtype.element_ty)
     tl.store(keys + row * keys_b + held * keys_h + place * keys_t + channel, key, mask=channel < K)
-    value = tl.load(v + row * v_b + head * v_h + channel, mask=channel < V)
+    value = held_as(tl.load(v + row * v_b + head * v_h + channel, mask=channel < V), values.dtype.element_ty)
     tl.store(values + row * values_b + held * values_h + place * values_t + channel, value, mask=channel < V)
     if count is not None:  # noqa: SIM102 (known at compile time, the other is not)
         if tl.program_id(0) == 0:
@@ -127,7 +128,8 @@ def append(
 
     Args:
         keys `[B or 1, Hkv, L, K]`, values `[B or 1, Hkv, L, V]`: the cache; with one row, that of all rows (a pool of places).
-        k `[B, Hkv, 1, K]`, v `[B, Hkv, 1, V]`: of the cache's dtype. The last dimension of all four is dense.
+        k `[B, Hkv, 1, K]`, v `[B, Hkv, 1, V]`: of the cache's dtype, or any where that is fp8 (`narrow.stored`). The last dimension of all
+            four is dense.
         places: int `[B]`, below L: where in the cache each row's token goes. Rows that share a place leave either's there.
         count: int64 `[]` that becomes one more, if given.
         heads: int32 `[Hkv, 2]`, for a pool `[1, columns, L, D]` that heads of several layers share, with places `[tables, B]`: KV head h

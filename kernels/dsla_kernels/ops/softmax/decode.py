@@ -189,8 +189,8 @@ def _softmax_decode_kernel(
         else:
             block = tl.load(block_table + row * table_row + token // BLOCK, mask=there, other=0).to(tl.int64)
             inside = token % BLOCK
-        k_tile = load_tokens(keys, block, inside, there, k_block, k_token, columns, column_ok)
-        v_tile = load_tokens(values, block, inside, there, v_block, v_token, channels, channel_ok)
+        k_tile = load_tokens(keys, block, inside, there, k_block, k_token, columns, column_ok, q.dtype.element_ty)
+        v_tile = load_tokens(values, block, inside, there, v_block, v_token, channels, channel_ok, q.dtype.element_ty)
         if T == 1 and starts is None:  # the last token of its row sees all of them
             visible = there[None, :]
         else:
@@ -356,7 +356,7 @@ def softmax_decode(
 
     Arguments, result and errors as `reference.softmax_decode`, in bf16, fp32 or fp16, with heads of up to 256, and
 
-        keys, values: of any strides, but for a dense last dimension; read where they are.
+        keys, values: of any strides, but for a dense last dimension; read where they are, fp8 converted in registers.
         splits: parts that a row's tokens are cut into; 0 chooses by shape.
     """
     seen = window, block_table, mask, heads, starts, sink_tokens, whole_heads

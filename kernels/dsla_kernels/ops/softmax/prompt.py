@@ -18,7 +18,9 @@ from .tiles import DOT_TYPES, NOTHING, Launch, head_tiles, load_tokens
 
 
 @triton.jit
-def _load_tile(cache, table, tile, length, block_stride, token_stride, columns, column_ok, BN: tl.constexpr, BLOCK: tl.constexpr):
+def _load_tile(
+    cache, table, tile, length, block_stride, token_stride, columns, column_ok, DTYPE: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr
+):
     """A tile of keys or values of one head, zero behind the length."""
     token = tile * BN + tl.arange(0, BN)
     inside = token < length
@@ -26,7 +28,7 @@ def _load_tile(cache, table, tile, length, block_stride, token_stride, columns, 
         block = tl.load(table + tile * BN // BLOCK).to(tl.int64)
     else:
         block = tl.load(table + token // BLOCK, mask=inside, other=0).to(tl.int64)
-    return load_tokens(cache, block, token % BLOCK, inside, block_stride, token_stride, columns, column_ok)
+    return load_tokens(cache, block, token % BLOCK, inside, block_stride, token_stride, columns, column_ok, DTYPE)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -93,14 +95,14 @@ def _softmax_prompt_kernel(
         begin = tl.minimum(tl.maximum(start + first + 1 - window, 0) // BN, end)
         whole = begin
     for tile in range(begin, whole):
-        k_tile = _load_tile(keys, table, tile, length, k_block, k_token, columns, column_ok, BN, BLOCK)
-        v_tile = _load_tile(values, table, tile, length, v_block, v_token, channels, channel_ok, BN, BLOCK)
+        k_tile = _load_tile(keys, table, tile, length, k_block, k_token, columns, column_ok, q.dtype.element_ty, BN, BLOCK)
+        v_tile = _load_tile(values, table, tile, length, v_block, v_token, channels, channel_ok, q.dtype.element_ty, BN, BLOCK)
         scores = softmax_scores(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee"), scale, None)
         everything = tl.full([BM, BN], True, tl.int1)
         top, denominator, result = softmax_step(scores, everything, v_tile, top, denominator, result, DOT, "ieee")
     for tile in range(whole, end):
-        k_tile = _load_tile(keys, table, tile, length, k_block, k_token, columns, column_ok, BN, BLOCK)
-        v_tile = _load_tile(values, table, tile, length, v_block, v_token, channels, channel_ok, BN, BLOCK)
+        k_tile = _load_tile(keys, table, tile, length, k_block, k_token, columns, column_ok, q.dtype.element_ty, BN, BLOCK)
+        v_tile = _load_tile(values, table, tile, length, v_block, v_token, channels, channel_ok, q.dtype.element_ty, BN, BLOCK)
         token = tile * BN + tl.arange(0, BN)
         visible = (token[None, :] <= start + query[:, None]) & (token < length)[None, :]
         if window is not None:
@@ -199,7 +201,7 @@ def softmax_prompt(
     """Softmax attention of a piece of a text a row over its keys and values in blocks. No gradient.
 
     Arguments, result and errors as `reference.softmax_prompt`, in bf16, fp32 or fp16, with heads of up to 256; q, keys and values of any
-    strides, but for a dense last dimension.
+    strides, but for a dense last dimension, fp8 converted in registers.
     """
     check_softmax_prompt_inputs(q, keys, values, starts, lengths, block_table, window, heads)
     check_softmax_kernel_inputs(q, keys, values)

@@ -31,6 +31,7 @@ from .buckets import TOKEN_SECONDS, Buckets
 from .drafts import Drafts, Round, check_draft_level, drafts_of
 from .graphs import GraphRunner
 from .health import Health, is_sticky
+from .kv_dtype import KV_CACHE_DTYPES, kv_dtype
 from .levels import Levels
 from .plan import Arrival, OneProcess, Plan
 from .pool import OutOfBlocks
@@ -89,6 +90,7 @@ class EngineOptions:
     slots: texts that run at a time. max_waiting: requests that may wait.
     max_tokens: longest text, prompt included; None: what the model was made for.
     kv_bytes: memory for keys and values; None: what is free on a GPU but for a tenth, half a GiB on a CPU.
+    kv_cache_dtype: "auto", the model's, or "fp8": keys and values of heads that are softmax attention lie in e4m3, see `kv_dtype`.
     block_size: tokens in a block. chunk: prompt tokens read in a step.
     prompt_share: largest share of the time that prompts may take from texts that are being generated: with 0.5 a token takes twice as long
         while prompts are read as without them; with 1 a chunk is read before every token.
@@ -133,6 +135,7 @@ class EngineOptions:
     draft_lookup: bool = False
     draft_tokens: int | None = None
     draft_rows: int = 4
+    kv_cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         if not self.reuses and (self.snapshot_bytes or self.lower_prefixes):
@@ -148,6 +151,8 @@ class EngineOptions:
             raise ValueError("drafts are not for batch_invariant: how many tokens a call reads hangs on the load; leave one of them out")
         if self.prefix_reuse and self.batch_invariant:
             raise ValueError("prefix_reuse True is not for batch_invariant: sums depend on what was read before; leave one of them out")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ValueError(f"kv_cache_dtype must be one of {', '.join(KV_CACHE_DTYPES)}, got {self.kv_cache_dtype!r}")
         for name in ("slots", "max_waiting", "block_size", "chunk", "draft_rows", "draft_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
@@ -195,6 +200,7 @@ class Engine:
         self.processes = processes = processes or OneProcess()
         self._check_processes(model, record)
         self.levels = levels = Levels(model)
+        self.kv_dtype = kv_dtype(options.kv_cache_dtype, levels)
         config = model.config
         self.vocab_size = int(config.vocab_size)
         self.max_tokens = options.max_tokens or int(config.max_position_embeddings)
@@ -212,7 +218,7 @@ class Engine:
             "min_level": levels.lowest,
             "num_layers": levels.num_units,
             "unit": levels.unit,
-            **levels.unit_bytes(),
+            **levels.unit_bytes(self.kv_dtype),
         }
         if isinstance(policy, FixedLevel):
             highest = policy(Stats(1, 1, 1, 0, **self._stats_of_levels))
@@ -244,6 +250,7 @@ class Engine:
             block_size=options.block_size,
             max_tokens=self.max_tokens,
             max_level=highest,
+            kv_dtype=self.kv_dtype,
         )
         one = options.batch_invariant
         if one and (name := next((name for name in EXPERTS if getattr(config, name, None)), None)):
@@ -442,6 +449,7 @@ class Engine:
             "waiting_tokens": sum(len(request.prompt) for request in list(self.scheduler.waiting)),
             "free_blocks": pool.free_blocks,
             "blocks": pool.num_blocks,
+            "bytes_per_token": self.bytes_per_token(self.control.level),
             "seconds_to_first_token": self.first_tokens.mean(self.clock()),
             "seconds_per_token": self.token_times.mean(self.clock()),
             "read_tokens": self.read_tokens,
@@ -1078,7 +1086,13 @@ class Engine:
     def bytes_per_block(self) -> int:
         """Of keys and values."""
         levels = self.levels
-        return 2 * self.options.block_size * levels.columns * levels.head_dim * levels.dtype.itemsize
+        return 2 * self.options.block_size * levels.columns * levels.head_dim * self.kv_dtype.itemsize
+
+    def bytes_per_token(self, level: int) -> int:
+        """Of keys and values of a text at a level, in this process; what DSLA keeps of it does not grow."""
+        levels = self.levels
+        kept = levels.num_layers * levels.kv_heads - sum(map(len, levels.converted(level).values()))
+        return 2 * kept * levels.head_dim * self.kv_dtype.itemsize
 
     def _memory_sizes(self, max_level: int) -> tuple[int, int]:
         """Blocks, and bytes for snapshots."""

@@ -7,6 +7,7 @@ import math
 from hashlib import blake2b
 from typing import Any
 
+import torch
 from peft import PeftModel
 
 from ...core.attention import DualStateAttention
@@ -163,12 +164,13 @@ class Levels:
         """What is said beside the number of a level: of heads, how many of the model's are kept."""
         return "" if self.unit == "layer" else f" ({self.num_units - level} of {self.num_units} KV heads kept)"
 
-    def unit_bytes(self) -> dict[str, int]:
-        """Bytes of the cache of one unit, for a text, as `Stats` has them; a base alone has no DSLA."""
+    def unit_bytes(self, kv_dtype: torch.dtype) -> dict[str, int]:
+        """Bytes of the cache of one unit, for a text, as `Stats` has them; a base alone has no DSLA. kv_dtype: of softmax attention's."""
         heads, itemsize = 1 if self.unit == "head" else self.kv_heads, self.dtype.itemsize
         if not self.cores:
-            return {"softmax_bytes_per_token": 2 * heads * self.head_dim * itemsize}
-        return core_bytes(next(iter(self.cores.values())), heads, itemsize)
+            return {"softmax_bytes_per_token": 2 * heads * self.head_dim * kv_dtype.itemsize}
+        sizes = core_bytes(next(iter(self.cores.values())), heads, itemsize)
+        return sizes | {"softmax_bytes_per_token": sizes["softmax_bytes_per_token"] * kv_dtype.itemsize // itemsize}
 
     def _heads(self, units: list[Any]) -> list[Head]:
         if self.unit == "head":

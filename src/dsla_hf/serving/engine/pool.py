@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from dsla_kernels import append
+from dsla_kernels.narrow import bits, stored
 
 from .prefixes import Column, Key, Prefixes
 
@@ -86,6 +87,7 @@ class BlockPool:
     Args:
         num_blocks: N, block 0 not counted. block_size: P. columns: C.
         num_groups, num_slots, max_tokens: what the tables are made for.
+        dtype: that keys and values have for attention. kept_dtype: that they lie in, `torch.float8_e4m3fn` or dtype, if None.
     """
 
     def __init__(
@@ -100,10 +102,12 @@ class BlockPool:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        kept_dtype: torch.dtype | None = None,
     ):
+        self.dtype = dtype
         self.num_blocks, self.block_size, self.num_groups, self.columns = num_blocks, block_size, num_groups, columns
         tokens = (num_blocks + 1) * block_size
-        self.keys, self.values = (torch.zeros(tokens, columns, head_dim, dtype=dtype, device=device) for _ in range(2))
+        self.keys, self.values = (torch.zeros(tokens, columns, head_dim, dtype=kept_dtype or dtype, device=device) for _ in range(2))
         self.tables = torch.zeros(num_groups, num_slots, self.blocks_for(max_tokens), dtype=torch.long, device=device)
         self._free = list(range(num_blocks, 0, -1))
         self._owned: dict[int, tuple[int, int, list[int]]] = {}  # slot -> its first group, blocks of a group, and all of them in order
@@ -207,23 +211,24 @@ class BlockPool:
         self.tables[first:, slot, known : len(columns)] = numbers.to(self.tables.device)
 
     def part_of_block(self, slot: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """A copy of keys and values of a slot's text from its last whole block to its first `tokens`, `[groups, tokens % P, C, D]`."""
-        keys, values = self._whole_blocks()
+        """A copy of keys and values of a slot's text from its last whole block to its first `tokens`, `[groups, tokens % P, C, D]`, as the
+        pool has them."""
         blocks, rest = self._block_at(slot, tokens), tokens % self.block_size
-        return keys[blocks, :rest], values[blocks, :rest]
+        keys, values = (bits(x)[blocks, :rest].view(x.dtype) for x in self._whole_blocks())
+        return keys, values
 
     def put_part_of_block(self, slot: int, tokens: int, keys: Tensor, values: Tensor) -> None:
         """Such keys and values are those of a slot's text: they go into a block that is its own."""
         blocks, rest = self._block_at(slot, tokens), tokens % self.block_size
         for kept, new in zip(self._whole_blocks(), (keys, values), strict=True):
-            kept[blocks, :rest] = new
+            bits(kept)[blocks, :rest] = bits(new)
 
     def put_columns(self, slot: int, columns: list[Column]) -> None:
         """Copy what lies in columns into the first blocks of a slot, which are its own; both have the same groups."""
         _, each, blocks = self._owned[slot]
         source = torch.tensor([block for column in columns for block in column.blocks], device=self.tables.device)
         goal = torch.tensor([block for place in range(len(columns)) for block in blocks[place::each]], device=self.tables.device)
-        for kept in self._whole_blocks():
+        for kept in map(bits, self._whole_blocks()):
             kept[goal] = kept[source]
 
     def columns_of(self, slot: int) -> list[Column]:
@@ -307,10 +312,10 @@ class BlockPool:
 
     def _at(self, places: HeadPlaces, index: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, T, H, D]` at `index`, `[B, T]` of a group or `[H, B, T]`."""
-        if places.group is not None:
-            return self.keys[index], self.values[index]
-        at = index, places.columns
-        return self.keys[at].permute(1, 2, 0, 3), self.values[at].permute(1, 2, 0, 3)
+        at = index if places.group is not None else (index, places.columns)
+        found = (bits(x)[at].view(x.dtype).to(self.dtype) for x in (self.keys, self.values))
+        keys, values = found if places.group is not None else (x.permute(1, 2, 0, 3) for x in found)
+        return keys, values
 
     def open(self, rows: Rows, tokens: int) -> None:
         """The next model call reads `tokens` more of these rows: find their places, once for all layers."""
@@ -327,29 +332,31 @@ class BlockPool:
 
     def extend(self, places: HeadPlaces, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys and values `[B, H, T, D]` behind those of their rows, and return all `[B, H, L + T, D]`; for a call that reads
-        them in their blocks the whole pool, `[N + 1, P, C, D]`, unless its texts begin with the new ones.
+        them in their blocks the whole pool, `[N + 1, P, C, D]`, unless its texts begin with the new ones. All are as the pool has them:
+        what a text says does not hang on which of its tokens were read together.
 
         Rows end at the right: what is shorter than L has padding before it, of any content.
         """
         assert self._write is not None, "open() comes before a model call"
-        if self._index is None and k.shape[2] == 1:
+        if self._index is None and k.shape[2] == 1 and not self._begins:
             pool = self.keys[None].transpose(1, 2), self.values[None].transpose(1, 2)
             if places.group is not None:
                 append(*pool, k, v, self._write[places.group, :, 0])
             else:
                 append(*pool, k, v, self._write[:, :, 0], heads=places.heads)
-        elif places.group is not None:
-            here = places.of(self._write)
-            self.keys[here], self.values[here] = k.transpose(1, 2), v.transpose(1, 2)
-        else:
-            at = places.of(self._write), places.columns
-            self.keys[at], self.values[at] = k.transpose(0, 1), v.transpose(0, 1)
+            return self._whole_blocks()
+        new_k, new_v = stored(k, self.keys.dtype), stored(v, self.values.dtype)
+        for kept, new in ((self.keys, new_k), (self.values, new_v)):
+            if places.group is not None:
+                bits(kept)[places.of(self._write)] = bits(new).transpose(1, 2)
+            else:
+                bits(kept)[places.of(self._write), places.columns] = bits(new).transpose(0, 1)
         if self._begins:  # nothing came before
-            return k, v
+            return new_k.to(k.dtype), new_v.to(v.dtype)
         if self._index is None:
             return self._whole_blocks()
         if self._index.shape == self._write.shape:
-            return k, v
+            return new_k.to(k.dtype), new_v.to(v.dtype)
         keys, values = self._at(places, places.of(self._index))
         return keys.transpose(1, 2), values.transpose(1, 2)
 

@@ -48,10 +48,10 @@ class ModelRunner:
 
     def __init__(self, levels: Levels, memory: SlotMemory, one_shape: bool = False):
         self.levels, self.memory, self.one_shape = levels, memory, one_shape
-        pool = memory.pool
+        head = memory.pool.keys.new_empty(0, levels.head_dim, dtype=levels.dtype)
         # Calls then read keys and values where they lie, and need no `past`.
-        self.in_blocks = can_attend_where_cached(levels.causal_lm) and uses_triton(pool.keys, pool.values)
-        self.reads_beginnings = self.in_blocks and reads_beginnings(pool.keys)
+        self.in_blocks = can_attend_where_cached(levels.causal_lm) and uses_triton(head, head)
+        self.reads_beginnings = self.in_blocks and reads_beginnings(head)
         if self.in_blocks:
             levels.causal_lm.set_attn_implementation(ATTENTION_FUNCTION)
 

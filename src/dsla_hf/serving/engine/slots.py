@@ -93,9 +93,20 @@ class SlotMemory:
         num_blocks, block_size: of the pool.
         max_tokens: longest text.
         max_level: states are kept ready for the heads of this level.
+        kv_dtype: that keys and values of kept heads lie in; None: the model's.
     """
 
-    def __init__(self, levels: Levels, *, num_slots: int, num_blocks: int, block_size: int, max_tokens: int, max_level: int):
+    def __init__(
+        self,
+        levels: Levels,
+        *,
+        num_slots: int,
+        num_blocks: int,
+        block_size: int,
+        max_tokens: int,
+        max_level: int,
+        kv_dtype: torch.dtype | None = None,
+    ):
         self.levels, self.num_slots, self.max_tokens = levels, num_slots, max_tokens
         self.pool = BlockPool(
             num_blocks,
@@ -107,6 +118,7 @@ class SlotMemory:
             head_dim=levels.head_dim,
             dtype=levels.dtype,
             device=levels.device,
+            kept_dtype=kv_dtype,
         )
         self._held = levels.converted(max_level)
         self._states = {layer: self._new_states(layer, len(heads)) for layer, heads in self._held.items()}

@@ -42,6 +42,7 @@ class EngineCollector(Collector):
             ("dsla_waiting_prompt_tokens", "waiting_tokens", "Prompt tokens of requests in the queue"),
             ("dsla_free_blocks", "free_blocks", "Free blocks for keys and values"),
             ("dsla_blocks", "blocks", "Blocks for keys and values"),
+            ("dsla_kv_bytes_per_token", "bytes_per_token", "Of keys and values of a new request"),
         ):
             yield GaugeMetricFamily(name, what, value=now[key])
         yield GaugeMetricFamily("dsla_oldest_wait_seconds", "Of the oldest request without a first token", value=now["oldest_wait"] or 0.0)
