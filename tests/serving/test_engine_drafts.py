@@ -1,5 +1,7 @@
 """Drafts in the server: every text is what it is without them, at any level, in any company, and nothing leaks."""
 
+from unittest.mock import patch
+
 import openai
 import pytest
 import torch
@@ -10,6 +12,7 @@ from server import byte_tokenizer, served
 from dsla_hf import Load
 from dsla_hf.inference.recorder import CudaRecording, PlainRecording
 from dsla_hf.inference.sampling import Sampling
+from dsla_hf.levels.draft_length import FixedLength
 from dsla_hf.serving.engine.engine import Engine, EngineOptions
 from dsla_hf.serving.http.api import ApiOptions, build_app
 from dsla_hf.serving.http.metrics import Metrics
@@ -34,6 +37,15 @@ def texts(engine, wanted, *samplings):
     return ears
 
 
+class AnyLength(FixedLength):
+    """The server guesses up to the end of a text, also by fewer tokens than elsewhere."""
+
+    def __init__(self, tokens):
+        super().__init__(tokens)
+        self.lengths = list(range(1, tokens + 1))
+
+
+@patch("dsla_hf.levels.drafting.lengths_for", AnyLength)
 def of_generate(model, wanted, level, draft, tokens):
     """What `generate` with drafts gives for each text, and how many tokens are guessed and right in all."""
     model.set_level(level)
