@@ -259,7 +259,7 @@ def test_a_recorded_step_never_waits_for_a_value(tiny_model, adapter_model, unit
     assert {key[1] for key in decoder.recorder.recordings} >= {"follow", "draft", "check", *(["commit"] if check else [])}
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_oss", "olmo2"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gpt_oss", "olmo2"))])
 def test_windows_alone_are_read_where_they_lie(tiny_model, adapter_model, recorder, kind, units):
     """No state of a draft, and nothing to fold, but where layers slide or prompts are padded."""
     model = adapter(tiny_model, adapter_model, kind, states=False, **units)

@@ -65,7 +65,7 @@ def of_generate(model, wanted, level, draft, tokens):
 
 
 @pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("record", [None, PlainRecording])
+@pytest.mark.parametrize("record", [pytest.param(None, marks=pytest.mark.slow), PlainRecording])
 def test_greedy_texts_and_guesses_are_those_of_generate_alone(tiny_model, adapter_model, unit, record):
     """That as many guesses are right says that drafts know the same text."""
     model = adapter_model(tiny_model("llama"), **UNITS[unit])
@@ -82,7 +82,7 @@ def test_greedy_texts_and_guesses_are_those_of_generate_alone(tiny_model, adapte
     assert right > 0
 
 
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", [unit if unit in ("heads", "pure") else pytest.param(unit, marks=pytest.mark.slow) for unit in UNITS])
 def test_drafts_that_are_longer_than_the_window(tiny_model, adapter_model, unit):
     """Places of a window of which several guesses would take the same one."""
     model = adapter_model(tiny_model("llama"), **{"window_size": 4, "sink_tokens": 2} | UNITS[unit])

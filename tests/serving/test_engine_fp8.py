@@ -76,7 +76,7 @@ def test_in_blocks_by_pytorch(model, level, rounded, in_blocks):
     check(Engine(model, level, fp8(slots=8, chunk=16)), model, wanted, level)
 
 
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", [unit if unit == "heads" else pytest.param(unit, marks=pytest.mark.slow) for unit in UNITS])
 def test_in_blocks_by_kernels(tiny_model, adapter_model, unit, rounded, interpreted_kernels, monkeypatch):
     heads = {"conversion_unit": "head", "conversion_order": [[1, 0], [0, 1], [1, 1]]}
     model = adapter_model(tiny_model("llama", num_hidden_layers=2), **(heads if unit == "heads" else {"conversion_order": [1, 0]}))
