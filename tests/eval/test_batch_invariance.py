@@ -17,6 +17,7 @@ def script():
         yield module
 
 
+@pytest.mark.slow
 def test_texts_are_equal_to_the_bit_with_the_option_alone(script, tmp_path, capsys):
     options = ["--texts", "5", "--tokens", "24", "--rounds", "1", "--slots", "5", "--results", str(tmp_path)]
     assert script.main(options) == 0

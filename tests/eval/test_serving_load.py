@@ -18,6 +18,7 @@ def script():
         yield module
 
 
+@pytest.mark.slow
 def test_a_short_load(script, tmp_path, capsys):
     assert script.main(["--seconds", "10", "--clients", "6", "--pause", "0.5", "--slots", "4", "--results", str(tmp_path)]) == 0, (
         capsys.readouterr().out

@@ -34,7 +34,13 @@ def drafted(found):
 
 
 @pytest.mark.parametrize(
-    "kind, unit, states", [("llama", "heads", True), ("llama", "layers", True), ("llama", "heads", False), ("qwen3", "layers", True)]
+    "kind, unit, states",
+    [
+        ("llama", "heads", True),
+        ("llama", "layers", True),
+        ("llama", "heads", False),
+        pytest.param("qwen3", "layers", True, marks=pytest.mark.slow),
+    ],
 )
 def test_greedy_text_and_guesses_are_those_of_generate(tiny_model, adapter_model, recorder, kind, unit, states):
     """That as many guesses are right says that the draft knows the same text."""
@@ -58,7 +64,12 @@ def test_greedy_text_and_guesses_are_those_of_generate(tiny_model, adapter_model
 
 @pytest.mark.parametrize(
     "kind, unit, config",
-    [("llama", "heads", {}), ("llama", "layers", {"window_size": 0}), ("llama", "heads", {"states": False}), ("cohere", "layers", {})],
+    [
+        ("llama", "heads", {}),
+        ("llama", "layers", {"window_size": 0}),
+        pytest.param("llama", "heads", {"states": False}, marks=pytest.mark.slow),
+        pytest.param("cohere", "layers", {}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_level_above_0_checks(tiny_model, adapter_model, recorder, kind, unit, config):
     """Its states take in what was accepted alone, and the draft knows them."""

@@ -19,6 +19,7 @@ from dsla_hf.serving.http.metrics import Metrics
 
 HEADS = {"conversion_unit": "head", "conversion_order": [[1, 0], [3, 1], [0, 1], [3, 0], [2, 0], [1, 1], [2, 1], [0, 0]]}
 UNITS = {"layers": {}, "heads": HEADS, "pure": {"window_size": 0}, "window": HEADS | {"states": False}}
+DAILY = [unit if unit in ("heads", "pure") else pytest.param(unit, marks=pytest.mark.slow) for unit in UNITS]
 LONG = {"draft_level": 4, "draft_tokens": 3}
 
 
@@ -64,7 +65,7 @@ def of_generate(model, wanted, level, draft, tokens):
     return new, sum(out.drafted for out in found), sum(out.accepted for out in found)
 
 
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", DAILY)
 @pytest.mark.parametrize("record", [pytest.param(None, marks=pytest.mark.slow), PlainRecording])
 def test_greedy_texts_and_guesses_are_those_of_generate_alone(tiny_model, adapter_model, unit, record):
     """That as many guesses are right says that drafts know the same text."""
@@ -82,7 +83,7 @@ def test_greedy_texts_and_guesses_are_those_of_generate_alone(tiny_model, adapte
     assert right > 0
 
 
-@pytest.mark.parametrize("unit", [unit if unit in ("heads", "pure") else pytest.param(unit, marks=pytest.mark.slow) for unit in UNITS])
+@pytest.mark.parametrize("unit", DAILY)
 def test_drafts_that_are_longer_than_the_window(tiny_model, adapter_model, unit):
     """Places of a window of which several guesses would take the same one."""
     model = adapter_model(tiny_model("llama"), **{"window_size": 4, "sink_tokens": 2} | UNITS[unit])
@@ -110,7 +111,7 @@ def test_recorded_steps_look_at_no_value(tiny_model, adapter_model, unit, watche
         assert runner.recorder.reason is None
 
 
-@pytest.mark.parametrize("unit", ["layers", "heads"])
+@pytest.mark.parametrize("unit", [pytest.param("layers", marks=pytest.mark.slow), "heads"])
 def test_kernels_read_drafts_and_checks_in_blocks(tiny_model, adapter_model, unit, interpreted_kernels, monkeypatch):
     order = [[1, 0], [0, 1], [1, 1]] if unit == "heads" else [1, 0]
     model = adapter_model(tiny_model("llama", num_hidden_layers=2), **UNITS[unit] | {"conversion_order": order})

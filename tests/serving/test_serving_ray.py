@@ -106,6 +106,7 @@ def test_two_replicas_on_one_machine(saved):
         assert max(now["generated_tokens"] for now in status) < 24 * 12, "both replicas served"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_a_session_stays_with_its_replica(saved):
     """What the first request of a session has read, later ones find. Requests without a session are spread, and find it at times."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -238,6 +238,38 @@ class Ends:
         return bool(self.criteria(ids, None).all())
 
 
+class Text:
+    """A text that grows.
+
+    Args:
+        ids: the prompt `[1, T]`. ends: says whether it is over. show: is given each new token `[1]`.
+    """
+
+    def __init__(self, ids: Tensor, ends: Ends, show: Callable[[Tensor], None]):
+        self.ids, self._ends, self._show = ids, ends, show
+        self.ended = False
+
+    def add(self, token: Tensor) -> None:
+        """A token `[1]` that the host has not seen."""
+        self.ids = torch.cat([self.ids, token[:, None]], 1)
+        self._show(token)
+        self.ended = self._ends(self.ids)
+
+    def add_chosen(self, chosen: Tensor, values: list[int], guessed: list[int]) -> tuple[int, int]:
+        """The tokens `chosen` `[K + 1]`, of these values, up to the first that is not as `guessed` (K of them), or to the end of the text;
+        how many, and how many of them were guessed."""
+        length, accepted = self.ids.shape[1], 0
+        for kept, (value, guess) in enumerate(zip(values, [*guessed, None], strict=True), 1):
+            self._show(torch.tensor([value]))
+            over = self._ends.knows(length + kept, value)
+            self.ended = self._ends(torch.cat([self.ids, chosen[None, :kept]], 1)) if over is None else over
+            accepted += value == guess
+            if self.ended or value != guess:
+                break
+        self.ids = torch.cat([self.ids, chosen[None, :kept]], 1)
+        return kept, accepted
+
+
 def draft_and_check(
     engine: Engine,
     ids: Tensor,
@@ -263,69 +295,55 @@ def draft_and_check(
     Returns:
         The text `[1, T]`, and counts.
     """
-    counts = Counts()
-
-    def add(token: Tensor) -> bool:
-        nonlocal ids
-        ids = torch.cat([ids, token[:, None]], 1)
-        show(token)
-        return ends(ids)
-
-    ended = add(rule.choose(ids, engine.read(ids)))
+    counts, text = Counts(), Text(ids, ends, show)
+    text.add(rule.choose(ids, engine.read(ids)))
     planned: int | None = None
     ahead: list[Tensor] | None = None  # guesses that are made already
-    while not ended:
+    while not text.ended:
         start = clock()
-        room = max_length - ids.shape[1] - 1  # the checking level adds a token of its own
-        drawn_from: list[Tensor | None] = []
+        room = max_length - text.ids.shape[1] - 1  # the checking level adds a token of its own
+        drawn_from: list[Tensor | None]
         if ahead is not None:
             guesses, drawn_from = ahead, [None] * len(ahead)
         else:
             planned = lengths.next() if planned is None else planned
             # At the end of a text no length that there was not before: where steps are recorded each is a recording of its own.
             tokens = max((length for length in lengths.lengths if length <= min(planned, room)), default=0)
-            guesses, drawn_from = engine.draft(ids, tokens, rule, ends.tokens) if tokens > 0 else ([], [])
-        checked = torch.cat([ids[0, -1:], *guesses])
+            guesses, drawn_from = engine.draft(text.ids, tokens, rule, ends.tokens) if tokens > 0 else ([], [])
+        checked = torch.cat([text.ids[0, -1:], *guesses])
         between = clock()
         logits = engine.check(checked[None])
-        chosen = rule.choose_all(ids, logits, checked[1:], drawn_from)
+        chosen = rule.choose_all(text.ids, logits, checked[1:], drawn_from)
         planned = ahead = None
-        kept = accepted = 0
         if chosen is None:
-            for place in range(len(checked)):
-                guess = guesses[place] if place < len(guesses) else None
-                token = rule.choose(ids, logits[place : place + 1], guess, None if guess is None else drawn_from[place])
-                hit = guess is not None and bool(token == guess)
-                kept, ended = place + 1, add(token)
-                accepted += hit
-                if ended or not hit:
-                    break
+            kept, accepted = _choose_each(text, rule, logits, guesses, drawn_from)
         else:
             # All that the host reads of a round, in one; while it does, the next draft may be under way.
-            values = received(torch.stack([chosen, torch.cat([checked[1:], chosen[-1:]])]))
+            values = received(torch.cat([chosen, checked[1:]]))
             if guesses:
                 planned = lengths.next()
                 if 0 < planned <= room - len(checked):
                     ahead = engine.draft_ahead(chosen, checked[1:], planned, rule)
-            values_chosen, values_guessed = values()
-            length, text = ids.shape[1], ids
-            for place, value in enumerate(values_chosen):
-                hit = place < len(guesses) and value == values_guessed[place]
-                show(torch.tensor([value]))
-                kept = place + 1
-                over = ends.knows(length + kept, value)
-                if over is None:
-                    text = torch.cat([text, chosen[None, place : place + 1]], 1)
-                    over = ends(text)
-                ended = over
-                accepted += hit
-                if ended or not hit:
-                    break
-            ids = torch.cat([ids, chosen[None, :kept]], 1)
+            found = values()
+            kept, accepted = text.add_chosen(chosen, found[: len(checked)], found[len(checked) :])
         engine.keep(kept)
         counts.add(len(guesses), min(kept, len(guesses)), accepted)
         lengths.record(len(guesses), accepted, between - start, clock() - between)
-    return ids, counts
+    return text.ids, counts
+
+
+def _choose_each(text: Text, rule: Rule, logits: Tensor, guesses: Sequence[Tensor], drawn_from: Sequence[Tensor | None]) -> tuple[int, int]:
+    """As `Text.add_chosen`, where what is chosen may hang on the text before it; logits `[K + 1, V]`."""
+    accepted = 0
+    for place, one in enumerate(logits.split(1)):
+        guess = guesses[place] if place < len(guesses) else None
+        token = rule.choose(text.ids, one, guess, None if guess is None else drawn_from[place])
+        hit = guess is not None and bool(token == guess)
+        text.add(token)
+        accepted += hit
+        if text.ended or not hit:
+            break
+    return place + 1, accepted
 
 
 def rule_for(processors: LogitsProcessorList, sample: bool) -> Rule:
