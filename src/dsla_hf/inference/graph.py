@@ -458,23 +458,20 @@ class GraphDecoder:
         while True:
             token = sampler(space.logits.clone(), input_ids, places)
             places = [place + 1 for place in places]
-            if can_end and not (ends.known and all(going)):
+            if can_end and not all(going):
                 token = torch.where(unfinished, token, padding_token(settings))
             input_ids = torch.cat([input_ids, token[:, None]], 1)
-            if ends.known:  # then the host waits once a token, and asks the device for nothing else
-                values, before = token.tolist(), going
-                if streamer is not None:
-                    streamer.put(torch.tensor(values))
-                going = [goes and not ends.knows(input_ids.shape[1], value) for goes, value in zip(before, values, strict=True)]
-                if going != before:
-                    unfinished = torch.tensor(going, device=input_ids.device)
+            if streamer is not None:
+                streamer.put(token.cpu())
+            before = going
+            if ends.known:  # then the device is asked for nothing but the tokens
+                going = [goes and not ends.knows(input_ids.shape[1], value) for goes, value in zip(before, token.tolist(), strict=True)]
             else:
-                if streamer is not None:
-                    streamer.put(token.cpu())
-                unfinished &= ~stopping_criteria(input_ids, None)
-                going = [bool(unfinished.any())]
+                going = (unfinished & ~stopping_criteria(input_ids, None)).tolist()
             if not any(going):
                 break
+            if going != before:
+                unfinished = torch.tensor(going, device=input_ids.device)
             self._step(space, token)
         if streamer is not None:
             streamer.end()
